@@ -1,0 +1,63 @@
+"""vdcache: diffusion transformers several times faster without retraining, for any model, by compiling.
+
+    model = torch.compile(model, backend="vdcache", options={"recipe": "adacache-fast", "num_steps": 30})
+
+or, with a handle on what happens,
+
+    model = vdcache.compile(model, recipe="adacache-fast", num_steps=30)
+    model.vdcache.history, model.vdcache.summary()
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "compile": "vdcache.api",
+    "trace": "vdcache.ir.capture",
+    "dump": "vdcache.ir.dump",
+    "Recipe": "vdcache.recipe",
+    "adacache": "vdcache.recipe",
+    "recipes": "vdcache.recipe",
+    "Session": "vdcache.runtime.session",
+    "History": "vdcache.runtime.history",
+    "Plan": "vdcache.runtime.plan",
+    "Policy": "vdcache.runtime.policies",
+    "Codebook": "vdcache.runtime.policies",
+    "MoReg": "vdcache.runtime.policies",
+    "Pass": "vdcache.passes.base",
+    "PassResult": "vdcache.passes.base",
+    "Pipeline": "vdcache.passes.base",
+    "VdcacheError": "vdcache.ir.errors",
+    "ConfigError": "vdcache.ir.errors",
+    "CaptureError": "vdcache.ir.errors",
+    "ContractError": "vdcache.ir.errors",
+    "CacheStateError": "vdcache.ir.errors",
+    "VdcacheWarning": "vdcache.ir.errors",
+}
+
+__all__ = ["__version__", *_PUBLIC]
+
+if TYPE_CHECKING:
+    from vdcache.api import compile
+    from vdcache.ir.capture import trace
+    from vdcache.ir.dump import dump
+    from vdcache.ir.errors import CacheStateError, CaptureError, ConfigError, ContractError, VdcacheError, VdcacheWarning
+    from vdcache.passes.base import Pass, PassResult, Pipeline
+    from vdcache.recipe import Recipe, adacache, recipes
+    from vdcache.runtime.history import History
+    from vdcache.runtime.plan import Plan
+    from vdcache.runtime.policies import Codebook, MoReg, Policy
+    from vdcache.runtime.session import Session
+
+
+def __getattr__(name: str) -> Any:
+    """Public names load when they are first used, so that `import vdcache` costs nothing and imports no torch."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'vdcache' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,69 @@
+"""`vdcache.compile`: torch.compile with this backend, and a handle on the session."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from vdcache.backends import Backend, Settings
+from vdcache.recipe import Recipe
+from vdcache.runtime import registry
+
+__all__ = ["compile"]
+
+
+def compile(
+    model: Callable[..., Any],
+    recipe: str | Recipe | None = None,
+    *,
+    num_steps: int | None = None,
+    inner: str = "inductor",
+    strict: bool = False,
+    inductor: Mapping[str, Any] | None = None,
+    **torch_compile: Any,
+) -> Any:
+    """Compile a denoiser so that it skips work by a caching recipe.
+
+    Args:
+        model: a module or function that is called once a denoising step (or once a lane of guidance).
+        recipe: a `Recipe` or a name from `vdcache.recipes()`; `adacache-slow` without.
+        num_steps: denoising steps of a generation; learnt from the first generation if not given.
+        inner: "inductor" or "eager".
+        strict: raise where vdcache would otherwise step aside with a warning.
+        inductor: Inductor's own settings.
+        torch_compile: `fullgraph`, `dynamic`, `mode` of torch.compile.
+
+    Returns what torch.compile returns, with the `Session` as its attribute `vdcache`: its history, its summary, and
+    `begin`, `step`, `lane` for callers who say where they are. The model itself is not changed.
+
+    Raises:
+        ConfigError: an unknown recipe or option, before anything runs.
+    """
+    options = {"recipe": recipe, "num_steps": num_steps, "inner": inner, "strict": strict, "inductor": inductor}
+    settings = Settings.of(options)
+    session = settings.new_session()
+    compiled = torch.compile(model, backend=Backend(settings, torch_compile.pop("mode", None)), **torch_compile)  # type: ignore[call-overload]
+    if isinstance(compiled, nn.Module):
+        forward = compiled.forward
+
+        @functools.wraps(forward)
+        def under_session(*args: Any, **kwargs: Any) -> Any:
+            with registry.using(session):
+                return forward(*args, **kwargs)
+
+        # past OptimizedModule.__setattr__, which would write into the user's model
+        compiled.__dict__["forward"] = under_session
+        compiled.__dict__["vdcache"] = session
+        return compiled
+
+    @functools.wraps(compiled)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with registry.using(session):
+            return compiled(*args, **kwargs)
+
+    call.vdcache = session  # type: ignore[attr-defined]
+    return call

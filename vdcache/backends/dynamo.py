@@ -1,0 +1,123 @@
+"""The torch.compile backend: `torch.compile(model, backend="vdcache", options={…})`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from vdcache.backends.eager import run_eagerly
+from vdcache.backends.inductor import compile_now, frame_of_backend_call
+from vdcache.backends.program import Program
+from vdcache.backends.settings import Settings
+from vdcache.ir.capture import capture
+from vdcache.ir.errors import CaptureError, ConfigError, VdcacheError
+from vdcache.ir.ops import is_work
+from vdcache.patterns.attention import attention_nodes
+
+__all__ = ["Backend", "backend"]
+
+
+def backend(
+    graph: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """The entry point `vdcache` of `torch_dynamo_backends`.
+
+    Args:
+        options: `recipe`, `num_steps`, `inner`, `strict`, `inductor` (`Settings`).
+        mode: as torch.compile's; "reduce-overhead" runs plain, because CUDA graphs are not tested yet.
+
+    Raises:
+        ConfigError: an option that does not exist or cannot be.
+        CaptureError: under `strict`, a graph that vdcache does not understand or that holds nothing to cache.
+    """
+    return compile_graph(graph, example_inputs, Settings.of(options), mode)
+
+
+class Backend:
+    """The backend with its settings bound: what `vdcache.compile` hands to torch.compile."""
+
+    def __init__(self, settings: Settings, mode: str | None = None) -> None:
+        self.settings, self.mode = settings, mode
+
+    def __call__(self, graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        return compile_graph(graph, example_inputs, self.settings, self.mode)
+
+
+def compile_graph(
+    graph: fx.GraphModule, example_inputs: Sequence[Any], settings: Settings, mode: str | None = None
+) -> Callable[..., Any]:
+    """Bring one Dynamo graph under its session, or compile it plainly where that cannot be done."""
+    if mode is not None:
+        settings = _with_mode(settings, mode)
+    if mode in ("reduce-overhead", "max-autotune"):
+        return _plain(graph, example_inputs, settings, f"mode={mode!r} uses CUDA graphs, which vdcache does not support yet")
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in example_inputs):
+        return _plain(
+            graph,
+            example_inputs,
+            settings,
+            "gradients are enabled, and cached values have none; sample under torch.no_grad() or torch.inference_mode()",
+        )
+    family, frame, split = frame_of_backend_call()
+    resumes = frame.startswith("torch_dynamo_resume_in")
+    try:
+        program = Program(capture(graph, example_inputs), settings, family, resumes)
+    except ConfigError:
+        raise
+    except VdcacheError as error:
+        if settings.strict:
+            raise
+        return _plain(graph, example_inputs, settings, str(error))
+    if not program.slots and program.settings.recipe.passes:
+        whole = not (split or resumes)
+        if whole or attention_nodes(list(graph.graph.nodes)):
+            return _nothing_found(program, graph, example_inputs, settings)
+        if not any(is_work(n) for n in program.guarded.graph.nodes):
+            return _inner(graph, example_inputs, settings)
+    program.compile_first(example_inputs)
+    settings.programs.append(program)
+    return program
+
+
+def _nothing_found(
+    program: Program, graph: fx.GraphModule, example_inputs: Sequence[Any], settings: Settings
+) -> Callable[..., Any]:
+    refusals = "".join(f"\n  {r}" for r in program.refusals) or "\n  no addition of a value to what was computed from it"
+    message = f"the recipe '{settings.recipe.name}' finds no slot in this graph; every candidate:{refusals}"
+    if settings.strict:
+        raise CaptureError(message)
+    return _plain(graph, example_inputs, settings, message)
+
+
+def _plain(graph: fx.GraphModule, example_inputs: Sequence[Any], settings: Settings, why: str) -> Callable[..., Any]:
+    """Compile as without vdcache, and say once why."""
+    if settings.strict:
+        raise CaptureError(f"strict=True: {why}")
+    settings.say_once(why, f"vdcache steps aside, the graph runs as plain torch.compile would run it: {why}")
+    return _inner(graph, example_inputs, settings)
+
+
+def _inner(graph: fx.GraphModule, example_inputs: Sequence[Any], settings: Settings) -> Callable[..., Any]:
+    if settings.inner == "eager":
+        return graph.forward if torch.is_grad_enabled() else run_eagerly(graph)
+    return compile_now(graph, example_inputs, dict(settings.inductor))
+
+
+def _with_mode(settings: Settings, mode: str) -> Settings:
+    """Inductor's settings of a torch.compile mode, under the user's own."""
+    from dataclasses import replace
+
+    if mode == "default":
+        return settings
+    try:
+        known = dict(torch._inductor.list_mode_options(mode))
+    except RuntimeError as error:
+        raise ConfigError(f"torch.compile has no mode {mode!r}") from error
+    return replace(settings, inductor=tuple(sorted({**known, **dict(settings.inductor)}.items())))

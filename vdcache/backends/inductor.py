@@ -1,0 +1,79 @@
+"""Inductor as the inner compiler, at once and later. Every private torch name of the backend is in this file.
+
+Seen to work on torch 2.13.0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+__all__ = ["Context", "compile_now", "frame_of_backend_call"]
+
+Compiled = Callable[..., Sequence[Any]]
+
+
+def compile_now(graph: fx.GraphModule, inputs: Sequence[Any], options: Mapping[str, Any]) -> Compiled:
+    """Compile with Inductor; `inputs` are real or fake tensors, numbers, symbols.
+
+    Args:
+        options: Inductor's own settings, in force for this graph alone.
+    """
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(graph, list(inputs), config_patches=dict(options) or None)  # type: ignore[no-any-return,return-value,arg-type]
+
+
+class Context:
+    """What Dynamo knew when it called the backend, for compiling more of the same graph after it has returned.
+
+    Symbols of dynamic shapes mean something only under the tracing context that made them.
+    """
+
+    def __init__(self) -> None:
+        from torch._guards import TracingContext
+
+        self._tracing = TracingContext.try_get()
+
+    @contextlib.contextmanager
+    def again(self) -> Iterator[None]:
+        """Compile inside as if Dynamo were still calling."""
+        from torch._guards import tracing
+
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())
+            if self._tracing is not None:
+                stack.enter_context(tracing(self._tracing))
+            yield
+
+    def guards(self) -> int:
+        """How many shape guards there are: one more after compiling later is one that nobody checks."""
+        env = getattr(getattr(self._tracing, "fake_mode", None), "shape_env", None)
+        return len(env.guards) if env is not None else 0
+
+
+def frame_of_backend_call() -> tuple[object, str, bool]:
+    """The user's frame that Dynamo compiles now: an identity shared by its recompilations, its code's name, whether Dynamo
+    split it (so that this graph is one of several)."""
+    from torch._guards import CompileContext
+
+    compile_id = CompileContext.current_compile_id()
+    family: object = getattr(compile_id, "frame_id", None)
+    name, split = "", False
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        root = getattr(owner, "root_tx", None)
+        if root is not None and hasattr(root, "f_code"):
+            name = root.f_code.co_name
+            reason = getattr(owner, "compile_subgraph_reason", None)
+            split = bool(getattr(reason, "graph_break", False))
+            break
+        frame = frame.f_back
+    return (family if family is not None else object()), name, split

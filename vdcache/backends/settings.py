@@ -1,0 +1,73 @@
+"""What the user asked for, checked before anything runs."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from vdcache.ir.errors import ConfigError, warn_once
+from vdcache.recipe import Recipe, recipe
+from vdcache.runtime.session import Session
+
+__all__ = ["Settings"]
+
+INNER = ("inductor", "eager")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of the backend.
+
+    Args:
+        recipe: a recipe or the name of one; `adacache-slow` without.
+        num_steps: denoising steps of a generation; None to learn them from the first one.
+        inner: "inductor", or "eager" (bit-exact, for tests).
+        strict: what vdcache does not understand is an error instead of a warning.
+        inductor: Inductor's own settings, as torch.compile's `options` takes them.
+
+    Raises:
+        ConfigError: anything that does not exist or cannot be.
+    """
+
+    recipe: Recipe
+    num_steps: int | None = None
+    inner: str = "inductor"
+    strict: bool = False
+    inductor: tuple[tuple[str, Any], ...] = ()
+    session: Session | None = field(default=None, compare=False)
+    programs: list[Any] = field(default_factory=list, compare=False, repr=False)
+    _said: set[str] = field(default_factory=set, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.num_steps is not None and (not isinstance(self.num_steps, int) or self.num_steps < 1):
+            raise ConfigError(f"num_steps is the number of denoising steps, at least 1; got {self.num_steps!r}")
+        if self.inner not in INNER:
+            raise ConfigError(f"inner is {' or '.join(INNER)}; got {self.inner!r}")
+
+    @staticmethod
+    def of(options: Mapping[str, Any] | None) -> Settings:
+        """Settings from the `options` of torch.compile."""
+        options = dict(options or {})
+        known = [f.name for f in fields(Settings) if f.compare]
+        for name in options:
+            if name not in known:
+                near = difflib.get_close_matches(str(name), known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ConfigError(f"unknown option {name!r}{hint} There are {', '.join(known)}; Inductor's own go under 'inductor'.")
+        inductor = options.pop("inductor", {}) or {}
+        return Settings(recipe=recipe(options.pop("recipe", None)), inductor=tuple(sorted(inductor.items())), **options)
+
+    def new_session(self) -> Session:
+        """A session for one model."""
+        if self.session is not None:
+            return self.session
+        return Session(self.recipe.policy, self.num_steps, name=self.recipe.name, prepare=self.policy_for)
+
+    def policy_for(self, num_steps: int) -> Any:
+        """The recipe's policy for a number of steps; says once where its codebook is not the published one."""
+        return self.recipe.for_steps(num_steps, lambda message: self.say_once(f"steps {num_steps}", message)).policy
+
+    def say_once(self, key: str, message: str) -> None:
+        warn_once(self._said, message, key=key)

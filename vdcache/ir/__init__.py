@@ -1,0 +1,40 @@
+"""One graph form: how models enter it, what its nodes mean, how it prints, what may be known of it."""
+
+from vdcache.ir.capture import Captured, Signature, capture, exported, signature, trace
+from vdcache.ir.dialect import group_of, guard, guards, observations, observe
+from vdcache.ir.dump import dump, type_of
+from vdcache.ir.errors import (
+    CacheStateError,
+    CaptureError,
+    ConfigError,
+    ContractError,
+    VdcacheError,
+    VdcacheWarning,
+    warn_once,
+)
+from vdcache.ir.facts import Fact, check
+
+__all__ = [
+    "CacheStateError",
+    "Captured",
+    "CaptureError",
+    "ConfigError",
+    "ContractError",
+    "Fact",
+    "Signature",
+    "VdcacheError",
+    "VdcacheWarning",
+    "capture",
+    "check",
+    "dump",
+    "exported",
+    "group_of",
+    "guard",
+    "guards",
+    "observations",
+    "observe",
+    "signature",
+    "trace",
+    "type_of",
+    "warn_once",
+]

@@ -1,0 +1,60 @@
+"""The nodes that live between capture and specialisation.
+
+They are plain Python functions, used as targets of `call_function` nodes, and all are identities: a graph that holds
+them still computes what it computed before. `specialise` turns every one of them into plain ATen, so none reaches a
+compiler.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, fx
+
+__all__ = ["DISTANCES", "group_of", "guard", "guards", "is_dialect", "observations", "observe"]
+
+DISTANCES = ("l1", "l2", "cosine")
+
+
+def guard(fresh: Tensor, slot: str, base: Tensor | None = None) -> Tensor:
+    """The value `fresh`, which may come from an earlier step instead.
+
+    Without `base` the saved value is `fresh`. With it the saved value is `fresh - base`, and reuse gives
+    `base + saved` (a delta list, METHODS I.2). Recomputing returns `fresh` itself, bit for bit.
+
+    Args:
+        slot: "group/name"; a plan reuses whole groups.
+    """
+    return fresh
+
+
+def observe(value: Tensor, slot: str, distance: str, strides: tuple[int, ...] = (), frames: int = 0) -> Tensor:
+    """The value `value`, whose change since the last recomputed step is measured for the policy.
+
+    A recomputing variant returns the sums that the measures are made of (`runtime.measures`), so that lanes can be
+    added up before anything is divided.
+
+    Args:
+        slot: names the observation; its previous value is kept in the store under this name.
+        distance: "l1", "l2" or "cosine".
+        strides: frame distances of the motion score (AdaCache equation 7); none when no motion is asked for.
+        frames: latent frames; `value` is then [B, frames * S, C] with frames outermost, or has `frames` as dimension 1.
+    """
+    return value
+
+
+def is_dialect(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target in (guard, observe)
+
+
+def guards(graph: fx.Graph) -> list[fx.Node]:
+    """The guard nodes of a graph, in order."""
+    return graph.find_nodes(op="call_function", target=guard)
+
+
+def observations(graph: fx.Graph) -> list[fx.Node]:
+    """The observe nodes of a graph, in order."""
+    return graph.find_nodes(op="call_function", target=observe)
+
+
+def group_of(slot: str) -> str:
+    """The group of a slot: what a plan names."""
+    return slot.partition("/")[0]

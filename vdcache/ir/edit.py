@@ -1,0 +1,60 @@
+"""Adding nodes to a graph, typed as they are made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx
+
+__all__ = ["add_input", "call", "inputs", "live_nodes", "outputs", "set_outputs"]
+
+
+def call(graph: fx.Graph, target: Any, *args: Any, made_by: str, **kwargs: Any) -> fx.Node:
+    """Add `target(*args, **kwargs)` at the graph's insertion point, with its fake value."""
+
+    def value(x: Any) -> Any:
+        return x.meta["val"] if isinstance(x, fx.Node) else x
+
+    with torch.no_grad():
+        result = target(*pytree.tree_map(value, args), **pytree.tree_map(value, kwargs))
+    node = graph.call_function(target, args, kwargs)
+    node.meta = {"val": result, "vdcache": made_by}
+    return node
+
+
+def inputs(graph: fx.Graph) -> list[fx.Node]:
+    return graph.find_nodes(op="placeholder")
+
+
+def add_input(graph: fx.Graph, name: str, like: torch.Tensor, made_by: str) -> fx.Node:
+    """Add an input after all others: a dense tensor of the shape, dtype and device of `like`."""
+    existing = inputs(graph)
+    place = graph.inserting_after(existing[-1]) if existing else graph.inserting_before(next(iter(graph.nodes)))
+    with place:
+        node = graph.placeholder(name)
+    node.meta = {"val": torch.empty_like(like, memory_format=torch.contiguous_format), "vdcache": made_by}
+    return node
+
+
+def outputs(graph: fx.Graph) -> list[Any]:
+    """What the graph returns, as a flat list."""
+    results = graph.output_node().args[0]
+    return list(results) if isinstance(results, (tuple, list)) else [results]
+
+
+def set_outputs(graph: fx.Graph, values: list[Any]) -> None:
+    graph.output_node().args = (tuple(values),)
+
+
+def live_nodes(start: list[Any]) -> set[fx.Node]:
+    """Every node that `start` is computed from, `start` included."""
+    todo = [n for n in start if isinstance(n, fx.Node)]
+    live = set(todo)
+    while todo:
+        for parent in todo.pop().all_input_nodes:
+            if parent not in live:
+                live.add(parent)
+                todo.append(parent)
+    return live

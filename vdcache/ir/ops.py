@@ -1,0 +1,79 @@
+"""Which ATen operations are views, casts, real work or attention: the vocabulary of the patterns."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+__all__ = [
+    "ATTENTION",
+    "CASTS",
+    "NORMS",
+    "VIEWS",
+    "is_effectful",
+    "is_work",
+    "same_type",
+    "tensor_of",
+]
+
+aten = torch.ops.aten
+
+
+def _all(*names: str) -> frozenset[object]:
+    """Every overload of the named operations (an operation that this torch lacks is left out)."""
+    packets = (getattr(aten, name, None) for name in names)
+    return frozenset(getattr(p, overload) for p in packets if p is not None for overload in p.overloads())
+
+
+# One tensor in, the same elements out in another order or shape.
+VIEWS = _all(
+    "view", "_unsafe_view", "reshape", "permute", "transpose", "t", "unsqueeze", "squeeze", "flatten", "unflatten", "movedim"
+)
+# One tensor in, the same elements out in another type or place.
+CASTS = _all("_to_copy", "to", "type_as", "alias", "detach", "clone", "contiguous", "lift_fresh_copy")
+NORMS = _all("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm", "group_norm")
+ATTENTION = _all("scaled_dot_product_attention")
+
+_MATMULS = _all("linear", "addmm", "mm", "bmm", "baddbmm", "matmul", "einsum", "_scaled_mm", "_int_mm", "_weight_int8pack_mm")
+_CONVS = _all("convolution", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+_WORK = _MATMULS | _CONVS | ATTENTION
+
+_RANDOM = _all(
+    "bernoulli", "normal", "rand", "rand_like", "randn", "randn_like", "randint", "randint_like", "randperm", "uniform", "multinomial"
+)
+
+
+def is_work(node: fx.Node) -> bool:
+    """Whether the node does what a cache may save: matrix products, convolutions, attention, foreign kernels."""
+    if node.op != "call_function":
+        return False
+    if node.target in _WORK:
+        return True
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return True
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace not in ("aten", "prims", "prim")
+
+
+def is_effectful(node: fx.Node) -> bool:
+    """Whether skipping the node changes more than its value: writes, random numbers, communication, dropout in training."""
+    if node.op != "call_function":
+        return False
+    if node.target in _RANDOM:
+        return True
+    if node.target is aten.dropout.default:
+        return bool(node.args[2]) and node.args[1] != 0
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable or "c10d" in node.target.namespace
+    return "autocast" in str(node.target)
+
+
+def tensor_of(node: object) -> torch.Tensor | None:
+    """The fake tensor that a node computes, if it computes one."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def same_type(a: object, b: object) -> bool:
+    """Whether two nodes compute tensors of equal shape, dtype and device."""
+    x, y = tensor_of(a), tensor_of(b)
+    return x is not None and y is not None and x.shape == y.shape and x.dtype == y.dtype and x.device == y.device

@@ -1,0 +1,198 @@
+"""The contract of a pass, and the pipeline that holds passes to it."""
+
+from __future__ import annotations
+
+import abc
+import copy
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from vdcache.ir.dump import dump
+from vdcache.ir.errors import ConfigError, ContractError, VdcacheError
+from vdcache.ir.facts import Fact, check
+
+__all__ = ["Pass", "PassResult", "Pipeline", "Refusal", "drop_dead_code", "tag"]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A place that a pass did not rewrite, with every reason. Refusing is no error: the graph stays as it was there."""
+
+    node: str
+    reasons: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.node}:" + "".join(f"\n  {r}" for r in self.reasons)
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What a pass did: the graph (edited in place), the number of rewrites, the refusals. No rewrite means no change."""
+
+    graph: fx.GraphModule
+    rewrites: int = 0
+    refusals: tuple[Refusal, ...] = ()
+
+
+@dataclass(frozen=True)
+class Pass(abc.ABC):
+    """One rewrite of a graph, as a value: its fields are its options.
+
+    A pass edits the graph that it is given (the pipeline copies once, at the start). Its text, `str(a_pass)`, is
+    `name{option=value,…}` with the options that differ from their defaults.
+    """
+
+    name: ClassVar[str]
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.FUNCTIONAL, Fact.TYPED})
+    ensures: ClassVar[frozenset[Fact]] = frozenset()
+
+    @abc.abstractmethod
+    def run(self, graph: fx.GraphModule) -> PassResult:
+        """Rewrite `graph` in place."""
+
+    def __str__(self) -> str:
+        changed = [f for f in fields(self) if getattr(self, f.name) != f.default]
+        options = ",".join(f"{f.name.replace('_', '-')}={_option_text(getattr(self, f.name))}" for f in changed)
+        return f"{self.name}{{{options}}}" if options else self.name
+
+
+def _option_text(value: Any) -> str:
+    if isinstance(value, (tuple, list, frozenset, set)):
+        items = sorted(value) if isinstance(value, (set, frozenset)) else value
+        return "[" + ",".join(_option_text(v) for v in items) + "]"
+    if isinstance(value, bool) or value is None:
+        return str(value).lower()
+    return str(value)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the pipeline remembers of one pass: its text, what it did, and how long it took (seconds)."""
+
+    text: str
+    rewrites: int
+    refusals: tuple[Refusal, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Passes in order. The order is checked when the pipeline is made, without a graph.
+
+    Args:
+        passes: each finds the facts that it requires among those that `given` holds and earlier passes ensure.
+        verify: check every ensured fact on every result, and that "no rewrites" means unchanged text.
+        given: facts that hold on every captured graph.
+
+    Raises:
+        ContractError: a pass requires what nothing before it ensures.
+    """
+
+    passes: tuple[Pass, ...]
+    verify: bool = False
+    given: frozenset[Fact] = frozenset({Fact.FUNCTIONAL, Fact.TYPED})
+
+    def __post_init__(self) -> None:
+        known = set(self.given)
+        for a_pass in self.passes:
+            if missing := a_pass.requires - known:
+                names = ", ".join(sorted(f.value for f in missing))
+                raise ContractError(f"'{a_pass.name}' requires {names}; nothing before it ensures that")
+            known |= a_pass.ensures
+
+    def __str__(self) -> str:
+        return ",".join(str(p) for p in self.passes)
+
+    def __iter__(self) -> Iterator[Pass]:
+        return iter(self.passes)
+
+    def run(self, graph: fx.GraphModule, *, copied: bool = False) -> tuple[fx.GraphModule, tuple[Step, ...]]:
+        """Run all passes on a copy of `graph` (on `graph` itself when it is `copied` already).
+
+        Raises:
+            ContractError: `verify` found a broken promise.
+        """
+        graph = graph if copied else copy.deepcopy(graph)
+        steps: list[Step] = []
+        for a_pass in self.passes:
+            began = time.perf_counter()
+            before = dump(graph) if self.verify else ""
+            try:
+                result = a_pass.run(graph)
+            except VdcacheError as error:
+                error.add_note(f"in pass '{a_pass}' after {[s.text for s in steps] or 'capture'}")
+                raise
+            graph = result.graph
+            if self.verify:
+                for fact in a_pass.ensures:
+                    check(fact, graph.graph, after=f"'{a_pass}'")
+                if not result.rewrites and dump(graph) != before:
+                    raise ContractError(f"'{a_pass}' reports no rewrites, but the graph has changed")
+            steps.append(Step(str(a_pass), result.rewrites, result.refusals, time.perf_counter() - began))
+        graph.recompile()
+        return graph, tuple(steps)
+
+    @staticmethod
+    def parse(text: str, known: dict[str, type[Pass]] | None = None) -> Pipeline:
+        """The pipeline that prints as `text`.
+
+        Raises:
+            ConfigError: an unknown pass or option.
+        """
+        if known is None:
+            from vdcache.passes import PASSES as known
+        passes = []
+        for name, options in re.findall(r"([a-z][a-z0-9-]*)(?:\{([^}]*)\})?(?:,|$)", text):
+            if name not in known:
+                raise ConfigError(f"no pass is called {name!r}; there are {', '.join(sorted(known))}")
+            passes.append(_with_options(known[name], options))
+        return Pipeline(tuple(passes))
+
+
+def _with_options(kind: type[Pass], text: str) -> Pass:
+    options: dict[str, Any] = {}
+    allowed = {f.name: f for f in fields(kind)}
+    for key, value in re.findall(r"([a-z-]+)=(\[[^\]]*\]|[^,]*)(?:,|$)", text):
+        name = key.replace("-", "_")
+        if name not in allowed:
+            raise ConfigError(f"pass '{kind.name}' has no option {key!r}; it has {', '.join(allowed) or 'none'}")
+        options[name] = _option_value(value, allowed[name].default)
+    return kind(**options)
+
+
+def _option_value(text: str, default: Any) -> Any:
+    if text.startswith("["):
+        items = [_option_value(t, None) for t in text[1:-1].split(",") if t]
+        return frozenset(items) if isinstance(default, frozenset) else tuple(items)
+    if text in ("true", "false", "none"):
+        return {"true": True, "false": False, "none": None}[text]
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    return text
+
+
+def drop_dead_code(graph: fx.Graph, keep: Callable[[fx.Node], bool] | None = None) -> int:
+    """Remove nodes that nothing uses; those that `keep` names, inputs and outputs stay. Returns how many went."""
+    gone = 0
+    for node in reversed(list(graph.nodes)):
+        if not node.users and node.op not in ("placeholder", "output") and not (keep and keep(node)):
+            graph.erase_node(node)
+            gone += 1
+    return gone
+
+
+def tag(node: fx.Node, a_pass: str, like: fx.Node, value: torch.Tensor | None = None) -> fx.Node:
+    """Give a new node the meta of the node that it stands for, and say who made it."""
+    node.meta = {**like.meta, "vdcache": a_pass}
+    if value is not None:
+        node.meta["val"] = value
+    return node

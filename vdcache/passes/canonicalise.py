@@ -1,0 +1,84 @@
+"""canonicalise: drop nodes that compute nothing.
+
+    add(x, dropout(f(x), 0.1, False))   -->   add(x, f(x))
+
+Goes: assertions on metadata, dropout outside training, aliases, casts to the type that a value has already, the
+concatenation of all slices of one tensor, dead code. Bit-exact. Refuses nothing; what it does not know stays.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from vdcache.ir.facts import Fact
+from vdcache.ir.ops import is_effectful, same_type
+from vdcache.passes.base import Pass, PassResult, drop_dead_code
+
+aten = torch.ops.aten
+_CASTS = (aten._to_copy.default, aten.to.dtype, aten.type_as.default)
+
+
+@dataclass(frozen=True)
+class Canonicalise(Pass):
+    """Drop nodes that compute nothing."""
+
+    name: ClassVar[str] = "canonicalise"
+    ensures: ClassVar[frozenset[Fact]] = frozenset({Fact.CANONICAL})
+
+    def run(self, graph: fx.GraphModule) -> PassResult:
+        rewrites = 0
+        for node in list(graph.graph.nodes):
+            if node.target is aten._assert_tensor_metadata.default:
+                graph.graph.erase_node(node)
+                rewrites += 1
+            elif (source := _same_value(node)) is not None:
+                node.replace_all_uses_with(source)
+                graph.graph.erase_node(node)
+                rewrites += 1
+        rewrites += drop_dead_code(graph.graph, keep=is_effectful)
+        return PassResult(graph, rewrites)
+
+
+def _same_value(node: fx.Node) -> fx.Node | None:
+    """The node whose value `node` repeats, if it repeats one."""
+    if node.op != "call_function" or not node.args:
+        return None
+    first = node.args[0]
+    if node.target is aten.dropout.default and isinstance(first, fx.Node):
+        return first if not node.args[2] or node.args[1] == 0 else None
+    if node.target in (aten.alias.default, aten.lift_fresh_copy.default) and isinstance(first, fx.Node):
+        return first
+    if node.target in _CASTS and isinstance(first, fx.Node):
+        # a copy that the model returns must stay a copy: the caller may write into it
+        kept = any(user.op == "output" for user in node.users) or node.kwargs.get("memory_format") is not None
+        return first if same_type(first, node) and not kept else None
+    if node.target is aten.cat.default:
+        return _whole(node)
+    return None
+
+
+def _whole(node: fx.Node) -> fx.Node | None:
+    """The tensor whose consecutive slices `node` puts together again, completely."""
+    pieces, dim = node.args[0], node.args[1] if len(node.args) > 1 else 0
+    if not isinstance(pieces, (list, tuple)) or len(pieces) < 2:
+        return None
+    at: object = 0
+    source = None
+    for piece in pieces:
+        if not isinstance(piece, fx.Node) or piece.target is not aten.slice.Tensor:
+            return None
+        args = [*piece.args, None, None, None, None][:5]
+        of, along, start, stop, step = args[0], args[1] or 0, args[2] or 0, args[3], args[4]
+        ndim = len(piece.meta["val"].shape)
+        if (source is not None and of is not source) or along % ndim != dim % ndim or step not in (None, 1) or start != at:  # type: ignore[operator]
+            return None
+        source, at = of, stop
+    if not isinstance(source, fx.Node) or not same_type(source, node):
+        return None
+    size = source.meta["val"].shape[dim]
+    ends = isinstance(at, int) and (at >= 2**62 or (isinstance(size, int) and at >= size))
+    return source if at is None or ends else None

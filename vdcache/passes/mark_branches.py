@@ -1,0 +1,99 @@
+"""mark-branches: put a guard on every residual branch.
+
+    y = add(x, f(x, c))   -->   y = add(x, guard(f(x, c), slot))
+
+A guard is an identity: this pass only names the values that a later plan may take from an earlier step. Bit-exact.
+A join that computes gate and sum at once (addcmul, add with a factor) has no contribution of its own; its guard holds the
+difference of the stream instead: y = guard(addcmul(x, g, h), slot, x).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from vdcache.ir import dialect
+from vdcache.ir.errors import ConfigError
+from vdcache.ir.facts import Fact
+from vdcache.ir.ops import same_type
+from vdcache.passes.base import Pass, PassResult, Refusal, tag
+from vdcache.patterns import KINDS, Branch, anatomy
+
+
+@dataclass(frozen=True)
+class MarkBranches(Pass):
+    """Guard the residual branches of some kinds.
+
+    Args:
+        kinds: which branches, empty for all (`patterns.KINDS`).
+        group: the group that their slots belong to; a plan reuses whole groups.
+        gate: "post" keeps the contribution as it is added; "pre" keeps the value before the gate, so that every step
+            applies its own gate (FORA, TaylorSeer), where the branch has one.
+
+    Raises:
+        ConfigError: an unknown kind or gate.
+    """
+
+    name: ClassVar[str] = "mark-branches"
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.FUNCTIONAL, Fact.TYPED, Fact.CANONICAL})
+    ensures: ClassVar[frozenset[Fact]] = frozenset({Fact.GUARDED})
+
+    kinds: tuple[str, ...] = ()
+    group: str = "all"
+    gate: str = "post"
+
+    def __post_init__(self) -> None:
+        if unknown := [k for k in self.kinds if k not in KINDS]:
+            raise ConfigError(f"{self.name}: no branch kind {unknown[0]!r}; there are {', '.join(KINDS)}")
+        if self.gate not in ("post", "pre"):
+            raise ConfigError(f"{self.name}: gate must be 'post' or 'pre', got {self.gate!r}")
+
+    def run(self, graph: fx.GraphModule) -> PassResult:
+        found = anatomy(graph)
+        nodes = {n.name: n for n in graph.graph.nodes}
+        used = {str(n.args[1]) for n in dialect.guards(graph.graph)}
+        rewrites, refusals = 0, [Refusal(r.node, (r.reason,)) for r in found.refusals]
+        for branch in found:
+            if self.kinds and branch.kind not in self.kinds:
+                refusals.append(Refusal(branch.join, (f"it is {branch.kind}, which was not asked for",)))
+                continue
+            slot = _free(f"{self.group}/{branch.name}", used)
+            if reason := self._guard(graph.graph, branch, nodes, slot):
+                refusals.append(Refusal(branch.join, (reason,)))
+                continue
+            used.add(slot)
+            rewrites += 1
+        return PassResult(graph, rewrites, tuple(refusals))
+
+    def _guard(self, graph: fx.Graph, branch: Branch, nodes: dict[str, fx.Node], slot: str) -> str | None:
+        """Guard one branch in place; the reason where that cannot be done."""
+        join = nodes[branch.join]
+        if branch.contribution is None:
+            base = nodes[branch.base]
+            if not same_type(base, join):
+                return f"the sum is {join.meta['val'].dtype}, its stream {base.meta['val'].dtype}"
+            with graph.inserting_after(join):
+                marked = tag(graph.call_function(dialect.guard, (join, slot, base)), str(self), join)
+            join.replace_all_uses_with(marked, delete_user_cb=lambda user: user is not marked)
+            return None
+        value = nodes[branch.contribution]
+        at_gate = self.gate == "pre" and branch.pre_gate is not None
+        fresh = nodes[branch.pre_gate] if at_gate and branch.pre_gate else value
+        if any(dialect.is_dialect(u) for u in fresh.users):
+            return f"'{fresh.name}' is guarded already"
+        with graph.inserting_after(fresh):
+            marked = tag(graph.call_function(dialect.guard, (fresh, slot)), str(self), fresh)
+        if at_gate:
+            fresh.replace_all_uses_with(marked, delete_user_cb=lambda user: user is not marked)
+        else:
+            join.replace_input_with(value, marked)
+        return None
+
+
+def _free(name: str, used: set[str]) -> str:
+    """`name`, with a number where it is taken (a block may hold two branches of one kind)."""
+    if name not in used:
+        return name
+    return next(f"{name}.{i}" for i in range(2, len(used) + 3) if f"{name}.{i}" not in used)

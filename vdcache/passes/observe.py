@@ -1,0 +1,138 @@
+"""observe: measure how much one branch changes from one computed step to the next.
+
+    add(x, f(x))   -->   add(x, f(x)); observe(f(x), slot, distance)
+
+The observation is a side value: nothing of the model reads it. AdaCache measures one branch for the whole model (papers/000
+section 4.2: schedules of single layers are unstable), by default the temporal attention, else the self-attention, of
+the middle block of the largest stream. The value is rounded to the stream's dtype before it is compared and kept, so that it
+takes the bytes of one stream tensor even where gates are computed in float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from vdcache.ir import dialect
+from vdcache.ir.edit import call
+from vdcache.ir.errors import ConfigError
+from vdcache.ir.facts import Fact
+from vdcache.passes.base import Pass, PassResult, Refusal, tag
+from vdcache.patterns import KINDS, Anatomy, Branch, anatomy
+
+aten = torch.ops.aten
+_ATTENDS = ("self-attention", "joint-attention", "fused")
+
+
+@dataclass(frozen=True)
+class Observe(Pass):
+    """Observe one branch, or the same kind of branch in several blocks.
+
+    Args:
+        kind: kind of the branch, "temporal-attention" or "spatial-attention"; empty for AdaCache's choice.
+        blocks: which blocks among those that have such a branch, counted from 0; empty for the middle one.
+        distance: "l1", "l2" or "cosine".
+        strides: frame distances of the motion score; empty for none. Needs a graph that shows its latent frames.
+        frames: latent frames, 0 to read them off the graph.
+
+    Raises:
+        ConfigError: the branch does not exist.
+    """
+
+    name: ClassVar[str] = "observe"
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.FUNCTIONAL, Fact.TYPED, Fact.CANONICAL})
+    ensures: ClassVar[frozenset[Fact]] = frozenset({Fact.OBSERVED})
+
+    kind: str = ""
+    blocks: tuple[int, ...] = ()
+    distance: str = "l1"
+    strides: tuple[int, ...] = ()
+    frames: int = 0
+
+    def __post_init__(self) -> None:
+        kinds = (*KINDS, "temporal-attention", "spatial-attention")
+        if self.kind and self.kind not in kinds:
+            raise ConfigError(f"{self.name}: no branch kind {self.kind!r}; there are {', '.join(kinds)}")
+        if self.distance not in dialect.DISTANCES:
+            raise ConfigError(f"{self.name}: no distance {self.distance!r}; there are {', '.join(dialect.DISTANCES)}")
+        if any(i < 1 for i in self.strides):
+            raise ConfigError(f"{self.name}: strides are frame distances of at least 1, got {self.strides}")
+
+    def run(self, graph: fx.GraphModule) -> PassResult:
+        found = anatomy(graph)
+        if not found.branches:
+            return PassResult(graph, 0, (Refusal("output", ("the graph has no residual branch to observe",)),))
+        nodes = {n.name: n for n in graph.graph.nodes}
+        rewrites, refusals = 0, []
+        for branch in self._choose(found, nodes):
+            frames = self._frames(found, branch, nodes)
+            if self.strides and not frames:
+                refusals.append(Refusal(branch.join, ("the graph does not show its latent frames, so motion is not measured",)))
+            value = self._value(branch, nodes)
+            with graph.graph.inserting_after(value):
+                mark = graph.graph.call_function(dialect.observe, ())
+            if value.meta["val"].dtype != nodes[branch.source].meta["val"].dtype:
+                with graph.graph.inserting_before(mark):
+                    dtype = nodes[branch.source].meta["val"].dtype
+                    value = call(graph.graph, aten._to_copy.default, value, dtype=dtype, made_by=str(self))
+            strides = tuple(i for i in self.strides if i < frames)
+            mark.args = (value, f"observed/{branch.name}", self.distance, strides, frames if strides else 0)
+            tag(mark, str(self), value)
+            rewrites += 1
+        return PassResult(graph, rewrites, tuple(refusals))
+
+    def _choose(self, found: Anatomy, nodes: dict[str, fx.Node]) -> list[Branch]:
+        candidates = self._candidates(found, nodes)
+        if not candidates:
+            there = ", ".join(f"{n} {k}" for k, n in found.count().items())
+            raise ConfigError(f"no {self.kind or 'attention'} branch to observe; the graph has {there}")
+        if not self.blocks:
+            return [candidates[(len(candidates) - 1) // 2]]
+        if wrong := [i for i in self.blocks if not 0 <= i < len(candidates)]:
+            raise ConfigError(
+                f"there is no block {wrong[0]} to observe: {len(candidates)} blocks (0 to {len(candidates) - 1}) have "
+                f"a branch of kind {self.kind or candidates[0].kind!r}"
+            )
+        return [candidates[i] for i in self.blocks]
+
+    def _candidates(self, found: Anatomy, nodes: dict[str, fx.Node]) -> list[Branch]:
+        """Branches of the kind in the stream with the most and the largest of them, in order."""
+        if self.kind:
+            layout, _, kind = self.kind.rpartition("-")
+            if layout in ("temporal", "spatial"):
+                chosen = [b for b in found if b.layout == layout and b.kind in _ATTENDS]
+            else:
+                chosen = [b for b in found if b.kind == self.kind]
+        else:
+            chosen = [b for b in found if b.kind in _ATTENDS and b.layout == "temporal"]
+            chosen = chosen or [b for b in found if b.kind in _ATTENDS] or list(found)
+        weight: dict[int, float] = {}
+        for b in chosen:
+            weight[b.stream] = weight.get(b.stream, 0) + _size(nodes[b.join].meta["val"])
+        best = max(weight, key=lambda s: (weight[s], -s), default=-1)
+        return [b for b in chosen if b.stream == best]
+
+    def _value(self, branch: Branch, nodes: dict[str, fx.Node]) -> fx.Node:
+        """The contribution (the sum itself where gate and sum are one operation)."""
+        return nodes[branch.contribution or branch.join]
+
+    def _frames(self, found: Anatomy, branch: Branch, nodes: dict[str, fx.Node]) -> int:
+        """Frames along the branch's value [B, frames * S, C] or, for temporal attention, [B * S, frames, C]; 0 if unknown."""
+        tokens = self._value(branch, nodes).meta["val"].shape[1] if self._value(branch, nodes).meta["val"].ndim == 3 else 0
+        if not isinstance(tokens, int):
+            return 0
+        if self.frames:
+            return self.frames if tokens % self.frames == 0 else 0
+        if found.grid is None or found.grid.frames < 2:
+            return 0
+        return found.grid.frames if tokens in (found.grid.tokens, found.grid.frames) else 0
+
+
+def _size(value: torch.Tensor) -> float:
+    size = 1.0
+    for s in value.shape:
+        size *= s if isinstance(s, int) else 1024  # a symbol stands for many
+    return size

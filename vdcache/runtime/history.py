@@ -1,0 +1,94 @@
+"""What happened: one record a call. Everything that a person sees is made from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vdcache.runtime.measures import Measured
+from vdcache.runtime.plan import RECOMPUTE, Plan
+
+__all__ = ["History", "Record"]
+
+
+@dataclass
+class Record:
+    """One call of the model's graph.
+
+    Args:
+        generation, step, lane: where in the run, each counted from 0; `lane` is a name where the user gave one.
+        timestep: the clock's value (the largest one of a batch), None under explicit control.
+        plan: what the step was meant to reuse.
+        reused: slots that were really reused in this call.
+        measures: what was observed at this step over all its lanes, filled in when the next step is planned.
+        seconds: host time of the call. A GPU may still be working when it ends.
+        why: the reason for recomputing where the plan says reuse, or for a plan that the policy did not choose.
+        syncs: how many times the call waited for a device value.
+    """
+
+    generation: int
+    step: int
+    lane: int | str
+    timestep: float | None
+    plan: Plan
+    reused: tuple[str, ...]
+    measures: tuple[Measured, ...] = ()
+    seconds: float = 0.0
+    why: str = ""
+    syncs: int = 0
+
+    @property
+    def computed(self) -> bool:
+        return not self.reused
+
+
+@dataclass
+class History:
+    """Records in order of calls. At most `limit` are kept, the oldest go first."""
+
+    records: list[Record] = field(default_factory=list)
+    limit: int = 100_000
+
+    def add(self, record: Record) -> None:
+        self.records.append(record)
+        if len(self.records) > self.limit:
+            del self.records[: self.limit // 10]
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self.records)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, at: int) -> Record:
+        return self.records[at]
+
+    def generation(self, number: int = -1) -> list[Record]:
+        """The records of one generation, the last one by default."""
+        if number < 0 and self.records:
+            number = self.records[-1].generation + 1 + number
+        return [r for r in self.records if r.generation == number]
+
+    def computed_steps(self, generation: int = -1) -> list[int]:
+        """The steps of a generation in which at least one lane was computed."""
+        return sorted({r.step for r in self.generation(generation) if r.computed})
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Plain records, as `to_json` writes them."""
+        return [{**asdict(r), "plan": sorted(r.plan.reuse), "measures": [asdict(m) for m in r.measures]} for r in self.records]
+
+    def to_json(self, path: str | Path) -> None:
+        Path(path).write_text(json.dumps(self.rows(), indent=1))
+
+    @staticmethod
+    def from_json(path: str | Path) -> History:
+        records = []
+        for row in json.loads(Path(path).read_text()):
+            row["plan"] = Plan.of(row["plan"]) if row["plan"] else RECOMPUTE
+            row["measures"] = tuple(Measured(**m) for m in row["measures"])
+            row["reused"] = tuple(row["reused"])
+            records.append(Record(**row))
+        return History(records)

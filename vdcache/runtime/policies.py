@@ -1,0 +1,265 @@
+"""When to recompute: pure functions of what was measured.
+
+A policy is a frozen value. Its state is another one, handed in and out, so that a run can be replayed from its history.
+No policy ever touches a tensor. Steps count from 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
+
+from vdcache.ir.errors import ConfigError
+from vdcache.runtime.measures import Measured
+from vdcache.runtime.plan import RECOMPUTE, Plan
+
+__all__ = ["AdaCache", "AdaState", "Always", "Codebook", "EveryN", "MoReg", "Policy", "scaled"]
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """Chooses the plan of every step.
+
+    `plans()` lists every plan that `plan` can return, so the number of variants is known before a run.
+    """
+
+    def plans(self) -> tuple[Plan, ...]: ...
+
+    def start(self, num_steps: int, before: Any = None) -> Any:
+        """The state at the beginning of a generation; `before` is the final state of the generation before, if any."""
+
+    def plan(self, state: Any, step: int) -> Plan:
+        """The plan of `step`, from what was observed up to the step before."""
+
+    def observe(self, state: Any, step: int, plan: Plan, measures: Sequence[Measured] | None) -> Any:
+        """The state after `step` ran with `plan`; `measures` is None where nothing comparable was computed."""
+
+
+ALL = Plan.of(["all"])
+
+
+@dataclass(frozen=True)
+class Always:
+    """Recompute every step: the untouched model, under the same clock and history."""
+
+    def plans(self) -> tuple[Plan, ...]:
+        return (RECOMPUTE,)
+
+    def start(self, num_steps: int, before: Any = None) -> int:
+        return num_steps
+
+    def plan(self, state: int, step: int) -> Plan:
+        return RECOMPUTE
+
+    def observe(self, state: int, step: int, plan: Plan, measures: Sequence[Measured] | None) -> int:
+        return state
+
+
+@dataclass(frozen=True)
+class EveryN:
+    """Recompute at steps 0, n, 2n … and the last; reuse everything in between.
+
+    Raises ConfigError for n below 1.
+    """
+
+    n: int
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise ConfigError(f"every-N recomputes every N-th step, so N is at least 1; got {self.n}")
+
+    def plans(self) -> tuple[Plan, ...]:
+        return (RECOMPUTE, ALL) if self.n > 1 else (RECOMPUTE,)
+
+    def start(self, num_steps: int, before: Any = None) -> int:
+        return num_steps
+
+    def plan(self, state: int, step: int) -> Plan:
+        return RECOMPUTE if step % self.n == 0 or step >= state - 1 else ALL
+
+    def observe(self, state: int, step: int, plan: Plan, measures: Sequence[Measured] | None) -> int:
+        return state
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """From the size of the change to how many steps may pass until the next computed one (AdaCache equation 5).
+
+    Args:
+        entries: (threshold, rate) pairs of any number, thresholds ascending. The first entry with change < threshold decides; the
+            last one takes everything (its threshold is never tested).
+
+    Raises:
+        ConfigError: no entry, thresholds that do not ascend, a rate below 1.
+    """
+
+    entries: tuple[tuple[float, int], ...]
+
+    def __post_init__(self) -> None:
+        if not self.entries:
+            raise ConfigError("a codebook has at least one (threshold, rate) entry")
+        thresholds = [t for t, _ in self.entries]
+        if any(not a < b for a, b in zip(thresholds, thresholds[1:], strict=False)):
+            raise ConfigError(f"the thresholds of a codebook ascend; got {thresholds}")
+        if wrong := [r for _, r in self.entries if r < 1 or r != int(r)]:
+            raise ConfigError(f"the rates of a codebook are whole steps of at least 1; got {wrong[0]}")
+
+    @staticmethod
+    def of(entries: Mapping[float, int] | Sequence[tuple[float, int]] | Codebook) -> Codebook:
+        if isinstance(entries, Codebook):
+            return entries
+        pairs = entries.items() if isinstance(entries, Mapping) else entries
+        return Codebook(tuple((float(t), int(r)) for t, r in pairs))
+
+    def rate(self, change: float) -> int:
+        """Steps until the next computed one; 1 for a change that is not a finite number."""
+        if not math.isfinite(change):
+            return 1
+        return next((r for t, r in self.entries[:-1] if change < t), self.entries[-1][1])
+
+    def __str__(self) -> str:
+        return "{" + ", ".join(f"{t:g}: {r}" for t, r in self.entries) + "}"
+
+
+def scaled(codebook: Codebook, factor: float) -> Codebook:
+    """The codebook for another number of steps: rates in proportion, at least 1; thresholds kept."""
+    return Codebook(tuple((t, max(1, round(r * factor))) for t, r in codebook.entries))
+
+
+@dataclass(frozen=True)
+class MoReg:
+    """Motion regularisation (papers/000 section 4.3): videos that move are recomputed more often.
+
+    Args:
+        strides: distances in latent frames that the motion score looks at.
+        window: first and last step (counted from 1, inclusive) in which it applies, in a generation of `of_steps`; scaled to
+            other numbers of steps.
+        scale, power, divisor: m ← (m / scale)^power / divisor (the reference code's `moreg_hyp`).
+        gradient: factor of the motion gradient (`mograd_mul`).
+    """
+
+    strides: tuple[int, ...] = (1,)
+    window: tuple[int, int] = (4, 26)
+    of_steps: int = 30
+    scale: float = 0.385
+    power: float = 8.0
+    divisor: float = 1.0
+    gradient: float = 10.0
+
+    def __post_init__(self) -> None:
+        if not self.strides or any(s < 1 for s in self.strides):
+            raise ConfigError(f"MoReg strides are frame distances of at least 1; got {self.strides}")
+
+    def applies(self, step: int, num_steps: int) -> bool:
+        factor = num_steps / self.of_steps
+        return round(self.window[0] * factor) <= step + 1 <= round(self.window[1] * factor)
+
+
+@dataclass(frozen=True)
+class AdaState:
+    """What AdaCache remembers: the last computed step, the rate in force, the last motion score."""
+
+    num_steps: int
+    last: int | None = None
+    rate: int = 1
+    motion: float = 1.0
+    seen_motion: bool = False
+    trace: tuple[tuple[int, float, int], ...] = ()  # (step, change as looked up, rate chosen)
+
+
+RULES = ("vdcache", "paper", "code")
+
+
+@dataclass(frozen=True)
+class AdaCache:
+    """Recompute when the codebook says that the observed branch has changed enough (papers/000, arXiv 2411.02397).
+
+    Args:
+        codebook: change -> steps until the next computed one.
+        moreg: motion regularisation, or None.
+        first, last: how many steps at the beginning and at the end are always computed (reference code: 1 and 2; the rate starts
+            at 1, so the second step is computed as well).
+        rule: how change and rate are formed, R the residual now, P at the computed step before, k steps apart:
+
+            - "paper", equations 4 to 9 as printed: c = mean|P − R| / k with k the elapsed steps; m = mean|R[i:] − R[:−i]|;
+              mg = (m − m_before) / k; c ← c · (m + mg), signed; recompute once rate steps have passed.
+            - "code", the reference implementation: c = (‖P − R‖₁ / ‖P‖₁) / k with k the rate in force (not what really
+              elapsed); m = ((motion / .385)^8); c ← c · (m + |10 · (m − m_before) / k|); recompute exactly at
+              last + rate; m_before is kept from one generation to the next.
+            - "vdcache": as "code", with the elapsed steps for k, recomputing from last + rate on, and a clean state in
+              every generation.
+
+    Raises:
+        ConfigError: an unknown rule, or fewer than one first step.
+    """
+
+    codebook: Codebook
+    moreg: MoReg | None = None
+    first: int = 1
+    last: int = 2
+    rule: str = "vdcache"
+
+    def __post_init__(self) -> None:
+        if self.rule not in RULES:
+            raise ConfigError(f"AdaCache has no rule {self.rule!r}; there are {', '.join(RULES)}")
+        if self.first < 1 or self.last < 0:
+            raise ConfigError(f"AdaCache computes at least the first step; got first={self.first}, last={self.last}")
+
+    def plans(self) -> tuple[Plan, ...]:
+        return (RECOMPUTE, ALL)
+
+    def start(self, num_steps: int, before: AdaState | None = None) -> AdaState:
+        if self.rule == "code" and before is not None:
+            return AdaState(num_steps, motion=before.motion, seen_motion=before.seen_motion)
+        return AdaState(num_steps)
+
+    def plan(self, state: AdaState, step: int) -> Plan:
+        if state.last is None or step < self.first or step >= state.num_steps - self.last:
+            return RECOMPUTE
+        passed = step - state.last
+        due = passed == state.rate if self.rule == "code" else passed >= state.rate
+        return RECOMPUTE if due else ALL
+
+    def observe(self, state: AdaState, step: int, plan: Plan, measures: Sequence[Measured] | None) -> AdaState:
+        if plan:
+            return state
+        if measures is None or state.last is None:  # nothing before it to compare with
+            return replace(state, last=step)
+        elapsed = step - state.last
+        k = state.rate if self.rule == "code" else elapsed
+        if self.rule == "paper":
+            change = _mean([m.change_absolute for m in measures]) / k
+        else:
+            change = _mean([m.change for m in measures]) / k
+        state = replace(state, last=step)
+        if self.moreg is not None and self.moreg.applies(step, state.num_steps):
+            state, factor = self._motion(self.moreg, state, measures, k)
+            change *= factor
+        rate = self.codebook.rate(change)
+        return replace(state, rate=rate, trace=(*state.trace, (step, change, rate)))
+
+    def _motion(self, moreg: MoReg, state: AdaState, measures: Sequence[Measured], k: int) -> tuple[AdaState, float]:
+        """The factor of the change (equations 7 to 9)."""
+        if self.rule == "paper":
+            scores = [m.motion_absolute for m in measures if m.motion_absolute is not None]
+            if not scores:
+                return state, 1.0
+            m = _mean(scores)
+            if not math.isfinite(m):
+                return state, math.nan
+            gradient = (m - state.motion) / k if state.seen_motion else 0.0
+            return replace(state, motion=m, seen_motion=True), m + gradient
+        scores = [x.motion for x in measures if x.motion is not None]
+        if not scores:
+            return state, 1.0
+        m = (_mean(scores) / moreg.scale) ** moreg.power / moreg.divisor
+        if not math.isfinite(m):  # not remembered, or every later step would be no number either
+            return state, math.nan
+        gradient = moreg.gradient * (m - state.motion) / k
+        return replace(state, motion=m, seen_motion=True), m + abs(gradient)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

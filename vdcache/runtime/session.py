@@ -1,0 +1,467 @@
+"""The state of one generation after another for one model: clock, policy state, cached tensors, history."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from vdcache.ir.errors import CacheStateError, ConfigError, warn_once
+from vdcache.runtime.clock import Clock, Reading, Tick
+from vdcache.runtime.history import History, Record
+from vdcache.runtime.measures import Layout, Measured, count_of, measured
+from vdcache.runtime.plan import RECOMPUTE, Plan
+from vdcache.runtime.policies import Policy
+from vdcache.runtime.read import read
+from vdcache.runtime.store import Store
+
+__all__ = ["CompiledGraph", "Session", "Ticket"]
+
+
+class CompiledGraph(Protocol):
+    """What a session must know of a graph that runs under it. Positions count the graph's inputs."""
+
+    @property
+    def family(self) -> Hashable: ...  # the user's frame: recompilations of one frame are one family
+    @property
+    def clocks(self) -> tuple[int, ...]: ...
+    @property
+    def latent(self) -> int | None: ...
+    @property
+    def activations(self) -> tuple[int, ...]: ...
+    @property
+    def static(self) -> tuple[int, ...]: ...  # parameters and buffers
+    @property
+    def layouts(self) -> tuple[Layout, ...]: ...
+
+    def reads(self, plan: Plan) -> tuple[str, ...]:
+        """The slots that the plan's variant takes from the store."""
+
+    def warm_up(self) -> None:
+        """Compile every variant."""
+
+
+@dataclass
+class Ticket:
+    """One call on its way through: what to run, with which cached values; given back to `Session.leave`."""
+
+    graph: CompiledGraph
+    plan: Plan
+    key: Hashable
+    reads: list[Tensor]
+    previous: list[Tensor] | None
+    record: Record
+    began: float
+    keep: bool = True
+
+
+@dataclass
+class _Pending:
+    """Sums of one call that the policy has not seen yet."""
+
+    sums: Tensor
+    layouts: tuple[Layout, ...]
+    elements: tuple[int, ...]
+    comparable: bool
+
+
+@dataclass
+class _Latent:
+    """The latent of the call before, as far as it takes to know it again."""
+
+    tensor: Tensor
+    version: int | None
+
+    @staticmethod
+    def of(tensor: Tensor) -> _Latent:
+        # Inference tensors count no versions: whoever writes into one cannot be told from who does not, so a copy is kept.
+        if tensor.is_inference():
+            return _Latent(tensor.clone(), None)
+        return _Latent(tensor, tensor._version)
+
+    def unchanged(self) -> bool:
+        return self.version is None or self.tensor._version == self.version
+
+    def is_same_object(self, tensor: Tensor) -> bool:
+        return self.version is not None and tensor is self.tensor and self.unchanged()
+
+
+@dataclass
+class Session:
+    """Drives the caching of one model.
+
+    Without a word from the caller the session tells generations, steps and lanes from what the model receives. The methods `begin`,
+    `step` and `lane` say it outright; what they say always wins, reads no value of the device and so never waits for it.
+
+    Args:
+        policy: when to recompute.
+        num_steps: denoising steps of a generation (model evaluations, for solvers of higher order); None to learn it from the
+            first generation, which is then computed in full.
+        name: of the recipe, for messages.
+        prepare: the policy for a number of steps, where it differs with them.
+    """
+
+    policy: Policy
+    num_steps: int | None = None
+    name: str = "always"
+    prepare: Callable[[int], Policy] | None = None
+    history: History = field(default_factory=History)
+    store: Store = field(default_factory=Store)
+
+    def __post_init__(self) -> None:
+        if self.num_steps is not None and self.num_steps < 1:
+            raise ConfigError(f"num_steps is the number of denoising steps, at least 1; got {self.num_steps}")
+        self._given_steps = self.num_steps
+        self._clock = Clock()
+        self._said: set[str] = set()
+        self._state: Any = None
+        self._plan, self._why = RECOMPUTE, ""
+        self._step, self._generation = -1, -1
+        self._lane: int | str = 0
+        self._timestep: float | None = None
+        self._latent: _Latent | None = None
+        self._pending: list[_Pending] = []
+        self._step_records: list[Record] = []
+        self._ticker: Hashable = None
+        self._early: set[Hashable] = set()
+        self._graphs: dict[CompiledGraph, None] = {}
+        self._driver: Hashable = None  # under explicit control: the call that began the current lane
+        self._calls: dict[Hashable, int] = {}  # how often each graph ran in the current lane
+        self._lanes = 0  # how many lanes the current step has had under explicit control
+        self._explicit_step = False  # step() was called in this generation
+        self._explicit_lane: int | str | None = None
+        self._begun = False  # begin() was called and no step has started since
+        self._syncs = 0
+
+    # ---- what the user may say -------------------------------------------------------------------------------------
+
+    def begin(self, num_steps: int | None = None) -> None:
+        """A new generation starts: forget every cached value.
+
+        Args:
+            num_steps: how many steps it will have, where this is known now.
+        """
+        if num_steps is not None:
+            if num_steps < 1:
+                raise ConfigError(f"num_steps is the number of denoising steps, at least 1; got {num_steps}")
+            self.num_steps = self._given_steps = num_steps
+        self._new_generation()
+        self._clock.begin()
+        self._explicit_step, self._explicit_lane, self._begun = False, None, True
+
+    def step(self) -> None:
+        """The next calls belong to the next denoising step.
+
+        The plan of the step is chosen here, so this may wait for a measure of the step before; the calls then wait for nothing.
+
+        Raises:
+            CacheStateError: no generation was begun.
+        """
+        if not self._begun and not self._explicit_step:
+            raise CacheStateError("session.step() says that a step of a generation starts; call session.begin() first")
+        self._begun, self._explicit_step, self._explicit_lane = False, True, None
+        self._timestep = None
+        self._new_step()
+
+    def lane(self, name: int | str) -> None:
+        """The next call belongs to this lane of the step, for example "cond" or "uncond"."""
+        self._explicit_lane = name
+
+    def reset(self) -> None:
+        """Forget every cached value, the policy's state and what was learnt; the history stays."""
+        self.begin()
+        self._state = None
+        self.num_steps = self._given_steps
+        self._clock = Clock()
+
+    @property
+    def graphs(self) -> tuple[CompiledGraph, ...]:
+        """The graphs that have run under this session."""
+        return tuple(self._graphs)
+
+    def warm_up(self) -> None:
+        """Compile every variant of every graph that has run so far, so that no later step waits for a compiler."""
+        for graph in self._graphs:
+            graph.warm_up()
+
+    def adopt(self, graph: CompiledGraph) -> None:
+        """A graph joins at its first run, not when it is compiled."""
+        if graph not in self._graphs:
+            self._graphs[graph] = None
+
+    # ---- what happens around a call --------------------------------------------------------------------------------
+
+    def enter(self, graph: CompiledGraph, inputs: Sequence[Any]) -> Ticket:
+        """Place a call in the run and say what it reuses."""
+        began = time.perf_counter()
+        self._syncs = 0
+        # One graph may serve several blocks (regional compilation) or be called again with the same weights.
+        who = (graph, next((id(inputs[i]) for i in graph.static), 0))
+        follows = self._place(graph, inputs, who)
+        plan, why = (self._plan, self._why) if follows else (RECOMPUTE, "the graph runs before the clock")
+        call = self._calls[who] = self._calls.get(who, -1) + 1
+        key = (who, call, self._lane, _forms(inputs, graph.activations))
+        reads: list[Tensor] = []
+        if plan:
+            found = self.store.get(key, graph.reads(plan))
+            if found is None:
+                plan, why = RECOMPUTE, "nothing is stored for this lane"
+            else:
+                reads = found
+        previous = None
+        if not plan.reuse and graph.layouts:
+            previous = self.store.get(key, [layout.name for layout in graph.layouts])
+        record = Record(
+            generation=self._generation,
+            step=self._step,
+            lane=self._lane,
+            timestep=self._timestep,
+            plan=self._plan if follows else RECOMPUTE,
+            reused=graph.reads(plan) if plan else (),
+            why=why,
+            syncs=self._syncs,
+        )
+        return Ticket(graph, plan, key, reads, previous, record, began, keep=follows and self.num_steps is not None and not self._last())
+
+    def leave(
+        self,
+        ticket: Ticket,
+        inputs: Sequence[Any],
+        results: Sequence[Any],
+        saved: dict[str, Tensor],
+        observed: dict[str, Tensor],
+        sums: Tensor | None,
+    ) -> None:
+        """Keep what a call computed for later steps."""
+        if ticket.keep:
+            names, values = [*saved, *observed], [*saved.values(), *observed.values()]
+            self.store.put(ticket.key, names, values, [*inputs, *results])
+        elif not ticket.plan:
+            self.store.drop(ticket.key)
+        if self._last():  # nothing will read this lane again
+            self.store.drop(ticket.key)
+        if sums is not None and ticket.keep:
+            elements = tuple(v.numel() for v in observed.values())
+            self._pending.append(_Pending(sums, ticket.graph.layouts, elements, ticket.previous is not None))
+        ticket.record.seconds = time.perf_counter() - ticket.began
+        self.history.add(ticket.record)
+        self._step_records.append(ticket.record)
+
+    def summary(self, generation: int = -1) -> Any:
+        """A rich table of one generation, the last one by default: print it with `rich.print`."""
+        from vdcache.report import summary_table
+
+        return summary_table(self, generation)
+
+    @property
+    def step_index(self) -> int:
+        """The current step, −1 before the first."""
+        return self._step
+
+    # ---- where the call stands -------------------------------------------------------------------------------------
+
+    def _place(self, graph: CompiledGraph, inputs: Sequence[Any], who: Hashable) -> bool:
+        """Advance the clock where this graph drives it. False for a graph that runs before the clock does."""
+        if self._explicit_step:
+            if self._driver in (None, who):  # the step's first graph comes again with every lane
+                self._driver = who
+                self._lane = self._lanes if self._explicit_lane is None else self._explicit_lane
+                self._explicit_lane = None
+                self._lanes += 1
+                self._calls.clear()
+            return True
+        if self._drives(graph):
+            self._ticker = graph.family
+            self._tick(graph, inputs)
+            return True
+        if self._step < 0 or self._ticker is None:
+            self._early.add(graph.family)
+            if not graph.clocks:
+                warn_once(
+                    self._said,
+                    "vdcache: a graph with cacheable branches ran before any timestep was seen, so it is computed in full. "
+                    "If the model takes its timestep as a Python float, pass a tensor, or say where each step begins with "
+                    "session.begin() and session.step().",
+                    key="no clock",
+                )
+        return graph.family not in self._early and self._step >= 0
+
+    def _drives(self, graph: CompiledGraph) -> bool:
+        return bool(graph.clocks) and self._ticker in (None, graph.family)
+
+    def _tick(self, graph: CompiledGraph, inputs: Sequence[Any]) -> None:
+        latent = inputs[graph.latent] if graph.latent is not None else None
+        reading, same = self._read(graph, inputs, latent)
+        tick = self._clock.tick(reading, same)
+        self._timestep = tick.timestep
+        if latent is not None:
+            self._latent = _Latent.of(latent)
+        if tick.new_generation and not self._begun:
+            self._new_generation()
+        self._begun = False
+        if tick.new_step:
+            self._new_step(tick)
+        self._lane = tick.lane if self._explicit_lane is None else self._explicit_lane
+        self._explicit_lane = None
+        self._calls.clear()
+
+    def _read(self, graph: CompiledGraph, inputs: Sequence[Any], latent: Tensor | None) -> tuple[Reading, Any]:
+        """Read the clock, and on an accelerator everything else that this call may need, with one sync."""
+        keys: list[tuple[float, ...]] = []
+        coarse = False
+        wanted: list[Tensor] = []
+        places: list[int] = []
+        for position in graph.clocks:
+            value = inputs[position]
+            keys.append(())
+            if isinstance(value, Tensor):
+                coarse = coarse or (value.is_floating_point() and value.element_size() <= 2)
+                places.append(len(keys) - 1)
+                wanted.append(value)
+            else:
+                keys[-1] = (float(value),)
+        before = self._latent
+        known = latent is None or (before is not None and before.is_same_object(latent))
+        comparable = (
+            not known
+            and latent is not None
+            and before is not None
+            and before.unchanged()
+            and before.tensor is not latent
+            and before.tensor.shape == latent.shape
+            and before.tensor.dtype == latent.dtype
+            and before.tensor.device == latent.device
+        )
+        waits = any(v.device.type != "cpu" for v in wanted)
+        if comparable and waits:
+            wanted.append((before.tensor == latent).all())  # type: ignore[union-attr]
+        pending = list(self._pending) if waits else []
+        numbers, syncs = read([*wanted, *(p.sums for p in pending)])
+        self._syncs += syncs
+        for place, values in zip(places, numbers, strict=False):
+            keys[place] = tuple(values)
+        if comparable and waits:
+            equal = bool(numbers[len(places)][0])
+
+        def same_latent() -> bool:
+            if known:
+                return True
+            if not comparable:
+                return False
+            if waits:
+                return equal
+            values, waited = read([(before.tensor == latent).all()])  # type: ignore[union-attr]
+            self._syncs += waited
+            return bool(values[0][0])
+
+        for p, values in zip(pending, numbers[len(wanted) :], strict=True):
+            p.sums = torch.tensor(values, dtype=torch.float64)
+        form = None if latent is None else (tuple(latent.shape), latent.dtype, latent.device)
+        return Reading(tuple(keys), coarse, form), same_latent
+
+    # ---- steps and generations -------------------------------------------------------------------------------------
+
+    def _new_generation(self) -> None:
+        ran = self._step + 1
+        if ran and self._given_steps is None:
+            if self.num_steps is None:
+                warn_once(
+                    self._said,
+                    f"vdcache: the first generation had {ran} steps and was computed in full; from now on '{self.name}' "
+                    "reuses. Pass num_steps to reuse from the first generation on.",
+                    key="learnt",
+                )
+            elif ran != self.num_steps:
+                warn_once(self._said, f"vdcache: a generation had {ran} steps, not {self.num_steps} as the one before it; taking {ran}.")
+            self.num_steps = ran
+        elif ran and self._given_steps is not None and ran < self._given_steps:
+            warn_once(
+                self._said,
+                f"vdcache: a generation ended after {ran} of {self._given_steps} steps. If this is its real number, pass num_steps={ran}.",
+                key="short",
+            )
+        self.store.drop()
+        self._pending.clear()
+        self._step_records = []
+        self._latent = None
+        self._step, self._generation = -1, self._generation + 1
+        self._plan, self._why = RECOMPUTE, ""
+        if self.num_steps is None:
+            return
+        if self.prepare is not None:
+            self.policy = self.prepare(self.num_steps)
+        self._state = self.policy.start(self.num_steps, self._state)
+
+    def _new_step(self, tick: Tick | None = None) -> None:
+        """Close the step before, and choose the plan of this one."""
+        measures = self._measures()
+        if self._step >= 0:
+            for record in self._step_records:
+                record.measures = measures or ()
+            if self._state is not None:
+                self._state = self.policy.observe(self._state, self._step, self._ran(), measures)
+        self._step_records = []
+        self._driver, self._lanes = None, 0
+        self._calls.clear()
+        self._step += 1
+        if self.num_steps is None:
+            self._plan, self._why = RECOMPUTE, "learning the number of steps"
+        elif self._step >= self.num_steps:
+            self._plan, self._why = RECOMPUTE, f"beyond the {self.num_steps} steps that were announced"
+            warn_once(
+                self._said,
+                f"vdcache: step {self._step + 1} of a generation of {self.num_steps} steps: computed in full. Solvers of second order "
+                "evaluate the model twice a step; num_steps counts evaluations.",
+                key="long",
+            )
+        else:
+            self._plan, self._why = self.policy.plan(self._state, self._step), ""
+
+    def _ran(self) -> Plan:
+        """The plan that the step before really followed: reuse only if some call reused."""
+        return self._plan if any(r.reused for r in self._step_records) or not self._step_records else RECOMPUTE
+
+    def _measures(self) -> tuple[Measured, ...] | None:
+        """What the step before measured, lanes added up; None where a lane had nothing to compare with."""
+        pending, self._pending = self._pending, []
+        if not pending:
+            return None
+        numbers, syncs = read([p.sums for p in pending])
+        self._syncs += syncs
+        if not all(p.comparable for p in pending):
+            return None
+        totals: dict[Layout, list[float]] = {}
+        elements: dict[Layout, int] = {}
+        for p, sums in zip(pending, numbers, strict=True):
+            at = 0
+            for layout, n in zip(p.layouts, p.elements, strict=True):
+                count = count_of(layout)
+                own = sums[at : at + count]
+                at += count
+                totals[layout] = [a + b for a, b in zip(totals.get(layout, [0.0] * count), own, strict=True)]
+                elements[layout] = elements.get(layout, 0) + n
+        result = tuple(measured(layout, sums, elements[layout]) for layout, sums in totals.items())
+        if any(m.change != m.change for m in result):
+            warn_once(
+                self._said,
+                "vdcache: the observed branch is not a number (NaN or infinite), so every step is computed until it is one again. "
+                "Look at the model's output: caching cannot have caused this at a computed step.",
+                key="nan",
+            )
+        return result
+
+    def _last(self) -> bool:
+        return self.num_steps is not None and self._step >= self.num_steps - 1
+
+
+def _forms(inputs: Sequence[Any], positions: Sequence[int]) -> Hashable:
+    """Shape, dtype and device of the inputs that are not parameters: values never cross any of them."""
+    forms = []
+    for position in positions:
+        value = inputs[position]
+        forms.append((value.shape, value.dtype, value.device) if isinstance(value, Tensor) else None)
+    return tuple(forms)

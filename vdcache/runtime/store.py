@@ -1,0 +1,65 @@
+"""Cached tensors: whose they are, how large they are, when they go."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["Store", "storage_bytes"]
+
+
+class Store:
+    """Tensors by (graph, lane, shapes of the inputs) and slot.
+
+    The store owns what it keeps: a value that shares storage with something else, or is part of a larger buffer,
+    is copied when it is put in, because its owner may write into it (the caller into an output, a replayed CUDA graph into a
+    buffer).
+    """
+
+    def __init__(self) -> None:
+        self._values: dict[Hashable, dict[str, Tensor]] = {}
+        self.peak_bytes = 0
+
+    def get(self, key: Hashable, slots: Sequence[str]) -> list[Tensor] | None:
+        """The values of `slots`, or None unless all are there."""
+        held = self._values.get(key)
+        if held is None or any(s not in held for s in slots):
+            return None
+        return [held[s] for s in slots]
+
+    def put(self, key: Hashable, slots: Sequence[str], values: Sequence[Tensor], others: Iterable[object]) -> None:
+        """Keep `values`; `others` are tensors that the caller holds as well (inputs and outputs of the call)."""
+        if not slots:
+            return
+        foreign = {_address(o) for o in others if isinstance(o, Tensor)}
+        held = self._values.setdefault(key, {})
+        for slot, value in zip(slots, values, strict=True):
+            storage = value.untyped_storage()
+            own = storage.data_ptr() not in foreign and storage.nbytes() <= value.numel() * value.element_size() + 64
+            held[slot] = value if own and value.is_contiguous() else value.clone(memory_format=torch.contiguous_format)
+        self.peak_bytes = max(self.peak_bytes, self.bytes())
+
+    def drop(self, key: Hashable | None = None) -> None:
+        """Free the values of one key, or all."""
+        if key is None:
+            self._values.clear()
+        else:
+            self._values.pop(key, None)
+
+    def bytes(self) -> int:
+        """Bytes of storage held now."""
+        return storage_bytes(t for held in self._values.values() for t in held.values())
+
+    def __len__(self) -> int:
+        return sum(len(held) for held in self._values.values())
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages behind some tensors, each counted once."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
