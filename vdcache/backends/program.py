@@ -14,6 +14,7 @@ from vdcache.backends.settings import Settings
 from vdcache.ir import dialect
 from vdcache.ir.capture import Captured
 from vdcache.ir.dialect import group_of
+from vdcache.ir.edit import copy_graph
 from vdcache.ir.edit import inputs as graph_inputs
 from vdcache.ir.sizes import Bindings
 from vdcache.passes import DeadCode, Pipeline, Refusal, Specialise, Step, VariantIO, variant_io
@@ -128,10 +129,8 @@ class Program:
     def _compile(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
         if self.settings.inner == "eager":
             return run_eagerly(graph)
-        import copy
-
         # Inductor takes possession of what it compiles; the saved graph must stay for other sizes.
-        return compile_now(copy.deepcopy(graph), inputs, dict(self.settings.inductor))
+        return compile_now(copy_graph(graph), inputs, dict(self.settings.inductor))
 
     def _variant(self, plan: Plan, inputs: Sequence[Any] | None) -> Compiled:
         """The compiled variant of a plan; compiled now if this is its first call."""

@@ -8,7 +8,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx
 
-__all__ = ["add_input", "call", "inputs", "live_nodes", "outputs", "set_outputs"]
+__all__ = ["add_input", "call", "copy_graph", "inputs", "live_nodes", "outputs", "set_outputs"]
 
 
 def call(graph: fx.Graph, target: Any, *args: Any, made_by: str, **kwargs: Any) -> fx.Node:
@@ -22,6 +22,18 @@ def call(graph: fx.Graph, target: Any, *args: Any, made_by: str, **kwargs: Any) 
     node = graph.call_function(target, args, kwargs)
     node.meta = {"val": result, "vdcache": made_by}
     return node
+
+
+def copy_graph(graph: fx.GraphModule) -> fx.GraphModule:
+    """A copy to edit: its own nodes, with their names and shallow copies of their meta; tensors and modules are shared."""
+    nodes = fx.Graph()
+    result = nodes.graph_copy(graph.graph, {}, return_output_node=True)
+    if isinstance(result, tuple):
+        value, old = result
+        nodes.output(value).meta = dict(old.meta)
+    copied = fx.GraphModule(graph, nodes)
+    copied.meta = dict(graph.meta)
+    return copied
 
 
 def inputs(graph: fx.Graph) -> list[fx.Node]:

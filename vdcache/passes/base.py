@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import copy
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ import torch
 from torch import fx
 
 from vdcache.ir.dump import dump
+from vdcache.ir.edit import copy_graph
 from vdcache.ir.errors import ConfigError, ContractError, VdcacheError
 from vdcache.ir.facts import Fact, check
 
@@ -118,7 +118,7 @@ class Pipeline:
         Raises:
             ContractError: `verify` found a broken promise.
         """
-        graph = graph if copied else copy.deepcopy(graph)
+        graph = graph if copied else copy_graph(graph)
         steps: list[Step] = []
         for a_pass in self.passes:
             began = time.perf_counter()

@@ -298,10 +298,9 @@ class Session:
         reading, same = self._read(graph, inputs, latent)
         tick = self._clock.tick(reading, same)
         self._timestep = tick.timestep
-        if latent is not None:
-            self._latent = _Latent.of(latent)
         if tick.new_generation and not self._begun:
             self._new_generation()
+        self._latent = _Latent.of(latent) if latent is not None else None
         self._begun = False
         if tick.new_step:
             self._new_step(tick)

@@ -1,0 +1,72 @@
+"""The command line: `vdcache demo`, `vdcache recipes`, `vdcache info`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(help="Diffusion transformers several times faster, by compiling.", no_args_is_help=True, add_completion=False)
+
+
+@app.callback()
+def main() -> None:
+    """Diffusion transformers several times faster, by compiling."""
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where pictures and rows go.")] = Path("out/demo"),
+    steps: Annotated[int, typer.Option(help="Denoising steps.", min=1)] = 30,
+    rounds: Annotated[int, typer.Option(help="Timed rounds; the table shows medians.", min=1)] = 3,
+    recipe: Annotated[list[str] | None, typer.Option(help="A recipe to run (again for more); all of AdaCache's without.")] = None,
+    inner: Annotated[str, typer.Option(help="Inner compiler: inductor or eager.")] = "inductor",
+) -> None:
+    """Generate videos with the shipped model, plain and with each recipe, and compare time and quality."""
+    missing = _missing("matplotlib", "imageio", "torchmetrics")
+    if missing:
+        Console(stderr=True).print(f"The demo needs {', '.join(missing)}: pip install 'vdcache\\[demo]'")
+        raise typer.Exit(1)
+    from vdcache.demo.run import run_demo
+    from vdcache.ir.errors import VdcacheError
+
+    try:
+        run_demo(out, steps=steps, rounds=rounds, recipes=recipe or None, inner=inner)
+    except VdcacheError as error:
+        Console(stderr=True).print(f"[red]{error}[/red]")
+        raise typer.Exit(1) from error
+
+
+@app.command()
+def recipes() -> None:
+    """List the named recipes."""
+    from vdcache.recipe import recipes as named
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("recipe", style="bold", no_wrap=True)
+    table.add_column("what it does")
+    for name, text in named().items():
+        table.add_row(name, text)
+    Console().print(table)
+
+
+@app.command()
+def info() -> None:
+    """Versions, devices, what is usable and why something is not."""
+    from vdcache.info import facts
+
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    for name, text in facts():
+        table.add_row(name, text)
+    Console().print(table)
+
+
+def _missing(*modules: str) -> list[str]:
+    from importlib.util import find_spec
+
+    return [m for m in modules if find_spec(m) is None]
