@@ -2,8 +2,8 @@
 
     add(x, dropout(f(x), 0.1, False))   -->   add(x, f(x))
 
-Goes: assertions on metadata, dropout outside training, aliases, casts to the type that a value has already, the
-concatenation of all slices of one tensor, dead code. Bit-exact. Refuses nothing; what it does not know stays.
+Goes: assertions on metadata, dropout outside training, aliases, casts to the type that a value has already, copies that
+stay inside, the concatenation of all slices of one tensor, dead code. Bit-exact. Refuses nothing; what it does not know stays.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch
 from torch import fx
 
 from vdcache.ir.facts import Fact
-from vdcache.ir.ops import is_effectful, same_type
+from vdcache.ir.ops import VIEWS, is_effectful, same_type
 from vdcache.passes.base import Pass, PassResult, drop_dead_code
 
 aten = torch.ops.aten
-_CASTS = (aten._to_copy.default, aten.to.dtype, aten.type_as.default)
+_COPIES = (aten._to_copy.default, aten.to.dtype, aten.type_as.default, aten.clone.default)
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,17 @@ def _same_value(node: fx.Node) -> fx.Node | None:
         return first if not node.args[2] or node.args[1] == 0 else None
     if node.target in (aten.alias.default, aten.lift_fresh_copy.default) and isinstance(first, fx.Node):
         return first
-    if node.target in _CASTS and isinstance(first, fx.Node):
-        # a copy that the model returns must stay a copy: the caller may write into it
-        kept = any(user.op == "output" for user in node.users) or node.kwargs.get("memory_format") is not None
+    if node.target in _COPIES and isinstance(first, fx.Node):
+        kept = node.kwargs.get("memory_format") is not None or _is_returned(node)
         return first if same_type(first, node) and not kept else None
     if node.target is aten.cat.default:
         return _whole(node)
     return None
+
+
+def _is_returned(node: fx.Node) -> bool:
+    """Whether the caller gets this copy, or a view of it: then it must stay a copy, because the caller may write into it."""
+    return any(user.op == "output" or (user.target in VIEWS and _is_returned(user)) for user in node.users)
 
 
 def _whole(node: fx.Node) -> fx.Node | None:

@@ -45,7 +45,7 @@ def find_joins(index: Index) -> tuple[list[Join], list[NoMatch]]:
                 break
             if found is not None:
                 refusals.append(found)
-    return _outermost(index, joins, refusals), refusals
+    return _outermost(joins, refusals), refusals
 
 
 def _operands(node: fx.Node) -> list[tuple[fx.Node, list[fx.Node], bool]]:
@@ -107,18 +107,22 @@ def _other_is_number(node: fx.Node) -> bool:
     return not isinstance(node.args[1], fx.Node)
 
 
-def _outermost(index: Index, joins: dict[fx.Node, Join], refusals: list[NoMatch]) -> list[Join]:
+def _outermost(joins: dict[fx.Node, Join], refusals: list[NoMatch]) -> list[Join]:
     """Branches that nest: a join alone inside a branch belongs to it; a branch around several is a container."""
     order = list(joins.values())
-    spans = [(index.position[j.source], index.position[j.node], j) for j in order]
     dropped: set[fx.Node] = set()
-    for start, _, join in reversed(spans):
+    for join in reversed(order):
         if join.node in dropped:
             continue
         members = set(join.inside)
-        nested = [j for s, e, j in spans if s >= start and e < index.position[join.node] and j.node in members]
-        nested = [j for j in nested if j.node not in dropped]
-        if len(nested) == 1:
+        nested = [joins[n] for n in join.inside if n in joins and n not in dropped]
+        foreign = next((j for j in nested if j.source is not join.source and j.source not in members), None)
+        if foreign is not None:
+            # what is added enters another stream further up: a modulation of every token that several blocks share
+            dropped.add(join.node)
+            reason = f"'{join.source.name}' is no stream: it is only read by the one that goes through '{foreign.node.name}'"
+            refusals.append(NoMatch(join.node.name, reason))
+        elif len(nested) == 1:
             dropped.add(nested[0].node)
             refusals.append(NoMatch(nested[0].node.name, f"lies inside the branch that ends at '{join.node.name}'"))
         elif len(nested) > 1:

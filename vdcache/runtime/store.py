@@ -37,7 +37,7 @@ class Store:
         held = self._values.setdefault(key, {})
         for slot, value in zip(slots, values, strict=True):
             storage = value.untyped_storage()
-            own = storage.data_ptr() not in foreign and storage.nbytes() <= value.numel() * value.element_size() + 64
+            own = storage.data_ptr() not in foreign and storage.nbytes() <= value.numel() * value.element_size()
             held[slot] = value if own and value.is_contiguous() else value.clone(memory_format=torch.contiguous_format)
         self.peak_bytes = max(self.peak_bytes, self.bytes())
 

@@ -1,0 +1,146 @@
+"""merge-slots: runs of branches become one slot; what ends a run."""
+
+import torch
+from expecttest import assert_expected_inline
+from hypothesis import find, given, settings
+
+from tests.strategies import WIDTH, residual_nets
+from tests.support import assert_skippable, guarded, run_variant
+from vdcache.ir import dump, trace
+from vdcache.ir.dialect import guards
+from vdcache.passes import Canonicalise, DeadCode, MarkBranches, MergeSlots, Pipeline, Specialise, variant_io
+
+X, W, G = torch.randn(3, WIDTH), torch.randn(WIDTH, WIDTH), torch.randn(WIDTH)
+
+
+def merged(fn, *args):
+    return guarded(fn, *args, more=(MergeSlots(),))
+
+
+def slots(graph):
+    return [str(g.args[1]) for g in guards(graph.graph)]
+
+
+def refusals(fn, *args):
+    _, steps = Pipeline((Canonicalise(), MarkBranches(), MergeSlots())).run(trace(fn, *args).graph)
+    return [str(r) for r in steps[-1].refusals]
+
+
+def test_two_branches_make_one_slot():
+    def net(x, w):
+        x = x + x @ w
+        return x + torch.relu(x @ w)
+
+    assert_expected_inline(dump(merged(net, X, W)), """\
+%0 = input() : f32[3,4]
+%1 = input() : f32[4,4]
+%2 = matmul(%0, %1) : f32[3,4]
+%3 = add(%0, %2) : f32[3,4]
+%4 = matmul(%3, %1) : f32[3,4]
+%5 = relu(%4) : f32[3,4]
+%6 = add(%3, %5) : f32[3,4]
+%7 = guard(%6, 'all/run.0', %0) : f32[3,4]
+return (%7)""")
+
+
+def test_views_between_are_repeated_on_the_base():
+    def net(x, w):
+        x = (x + x @ w).reshape(2, 6)
+        return x + (x.reshape(3, WIDTH) @ w).reshape(2, 6)
+
+    assert_expected_inline(dump(merged(net, X, W)), """\
+%0 = input() : f32[3,4]
+%1 = input() : f32[4,4]
+%2 = matmul(%0, %1) : f32[3,4]
+%3 = add(%0, %2) : f32[3,4]
+%4 = view(%3, [2, 6]) : f32[2,6]
+%5 = view(%4, [3, 4]) : f32[3,4]
+%6 = matmul(%5, %1) : f32[3,4]
+%7 = view(%6, [2, 6]) : f32[2,6]
+%8 = add(%4, %7) : f32[2,6]
+%9 = view(%0, [2, 6]) : f32[2,6]
+%10 = guard(%8, 'all/run.0', %9) : f32[2,6]
+return (%10)""")
+
+
+def test_constants_between_are_part_of_the_slot():
+    def net(x, w):
+        x = x + x @ w
+        x = x + torch.ones(WIDTH)
+        return x + x @ w
+
+    assert slots(merged(net, X, W)) == ["all/run.0"]
+
+
+def test_a_value_that_is_still_read_ends_the_run():
+    def net(x, w):
+        x = x + x @ w
+        y = x + x @ w
+        return y + y @ w, x.sum()
+
+    assert slots(merged(net, X, W)) == ["all/s0.b0.other", "all/run.0"]
+    assert_expected_inline("\n".join(refusals(net, X, W)), """\
+add:
+  the run ends here: 'sum_1' (aten.sum.default) reads the stream at this place in a reused step""")
+
+
+def test_norms_and_scales_between_end_the_run():
+    def net(x, w):
+        x = x + x @ w
+        x = torch.nn.functional.layer_norm(x, (WIDTH,))
+        x = x + x @ w
+        return x + x @ w
+
+    assert slots(merged(net, X, W)) == ["all/s0.b0.other", "all/run.0"]
+    assert_expected_inline("\n".join(refusals(net, X, W)), """\
+add_1:
+  a run starts here: 'layer_norm' (aten.layer_norm.default) is no cast, view or constant term""")
+
+
+def test_a_step_dependent_term_between_ends_the_run():
+    """A control signal that changes every step must not be frozen into the slot (a VACE complaint)."""
+
+    def net(x, w, hint):
+        x = x + x @ w
+        x = x + hint
+        return x + x @ w
+
+    assert slots(merged(net, X, W, torch.randn(3, WIDTH))) == ["all/s0.b0.other", "all/s0.b1.other"]
+
+
+def test_16_bit_streams_keep_16_bit_slots():
+    def net(x, w):
+        for _ in range(3):
+            x = (x.float() + (x @ w).float() * 0.5).to(torch.bfloat16)
+        return x
+
+    graph = merged(net, X.bfloat16(), W.bfloat16())
+    assert slots(graph) == ["all/run.0"]
+    reuse, _ = Pipeline((Specialise(reuse=frozenset({"all"})), DeadCode()), given=frozenset(Specialise.requires)).run(graph)
+    assert variant_io(reuse).read_values[0].dtype == torch.bfloat16
+
+
+@given(residual_nets(5))
+@settings(deadline=None, max_examples=60)
+def test_merging_keeps_numbers_and_skips_the_same(net):
+    plain, graph = trace(net, X, W, G).graph, merged(net, X, W, G)
+    with torch.no_grad():
+        want = plain(X, W, G)
+        for a, b in zip(want, graph(X, W, G), strict=True):
+            assert torch.equal(a, b)
+    assert_skippable(graph, X, W, G)
+    assert len(slots(graph)) <= net.works()
+
+    given_facts = frozenset(Specialise.requires)
+    full, _ = Pipeline((Specialise(), DeadCode()), verify=True, given=given_facts).run(graph)
+    reuse, _ = Pipeline((Specialise(reuse=frozenset({"all"})), DeadCode()), verify=True, given=given_facts).run(graph)
+    outputs = run_variant(full, X, W, G)
+    kept = dict(zip(variant_io(full).saves, outputs[len(want) :], strict=True))
+    again = run_variant(reuse, X, W, G, extra=[kept[s] for s in variant_io(reuse).reads])
+    for a, b, c in zip(want, outputs, again, strict=False):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, c, rtol=1e-4, atol=1e-4)
+
+
+def test_the_generator_reaches_merging():
+    find(residual_nets(), lambda net: "all/run.0" in slots(merged(net, X, W, G)), settings=settings(deadline=None, max_examples=300))

@@ -1,0 +1,127 @@
+"""observe and specialise: what is measured, what a variant takes and returns, what is gone."""
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+
+from tests.support import TinyDiT, guarded, latent, run_variant, time_of
+from vdcache.ir import ConfigError, dump
+from vdcache.passes import DeadCode, MergeSlots, Observe, Pipeline, Specialise, variant_io
+
+X, W = torch.randn(1, 6, 4), torch.randn(4, 4)
+GIVEN = frozenset(Specialise.requires)
+
+
+def net(x, w):
+    x = x + x @ w
+    return x + torch.relu(x @ w)
+
+
+def variant(graph, reuse=(), **options):
+    result, _ = Pipeline((Specialise(reuse=frozenset(reuse), **options), DeadCode()), verify=True, given=GIVEN).run(graph)
+    return result
+
+
+def test_recomputing_returns_what_it_keeps():
+    graph = guarded(net, X, W, more=(MergeSlots(),))
+    assert_expected_inline(dump(variant(graph)), """\
+%0 = input() : f32[1,6,4]
+%1 = input() : f32[4,4]
+%2 = matmul(%0, %1) : f32[1,6,4]
+%3 = add(%0, %2) : f32[1,6,4]
+%4 = matmul(%3, %1) : f32[1,6,4]
+%5 = relu(%4) : f32[1,6,4]
+%6 = add(%3, %5) : f32[1,6,4]
+%7 = sub(%6, %0) : f32[1,6,4]
+return (%6, %7)""")
+
+
+def test_reusing_holds_nothing_of_the_skipped_region():
+    graph = guarded(net, X, W, more=(MergeSlots(),))
+    assert_expected_inline(dump(variant(graph, {"all"})), """\
+%0 = input() : f32[1,6,4]
+%1 = input() : f32[4,4]
+%2 = input() : f32[1,6,4]
+%3 = add(%0, %2) : f32[1,6,4]
+return (%3)""")
+
+
+def test_observing_a_branch():
+    graph = guarded(net, X, W, more=(MergeSlots(), Observe(kind="other", blocks=(0,), strides=(1,), frames=3)))
+    assert_expected_inline(dump(variant(graph)), """\
+%0 = input() : f32[1,6,4]
+%1 = input() : f32[4,4]
+%2 = input() : f32[1,6,4]
+%3 = matmul(%0, %1) : f32[1,6,4]
+%4 = _to_copy(%3, dtype=torch.float32) : f32[1,6,4]
+%5 = _to_copy(%2, dtype=torch.float32) : f32[1,6,4]
+%6 = sub(%5, %4) : f32[1,6,4]
+%7 = abs(%6) : f32[1,6,4]
+%8 = sum(%7) : f32[]
+%9 = abs(%5) : f32[1,6,4]
+%10 = sum(%9) : f32[]
+%11 = reshape(%4, [-1, 3, 8]) : f32[1,3,8]
+%12 = slice(%11, 1, 1, 3) : f32[1,2,8]
+%13 = slice(%11, 1, 0, 2) : f32[1,2,8]
+%14 = sub(%12, %13) : f32[1,2,8]
+%15 = abs(%14) : f32[1,2,8]
+%16 = sum(%15) : f32[]
+%17 = abs(%12) : f32[1,2,8]
+%18 = sum(%17) : f32[]
+%19 = abs(%13) : f32[1,2,8]
+%20 = sum(%19) : f32[]
+%21 = add(%0, %3) : f32[1,6,4]
+%22 = matmul(%21, %1) : f32[1,6,4]
+%23 = relu(%22) : f32[1,6,4]
+%24 = add(%21, %23) : f32[1,6,4]
+%25 = sub(%24, %0) : f32[1,6,4]
+%26 = stack([%8, %10, %16, %18, %20]) : f32[5]
+return (%24, %25, %3, %26)""")
+
+
+def test_a_reused_branch_is_not_observed():
+    graph = guarded(net, X, W, more=(MergeSlots(), Observe(kind="other", blocks=(0,))))
+    io = variant_io(variant(graph, {"all"}))
+    assert io.previous == () and io.measures == ()
+
+
+@pytest.mark.parametrize("distance", ["l1", "l2", "cosine"])
+def test_sums_are_those_of_the_distance(distance):
+    graph = guarded(net, X, W, more=(Observe(kind="other", blocks=(0,), distance=distance, strides=(1, 2), frames=3),))
+    full = variant(graph)
+    previous = torch.randn(1, 6, 4)
+    *_, value, sums = run_variant(full, X, W, extra=[previous])
+    torch.testing.assert_close(value, X @ W)
+    rows = value.reshape(1, 3, -1)
+    want = {
+        "l1": [(previous - value).abs().sum(), previous.abs().sum()],
+        "l2": [(previous - value).square().sum(), previous.square().sum()],
+        "cosine": [(previous * value).sum(), previous.square().sum(), value.square().sum()],
+    }[distance]
+    for i in (1, 2):
+        late, early = rows[:, i:], rows[:, :-i]
+        want += [(late - early).abs().sum(), late.abs().sum(), early.abs().sum()]
+    torch.testing.assert_close(sums, torch.stack(want))
+
+
+def test_slots_that_no_plan_reads_are_not_kept():
+    graph = guarded(net, X, W)
+    assert variant_io(variant(graph, save="needed", slots=("all/s0.b0.other",))).saves == ("all/s0.b0.other",)
+    assert variant_io(variant(graph, save="none")).saves == ()
+
+
+def test_the_middle_block_of_the_largest_stream_is_observed_by_default():
+    model = TinyDiT(blocks=5)
+    graph = guarded(model.forward, latent(0), time_of(0), latent(1, 1, 3, 4), more=(Observe(),))
+    assert [s for s, *_ in variant_io(variant(graph)).measures] == ["observed/s0.b2.self-attention"]
+
+
+def test_bad_observations():
+    with pytest.raises(ConfigError, match="no distance 'l3'"):
+        Observe(distance="l3")
+    with pytest.raises(ConfigError, match="no branch kind"):
+        Observe(kind="conv")
+    with pytest.raises(ConfigError, match=r"no block 9 to observe: 2 blocks \(0 to 1\)"):
+        guarded(net, X, W, more=(Observe(kind="other", blocks=(9,)),))
+    with pytest.raises(ConfigError, match="no mlp branch to observe; the graph has 2 other"):
+        guarded(net, X, W, more=(Observe(kind="mlp"),))

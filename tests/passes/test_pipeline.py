@@ -1,0 +1,81 @@
+"""The pass contract: text, order, honesty."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+
+from vdcache.ir import ConfigError, ContractError, Fact, trace
+from vdcache.passes import Canonicalise, MarkBranches, MergeSlots, Observe, Pass, PassResult, Pipeline, Specialise
+from vdcache.recipe import recipe, recipes
+
+PASSES = (
+    Canonicalise(),
+    MarkBranches(kinds=("mlp", "fused"), group="g", gate="pre"),
+    MergeSlots(group="g"),
+    Observe(kind="temporal-attention", blocks=(3, 4), distance="cosine", strides=(1, 2), frames=5),
+    Specialise(reuse=frozenset({"b", "a"}), save="needed", slots=("a/x.1",)),
+)
+
+
+def test_text_round_trip():
+    text = str(Pipeline(PASSES))
+    assert text == (
+        "canonicalise,mark-branches{kinds=[mlp,fused],group=g,gate=pre},merge-slots{group=g},"
+        "observe{kind=temporal-attention,blocks=[3,4],distance=cosine,strides=[1,2],frames=5},"
+        "specialise{reuse=[a,b],save=needed,slots=[a/x.1]}"
+    )
+    assert Pipeline.parse(text).passes == PASSES
+    for name in recipes():
+        name = name.replace("N", "3")
+        assert Pipeline.parse(str(recipe(name).pipeline)).passes == recipe(name).pipeline.passes
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ConfigError, match="no pass is called 'nope'"):
+        Pipeline.parse("nope")
+    with pytest.raises(ConfigError, match="has no option 'colour'"):
+        Pipeline.parse("merge-slots{colour=red}")
+
+
+def test_order_is_checked_without_a_graph():
+    with pytest.raises(ContractError, match="'mark-branches' requires canonical; nothing before it ensures that"):
+        Pipeline((MarkBranches(),))
+
+
+@dataclass(frozen=True)
+class Liar(Pass):
+    name: ClassVar[str] = "liar"
+
+    def run(self, graph):
+        with graph.graph.inserting_before(graph.graph.output_node()):
+            graph.graph.call_function(torch.ops.aten.relu.default, (next(iter(graph.graph.nodes)),))
+        return PassResult(graph, 0)
+
+
+@dataclass(frozen=True)
+class Promiser(Pass):
+    name: ClassVar[str] = "promiser"
+    ensures: ClassVar[frozenset[Fact]] = frozenset({Fact.CANONICAL})
+
+    def run(self, graph):
+        return PassResult(graph, 0)
+
+
+def test_verify_holds_passes_to_their_word():
+    graph = trace(lambda x: x.alias().relu() if hasattr(x, "alias") else torch.ops.aten.alias(x).relu(), torch.randn(2)).graph
+    with pytest.raises(ContractError, match="'liar' reports no rewrites, but the graph has changed"):
+        Pipeline((Liar(),), verify=True).run(graph)
+    with graph.graph.inserting_before(graph.graph.output_node()):
+        alias = graph.graph.call_function(torch.ops.aten.alias.default, (next(iter(graph.graph.nodes)),))
+    alias.meta = dict(next(iter(graph.graph.nodes)).meta)
+    with pytest.raises(ContractError, match="after 'promiser' the graph is not canonical"):
+        Pipeline((Promiser(),), verify=True).run(graph)
+
+
+def test_the_pipeline_works_on_a_copy():
+    graph = trace(lambda x, w: x + x @ w, torch.randn(2, 4), torch.randn(4, 4)).graph
+    before = len(graph.graph.nodes)
+    Pipeline((Canonicalise(), MarkBranches())).run(graph)
+    assert len(graph.graph.nodes) == before

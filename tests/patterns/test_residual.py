@@ -1,0 +1,166 @@
+"""What is a branch, of which kind, and what is not; in every spelling."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.support import TinyDiT, latent, time_of
+from vdcache.ir import trace
+from vdcache.passes import Canonicalise, Pipeline
+from vdcache.patterns import anatomy
+
+X, W, V = torch.randn(1, 6, 8), torch.randn(8, 8), torch.randn(8, 8)
+CONTEXT, GATE = torch.randn(1, 3, 8), torch.randn(1, 1, 8)
+
+
+def look(fn, *args):
+    graph, _ = Pipeline((Canonicalise(),)).run(trace(fn, *args).graph)
+    return anatomy(graph)
+
+
+def heads(x):
+    return x.unflatten(-1, (2, 4)).transpose(1, 2)
+
+
+def attend(q, k, v):
+    return F.scaled_dot_product_attention(heads(q), heads(k), heads(v)).transpose(1, 2).flatten(2)
+
+
+def by_hand(q, k, v):
+    scores = (heads(q) @ heads(k).transpose(-1, -2) * 0.5).softmax(-1)
+    return (scores @ heads(v)).transpose(1, 2).flatten(2)
+
+
+SPELLINGS = {
+    "plain": lambda x, w: x + torch.relu(x @ w) @ w,
+    "swapped": lambda x, w: torch.relu(x @ w) @ w + x,
+    "gated": lambda x, w: x + torch.relu(x @ w) @ w * 0.5,
+    "in place": lambda x, w: x.clone().add_(torch.relu(x @ w) @ w),
+    "factor": lambda x, w: torch.add(x, torch.relu(x @ w) @ w, alpha=2),
+    "addcmul": lambda x, w: torch.addcmul(x, w[0], torch.relu(x @ w) @ w),
+    "lerp": lambda x, w: torch.lerp(x, torch.relu(x @ w) @ w, 0.3),
+    "minus": lambda x, w: x - torch.relu(x @ w) @ w,
+    "cast": lambda x, w: (x.double() + (torch.relu(x @ w) @ w).double() * 0.1).float(),
+    "scaled skip": lambda x, w: 0.7 * x + torch.relu(x @ w) @ w,
+    "viewed": lambda x, w: x.reshape(6, 8) + (torch.relu(x @ w) @ w).reshape(6, 8),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_every_spelling_is_one_mlp_branch(spelling):
+    assert look(SPELLINGS[spelling], X, W).count() == {"mlp": 1}
+
+
+@pytest.mark.parametrize("attention", [attend, by_hand])
+def test_kinds_of_attention(attention):
+    def self_attention(x, w, c):
+        return x + attention(x @ w, x @ w, x @ w) @ w
+
+    def cross_attention(x, w, c):
+        return x + attention(x @ w, c @ w, c @ w) @ w
+
+    def joint_attention(x, w, c):
+        both = torch.cat([x @ w, c @ w], 1)
+        return x + attention(both, both, both)[:, : x.shape[1]] @ w
+
+    for fn, kind in ((self_attention, "self"), (cross_attention, "cross"), (joint_attention, "joint")):
+        found = look(fn, X, W, CONTEXT)
+        assert found.count() == {f"{kind}-attention": 1}
+        assert [a.kind for a in found.branches[0].attentions] == [kind]
+
+
+def test_attention_beside_an_mlp_is_fused_but_a_gate_on_attention_is_not():
+    def fused(x, w, v):
+        return x + torch.cat([attend(x @ w, x @ w, x @ w), F.gelu(x @ v)], -1) @ torch.cat([w, v])
+
+    def summed(x, w, v):
+        return x + (attend(x @ w, x @ w, x @ w) @ w + F.gelu(x @ v) @ v)
+
+    def gated(x, w, v):
+        return x + attend(x @ w, x @ w, x @ w) * torch.sigmoid(x @ v) @ w
+
+    assert look(fused, X, W, V).count() == {"fused": 1}
+    assert look(summed, X, W, V).count() == {"fused": 1}
+    assert look(gated, X, W, V).count() == {"self-attention": 1}
+
+
+def test_parallel_branches_summed_one_after_the_other_are_two():
+    def net(x, w, v):
+        return x + attend(x @ w, x @ w, x @ w) + F.gelu(x @ v) @ v
+
+    assert look(net, X, W, V).count() == {"self-attention": 1, "mlp": 1}
+
+
+def test_rotary_tables_and_modulation_are_no_branches():
+    def net(x, w, scale):
+        cos, sin = torch.randn(6, 8).cos(), torch.randn(6, 8).sin()
+        h = F.layer_norm(x, (8,)) * (1 + scale) + scale
+        q = h @ w
+        q = q * cos + torch.cat([-q[..., 4:], q[..., :4]], -1) * sin
+        return x + attend(q, q, h @ w)
+
+    found = look(net, X, W, GATE)
+    assert found.count() == {"self-attention": 1}
+
+
+def test_a_modulation_of_every_token_that_blocks_share_is_no_stream():
+    """Shift and stream have one shape and the stream depends on the shift through earlier blocks."""
+
+    def net(x, w, t):
+        shift = torch.relu(t @ w)
+        for _ in range(2):
+            h = F.layer_norm(x, (8,)) + shift
+            x = x + torch.relu(h @ w) @ w
+        return x
+
+    assert look(net, X, W, torch.randn(1, 6, 8)).count() == {"mlp": 2}
+
+
+def test_a_skip_around_everything_is_refused_and_its_branches_are_taken():
+    def net(x, w):
+        h = x
+        for _ in range(3):
+            h = h + torch.relu(h @ w) @ w
+        return x + h
+
+    found = look(net, X, W)
+    assert found.count() == {"mlp": 3}
+    assert any("contains 3 branches" in r.reason for r in found.refusals)
+
+
+def test_a_convolution_added_inside_a_branch_belongs_to_it():
+    def net(x, w, v):
+        h = x @ w
+        h = h + torch.relu(h @ v)
+        return x + attend(h, h, h) @ w
+
+    found = look(net, X, W, V)
+    assert found.count() == {"self-attention": 1}
+    assert any("lies inside the branch" in r.reason for r in found.refusals)
+
+
+def test_gates_leaks_blocks_and_clock():
+    model = TinyDiT(blocks=3)
+    found = look(model.forward, latent(0), time_of(0), latent(1, 1, 3, 4))
+    assert [b.block for b in found] == [0, 0, 1, 1, 2, 2]
+    assert all(b.pre_gate for b in found) and {b.stream for b in found} == {0}
+    assert len(found.clocks) == 1 and found.latent
+
+    def leaky(x, w):
+        h = torch.relu(x @ w)
+        return x + h @ w, h.sum()
+
+    branch, = look(leaky, X, W).branches
+    assert len(branch.leaks) == 1
+
+
+def test_the_clock_is_found_by_structure_alone():
+    def net(noise, when, w):
+        waves = torch.cat([(when[:, None] * torch.ones(4)).sin(), (when[:, None] * torch.ones(4)).cos()], -1)
+        gate = (waves @ w)[:, None]
+        return noise + gate * (torch.relu(noise @ w) @ w)
+
+    found = look(net, X, torch.tensor([3.0]), W)
+    graph = trace(net, X, torch.tensor([3.0]), W).graph
+    names = [n.name for n in graph.graph.find_nodes(op="placeholder")]
+    assert found.clocks == (names[1],) and found.latent == names[0]

@@ -1,0 +1,112 @@
+"""The store owns what it keeps; the history says what happened."""
+
+import pytest
+import torch
+from rich.console import Console
+
+import vdcache
+from tests.support import TinyDiT, latent, time_of
+from vdcache.report import timeline
+from vdcache.runtime import History, Store
+from vdcache.runtime.measures import Layout, measured
+
+
+def test_values_that_others_hold_are_copied():
+    store, buffer = Store(), torch.zeros(10)
+    output, own = torch.ones(4), torch.ones(4)
+    store.put("k", ["view", "output", "own"], [buffer[2:6], output, own], [output])
+    buffer.fill_(7)
+    output.fill_(7)
+    view, out, mine = store.get("k", ["view", "output", "own"])
+    assert view.sum() == 0 and out.sum() == 4
+    assert mine.data_ptr() == own.data_ptr(), "a value of its own is not copied"
+    assert store.bytes() == 3 * 16
+
+
+def test_a_replayed_buffer_does_not_reach_the_store():
+    """CUDA graphs write the outputs of every replay into the same memory."""
+    pool, store = torch.zeros(2, 4), Store()
+    for replay in range(3):
+        pool.fill_(replay)
+        store.put(replay, ["a"], [pool[0]], [])
+    assert [store.get(i, ["a"])[0][0].item() for i in range(3)] == [0, 1, 2]
+
+
+def test_keys_do_not_meet():
+    store = Store()
+    store.put("a", ["s"], [torch.ones(2)], [])
+    assert store.get("b", ["s"]) is None and store.get("a", ["s", "t"]) is None
+    store.drop("a")
+    assert store.get("a", ["s"]) is None and store.bytes() == 0
+
+
+@pytest.mark.parametrize("distance", ["l1", "l2", "cosine"])
+def test_lanes_add_up_to_one_batch(distance):
+    p, r = torch.randn(2, 6, 4, dtype=torch.float64), torch.randn(2, 6, 4, dtype=torch.float64)
+
+    def sums(p, r):
+        if distance == "cosine":
+            return [(p * r).sum(), (p * p).sum(), (r * r).sum()]
+        f = torch.abs if distance == "l1" else torch.square
+        return [f(p - r).sum(), f(p).sum()]
+
+    layout = Layout("x", distance)
+    both = [float(s) for s in sums(p, r)]
+    lanes = [float(a + b) for a, b in zip(sums(p[:1], r[:1]), sums(p[1:], r[1:]), strict=True)]
+    assert measured(layout, both, 48).change == pytest.approx(measured(layout, lanes, 48).change)
+    norm = {"l1": (p - r).abs().sum() / p.abs().sum(), "l2": (p - r).norm() / p.norm()}
+    cosine = 1 - torch.nn.functional.cosine_similarity(p.flatten(), r.flatten(), dim=0)
+    assert measured(layout, both, 48).change == pytest.approx(float(norm.get(distance, cosine)))
+
+
+def test_a_closed_gate_is_no_change():
+    assert measured(Layout("x", "l1"), [0.0, 0.0], 4).change == 0.0
+    assert measured(Layout("x", "l1"), [1.0, 0.0], 4).change == float("inf")
+
+
+@torch.no_grad()
+def ran():
+    torch._dynamo.reset()
+    model = vdcache.compile(TinyDiT(), vdcache.adacache([(1e9, 3)]), num_steps=8, inner="eager")
+    for step in range(8):
+        for lane in range(2):
+            model(latent(step), time_of(step), latent(lane, 1, 3, 4))
+    return model.vdcache
+
+
+def test_history_survives_json(tmp_path):
+    session = ran()
+    session.history.to_json(tmp_path / "h.json")
+    again = History.from_json(tmp_path / "h.json")
+    assert again.rows() == session.history.rows()
+    record = again[4]
+    assert (record.generation, record.step, record.lane, record.timestep) == (0, 2, 0, 900.0)
+    assert record.plan and record.reused == ("all/run.0",) and record.seconds > 0
+    assert again.computed_steps() == [0, 1, 4, 6, 7]
+    assert {len(r.measures) for r in again if r.step in (1, 4)} == {1}, "what was measured stands with its step"
+
+
+def test_a_history_replays_its_policy():
+    session = ran()
+    state = session.policy.start(8)
+    for step in range(8):
+        records = [r for r in session.history if r.step == step]
+        assert session.policy.plan(state, step) == records[0].plan
+        state = session.policy.observe(state, step, records[0].plan, records[0].measures or None)
+
+
+def test_the_summary_says_what_was_computed():
+    console = Console(record=True, width=120)
+    console.print(ran().summary())
+    text = console.export_text()
+    assert "5 of 8 steps computed" in text and "reused" in text and "MiB" in text
+
+
+def test_the_timeline_is_a_picture(tmp_path):
+    session = ran()
+    timeline({"a": session.history.generation(), "b": session.history.generation()}, tmp_path / "t.png")
+    import imageio.v3 as iio
+
+    picture = iio.imread(tmp_path / "t.png")[..., :3]
+    colours = {tuple(c) for c in picture.reshape(-1, 3).tolist()}
+    assert (0x2B, 0x6C, 0xB0) in colours and (0xE2, 0xE8, 0xF0) in colours, "computed and reused cells are there"

@@ -1,0 +1,97 @@
+"""Real architectures: what is found, that recomputing is bit-exact, that reuse adds what was recorded."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import vdcache
+from tests.zoo import ZOO, build
+
+STEPS = 5
+
+
+def value(output):
+    return output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
+
+
+@pytest.mark.parametrize("name", ZOO)
+@torch.no_grad()
+def test_architecture(name):
+    torch._dynamo.reset()
+    model, case = build(name), ZOO[name]
+    compiled = vdcache.compile(model, "every-3", num_steps=STEPS, inner="eager", strict=True)
+    session = compiled.vdcache
+    for _ in range(2):
+        for step in range(STEPS):
+            out, want = value(compiled(**case.call(step))), value(model(**case.call(step)))
+            if step in (0, 3, 4):
+                assert torch.equal(out, want), "a computed step is the untouched model, bit for bit"
+            else:
+                assert not torch.equal(out, want), "a reused step skipped something"
+    assert session.history.computed_steps(0) == session.history.computed_steps(1) == [0, 3, 4]
+    graph, = session.graphs
+    assert graph.anatomy.count() == case.branches
+    assert graph.anatomy.clocks and graph.anatomy.latent
+
+
+@pytest.mark.parametrize("name", ZOO)
+@torch.no_grad()
+def test_reuse_is_exact_where_nothing_changed(name):
+    """Reusing on the very input that was recorded gives the recorded output back: the sum of all contributions is kept whole."""
+    torch._dynamo.reset()
+    model, case = build(name), ZOO[name]
+    compiled = vdcache.compile(model, "every-9", num_steps=9, inner="eager")
+    compiled.vdcache.begin(9)
+    outs = []
+    for _ in range(2):
+        compiled.vdcache.step()
+        outs.append(value(compiled(**case.call(0))))
+    assert compiled.vdcache.history[-1].reused
+    torch.testing.assert_close(outs[1], outs[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["wan", "flux", "sd3", "latte"])
+@torch.no_grad()
+def test_unmerged_reuse_equals_adding_recorded_contributions(name):
+    """One slot a branch: a reused step equals the stream with each recorded contribution added by hand."""
+    from vdcache.ir.capture import capture
+    from vdcache.passes import Canonicalise, DeadCode, MarkBranches, MergeSlots, Pipeline, Specialise, variant_io
+
+    torch._dynamo.reset()
+    model, case = build(name), ZOO[name]
+    found = []
+
+    def door(graph, inputs):
+        found.append((capture(graph, inputs).graph, list(inputs)))
+        return graph.forward
+
+    torch.compile(model, backend=door)(**case.call(0))
+    graph, inputs = found[0]
+    results = []
+    for more in ((), (MergeSlots(),)):
+        marked, _ = Pipeline((Canonicalise(), MarkBranches(), *more)).run(graph)
+        given = frozenset(Specialise.requires)
+        full, _ = Pipeline((Specialise(), DeadCode()), verify=True, given=given).run(marked)
+        reuse, _ = Pipeline((Specialise(reuse=frozenset({"all"})), DeadCode()), verify=True, given=given).run(marked)
+        outputs = full(*inputs)
+        kept = dict(zip(variant_io(full).saves, outputs[len(outputs) - len(variant_io(full).saves) :], strict=True))
+        results.append((reuse(*inputs, *[kept[s] for s in variant_io(reuse).reads])[0], len(kept)))
+    (apart, many), (merged, few) = results
+    assert few < many
+    torch.testing.assert_close(merged, apart, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_one_tensor_a_stream_whatever_the_depth():
+    from tests.zoo.diffusers_models import _wan
+
+    sizes = {}
+    for depth in (2, 6):
+        torch._dynamo.reset()
+        model = _wan(depth).eval().requires_grad_(False)
+        compiled = vdcache.compile(model, "adacache-fast", num_steps=30, inner="eager")
+        compiled(**ZOO["wan"].call(0))
+        sizes[depth] = compiled.vdcache.graphs[0].cache_bytes()
+    stream = 1 * 3 * 4 * 4 * 24 * 4  # one float32 tensor of tokens × width
+    assert sizes == {2: 2 * stream, 6: 2 * stream}
