@@ -22,7 +22,9 @@ def demo(
     out: Annotated[Path, typer.Option(help="Where pictures and rows go.")] = Path("out/demo"),
     steps: Annotated[int, typer.Option(help="Denoising steps.", min=1)] = 30,
     rounds: Annotated[int, typer.Option(help="Timed rounds; the table shows medians.", min=1)] = 3,
-    recipe: Annotated[list[str] | None, typer.Option(help="A recipe to run (again for more); all of AdaCache's without.")] = None,
+    recipe: Annotated[
+        list[str] | None, typer.Option(help="A recipe to run (again for more); all of AdaCache's without.")
+    ] = None,
     inner: Annotated[str, typer.Option(help="Inner compiler: inductor or eager.")] = "inductor",
 ) -> None:
     """Generate videos with the shipped model, plain and with each recipe, and compare time and quality."""

@@ -109,7 +109,8 @@ class Recipe:
         if kind is AdaCache:
             options["codebook"] = Codebook.of(options["codebook"]["entries"])
             if options["moreg"] is not None:
-                options["moreg"] = MoReg(**{k: tuple(v) if isinstance(v, list) else v for k, v in options["moreg"].items()})
+                motion: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in options["moreg"].items()}
+                options["moreg"] = MoReg(**motion)
         passes = tuple(Pipeline.parse(data["pipeline"]).passes[1:])
         books = tuple((n, Codebook.of(entries)) for n, entries in data["books"])
         return Recipe(data["name"], kind(**options), passes, data["source"], books)
@@ -194,5 +195,7 @@ def recipe(name: str | Recipe | None = None) -> Recipe:
     known = list(recipes())
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     raise ConfigError(
-        f"no recipe is called {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else "") + f" There are {', '.join(known)}."
+        f"no recipe is called {name!r}"
+        + (f"; did you mean {' or '.join(near)}?" if near else "")
+        + f" There are {', '.join(known)}."
     )

@@ -35,7 +35,15 @@ def summary_table(session: Session, generation: int = -1) -> Table:
     steps = steps_of(records)
     computed = [s for s in steps if any(r.computed for r in s)]
     table = Table(title=f"{session.name}: generation {records[0].generation if records else '–'}", title_justify="left")
-    for name, side in (("step", "right"), ("timestep", "right"), ("lanes", "right"), ("", "left"), ("change", "right"), ("ms", "right"), ("why", "left")):
+    for name, side in (
+        ("step", "right"),
+        ("timestep", "right"),
+        ("lanes", "right"),
+        ("", "left"),
+        ("change", "right"),
+        ("ms", "right"),
+        ("why", "left"),
+    ):
         table.add_column(name, justify=side)  # type: ignore[arg-type]
     for step in steps:
         first = step[0]
@@ -53,9 +61,7 @@ def summary_table(session: Session, generation: int = -1) -> Table:
         times = [sum(r.seconds for r in s) for s in steps]
         one = median(sum(r.seconds for r in s) for s in computed) if computed else 0.0
         bound = f", {one * len(steps) / sum(times):.2f}× over computing every step" if sum(times) else ""
-        table.caption = (
-            f"{len(computed)} of {len(steps)} steps computed{bound}; {session.store.peak_bytes / 2**20:.2f} MiB of cache at most"
-        )
+        table.caption = f"{len(computed)} of {len(steps)} steps computed{bound}; {session.store.peak_bytes / 2**20:.2f} MiB of cache at most"
     return table
 
 
@@ -72,11 +78,17 @@ def timeline(runs: Mapping[str, Sequence[Record]], path: str | Path | None = Non
 
     matplotlib.use("Agg", force=False)
     import matplotlib.pyplot as plt
+    from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     longest = max((len(steps_of(r)) for r in runs.values()), default=1)
     figure, all_axes = plt.subplots(
-        len(runs), 1, figsize=(max(7.0, 0.3 * longest + 2.6), 1.25 * len(runs) + 0.9), sharex=True, squeeze=False, layout="constrained"
+        len(runs),
+        1,
+        figsize=(max(7.0, 0.3 * longest + 2.6), 1.25 * len(runs) + 0.9),
+        sharex=True,
+        squeeze=False,
+        layout="constrained",
     )
     top = max((m.change for r in runs.values() for x in r for m in x.measures[:1] if m.change < float("inf")), default=0.0)
     for axes, (name, records) in zip(all_axes[:, 0], runs.items(), strict=True):
@@ -99,7 +111,9 @@ def timeline(runs: Mapping[str, Sequence[Record]], path: str | Path | None = Non
     handles = [
         Patch(color=COMPUTED, label="computed"),
         Patch(color=REUSED, label="reused"),
-        plt.Line2D([], [], color=LINE, marker="o", markersize=3, label="change of the observed branch since the last computed step"),
+        Line2D(
+            [], [], color=LINE, marker="o", markersize=3, label="change of the observed branch since the last computed step"
+        ),
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=3, fontsize=8, frameon=False)
     if path is not None:

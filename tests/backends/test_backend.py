@@ -353,7 +353,9 @@ def test_python_float_timestep_baked_into_the_graph_names_the_remedy():
     compiled = vdcache.compile(model, "every-4", num_steps=4, inner="eager", dynamic=False)
     with pytest.warns(vdcache.VdcacheWarning, match="pass a tensor") as said:
         for step in range(4):
-            assert torch.equal(compiled(latent(step), 1000.0 - 50 * step, text()), model(latent(step), 1000.0 - 50 * step, text()))
+            assert torch.equal(
+                compiled(latent(step), 1000.0 - 50 * step, text()), model(latent(step), 1000.0 - 50 * step, text())
+            )
     assert sum("pass a tensor" in str(w.message) for w in said) == 1
 
 
@@ -492,7 +494,7 @@ def test_a_metric_that_is_no_number_recomputes_and_is_said_once():
     model = TinyDiT()
     compiled = vdcache.compile(model, vdcache.adacache([(1e9, 5)]), num_steps=STEPS, inner="eager")
     with pytest.warns(vdcache.VdcacheWarning, match="not a number") as said:
-        for step, _, x, t, words in generation():
+        for _step, _, x, t, words in generation():
             compiled(x * float("nan"), t, words)
     assert compiled.vdcache.history.computed_steps() == list(range(STEPS))
     assert sum("not a number" in str(w.message) for w in said) == 1
@@ -533,7 +535,7 @@ def test_store_is_empty_after_a_generation_and_knows_its_bytes():
     model = TinyDiT(blocks=6)
     compiled = vdcache.compile(model, vdcache.adacache("fast"), num_steps=30, inner="eager")
     sizes = []
-    for step, _, x, t, words in generation(steps=30):
+    for _step, _, x, t, words in generation(steps=30):
         compiled(x, t, words)
         sizes.append(compiled.vdcache.store.bytes())
     stream = 1 * 6 * 8 * 4

@@ -41,7 +41,7 @@ def test_composites_stay_whole():
 @torch.no_grad()
 def test_mutations_come_first_and_are_named():
     captured, inputs = through_dynamo(Counter(), latent(0))
-    (output, position), = captured.signature.mutations
+    ((output, position),) = captured.signature.mutations
     assert output == 0 and inputs[position].shape == ()
     assert captured.signature.results == 1
     assert len(captured.signature.static) == 3, "weight, bias and buffer"

@@ -23,13 +23,16 @@ def add(graph, target, *args):
 
 
 def test_text():
-    assert_expected_inline(dump(graph_of()), """\
+    assert_expected_inline(
+        dump(graph_of()),
+        """\
 %0 = input() : f32[2,4]
 %1 = input() : f32[4,4]
 %2 = matmul(%0, %1) : f32[2,4]
 %3 = relu(%2) : f32[2,4]
 %4 = add(%0, %3) : f32[2,4]
-return (%4)""")
+return (%4)""",
+    )
 
 
 def test_a_good_graph_holds_everything():

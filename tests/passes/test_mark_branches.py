@@ -16,21 +16,26 @@ X, W, G = torch.randn(3, WIDTH), torch.randn(WIDTH, WIDTH), torch.randn(WIDTH)
 
 def test_a_branch_is_guarded_where_it_is_added():
     graph = guarded(lambda x, w: x + torch.relu(x @ w), X, W)
-    assert_expected_inline(dump(graph), """\
+    assert_expected_inline(
+        dump(graph),
+        """\
 %0 = input() : f32[3,4]
 %1 = input() : f32[4,4]
 %2 = matmul(%0, %1) : f32[3,4]
 %3 = relu(%2) : f32[3,4]
 %4 = guard(%3, 'all/s0.b0.other') : f32[3,4]
 %5 = add(%0, %4) : f32[3,4]
-return (%5)""")
+return (%5)""",
+    )
 
 
 def test_a_gate_outside_the_stream_may_be_left_out_of_the_slot():
     graph, _ = Pipeline((Canonicalise(), MarkBranches(gate="pre")), verify=True).run(
         trace(lambda x, w, g: x + g * torch.relu(x @ w), X, W, G).graph
     )
-    assert_expected_inline(dump(graph), """\
+    assert_expected_inline(
+        dump(graph),
+        """\
 %0 = input() : f32[3,4]
 %1 = input() : f32[4,4]
 %2 = input() : f32[4]
@@ -39,19 +44,23 @@ def test_a_gate_outside_the_stream_may_be_left_out_of_the_slot():
 %5 = guard(%4, 'all/s0.b0.other') : f32[3,4]
 %6 = mul(%2, %5) : f32[3,4]
 %7 = add(%0, %6) : f32[3,4]
-return (%7)""")
+return (%7)""",
+    )
 
 
 def test_gate_and_sum_in_one_operation_are_guarded_by_their_difference():
     graph = guarded(lambda x, w, g: torch.addcmul(x, g, x @ w), X, W, G)
-    assert_expected_inline(dump(graph), """\
+    assert_expected_inline(
+        dump(graph),
+        """\
 %0 = input() : f32[3,4]
 %1 = input() : f32[4,4]
 %2 = input() : f32[4]
 %3 = matmul(%0, %1) : f32[3,4]
 %4 = addcmul(%0, %2, %3) : f32[3,4]
 %5 = guard(%4, 'all/s0.b0.other', %0) : f32[3,4]
-return (%5)""")
+return (%5)""",
+    )
 
 
 def test_refusals_say_why():
@@ -62,11 +71,14 @@ def test_refusals_say_why():
         return wide
 
     _, steps = Pipeline((Canonicalise(), MarkBranches())).run(trace(net, X, W).graph)
-    assert_expected_inline("\n".join(str(r) for r in steps[-1].refusals), """\
+    assert_expected_inline(
+        "\n".join(str(r) for r in steps[-1].refusals),
+        """\
 add:
   no matrix product, convolution or attention between 'arg0_1' and 'relu'
 add_1:
-  'rand_like' (aten.rand_like.default) has an effect besides its value and must never be skipped""")
+  'rand_like' (aten.rand_like.default) has an effect besides its value and must never be skipped""",
+    )
 
 
 def test_kinds_choose():

@@ -31,7 +31,9 @@ def test_two_branches_make_one_slot():
         x = x + x @ w
         return x + torch.relu(x @ w)
 
-    assert_expected_inline(dump(merged(net, X, W)), """\
+    assert_expected_inline(
+        dump(merged(net, X, W)),
+        """\
 %0 = input() : f32[3,4]
 %1 = input() : f32[4,4]
 %2 = matmul(%0, %1) : f32[3,4]
@@ -40,7 +42,8 @@ def test_two_branches_make_one_slot():
 %5 = relu(%4) : f32[3,4]
 %6 = add(%3, %5) : f32[3,4]
 %7 = guard(%6, 'all/run.0', %0) : f32[3,4]
-return (%7)""")
+return (%7)""",
+    )
 
 
 def test_views_between_are_repeated_on_the_base():
@@ -48,7 +51,9 @@ def test_views_between_are_repeated_on_the_base():
         x = (x + x @ w).reshape(2, 6)
         return x + (x.reshape(3, WIDTH) @ w).reshape(2, 6)
 
-    assert_expected_inline(dump(merged(net, X, W)), """\
+    assert_expected_inline(
+        dump(merged(net, X, W)),
+        """\
 %0 = input() : f32[3,4]
 %1 = input() : f32[4,4]
 %2 = matmul(%0, %1) : f32[3,4]
@@ -60,7 +65,8 @@ def test_views_between_are_repeated_on_the_base():
 %8 = add(%4, %7) : f32[2,6]
 %9 = view(%0, [2, 6]) : f32[2,6]
 %10 = guard(%8, 'all/run.0', %9) : f32[2,6]
-return (%10)""")
+return (%10)""",
+    )
 
 
 def test_constants_between_are_part_of_the_slot():
@@ -79,9 +85,12 @@ def test_a_value_that_is_still_read_ends_the_run():
         return y + y @ w, x.sum()
 
     assert slots(merged(net, X, W)) == ["all/s0.b0.other", "all/run.0"]
-    assert_expected_inline("\n".join(refusals(net, X, W)), """\
+    assert_expected_inline(
+        "\n".join(refusals(net, X, W)),
+        """\
 add:
-  the run ends here: 'sum_1' (aten.sum.default) reads the stream at this place in a reused step""")
+  the run ends here: 'sum_1' (aten.sum.default) reads the stream at this place in a reused step""",
+    )
 
 
 def test_norms_and_scales_between_end_the_run():
@@ -92,9 +101,12 @@ def test_norms_and_scales_between_end_the_run():
         return x + x @ w
 
     assert slots(merged(net, X, W)) == ["all/s0.b0.other", "all/run.0"]
-    assert_expected_inline("\n".join(refusals(net, X, W)), """\
+    assert_expected_inline(
+        "\n".join(refusals(net, X, W)),
+        """\
 add_1:
-  a run starts here: 'layer_norm' (aten.layer_norm.default) is no cast, view or constant term""")
+  a run starts here: 'layer_norm' (aten.layer_norm.default) is no cast, view or constant term""",
+    )
 
 
 def test_a_step_dependent_term_between_ends_the_run():
@@ -143,4 +155,8 @@ def test_merging_keeps_numbers_and_skips_the_same(net):
 
 
 def test_the_generator_reaches_merging():
-    find(residual_nets(), lambda net: "all/run.0" in slots(merged(net, X, W, G)), settings=settings(deadline=None, max_examples=300))
+    find(
+        residual_nets(),
+        lambda net: "all/run.0" in slots(merged(net, X, W, G)),
+        settings=settings(deadline=None, max_examples=300),
+    )

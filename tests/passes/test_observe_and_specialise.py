@@ -24,7 +24,9 @@ def variant(graph, reuse=(), **options):
 
 def test_recomputing_returns_what_it_keeps():
     graph = guarded(net, X, W, more=(MergeSlots(),))
-    assert_expected_inline(dump(variant(graph)), """\
+    assert_expected_inline(
+        dump(variant(graph)),
+        """\
 %0 = input() : f32[1,6,4]
 %1 = input() : f32[4,4]
 %2 = matmul(%0, %1) : f32[1,6,4]
@@ -33,22 +35,28 @@ def test_recomputing_returns_what_it_keeps():
 %5 = relu(%4) : f32[1,6,4]
 %6 = add(%3, %5) : f32[1,6,4]
 %7 = sub(%6, %0) : f32[1,6,4]
-return (%6, %7)""")
+return (%6, %7)""",
+    )
 
 
 def test_reusing_holds_nothing_of_the_skipped_region():
     graph = guarded(net, X, W, more=(MergeSlots(),))
-    assert_expected_inline(dump(variant(graph, {"all"})), """\
+    assert_expected_inline(
+        dump(variant(graph, {"all"})),
+        """\
 %0 = input() : f32[1,6,4]
 %1 = input() : f32[4,4]
 %2 = input() : f32[1,6,4]
 %3 = add(%0, %2) : f32[1,6,4]
-return (%3)""")
+return (%3)""",
+    )
 
 
 def test_observing_a_branch():
     graph = guarded(net, X, W, more=(MergeSlots(), Observe(kind="other", blocks=(0,), strides=(1,), frames=3)))
-    assert_expected_inline(dump(variant(graph)), """\
+    assert_expected_inline(
+        dump(variant(graph)),
+        """\
 %0 = input() : f32[1,6,4]
 %1 = input() : f32[4,4]
 %2 = input() : f32[1,6,4]
@@ -76,7 +84,8 @@ def test_observing_a_branch():
 %24 = add(%21, %23) : f32[1,6,4]
 %25 = sub(%24, %0) : f32[1,6,4]
 %26 = stack([%8, %10, %16, %18, %20]) : f32[5]
-return (%24, %25, %3, %26)""")
+return (%24, %25, %3, %26)""",
+    )
 
 
 def test_a_reused_branch_is_not_observed():

@@ -150,7 +150,7 @@ def test_gates_leaks_blocks_and_clock():
         h = torch.relu(x @ w)
         return x + h @ w, h.sum()
 
-    branch, = look(leaky, X, W).branches
+    (branch,) = look(leaky, X, W).branches
     assert len(branch.leaks) == 1
 
 

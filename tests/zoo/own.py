@@ -18,7 +18,7 @@ register(
     "demo",
     _demo,
     lambda s: {
-        "hidden_states": noise(1, 3, 3, 8, 8, step=s),
+        "hidden_states": noise(1, 6, 3, 8, 8, step=s),
         "timestep": when(s),
         "encoder_hidden_states": text(1, 6, 16),
     },

@@ -30,7 +30,7 @@ def test_architecture(name):
             else:
                 assert not torch.equal(out, want), "a reused step skipped something"
     assert session.history.computed_steps(0) == session.history.computed_steps(1) == [0, 3, 4]
-    graph, = session.graphs
+    (graph,) = session.graphs
     assert graph.anatomy.count() == case.branches
     assert graph.anatomy.clocks and graph.anatomy.latent
 

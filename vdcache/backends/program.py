@@ -62,7 +62,7 @@ class Program:
         needed = {s for p in self.plans if p for s in self._specialised(p)[1].reads}
         self._needed = tuple(s for s in self.slots if s in needed)
         self._io = self._specialised(RECOMPUTE)[1]
-        frames = {str(n.args[1]): int(n.args[4]) for n in dialect.observations(self.guarded.graph)}  # type: ignore[call-overload]
+        frames: dict[str, Any] = {str(n.args[1]): n.args[4] for n in dialect.observations(self.guarded.graph)}
         self.layouts = tuple(Layout(slot, d, strides, frames[slot]) for slot, d, strides in self._io.measures)
 
     # ---- what there is -------------------------------------------------------------------------------------------
@@ -106,7 +106,9 @@ class Program:
         if plan not in self._graphs:
             keeps = bool(self.slots) and len(self.plans) > 1
             specialise = Specialise(
-                reuse=plan.reuse, save="needed" if keeps else "none", slots=self._needed if keeps and hasattr(self, "_needed") else ()
+                reuse=plan.reuse,
+                save="needed" if keeps else "none",
+                slots=self._needed if keeps and hasattr(self, "_needed") else (),
             )
             given = frozenset().union(*(p.ensures for p in self.settings.recipe.pipeline), Pipeline(()).given)
             given |= Specialise.requires
@@ -153,9 +155,7 @@ class Program:
         return found
 
     def _for_one_size(self, graph: fx.GraphModule, inputs: Sequence[Any], extra: Sequence[Tensor]) -> Compiled:
-        examples = [
-            torch.empty(self._bindings.shape(v, inputs), dtype=v.dtype, device=v.device) for v in extra
-        ]
+        examples = [torch.empty(self._bindings.shape(v, inputs), dtype=v.dtype, device=v.device) for v in extra]
         with torch.inference_mode(False), torch.no_grad():
             return self._compile(graph, [*inputs, *examples])
 
@@ -198,4 +198,3 @@ class Program:
         io = self._io
         zeros = [torch.zeros(self._bindings.shape(v, inputs), dtype=v.dtype, device=v.device) for v in io.previous_values]
         return self._variant(RECOMPUTE, inputs)(*inputs, *zeros)[: self._results]
-

@@ -55,7 +55,9 @@ class Settings:
             if name not in known:
                 near = difflib.get_close_matches(str(name), known, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ConfigError(f"unknown option {name!r}{hint} There are {', '.join(known)}; Inductor's own go under 'inductor'.")
+                raise ConfigError(
+                    f"unknown option {name!r}{hint} There are {', '.join(known)}; Inductor's own go under 'inductor'."
+                )
         inductor = options.pop("inductor", {}) or {}
         return Settings(recipe=recipe(options.pop("recipe", None)), inductor=tuple(sorted(inductor.items())), **options)
 

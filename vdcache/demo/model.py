@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["DemoConfig", "DemoDiT"]
+__all__ = ["DemoConfig", "DemoDiT", "with_positions"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class DemoConfig:
     patch_size: tuple[int, int, int] = (1, 4, 4)
     num_attention_heads: int = 4
     attention_head_dim: int = 32
-    in_channels: int = 3
+    in_channels: int = 6  # red, green, blue, and where the pixel is: time, down, right
     out_channels: int = 3
     text_dim: int = 32
     freq_dim: int = 64
@@ -42,6 +42,17 @@ class DemoConfig:
     def diffusers_kwargs(self) -> dict[str, Any]:
         """Arguments that make diffusers' `WanTransformer3DModel` the same network."""
         return {**asdict(self), "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads"}
+
+
+def with_positions(video: Tensor) -> Tensor:
+    """The input of the network: `video` [B, 3, T, H, W] and, as three more channels, the time, row and column of every pixel.
+
+    Rotary positions are relative: a small network does not learn from them where a frame begins and ends, and without that
+    no sprite ever went the way it was told.
+    """
+    b, _, t, h, w = video.shape
+    axes = [torch.linspace(-1, 1, n, device=video.device, dtype=video.dtype) for n in (t, h, w)]
+    return torch.cat([video, torch.stack(torch.meshgrid(*axes, indexing="ij")).expand(b, -1, -1, -1, -1)], 1)
 
 
 class Attention(nn.Module):
@@ -74,12 +85,12 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 class FeedForward(nn.Module):
     def __init__(self, c: DemoConfig) -> None:
         super().__init__()
-        up = nn.Module()
-        up.proj = nn.Linear(c.dim, c.ffn_dim)
+        # the names under which the same layers stand in diffusers: net.0.proj and net.2
+        up = nn.ModuleDict({"proj": nn.Linear(c.dim, c.ffn_dim)})
         self.net = nn.ModuleList([up, nn.Identity(), nn.Linear(c.ffn_dim, c.dim)])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net[2](F.gelu(self.net[0].proj(x), approximate="tanh"))
+        return self.net[2](F.gelu(self.net[0]["proj"](x), approximate="tanh"))  # type: ignore[index]
 
 
 class Block(nn.Module):
@@ -138,12 +149,17 @@ class DemoDiT(nn.Module):
     """Predicts the velocity of a noised video.
 
     Args of `forward` (B videos, C channels, T frames, H × W pixels, L condition tokens):
-        hidden_states: [B, C, T, H, W], the noised video.
+        hidden_states: [B, C, T, H, W], the noised video and its positions (`with_positions`).
         timestep: [B], 0 (clean) to 1000 (noise), any real dtype.
         encoder_hidden_states: [B, L, text_dim], from `conditions.encode`.
 
-    Returns the velocity noise − video, [B, C, T, H, W].
+    Returns the velocity noise − video, [B, out_channels, T, H, W].
     """
+
+    cos_t: Tensor
+    sin_t: Tensor
+    cos_s: Tensor
+    sin_s: Tensor
 
     def __init__(self, config: DemoConfig | None = None) -> None:
         super().__init__()

@@ -89,7 +89,9 @@ def run_demo(
     model = load_model(weights, device)
     chosen = [vdcache.recipe.recipe(r) for r in (default_recipes() if recipes is None else recipes)]
 
-    def generate(velocity: Callable[..., Tensor], n: int = steps, tick: Callable[[], None] = lambda: None) -> tuple[Tensor, float]:
+    def generate(
+        velocity: Callable[..., Tensor], n: int = steps, tick: Callable[[], None] = lambda: None
+    ) -> tuple[Tensor, float]:
         if device == "cuda":
             torch.cuda.synchronize()
         began = time.perf_counter()
@@ -221,11 +223,15 @@ def write_gif(videos: dict[str, Tensor], rows: Sequence[Row], path: Path, zoom: 
         pen = ImageDraw.Draw(sheet)
         for i, (name, video) in enumerate(videos.items()):
             row = by_name[name]
-            label = f"{name}\n{row.computed:g} of {row.steps} steps\n{row.speedup:.2f}x" + (f", {row.psnr:.1f} dB" if row.psnr else "")
+            label = f"{name}\n{row.computed:g} of {row.steps} steps\n{row.speedup:.2f}x" + (
+                f", {row.psnr:.1f} dB" if row.psnr else ""
+            )
             pen.multiline_text((8, i * cell_h + 12), label, fill="black", font_size=15, spacing=5)
             for j in range(count):
                 pixels = ((video[j, :, f].permute(1, 2, 0).float().cpu().clamp(-1, 1) + 1) * 127.5).byte().numpy()
-                tile = Image.fromarray(np.ascontiguousarray(pixels)).resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
+                tile = Image.fromarray(np.ascontiguousarray(pixels)).resize(
+                    (width * zoom, height * zoom), Image.Resampling.NEAREST
+                )
                 sheet.paste(tile, (margin + j * cell_w, gap + i * cell_h))
         pictures.append(np.asarray(sheet))
     iio.imwrite(path, np.stack(pictures), duration=150, loop=0)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vdcache.demo.conditions import Condition, encode, unconditional
 from vdcache.demo.data import FRAMES, SIZE
+from vdcache.demo.model import with_positions
 
 __all__ = ["GUIDANCE", "sample"]
 
@@ -41,7 +42,7 @@ def sample(
     with torch.no_grad():
         for i in range(steps):
             timestep = (1000 * sigmas[i]).expand(2 * b).to(device)
-            with_text, without = velocity(torch.cat([x, x]), timestep, text).chunk(2)
+            with_text, without = velocity(with_positions(torch.cat([x, x])), timestep, text).chunk(2)
             direction = without + guidance * (with_text - without)
             x = x + (sigmas[i + 1] - sigmas[i]).item() * direction
             on_step(i)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -24,9 +25,9 @@ from torch import Tensor, nn
 
 from vdcache.demo.conditions import encode, unconditional
 from vdcache.demo.data import FRAMES, draw, random_conditions
-from vdcache.demo.model import DemoDiT
+from vdcache.demo.model import DemoDiT, with_positions
 
-WARM_UP, FALL_FROM, SHORT_CLIPS_UNTIL = 0.01, 0.6, 0.4  # shares of the training time
+WARM_UP, FALL_FROM = 0.01, 0.6  # shares of the training time
 EMA_MEMORY = 0.05  # the average looks back over this share of the steps done so far
 
 
@@ -37,6 +38,9 @@ def train(
     rate: Annotated[float, typer.Option(help="Peak learning rate, for both optimisers.")] = 3e-3,
     seed: Annotated[int, typer.Option()] = 0,
     device: Annotated[str, typer.Option()] = "cuda" if torch.cuda.is_available() else "cpu",
+    short_clips: Annotated[
+        float, typer.Option(help="Share of the time, at the beginning, for clips of half the length.")
+    ] = 0.3,
     start_from: Annotated[Path | None, typer.Option(help="Weights to go on from.")] = None,
     save_every: Annotated[float, typer.Option(help="Minutes between checkpoints.")] = 5.0,
 ) -> None:
@@ -46,7 +50,8 @@ def train(
     model = DemoDiT().to(device)
     nn.init.zeros_(model.proj_out.weight)
     if start_from is not None:
-        model.load_state_dict({k: v.float() for k, v in load_file(start_from).items()})
+        weights = {k: v.float() for k, v in load_file(start_from).items()}
+        model.load_state_dict(weights)
     average = {k: v.detach().clone() for k, v in model.state_dict().items()}
     matrices = [p for n, p in model.blocks.named_parameters() if p.ndim == 2]
     chosen = {id(p) for p in matrices}
@@ -72,7 +77,7 @@ def train(
             for optimiser in optimisers:
                 for group in optimiser.param_groups:
                     group["lr"] = rate * max(factor, 1e-3)
-            frames = FRAMES // 2 if done < SHORT_CLIPS_UNTIL else FRAMES
+            frames = FRAMES // 2 if done < short_clips else FRAMES
             loss = loss_of(velocity, batch, frames, generator, device)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -97,20 +102,20 @@ def train(
     save()
 
 
-def loss_of(velocity: nn.Module, batch: int, frames: int, generator: torch.Generator, device: str) -> Tensor:
+def loss_of(velocity: Callable[..., Tensor], batch: int, frames: int, generator: torch.Generator, device: str) -> Tensor:
     """Mean squared error of the velocity on a fresh batch; 0-d."""
     conditions = random_conditions(batch, generator)
     video, _ = draw(conditions, generator, frames)
     text = encode(conditions)
     dropped = torch.rand(batch, generator=generator) < 0.1
     text = torch.where(dropped[:, None, None], unconditional(batch), text)
-    # Half of the noise levels uniform, half around the middle, where the loss has most to teach.
+    # Half of the noise levels uniform, half around the noisier middle, where form and motion are decided.
     uniform = torch.rand(batch, generator=generator)
-    middle = torch.sigmoid(torch.randn(batch, generator=generator) + 0.3)
+    middle = torch.sigmoid(torch.randn(batch, generator=generator) + 0.5)
     sigma = torch.where(torch.rand(batch, generator=generator) < 0.5, uniform, middle)
     noise = torch.randn(video.shape, generator=generator)
     noised = torch.lerp(video, noise, sigma.view(-1, 1, 1, 1, 1))
-    predicted = velocity(noised.to(device), 1000 * sigma.to(device), text.to(device))
+    predicted = velocity(with_positions(noised.to(device)), 1000 * sigma.to(device), text.to(device))
     return nn.functional.mse_loss(predicted, (noise - video).to(device))
 
 

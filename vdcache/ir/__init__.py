@@ -16,8 +16,8 @@ from vdcache.ir.facts import Fact, check
 
 __all__ = [
     "CacheStateError",
-    "Captured",
     "CaptureError",
+    "Captured",
     "ConfigError",
     "ContractError",
     "Fact",

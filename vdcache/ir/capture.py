@@ -25,6 +25,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
 
+from vdcache.ir.edit import outputs
 from vdcache.ir.errors import CaptureError
 
 __all__ = ["Captured", "Signature", "capture", "exported", "signature", "trace"]
@@ -94,9 +95,7 @@ def capture(graph: nn.Module, example_inputs: Sequence[Any]) -> Captured:
     owned = dict(graph.named_parameters(remove_duplicate=False)) | dict(graph.named_buffers(remove_duplicate=False))
     try:
         with torch.no_grad(), _whole_composites():
-            flat, sig = aot_export_module(
-                graph, example_inputs, trace_joint=False, pre_dispatch=False, decompositions={}
-            )
+            traced, sig = aot_export_module(graph, example_inputs, trace_joint=False, pre_dispatch=False, decompositions={})
     except Exception as error:
         if "Restart" in type(error).__name__ or "SkipFrame" in type(error).__name__:
             raise  # Dynamo's control flow
@@ -105,6 +104,8 @@ def capture(graph: nn.Module, example_inputs: Sequence[Any]) -> Captured:
             "vdcache reads graphs through AOTAutograd; check that torch.compile(backend='aot_eager') takes this model."
         ) from error
 
+    assert isinstance(traced, fx.GraphModule)  # what aot_export_module makes of a module
+    flat = traced
     _own_again(flat, list(owned.items()))
     inputs = flat.graph.find_nodes(op="placeholder")
     position = {node.name: i for i, node in enumerate(inputs)}
@@ -112,7 +113,7 @@ def capture(graph: nn.Module, example_inputs: Sequence[Any]) -> Captured:
         raise CaptureError("the graph writes into a tensor that it owns; only inputs can be written back")
     mutations = tuple((i, position[name]) for i, name in enumerate(sig.user_inputs_to_mutate.values()))
     static = frozenset(i for i, value in enumerate(example_inputs) if _is_static(value))
-    results = len(flat.graph.output_node().args[0]) - len(mutations)
+    results = len(outputs(flat.graph)) - len(mutations)
     return _captured(flat, Signature(mutations, results, static))
 
 
@@ -143,14 +144,12 @@ def trace(fn: Callable[..., Any], *args: Any, dynamic: bool = False) -> Captured
             return pytree.tree_leaves(result)
 
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    sizes = None if dynamic else {"static_shapes": True}
+    sizes: dict[str, Any] = {} if dynamic else {"static_shapes": True}
     values = [*state.values(), *flat_args]
-    fakes = [mode.from_tensor(v, **(sizes or {})) if isinstance(v, torch.Tensor) else v for v in values]
+    fakes = [mode.from_tensor(v, **sizes) if isinstance(v, torch.Tensor) else v for v in values]
     captured = capture(Flat(), fakes)
     sig = captured.signature
     return _captured(captured.graph, Signature(sig.mutations, sig.results, frozenset(range(len(names)))))
-
-
 
 
 def exported(model: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Captured:

@@ -39,7 +39,17 @@ _CONVS = _all("convolution", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "
 _WORK = _MATMULS | _CONVS | ATTENTION
 
 _RANDOM = _all(
-    "bernoulli", "normal", "rand", "rand_like", "randn", "randn_like", "randint", "randint_like", "randperm", "uniform", "multinomial"
+    "bernoulli",
+    "normal",
+    "rand",
+    "rand_like",
+    "randn",
+    "randn_like",
+    "randint",
+    "randint_like",
+    "randperm",
+    "uniform",
+    "multinomial",
 )
 
 
@@ -61,7 +71,7 @@ def is_effectful(node: fx.Node) -> bool:
     if node.target in _RANDOM:
         return True
     if node.target is aten.dropout.default:
-        return bool(node.args[2]) and node.args[1] != 0
+        return bool(node.args[2]) and bool(node.args[1] != 0)
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.is_mutable or "c10d" in node.target.namespace
     return "autocast" in str(node.target)

@@ -8,9 +8,7 @@ from vdcache.passes.merge_slots import MergeSlots
 from vdcache.passes.observe import Observe
 from vdcache.passes.specialise import Specialise, VariantIO, variant_io
 
-PASSES: dict[str, type[Pass]] = {
-    p.name: p for p in (Canonicalise, MarkBranches, MergeSlots, Observe, Specialise, DeadCode)
-}
+PASSES: dict[str, type[Pass]] = {p.name: p for p in (Canonicalise, MarkBranches, MergeSlots, Observe, Specialise, DeadCode)}
 
 __all__ = [
     "PASSES",

@@ -146,7 +146,9 @@ class Pipeline:
             ConfigError: an unknown pass or option.
         """
         if known is None:
-            from vdcache.passes import PASSES as known
+            from vdcache.passes import PASSES
+
+            known = PASSES
         passes = []
         for name, options in re.findall(r"([a-z][a-z0-9-]*)(?:\{([^}]*)\})?(?:,|$)", text):
             if name not in known:

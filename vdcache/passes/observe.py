@@ -101,7 +101,7 @@ class Observe(Pass):
     def _candidates(self, found: Anatomy, nodes: dict[str, fx.Node]) -> list[Branch]:
         """Branches of the kind in the stream with the most and the largest of them, in order."""
         if self.kind:
-            layout, _, kind = self.kind.rpartition("-")
+            layout, _, _ = self.kind.rpartition("-")
             if layout in ("temporal", "spatial"):
                 chosen = [b for b in found if b.layout == layout and b.kind in _ATTENDS]
             else:
@@ -113,7 +113,11 @@ class Observe(Pass):
         for b in chosen:
             weight[b.stream] = weight.get(b.stream, 0) + _size(nodes[b.join].meta["val"])
         best = max(weight, key=lambda s: (weight[s], -s), default=-1)
-        return [b for b in chosen if b.stream == best]
+        first: dict[int, Branch] = {}  # of each block
+        for b in chosen:
+            if b.stream == best:
+                first.setdefault(b.block, b)
+        return list(first.values())
 
     def _value(self, branch: Branch, nodes: dict[str, fx.Node]) -> fx.Node:
         """The contribution (the sum itself where gate and sum are one operation)."""

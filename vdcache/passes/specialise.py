@@ -80,7 +80,8 @@ class Specialise(Pass):
     def run(self, graph: fx.GraphModule) -> PassResult:
         g = graph.graph
         marks = [*dialect.guards(g), *dialect.observations(g)]
-        reads, saves = {}, {}
+        reads: dict[str, fx.Node] = {}
+        saves: dict[str, fx.Node] = {}
         for guard in dialect.guards(g):
             slot = str(guard.args[1])
             if group_of(slot) in self.reuse:
@@ -95,11 +96,14 @@ class Specialise(Pass):
         reads = {s: node for s, node in reads.items() if node.users or node in wanted}
 
         wanted = live_nodes([*outputs(g), *saved.values()])
-        seen, previous, sums, measures = {}, {}, [], []
+        seen: dict[str, fx.Node] = {}
+        previous: dict[str, fx.Node] = {}
+        sums: list[fx.Node] = []
+        measures: list[tuple[str, str, tuple[int, ...]]] = []
         for mark in dialect.observations(g):
-            value, slot, distance, strides, frames = mark.args
+            value, name, distance, strides, frames = mark.args
             if self.save != "none" and value in wanted:
-                slot = str(slot)
+                slot = str(name)
                 seen[slot] = dense(g, value, mark, str(self))  # type: ignore[arg-type]
                 previous[slot] = add_input(g, f"previous_{len(previous)}", value.meta["val"], str(self))  # type: ignore[union-attr]
                 sums += self._sums(g, seen[slot], previous[slot], str(distance), strides, frames, mark)  # type: ignore[arg-type]
@@ -154,7 +158,14 @@ class Specialise(Pass):
         return kept
 
     def _sums(
-        self, g: fx.Graph, value: fx.Node, previous: fx.Node, distance: str, strides: tuple[int, ...], frames: int, mark: fx.Node
+        self,
+        g: fx.Graph,
+        value: fx.Node,
+        previous: fx.Node,
+        distance: str,
+        strides: tuple[int, ...],
+        frames: int,
+        mark: fx.Node,
     ) -> list[fx.Node]:
         """The sums that distance and motion are made of, each float32 and 0-d (`runtime.measures` divides them)."""
 

@@ -142,7 +142,11 @@ def _pre_gate(index: Index, join: Join) -> str | None:
 
 
 def _leaks(join: Join, inside: set[fx.Node]) -> tuple[str, ...]:
-    return tuple(n.name for n in join.inside if n is not join.contribution and any(u not in inside and u is not join.node for u in n.users))
+    return tuple(
+        n.name
+        for n in join.inside
+        if n is not join.contribution and any(u not in inside and u is not join.node for u in n.users)
+    )
 
 
 def _module(join: Join) -> str:

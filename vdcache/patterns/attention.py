@@ -45,7 +45,15 @@ def _through(node: Any, targets: tuple[Any, ...], pass_by: frozenset[Any]) -> fx
 _PASS_BY = (
     VIEWS
     | CASTS
-    | {aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.dropout.default, aten.expand.default, aten.masked_fill.Scalar, aten.sub.Tensor}
+    | {
+        aten.mul.Tensor,
+        aten.div.Tensor,
+        aten.add.Tensor,
+        aten.dropout.default,
+        aten.expand.default,
+        aten.masked_fill.Scalar,
+        aten.sub.Tensor,
+    }
 )
 
 

@@ -83,7 +83,9 @@ def _match(
     if not any(is_work(n) for n in inside):
         return NoMatch(node.name, f"no matrix product, convolution or attention between '{source.name}' and '{other.name}'")
     if effect := next((n for n in inside if is_effectful(n)), None):
-        return NoMatch(node.name, f"'{effect.name}' ({effect.target}) has an effect besides its value and must never be skipped")
+        return NoMatch(
+            node.name, f"'{effect.name}' ({effect.target}) has an effect besides its value and must never be skipped"
+        )
     return Join(node, base, source, other if separable else None, tuple(inside))
 
 
@@ -111,9 +113,7 @@ def _outermost(joins: dict[fx.Node, Join], refusals: list[NoMatch]) -> list[Join
     """Branches that nest: a join alone inside a branch belongs to it; a branch around several is a container."""
     order = list(joins.values())
     dropped: set[fx.Node] = set()
-    for join in reversed(order):
-        if join.node in dropped:
-            continue
+    for join in order:  # first to last: what is judged is judged by joins that have been accepted
         members = set(join.inside)
         nested = [joins[n] for n in join.inside if n in joins and n not in dropped]
         foreign = next((j for j in nested if j.source is not join.source and j.source not in members), None)
@@ -122,7 +122,11 @@ def _outermost(joins: dict[fx.Node, Join], refusals: list[NoMatch]) -> list[Join
             dropped.add(join.node)
             reason = f"'{join.source.name}' is no stream: it is only read by the one that goes through '{foreign.node.name}'"
             refusals.append(NoMatch(join.node.name, reason))
-        elif len(nested) == 1:
+    for join in reversed(order):
+        if join.node in dropped:
+            continue
+        nested = [joins[n] for n in join.inside if n in joins and n not in dropped]
+        if len(nested) == 1:
             dropped.add(nested[0].node)
             refusals.append(NoMatch(nested[0].node.name, f"lies inside the branch that ends at '{join.node.name}'"))
         elif len(nested) > 1:
@@ -137,7 +141,13 @@ def previous_join(join: Join, joins: dict[fx.Node, Join]) -> fx.Node | None:
     while isinstance(at, fx.Node):
         if at in joins:
             return at
-        if at.target in CASTS or at.target in VIEWS or at.target in NORMS or at.target in _SCALES or at.target is aten.add.Tensor:
+        if (
+            at.target in CASTS
+            or at.target in VIEWS
+            or at.target in NORMS
+            or at.target in _SCALES
+            or at.target is aten.add.Tensor
+        ):
             at = at.args[0] if at.args else None
         else:
             return None

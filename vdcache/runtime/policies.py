@@ -6,6 +6,7 @@ No policy ever touches a tensor. Steps count from 0.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -101,7 +102,7 @@ class Codebook:
         if not self.entries:
             raise ConfigError("a codebook has at least one (threshold, rate) entry")
         thresholds = [t for t, _ in self.entries]
-        if any(not a < b for a, b in zip(thresholds, thresholds[1:], strict=False)):
+        if any(not a < b for a, b in itertools.pairwise(thresholds)):
             raise ConfigError(f"the thresholds of a codebook ascend; got {thresholds}")
         if wrong := [r for _, r in self.entries if r < 1 or r != int(r)]:
             raise ConfigError(f"the rates of a codebook are whole steps of at least 1; got {wrong[0]}")

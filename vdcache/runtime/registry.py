@@ -34,7 +34,9 @@ def using(session: Session) -> Iterator[None]:
         _handle.reset(token)
 
 
-def find(inputs: Sequence[Any], static: Sequence[int], *, drives: bool, resumes: bool, make: Callable[[], Session]) -> Session | None:
+def find(
+    inputs: Sequence[Any], static: Sequence[int], *, drives: bool, resumes: bool, make: Callable[[], Session]
+) -> Session | None:
     """The session that a call belongs to.
 
     Args:

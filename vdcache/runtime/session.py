@@ -225,7 +225,9 @@ class Session:
             why=why,
             syncs=self._syncs,
         )
-        return Ticket(graph, plan, key, reads, previous, record, began, keep=follows and self.num_steps is not None and not self._last())
+        return Ticket(
+            graph, plan, key, reads, previous, record, began, keep=follows and self.num_steps is not None and not self._last()
+        )
 
     def leave(
         self,
@@ -375,7 +377,10 @@ class Session:
                     key="learnt",
                 )
             elif ran != self.num_steps:
-                warn_once(self._said, f"vdcache: a generation had {ran} steps, not {self.num_steps} as the one before it; taking {ran}.")
+                warn_once(
+                    self._said,
+                    f"vdcache: a generation had {ran} steps, not {self.num_steps} as the one before it; taking {ran}.",
+                )
             self.num_steps = ran
         elif ran and self._given_steps is not None and ran < self._given_steps:
             warn_once(

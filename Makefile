@@ -1,0 +1,36 @@
+# Everything sets itself up: `make demo` and `make test` work on a fresh clone with Python 3.11, a C++ compiler and a package index.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: setup demo test bench lint types check
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade -c constraints.txt pip setuptools
+	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/vdcache demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+# Each script answers one question and writes its rows.
+bench: setup
+	for question in steps compile_time passes demo moreg; do \
+	  $(BIN)/python -m bench.$$question --json bench/results/$$question.json || exit 1; done
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+check: lint types test

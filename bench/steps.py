@@ -1,0 +1,135 @@
+"""How fast is a reused step, what does observing cost a computed one, and what does vdcache add to a call?
+
+diffusers' Wan transformer, 8 blocks, latents 1×16×5×32×32, text 1×64×256; plain torch.compile and vdcache side by side in one
+run, medians.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+import vdcache
+from bench.common import Bench, arguments, median, timed, wan, wan_call
+from vdcache.recipe import Recipe
+from vdcache.runtime import EveryN
+
+ROUNDS = 15
+
+
+def main() -> None:
+    args = arguments(__doc__)
+    torch._dynamo.reset()
+    model = wan()
+    fast = vdcache.adacache("fast")
+    # AdaCache's passes under a fixed schedule: computed with observation, then reused, in turn.
+    turn = Recipe("adacache-in-turn", EveryN(2), fast.passes)
+    plain = torch.compile(model)
+    cached = vdcache.compile(model, turn, num_steps=10_000)
+    bench = Bench("steps", str(fast.pipeline))
+    with torch.no_grad():
+        plain(**wan_call(0))
+        cached(**wan_call(0))
+        cached(**wan_call(1))
+        session = cached.vdcache
+        program = session.graphs[0]
+        session.begin(10_000)
+        times: dict[str, list[float]] = {"plain": [], "computed": [], "reused": []}
+        for i in range(ROUNDS):
+            call = wan_call(i)
+            times["plain"].append(timed(lambda: plain(**call)))
+            for kind in ("computed", "reused"):
+                session.step()
+                times[kind].append(timed(lambda: cached(**call)))
+                assert session.history[-1].computed == (kind == "computed")
+        p, c, r = (median(times[k]) for k in ("plain", "computed", "reused"))
+        bench.row("reuse step / computed step", r / c, "ratio", "<= 0.025", seconds=r)
+        paired = median([b / a for a, b in zip(times["plain"], times["computed"], strict=True)])
+        bench.row("computed step with observation / plain compiled step", paired, "ratio", "<= 1.02", seconds=c, plain=p)
+
+        bench.row(
+            "host time added to a reuse call",
+            1e6 * added_seconds(program, session, explicit=True),
+            "us",
+            "<= 100",
+            door="explicit control",
+        )
+        bench.row(
+            "host time added to a reuse call, clock",
+            1e6 * added_seconds(program, session, explicit=False),
+            "us",
+            "<= 100",
+            door="bare",
+        )
+
+        # The CPU stands in for a device: every value that the clock or the policy reads would be one sync there.
+        session.begin(100)
+        for step in range(4):
+            session.step()
+            cached(**wan_call(step))
+        explicit = max(r.syncs for r in session.history.records[-4:])
+        bench.row("device syncs of a reuse call, explicit control", explicit, "syncs", "== 0")
+        bench.row("device syncs of a reuse call, bare door", device_syncs(cached), "syncs", "<= 1")
+
+        adaptive = vdcache.compile(model, fast, num_steps=30, inner="eager")
+        adaptive(**wan_call(0))
+        kept = adaptive.vdcache.graphs[0].cache_bytes()
+        stream = 5 * 16 * 16 * 384 * 4
+        bench.row(
+            "cached bytes, adacache-fast, one lane", kept / stream, "streams", "<= 2", bytes=kept, two_a_block=2 * 8 * stream
+        )
+    bench.write(args.json)
+
+
+def added_seconds(program: Any, session: Any, explicit: bool) -> float:
+    """Host time of a reuse call around a variant that does nothing."""
+    from vdcache.runtime import Plan, registry
+
+    inputs = [torch.zeros(v.shape, dtype=v.dtype) if isinstance(v, torch.Tensor) else v for v in program._fakes]
+    plan = Plan.of(["all"])
+    result = [torch.zeros(1)] * program._results
+    kept, policy = program._compiled[plan, ()], session.policy
+    program._compiled[plan, ()] = lambda *a: result
+    clock = program.clocks[0]
+    times = []
+    try:
+        session.policy = EveryN(100_000)  # one computed step, then reuse
+        with registry.using(session):
+            session.begin(100_000)
+            for step in range(500):
+                inputs[clock] = torch.tensor([100_000 - step])
+                if explicit:
+                    session.step()
+                times.append(timed(lambda: program(*inputs)))
+    finally:
+        program._compiled[plan, ()], session.policy = kept, policy
+    return median(times[1:])
+
+
+def device_syncs(cached: Any) -> int:
+    """Syncs of one reuse call through the bare door, as they would be on an accelerator: reads of device values, batched."""
+    from vdcache.runtime import session as module
+
+    counted = []
+    real = module.read
+
+    def counting(values: Any) -> Any:
+        found, _ = real(values)
+        counted.append(1 if len(values) else 0)
+        return found, 0
+
+    module.read = counting
+    try:
+        cached.vdcache.begin(100)
+        for step in range(4):
+            counted.clear()
+            cached(**wan_call(step))
+        assert not cached.vdcache.history[-1].computed
+        return sum(counted)
+    finally:
+        module.read = real
+
+
+if __name__ == "__main__":
+    main()

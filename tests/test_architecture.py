@@ -1,0 +1,83 @@
+"""The house rules that a machine can hold: imports point one way, no names decide, importing costs nothing."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import vdcache
+
+ROOT = Path(vdcache.__file__).parent
+ALLOWED = {
+    "ir": {"ir"},
+    "patterns": {"ir", "patterns"},
+    "passes": {"ir", "patterns", "passes"},
+    "runtime": {"ir", "runtime"},
+    "backends": {"ir", "patterns", "passes", "runtime", "backends", "recipe"},
+    "recipe": {"ir", "passes", "runtime"},
+    "report": {"runtime"},
+}
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def room(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imported(path: Path, at_top_only: bool = False) -> set[str]:
+    """The rooms of vdcache that a file imports."""
+    tree = ast.parse(path.read_text())
+    rooms = set()
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module]
+        elif isinstance(node, ast.Import):
+            names = [a.name for a in node.names]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "vdcache" and len(parts) > 1:
+                rooms.add(parts[1])
+    return rooms
+
+
+@pytest.mark.parametrize("path", [f for f in FILES if room(f) in ALLOWED], ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_one_way(path):
+    late = {"report"} if room(path) == "runtime" else set()  # the summary table, imported when it is asked for
+    assert imported(path) <= ALLOWED[room(path)] | late
+
+
+@pytest.mark.parametrize(
+    "path", [f for f in FILES if room(f) in ("ir", "patterns", "passes", "runtime", "backends")], ids=lambda p: p.name
+)
+def test_no_model_is_named_in_code(path):
+    names = re.compile(r"\b(wan|hunyuan|cogvideo|flux|latte|pixart|mochi|ltx|sd3|opensora|diffusers)", re.IGNORECASE)
+    for node in ast.walk(ast.parse(path.read_text())):
+        is_text = isinstance(node, ast.Constant) and isinstance(node.value, str)
+        assert not (is_text and len(node.value) < 60 and names.search(node.value)), node.value
+        assert not (isinstance(node, ast.Name) and names.fullmatch(node.id))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_private_torch_names_stay_in_their_room(path):
+    homes = {"ir/capture.py", "backends/inductor.py"}
+    private = re.compile(r"torch\._(functorch|export|subclasses|inductor\.compile_fx|guards)|_export\.utils")
+    if str(path.relative_to(ROOT)) not in homes:
+        assert not private.search(path.read_text())
+
+
+def test_importing_vdcache_imports_no_torch():
+    code = "import sys, vdcache; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_public_names_are_there():
+    for name in vdcache.__all__:
+        assert getattr(vdcache, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nope'"):
+        vdcache.nope  # noqa: B018
