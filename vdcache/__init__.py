@@ -24,6 +24,7 @@ _PUBLIC = {
     "recipes": "vdcache.recipe",
     "Session": "vdcache.runtime.session",
     "History": "vdcache.runtime.history",
+    "record": "vdcache.runtime.history",
     "Plan": "vdcache.runtime.plan",
     "Policy": "vdcache.runtime.policies",
     "Codebook": "vdcache.runtime.policies",
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
     from vdcache.ir.errors import CacheStateError, CaptureError, ConfigError, ContractError, VdcacheError, VdcacheWarning
     from vdcache.passes.base import Pass, PassResult, Pipeline
     from vdcache.recipe import Recipe, adacache, recipes
-    from vdcache.runtime.history import History
+    from vdcache.runtime.history import History, record
     from vdcache.runtime.plan import Plan
     from vdcache.runtime.policies import Codebook, MoReg, Policy
     from vdcache.runtime.session import Session

@@ -53,7 +53,7 @@ def compile(
         @functools.wraps(forward)
         def under_session(*args: Any, **kwargs: Any) -> Any:
             with registry.using(session):
-                return forward(*args, **kwargs)
+                return session.watch(forward, args, kwargs)
 
         # past OptimizedModule.__setattr__, which would write into the user's model
         compiled.__dict__["forward"] = under_session
@@ -63,7 +63,7 @@ def compile(
     @functools.wraps(compiled)
     def call(*args: Any, **kwargs: Any) -> Any:
         with registry.using(session):
-            return compiled(*args, **kwargs)
+            return session.watch(compiled, args, kwargs)
 
     call.vdcache = session  # type: ignore[attr-defined]
     return call

@@ -329,6 +329,30 @@ def test_autocast_inside_the_model_is_bit_identical():
         assert torch.equal(out, model(x, t, words)) == (step in (0, 3, 6, 7))
 
 
+class Excluding(TinyDiT):
+    """Excludes its last layer from the caller's autocast."""
+
+    def forward(self, x, timestep, text):
+        h = super().forward(x, timestep, text)
+        with torch.autocast("cpu", enabled=False):
+            return h.float() @ self.inp.weight.T @ self.inp.weight
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("inner", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_autocast_around_the_model(inner):
+    model = Excluding()
+    compiled = vdcache.compile(model, "every-3", num_steps=STEPS, inner=inner)
+    with torch.autocast("cpu", torch.bfloat16):
+        for step, _, x, t, words in generation():
+            out, want = compiled(x, t, words), model(x, t, words)
+            assert out.dtype == torch.float32
+            if inner == "eager":
+                assert torch.equal(out, want) == (step in (0, 3, 6, 7))
+            elif step in (0, 3, 6, 7):
+                torch.testing.assert_close(out, want, rtol=2e-2, atol=2e-2)
+
+
 def test_gradients_enabled_runs_plain_with_one_warning():
     model = TinyDiT().requires_grad_(True)
     compiled = vdcache.compile(model, "every-2", num_steps=4, inner="eager")
@@ -550,3 +574,28 @@ def test_function_of_tensors():
     run(compiled, Reference(model, 3, STEPS), generation())
     assert compiled.vdcache.history.computed_steps() == [0, 3, 6, 7]
     assert not hasattr(model, "vdcache")
+
+
+@torch.no_grad()
+def test_records_of_the_string_door():
+    model = TinyDiT()
+    compiled = torch.compile(model, backend="vdcache", options={"recipe": "every-2", "num_steps": 4, "inner": "eager"})
+    with vdcache.record() as history:
+        for _, _, x, t, words in generation(steps=4):
+            compiled(x, t, words)
+    assert history.computed_steps() == [0, 2, 3]
+    compiled(latent(0), time_of(0), text())
+    assert len(history) == 4, "nothing is recorded outside"
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::UserWarning:torch")
+def test_dynamo_giving_up_is_said_once():
+    model = FloatTime()
+    compiled = vdcache.compile(model, "every-2", num_steps=4, inner="eager", dynamic=False)
+    compiled.vdcache.begin(40)
+    with torch._dynamo.config.patch(recompile_limit=2), pytest.warns(vdcache.VdcacheWarning, match="recompile_limit") as said:
+        for step in range(5):
+            compiled.vdcache.step()
+            compiled(latent(step), 1000.0 - step, text())
+    assert sum("recompile_limit" in str(w.message) for w in said) == 1

@@ -1,5 +1,6 @@
 """merge-slots: runs of branches become one slot; what ends a run."""
 
+import pytest
 import torch
 from expecttest import assert_expected_inline
 from hypothesis import find, given, settings
@@ -130,6 +131,27 @@ def test_16_bit_streams_keep_16_bit_slots():
     assert slots(graph) == ["all/run.0"]
     reuse, _ = Pipeline((Specialise(reuse=frozenset({"all"})), DeadCode()), given=frozenset(Specialise.requires)).run(graph)
     assert variant_io(reuse).read_values[0].dtype == torch.bfloat16
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_reuse_of_a_16_bit_stream_is_off_by_one_rounding(dtype):
+    """The kept difference is rounded once and so is the sum: at most 1 ulp of the largest value in between."""
+
+    def net(x, w):
+        for _ in range(4):
+            x = (x.float() + torch.relu(x @ w).float() * 0.5).to(dtype)
+        return x
+
+    x, w = X.to(dtype), W.to(dtype)
+    graph = merged(net, x, w)
+    given_facts = frozenset(Specialise.requires)
+    full, _ = Pipeline((Specialise(), DeadCode()), given=given_facts).run(graph)
+    reuse, _ = Pipeline((Specialise(reuse=frozenset({"all"})), DeadCode()), given=given_facts).run(graph)
+    out, kept = full(x, w)
+    (again,) = reuse(x, w, kept)
+    ulp = torch.finfo(dtype).eps * torch.stack([out.abs(), kept.abs(), x.abs()]).amax(0).float()
+    assert ((again.float() - out.float()).abs() <= ulp).all()
 
 
 @given(residual_nets(5))

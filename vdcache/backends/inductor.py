@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-__all__ = ["Context", "compile_now", "frame_of_backend_call"]
+__all__ = ["Context", "compile_now", "frame_of_backend_call", "no_autocast"]
 
 Compiled = Callable[..., Sequence[Any]]
 
@@ -27,6 +27,16 @@ def compile_now(graph: fx.GraphModule, inputs: Sequence[Any], options: Mapping[s
     from torch._inductor.compile_fx import compile_fx
 
     return compile_fx(graph, list(inputs), config_patches=dict(options) or None)  # type: ignore[no-any-return,return-value,arg-type]
+
+
+def no_autocast() -> contextlib.AbstractContextManager[Any]:
+    """Switch autocast off for one run or compilation of a captured graph, whose casts are nodes of its own.
+
+    Nothing where no autocast is on. A region that the model itself had excluded from autocast would else be cast after all.
+    """
+    if torch._C._is_any_autocast_enabled():
+        return torch._C._DisableAutocast()  # type: ignore[no-any-return]
+    return contextlib.nullcontext()
 
 
 class Context:

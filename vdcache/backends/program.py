@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from vdcache.backends.eager import run_eagerly
-from vdcache.backends.inductor import Compiled, Context, compile_now
+from vdcache.backends.inductor import Compiled, Context, compile_now, no_autocast
 from vdcache.backends.settings import Settings
 from vdcache.ir import dialect
 from vdcache.ir.capture import Captured
@@ -132,7 +132,8 @@ class Program:
         if self.settings.inner == "eager":
             return run_eagerly(graph)
         # Inductor takes possession of what it compiles; the saved graph must stay for other sizes.
-        return compile_now(copy_graph(graph), inputs, dict(self.settings.inductor))
+        with no_autocast():
+            return compile_now(copy_graph(graph), inputs, dict(self.settings.inductor))
 
     def _variant(self, plan: Plan, inputs: Sequence[Any] | None) -> Compiled:
         """The compiled variant of a plan; compiled now if this is its first call."""
@@ -177,7 +178,8 @@ class Program:
             previous = [
                 torch.zeros(self._bindings.shape(v, inputs), dtype=v.dtype, device=v.device) for v in io.previous_values
             ]
-        outputs = run(*inputs, *ticket.reads, *previous)
+        with no_autocast():
+            outputs = run(*inputs, *ticket.reads, *previous)
         results, rest = outputs[: self._results], outputs[self._results :]
         saved = dict(zip(io.saves, rest, strict=False))
         observed = dict(zip(io.previous, rest[len(io.saves) :], strict=False))
@@ -197,4 +199,5 @@ class Program:
         )
         io = self._io
         zeros = [torch.zeros(self._bindings.shape(v, inputs), dtype=v.dtype, device=v.device) for v in io.previous_values]
-        return self._variant(RECOMPUTE, inputs)(*inputs, *zeros)[: self._results]
+        with no_autocast():
+            return self._variant(RECOMPUTE, inputs)(*inputs, *zeros)[: self._results]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 from vdcache.runtime.measures import Measured
 from vdcache.runtime.plan import RECOMPUTE, Plan
 
-__all__ = ["History", "Record"]
+__all__ = ["History", "Record", "record"]
 
 
 @dataclass
@@ -92,3 +94,26 @@ class History:
             row["reused"] = tuple(row["reused"])
             records.append(Record(**row))
         return History(records)
+
+
+_recorders: ContextVar[tuple[History, ...]] = ContextVar("vdcache_recorders", default=())
+
+
+@contextlib.contextmanager
+def record() -> Iterator[History]:
+    """Collect the records of every call inside, of all models: what the string door of torch.compile has instead of a handle.
+
+    Generations are counted a model, so give each model a `with` of its own where several run.
+    """
+    history = History()
+    token = _recorders.set((*_recorders.get(), history))
+    try:
+        yield history
+    finally:
+        _recorders.reset(token)
+
+
+def tell(entry: Record) -> None:
+    """Hand a record to everybody who is recording."""
+    for history in _recorders.get():
+        history.add(entry)

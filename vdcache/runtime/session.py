@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from vdcache.ir.errors import CacheStateError, ConfigError, warn_once
 from vdcache.runtime.clock import Clock, Reading, Tick
-from vdcache.runtime.history import History, Record
+from vdcache.runtime.history import History, Record, tell
 from vdcache.runtime.measures import Layout, Measured, count_of, measured
 from vdcache.runtime.plan import RECOMPUTE, Plan
 from vdcache.runtime.policies import Policy
@@ -129,6 +130,7 @@ class Session:
         self._ticker: Hashable = None
         self._early: set[Hashable] = set()
         self._graphs: dict[CompiledGraph, None] = {}
+        self._entered = 0  # how many calls have come through
         self._driver: Hashable = None  # under explicit control: the call that began the current lane
         self._calls: dict[Hashable, int] = {}  # how often each graph ran in the current lane
         self._lanes = 0  # how many lanes the current step has had under explicit control
@@ -149,7 +151,7 @@ class Session:
             if num_steps < 1:
                 raise ConfigError(f"num_steps is the number of denoising steps, at least 1; got {num_steps}")
             self.num_steps = self._given_steps = num_steps
-        self._new_generation()
+        self._new_generation(said_by_caller=True)
         self._clock.begin()
         self._explicit_step, self._explicit_lane, self._begun = False, None, True
 
@@ -173,6 +175,7 @@ class Session:
 
     def reset(self) -> None:
         """Forget every cached value, the policy's state and what was learnt; the history stays."""
+        self._step = -1  # what ran so far teaches nothing
         self.begin()
         self._state = None
         self.num_steps = self._given_steps
@@ -188,6 +191,19 @@ class Session:
         for graph in self._graphs:
             graph.warm_up()
 
+    def watch(self, run: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Run one call of the model, and say once if it went past every graph of vdcache although earlier ones did not."""
+        before = self._entered
+        result = run(*args, **kwargs)
+        if before and self._entered == before:
+            warn_once(
+                self._said,
+                "vdcache: a call ran outside the compiled graphs, so nothing was reused. Either gradients were enabled, or Dynamo gave up "
+                "recompiling (torch._dynamo.config.recompile_limit): vary fewer shapes and Python values, or compile with dynamic=True.",
+                key="outside",
+            )
+        return result
+
     def adopt(self, graph: CompiledGraph) -> None:
         """A graph joins at its first run, not when it is compiled."""
         if graph not in self._graphs:
@@ -198,6 +214,7 @@ class Session:
     def enter(self, graph: CompiledGraph, inputs: Sequence[Any]) -> Ticket:
         """Place a call in the run and say what it reuses."""
         began = time.perf_counter()
+        self._entered += 1
         self._syncs = 0
         # One graph may serve several blocks (regional compilation) or be called again with the same weights.
         who = (graph, next((id(inputs[i]) for i in graph.static), 0))
@@ -251,6 +268,7 @@ class Session:
             self._pending.append(_Pending(sums, ticket.graph.layouts, elements, ticket.previous is not None))
         ticket.record.seconds = time.perf_counter() - ticket.began
         self.history.add(ticket.record)
+        tell(ticket.record)
         self._step_records.append(ticket.record)
 
     def summary(self, generation: int = -1) -> Any:
@@ -366,7 +384,7 @@ class Session:
 
     # ---- steps and generations -------------------------------------------------------------------------------------
 
-    def _new_generation(self) -> None:
+    def _new_generation(self, said_by_caller: bool = False) -> None:
         ran = self._step + 1
         if ran and self._given_steps is None:
             if self.num_steps is None:
@@ -382,7 +400,7 @@ class Session:
                     f"vdcache: a generation had {ran} steps, not {self.num_steps} as the one before it; taking {ran}.",
                 )
             self.num_steps = ran
-        elif ran and self._given_steps is not None and ran < self._given_steps:
+        elif ran and self._given_steps is not None and ran < self._given_steps and not said_by_caller:
             warn_once(
                 self._said,
                 f"vdcache: a generation ended after {ran} of {self._given_steps} steps. If this is its real number, pass num_steps={ran}.",
@@ -449,7 +467,7 @@ class Session:
                 totals[layout] = [a + b for a, b in zip(totals.get(layout, [0.0] * count), own, strict=True)]
                 elements[layout] = elements.get(layout, 0) + n
         result = tuple(measured(layout, sums, elements[layout]) for layout, sums in totals.items())
-        if any(m.change != m.change for m in result):
+        if not all(math.isfinite(m.change) for m in result):
             warn_once(
                 self._said,
                 "vdcache: the observed branch is not a number (NaN or infinite), so every step is computed until it is one again. "

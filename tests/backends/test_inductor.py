@@ -1,0 +1,74 @@
+"""The same promises through Inductor: a few, because compiling takes seconds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import vdcache
+from tests.support import Reference, TinyDiT, latent, time_of
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
+def test_steps_follow_the_reference_and_computed_ones_equal_plain_inductor():
+    model = TinyDiT()
+    plain = torch.compile(model)
+    compiled = torch.compile(model, backend="vdcache", options={"recipe": "every-3", "num_steps": 6})
+    reference = Reference(model, 3, 6)
+    for seed in range(2):
+        reference.begin()
+        for step in range(6):
+            x, t, words = latent(10 * seed + step), time_of(step), latent(9, 1, 3, 4)
+            out = compiled(x, t, words)
+            torch.testing.assert_close(out, reference.call(step, 0, x, t, words), rtol=1e-4, atol=1e-5)
+            if step in (0, 3, 5):
+                torch.testing.assert_close(out, plain(x, t, words), rtol=1e-5, atol=1e-6)
+            out.fill_(float("nan"))
+
+
+@torch.no_grad()
+def test_a_variant_compiled_late_is_right_at_four_sizes():
+    """The reuse variant is first needed after Dynamo has returned, under symbols that it made, at a third size."""
+    model = TinyDiT()
+    compiled = vdcache.compile(model, vdcache.adacache([(1e9, 2)]), num_steps=5, dynamic=True)
+    reused = 0
+    for tokens in (6, 9, 12, 7):
+        kept = None
+        for step in range(5):
+            x, t, words = latent(step, 1, tokens, 4), time_of(step), latent(9, 1, 3, 4)
+            out = compiled(x, t, words)
+            if compiled.vdcache.history[-1].reused:
+                reused += 1
+                torch.testing.assert_close(out, model.with_branches(x, words, kept), rtol=1e-4, atol=1e-5)
+            else:
+                kept = model.branches(x, t, words)
+                torch.testing.assert_close(out, model(x, t, words), rtol=1e-4, atol=1e-5)
+        tokens_seen = {r.step: r.measures for r in compiled.vdcache.history.generation()}
+        assert tokens_seen[1], "the observed branch was measured"
+    assert reused == 4
+    assert len(compiled.vdcache.graphs) == 1
+
+
+@torch.no_grad()
+def test_warm_up_compiles_everything_and_inference_mode_works():
+    model = TinyDiT()
+    compiled = vdcache.compile(model, "every-2", num_steps=4, inductor={"max_autotune": False})
+    reference = Reference(model, 2, 4)
+    with torch.inference_mode():
+        compiled(latent(0), time_of(0), latent(9, 1, 3, 4))
+        compiled.vdcache.warm_up()
+        graph, = compiled.vdcache.graphs
+        assert {str(plan) for plan, _ in graph._compiled} == {"recompute", "reuse{all}"}
+        compiled.vdcache.reset()
+        for step in range(4):
+            x, t, words = latent(step), time_of(step), latent(9, 1, 3, 4)
+            torch.testing.assert_close(compiled(x, t, words), reference.call(step, 0, x, t, words), rtol=1e-4, atol=1e-5)

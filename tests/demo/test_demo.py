@@ -1,0 +1,115 @@
+"""The shipped model has learned what it claims, is Wan's mathematics, and the demo runs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import vdcache
+from vdcache.cli import app
+from vdcache.demo.conditions import Condition, encode
+from vdcache.demo.data import all_conditions, draw, random_conditions
+from vdcache.demo.judge import judge
+from vdcache.demo.model import DemoConfig, DemoDiT, with_positions
+from vdcache.demo.run import run_demo
+from vdcache.demo.sampler import sample
+from vdcache.demo.weights import load_model, weights_path
+
+
+def test_real_videos_are_judged_right_and_masks_are_the_sprite():
+    generator = torch.Generator().manual_seed(1)
+    conditions = random_conditions(200, generator)
+    videos, mask = draw(conditions, generator)
+    verdict = judge(videos, conditions)
+    assert verdict.colour > 0.98 and verdict.direction > 0.98
+    assert videos.shape == (200, 3, 8, 24, 24) and videos.abs().max() <= 1
+    assert mask.shape == (200, 8, 24, 24) and 0.02 < mask.float().mean() < 0.3
+    vivid = (videos.amax(1) - videos.amin(1)) > 0.5
+    assert (vivid & mask).sum() / mask.sum() > 0.9 and (vivid & ~mask).sum() / vivid.sum() < 0.1
+    assert len(all_conditions()) == 864
+
+
+def test_conditions_are_checked():
+    assert str(Condition("cross", "blue", "up", "still", "flat")) == "a blue cross standing still, on flat"
+    assert encode([Condition()]).shape == (1, 5, 32)
+    with pytest.raises(ValueError, match="colour must be one of red"):
+        Condition(colour="pink")
+
+
+@torch.no_grad()
+def test_weights_are_small_and_load_into_diffusers():
+    from diffusers import WanTransformer3DModel
+
+    assert weights_path().stat().st_size < 10 * 2**20
+    model = load_model()
+    assert 2e6 < sum(p.numel() for p in model.parameters()) < 4e6
+    theirs = WanTransformer3DModel(**DemoConfig().diffusers_kwargs()).eval()
+    missing, unexpected = theirs.load_state_dict(model.state_dict(), strict=False)
+    assert not unexpected and all("rope" in name for name in missing)
+    generator = torch.Generator().manual_seed(0)
+    x = with_positions(torch.randn(2, 3, 8, 24, 24, generator=generator))
+    t, text = torch.tensor([900.0, 100.0]), encode([Condition(), Condition(colour="blue")])
+    a, b = model(x, t, text), theirs(x, t, text, return_dict=False)[0]
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_model_has_learned():
+    """Colour by chance: 1 in 6. Direction by chance: 1 in 4."""
+    shapes = ("disc", "square", "cross", "disc")
+    conditions = [
+        Condition(shapes[i], colour, direction, "fast", background)
+        for i, direction in enumerate(("up", "down", "left", "right"))
+        for colour, background in (("red", "flat"), ("cyan", "clouds"), ("yellow", "stripes"), ("green", "flat"), ("blue", "flat"))
+    ]
+    verdict = judge(sample(load_model(), conditions, steps=12, seed=3), conditions)
+    print(verdict)
+    assert verdict.colour >= 0.85
+    assert verdict.direction >= 0.75
+
+
+def test_training_teaches_something():
+    from vdcache.demo.train import loss_of
+
+    torch.manual_seed(0)
+    model = DemoDiT(DemoConfig(num_layers=2))
+    generator = torch.Generator().manual_seed(0)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(30):
+        loss = loss_of(model, 4, 4, generator, "cpu")
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        losses.append(loss.item())
+    assert sum(losses[-5:]) < 0.75 * sum(losses[:5])
+
+
+def test_the_demo_writes_what_it_says(tmp_path):
+    torch._dynamo.reset()
+    recipes = ["every-2", vdcache.adacache([(0.4, 3), (1.0, 1)], moreg=True, name="adacache-test")]
+    conditions = [Condition(), Condition(speed="still")]
+    rows = run_demo(tmp_path, recipes=recipes, conditions=conditions, steps=6, rounds=1, inner="eager")
+    by_name = {r.recipe: r for r in rows}
+    assert by_name["every-2"].computed == 4
+    assert by_name["eager"].psnr == float("inf") and by_name["torch.compile"].psnr is None
+    assert by_name["adacache-test+moreg"].cache_mib > 0
+    assert all(r.rival_steps and r.rival_psnr for r in rows if r.recipe.startswith(("every", "ada")))
+    written = json.loads((tmp_path / "rows.json").read_text())
+    assert len(written["rows"]) == 4 and written["machine"]["torch"] == torch.__version__
+    import imageio.v3 as iio
+
+    assert iio.imread(tmp_path / "videos.gif").shape[0] == 8
+    assert iio.imread(tmp_path / "timeline.png").shape[0] > 100
+
+
+def test_command_line():
+    run = CliRunner().invoke
+    assert "adacache-fast+moreg" in run(app, ["recipes"]).output
+    output = run(app, ["info"]).output
+    assert torch.__version__ in output and "registered: torch.compile" in output
+    result = run(app, ["demo", "--recipe", "adacache-quick", "--inner", "eager"])
+    assert result.exit_code == 1 and "no recipe is called 'adacache-quick'" in result.output.replace("\n", " ")

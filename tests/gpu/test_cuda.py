@@ -1,0 +1,65 @@
+"""On a GPU: the same results, and no wait for the device where none is needed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import vdcache
+from tests.support import Reference, TinyDiT, latent, time_of
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA: torch sees no GPU here"),
+]
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_steps_follow_the_reference(inner):
+    model = TinyDiT().cuda()
+    compiled = vdcache.compile(model, "every-3", num_steps=6, inner=inner)
+    reference = Reference(model, 3, 6)
+    for step in range(6):
+        x, words = latent(step).cuda(), latent(9, 1, 3, 4).cuda()
+        for lane in range(2):
+            out = compiled(x, time_of(step).cuda(), words + lane)
+            want = reference.call(step, lane, x, time_of(step).cuda(), words + lane)
+            torch.testing.assert_close(out, want, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_reuse_call_never_waits_under_explicit_control_and_once_through_the_bare_door():
+    model = TinyDiT().cuda()
+    compiled = vdcache.compile(model, vdcache.adacache([(1e9, 3)]), num_steps=9, inner="eager")
+    session = compiled.vdcache
+    x, words = latent(0).cuda(), latent(9, 1, 3, 4).cuda()
+    session.begin(9)
+    for step in range(9):
+        session.step()
+        t = time_of(step).cuda()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            compiled(x, t, words)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert any(r.reused for r in session.history)
+    session.begin()
+    for step in range(9):
+        compiled(latent(step).cuda(), time_of(step).cuda(), words)
+    assert max(r.syncs for r in session.history.generation()) == 1
+
+
+@torch.no_grad()
+def test_demo_runs(tmp_path):
+    from vdcache.demo.run import run_demo
+
+    rows = run_demo(tmp_path, rounds=1)
+    assert {r.recipe for r in rows} >= {"eager", "torch.compile", "adacache-fast"}
