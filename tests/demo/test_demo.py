@@ -27,8 +27,8 @@ def test_real_videos_are_judged_right_and_masks_are_the_sprite():
     assert verdict.colour > 0.98 and verdict.direction > 0.98
     assert videos.shape == (200, 3, 8, 24, 24) and videos.abs().max() <= 1
     assert mask.shape == (200, 8, 24, 24) and 0.02 < mask.float().mean() < 0.3
-    vivid = (videos.amax(1) - videos.amin(1)) > 0.5
-    assert (vivid & mask).sum() / mask.sum() > 0.9 and (vivid & ~mask).sum() / vivid.sum() < 0.1
+    vivid = (videos.amax(1) - videos.amin(1)) > 1.1  # half covered pixels at the border are less vivid
+    assert (vivid & mask).sum() / vivid.sum() > 0.97 and (vivid & mask).sum() / mask.sum() > 0.8
     assert len(all_conditions()) == 864
 
 
@@ -56,18 +56,27 @@ def test_weights_are_small_and_load_into_diffusers():
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+CONDITIONS = [
+    Condition(("disc", "square", "cross", "disc")[i], colour, direction, "fast", background)
+    for i, direction in enumerate(("up", "down", "left", "right"))
+    for colour, background in (("red", "flat"), ("cyan", "clouds"), ("yellow", "stripes"), ("green", "flat"), ("blue", "flat"))
+]
+
+
+@pytest.fixture(scope="module")
+def verdict():
+    return judge(sample(load_model(), CONDITIONS, steps=12, seed=3), CONDITIONS)
+
+
 @pytest.mark.slow
-def test_the_model_has_learned():
-    """Colour by chance: 1 in 6. Direction by chance: 1 in 4."""
-    shapes = ("disc", "square", "cross", "disc")
-    conditions = [
-        Condition(shapes[i], colour, direction, "fast", background)
-        for i, direction in enumerate(("up", "down", "left", "right"))
-        for colour, background in (("red", "flat"), ("cyan", "clouds"), ("yellow", "stripes"), ("green", "flat"), ("blue", "flat"))
-    ]
-    verdict = judge(sample(load_model(), conditions, steps=12, seed=3), conditions)
-    print(verdict)
+def test_the_model_has_learned_colour(verdict):
+    """By chance: 1 in 6."""
     assert verdict.colour >= 0.85
+
+
+@pytest.mark.slow
+def test_the_model_has_learned_direction(verdict):
+    """By chance: 1 in 4."""
     assert verdict.direction >= 0.75
 
 

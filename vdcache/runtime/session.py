@@ -175,11 +175,10 @@ class Session:
 
     def reset(self) -> None:
         """Forget every cached value, the policy's state and what was learnt; the history stays."""
-        self._step = -1  # what ran so far teaches nothing
-        self.begin()
-        self._state = None
+        self._step, self._state = -1, None  # what ran so far teaches nothing
         self.num_steps = self._given_steps
         self._clock = Clock()
+        self.begin()
 
     @property
     def graphs(self) -> tuple[CompiledGraph, ...]:
