@@ -66,7 +66,7 @@ def test_warm_up_compiles_everything_and_inference_mode_works():
     with torch.inference_mode():
         compiled(latent(0), time_of(0), latent(9, 1, 3, 4))
         compiled.vdcache.warm_up()
-        graph, = compiled.vdcache.graphs
+        (graph,) = compiled.vdcache.graphs
         assert {str(plan) for plan, _ in graph._compiled} == {"recompute", "reuse{all}"}
         compiled.vdcache.reset()
         for step in range(4):
