@@ -354,7 +354,7 @@ class Session:
             and before.tensor.dtype == latent.dtype
             and before.tensor.device == latent.device
         )
-        waits = any(v.device.type != "cpu" for v in wanted)
+        waits = self._waits(wanted)
         if comparable and waits:
             wanted.append((before.tensor == latent).all())  # type: ignore[union-attr]
         pending = list(self._pending) if waits else []
@@ -380,6 +380,11 @@ class Session:
             p.sums = torch.tensor(values, dtype=torch.float64)
         form = None if latent is None else (tuple(latent.shape), latent.dtype, latent.device)
         return Reading(tuple(keys), coarse, form), same_latent
+
+    @staticmethod
+    def _waits(values: Sequence[Tensor]) -> bool:
+        """Whether reading any of these waits for a device."""
+        return any(v.device.type != "cpu" for v in values)
 
     # ---- steps and generations -------------------------------------------------------------------------------------
 
