@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
 from statistics import median
@@ -54,7 +54,6 @@ class Row:
     rival_psnr: float | None = None
     rival_ssim: float | None = None
     rival_wins: bool | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 def calibrated_recipe() -> Recipe:
@@ -105,7 +104,6 @@ def run_demo(
         ways: dict[str, Callable[..., Tensor]] = {"eager": model}
         ways["torch.compile"] = torch.compile(model) if inner == "inductor" else model
         for r in chosen:
-            torch._dynamo.reset_code_caches() if hasattr(torch._dynamo, "reset_code_caches") else None
             ways[r.name] = vdcache.compile(model, r, num_steps=steps, inner=inner)
         compile_seconds = {}
         bar = progress.add_task("compiling", total=len(ways) - 1)
