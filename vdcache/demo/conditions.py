@@ -22,7 +22,7 @@ COLOURS = {
 # (down, right) in pixels: rows grow downwards.
 DIRECTIONS = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
 # pixels a frame
-SPEEDS = {"still": 0.0, "slow": 0.7, "fast": 1.6}
+SPEEDS = {"still": 0.0, "slow": 0.9, "fast": 1.6}
 BACKGROUNDS = ("flat", "stripes", "checks", "clouds")
 
 _VOCABULARY = [*SHAPES, *COLOURS, *DIRECTIONS, *SPEEDS, *BACKGROUNDS]
@@ -54,9 +54,10 @@ class Condition:
 
 
 def encode(conditions: Sequence[Condition]) -> Tensor:
-    """One-hot tokens of the conditions: float32 [B, 5, 32], one token a word."""
+    """Tokens of the conditions: float32 [B, 5, 32], one token a word, one-hot and of unit mean square."""
     index = torch.tensor([[_VOCABULARY.index(w) for w in c.words()] for c in conditions])
-    return torch.nn.functional.one_hot(index, _TEXT_DIM).float()
+    # unit mean square is what linear layers are initialised for: plain one-hot tokens are hardly heard at first
+    return torch.nn.functional.one_hot(index, _TEXT_DIM).float() * _TEXT_DIM**0.5
 
 
 def unconditional(batch: int) -> Tensor:

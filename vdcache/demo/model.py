@@ -45,13 +45,13 @@ class DemoConfig:
 
 
 def with_positions(video: Tensor) -> Tensor:
-    """The input of the network: `video` [B, 3, T, H, W] and, as three more channels, the time, row and column of every pixel.
+    """The input of the network: `video` [B, 3, T, H, W] and, as three more channels, the time, row and column of every pixel, each of about unit variance.
 
     Rotary positions are relative: a small network does not learn from them where a frame begins and ends, and without that
     no sprite ever went the way it was told.
     """
     b, _, t, h, w = video.shape
-    axes = [torch.linspace(-1, 1, n, device=video.device, dtype=video.dtype) for n in (t, h, w)]
+    axes = [torch.linspace(-(3**0.5), 3**0.5, n, device=video.device, dtype=video.dtype) for n in (t, h, w)]
     return torch.cat([video, torch.stack(torch.meshgrid(*axes, indexing="ij")).expand(b, -1, -1, -1, -1)], 1)
 
 
