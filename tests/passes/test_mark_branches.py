@@ -77,7 +77,9 @@ def test_refusals_say_why():
 add:
   no matrix product, convolution or attention between 'arg0_1' and 'relu'
 add_1:
-  'rand_like' (aten.rand_like.default) has an effect besides its value and must never be skipped""",
+  'rand_like' (aten.rand_like.default) has an effect besides its value and must never be skipped
+add_2:
+  'slice_1' is broadcast to the shape of the sum, so it is no stream""",
     )
 
 

@@ -15,7 +15,6 @@ from vdcache.backends.settings import Settings
 from vdcache.ir.capture import capture
 from vdcache.ir.errors import CaptureError, ConfigError, VdcacheError
 from vdcache.ir.ops import is_work
-from vdcache.patterns.attention import attention_nodes
 
 __all__ = ["Backend", "backend"]
 
@@ -77,7 +76,7 @@ def compile_graph(
         return _plain(graph, example_inputs, settings, str(error))
     if not program.slots and program.settings.recipe.passes:
         whole = not (split or resumes)
-        if whole or attention_nodes(list(graph.graph.nodes)):
+        if whole or program.anatomy.attentions:
             return _nothing_found(program, graph, example_inputs, settings)
         if not any(is_work(n) for n in program.guarded.graph.nodes):
             return _inner(graph, example_inputs, settings)

@@ -57,7 +57,7 @@ def draw(conditions: Sequence[Condition], generator: torch.Generator, frames: in
     when = torch.arange(frames) - 0.2 * (frames - 1)
     path = SIZE / 2 + uniform(-3.5, 3.5, 1, 2) * (1 - 0.7 * (step.abs()[:, None] > 1)) + step[:, None] * when[None, :, None]
     dy, dx = rows - path[..., 0].view(b, frames, 1, 1), cols - path[..., 1].view(b, frames, 1, 1)
-    radius = uniform(3.2, 4.2).view(b, 1, 1, 1)
+    radius = uniform(3.8, 4.8).view(b, 1, 1, 1)
     edge = {  # below zero is inside; 1 unit a pixel, so that a clamp draws soft borders
         "disc": (dy**2 + dx**2).sqrt() - radius,
         "square": torch.maximum(dy.abs(), dx.abs()) - 0.85 * radius,

@@ -1,17 +1,21 @@
-"""The anatomy of a graph: its branches with kind, stream, block and gate; its timestep, latent and grid."""
+"""The anatomy of a graph: its streams, blocks and branches, its attentions, its conditioning, and what each costs."""
 
 from __future__ import annotations
+
+import re
+from collections.abc import Sequence
 
 import torch
 from torch import fx
 
 from vdcache.ir.capture import signature
 from vdcache.ir.ops import CASTS, is_work, tensor_of
-from vdcache.patterns import conditioning
-from vdcache.patterns.attention import attention_nodes, describe
-from vdcache.patterns.facts import Anatomy, Attention, Branch, Grid
+from vdcache.patterns import blocks, conditioning, cost
+from vdcache.patterns.attention import Site, describe, sites
+from vdcache.patterns.facts import Anatomy, Attention, Block, Branch, Grid
 from vdcache.patterns.index import Index
-from vdcache.patterns.residual import Join, find_joins, previous_join
+from vdcache.patterns.residual import Join, asked, find_joins
+from vdcache.patterns.streams import Streams
 
 __all__ = ["anatomy"]
 
@@ -26,74 +30,112 @@ def anatomy(graph: fx.GraphModule) -> Anatomy:
     """
     if isinstance(known := graph.meta.get(_CACHE), Anatomy):
         return known
-    index, sig = Index(graph.graph), signature(graph)
-    joins, refusals = find_joins(index)
-    clocks = conditioning.clocks(index, sig)
-    starts = [j.source for j in joins]
-    latent = conditioning.latent(index, sig, starts, clocks)
-    grid = conditioning.grid(index, sig, latent)
-    varying = index.mask_of(conditioning.activations(index, sig))
-    branches = _branches(index, joins, varying, grid)
-    graph.meta[_CACHE] = result = Anatomy(tuple(branches), clocks, latent, grid, tuple(refusals))
+    sig = signature(graph)
+    given = conditioning.activations(graph.graph, sig)
+    clocks = conditioning.clocks(given)
+    index = Index(graph.graph, given, asked(graph.graph))
+    joins, refusals = find_joins(index, index.mask_of(clocks))
+    latents = conditioning.latents(index, sig, [j.source for j in joins], clocks)
+    streams = Streams(index, joins, index.mask_of(latents), index.mask_of(clocks))
+    grid = conditioning.grid(index, latents[0] if latents else "", _latent_tokens(streams))
+    found = _branches(graph.graph, index, joins, streams, grid)
+    inside = {n for j in joins for n in j.inside}
+    loose = [s for s in sites(index.nodes) if s.node not in inside]
+    varying = (1 << len(index.activations)) - 1
+    apart = tuple(describe(index, s, s.query, set(), varying, streams, grid) for s in loose)
+    held = cost.owners(graph.graph, [j.inside for j in joins])
+    result = Anatomy(
+        branches=tuple(found),
+        clocks=clocks,
+        latent=latents[0] if latents else "",
+        grid=grid,
+        refusals=tuple(refusals),
+        streams=streams.facts(),
+        blocks=_blocks(found, joins),
+        attentions=(*dict.fromkeys(a for b in found for a in b.attentions), *apart),
+        conditioning=conditioning.dependence(index, latents, clocks, inside | {j.node for j in joins}),
+        latents=latents,
+        flops=sum(map(cost.flops, index.nodes)),
+        covered=sum(map(cost.flops, held)),
+    )
+    graph.meta[_CACHE] = result
     return result
 
 
-def _branches(index: Index, joins: list[Join], varying: int, grid: Grid | None) -> list[Branch]:
-    by_node = {j.node: j for j in joins}
-    stream_of: dict[fx.Node, int] = {}
-    streams = 0
-    last: dict[int, tuple[int, list[str]]] = {}  # stream -> its current block and the kinds seen in it
-    found = []
-    for join in joins:
-        before = previous_join(join, by_node)
-        if before is None or before not in stream_of:
-            stream_of[join.node] = streams
-            streams += 1
-        else:
-            stream_of[join.node] = stream_of[before]
-        stream = stream_of[join.node]
+def _latent_tokens(streams: Streams) -> int | None:
+    """Tokens of the first latent stream, None where there is none or its length is a symbol."""
+    for stream in streams.facts():
+        if stream.role == "latent" and len(stream.shape) == 3:
+            return stream.shape[1]
+        if stream.role == "joint":
+            return next((s.stop - s.start for s in stream.spans if s.role == "latent"), None)
+    return None
 
+
+def _branches(graph: fx.Graph, index: Index, joins: Sequence[Join], streams: Streams, grid: Grid | None) -> list[Branch]:
+    varying = (1 << len(index.activations)) - 1
+    attentions: list[list[Attention]] = []
+    kinds: list[str] = []
+    held: list[list[Site]] = []
+    for join in joins:
         inside = set(join.inside)
-        sites = [describe(index, n, join.source, inside, varying, grid) for n in attention_nodes(list(join.inside))]
-        kind = _kind(join, sites)
-        block, kinds = last.get(stream, (0, []))
-        if _starts_a_block(kind, kinds):
-            block, kinds = block + 1, []
-        last[stream] = (block, [*kinds, kind])
-        own = [s for s in sites if s.kind != "cross"]
+        held.append(sites(join.inside))
+        attentions.append([describe(index, s, join.source, inside, varying, streams, grid) for s in held[-1]])
+        kinds.append(_kind(join, held[-1], attentions[-1]))
+    shapes = [blocks.shape_of(j) for j in joins]
+    numbers = blocks.segment(
+        shapes, kinds, [streams.of[j.node] for j in joins], [frozenset(s.node.name for s in own) for own in held]
+    )
+    costs = [0] * len(joins)
+    for node, members in cost.owners(graph, [j.inside for j in joins]).items():
+        if spent := cost.flops(node):
+            for i in members:
+                costs[i] += spent // len(members)
+    found = []
+    for i, join in enumerate(joins):
+        own = [a for a in attentions[i] if a.kind != "cross"]
+        kept = join.contribution if join.contribution is not None else join.node
         found.append(
             Branch(
-                kind=kind,
-                stream=stream,
-                block=block,
+                kind=kinds[i],
+                stream=streams.of[join.node],
+                block=numbers[i],
                 layout=own[0].layout if own else "",
                 join=join.node.name,
                 base=join.base.name,
                 source=join.source.name,
                 contribution=join.contribution.name if join.contribution is not None else None,
-                pre_gate=_pre_gate(index, join),
+                pre_gate=_pre_gate(join),
                 nodes=tuple(n.name for n in join.inside),
-                attentions=tuple(sites),
-                leaks=_leaks(join, inside),
+                attentions=tuple(attentions[i]),
+                leaks=_leaks(join, set(join.inside)),
+                flops=costs[i],
+                bytes=cost.bytes_of(kept),
                 module=_module(join),
+                line=_line(join),
             )
         )
     return found
 
 
-def _starts_a_block(kind: str, kinds: list[str]) -> bool:
-    """A block ends with its MLP (or fused branch), or where the same kind of attention comes again."""
-    if not kinds:
-        return False
-    return kinds[-1] in ("mlp", "fused") or (kind in ("self-attention", "joint-attention", "other") and kind in kinds)
+def _blocks(branches: Sequence[Branch], joins: Sequence[Join]) -> tuple[Block, ...]:
+    members: dict[int, list[int]] = {}
+    for i, branch in enumerate(branches):
+        members.setdefault(branch.block, []).append(i)
+    shapes: dict[tuple[object, ...], int] = {}
+    found = []
+    for number, own in members.items():
+        key = tuple((blocks.shape_of(joins[i]), branches[i].stream) for i in own)
+        found.append(Block(number, shapes.setdefault(key, len(shapes)), tuple(branches[i].name for i in own)))
+    return tuple(found)
 
 
-def _kind(join: Join, sites: list[Attention]) -> str:
-    if not sites:
+def _kind(join: Join, own: Sequence[Site], attentions: Sequence[Attention]) -> str:
+    if not own:
         return "mlp" if _is_mlp(join) else "other"
-    if _has_parallel_mlp(join, {s.node for s in sites}):
+    if _has_parallel_mlp(join, {s.node.name for s in own}):
         return "fused"
-    kinds = {s.kind for s in sites}
+    kinds = {a.kind for a in attentions}
     if "joint" in kinds:
         return "joint-attention"
     return "self-attention" if "self" in kinds else "cross-attention"
@@ -126,7 +168,7 @@ def _has_parallel_mlp(join: Join, sites: set[str]) -> bool:
     return False
 
 
-def _pre_gate(index: Index, join: Join) -> str | None:
+def _pre_gate(join: Join) -> str | None:
     """The value that the branch's last product multiplies by something that does not come from the stream."""
     at = join.contribution
     while at is not None and at.target in CASTS:
@@ -161,3 +203,13 @@ def _module(join: Join) -> str:
     for stack in stacks[1:]:
         shared = [a for a, b in zip(shared, stack, strict=False) if a == b]
     return shared[-1] if shared else ""
+
+
+def _line(join: Join) -> str:
+    """`file:line` of the user's code that did the branch's last real work; "" where the tracer left nothing."""
+    for node in reversed(join.inside):
+        if is_work(node) and isinstance(stack := node.meta.get("stack_trace"), str):
+            places = re.findall(r'File "([^"]+)", line (\d+)', stack)
+            if places:
+                return f"{places[-1][0]}:{places[-1][1]}"
+    return ""

@@ -1,42 +1,165 @@
-"""Attention operations: what attends to what, over which axis."""
+"""Attention operations: what attends to what, over which axis, however it is written."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from vdcache.ir.ops import ATTENTION, CASTS, VIEWS, tensor_of
+from vdcache.ir.ops import ATTENTION, CASTS, VIEWS, is_work, tensor_of
 from vdcache.patterns.facts import Attention, Grid
 from vdcache.patterns.index import Index
+from vdcache.patterns.streams import Streams
 
-__all__ = ["attention_nodes", "describe", "is_attention"]
+__all__ = ["Site", "attention_nodes", "describe", "sites"]
 
 aten = torch.ops.aten
 _SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
-_PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default)
+_PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default)
 
 
-def is_attention(node: fx.Node) -> bool:
-    """Whether the node is an attention: the fused operation, or the last product of matmul → softmax → matmul."""
+@dataclass(frozen=True)
+class Site:
+    """One attention, while the graph does not change.
+
+    Args:
+        node: the operation that gives the result; of a chain of products, the last.
+        query, key: its operands, as near as the graph holds them.
+        scores: for "matmul-softmax", the product of queries and keys.
+    """
+
+    node: fx.Node
+    form: str
+    query: fx.Node
+    key: fx.Node
+    scores: fx.Node | None = None
+
+
+def sites(nodes: Iterable[fx.Node]) -> list[Site]:
+    """The attentions among `nodes`, in order. A product of products that no softmax parts is a linear attention."""
+    found: dict[fx.Node, Site] = {}
+    nodes = list(nodes)
+    for node in nodes:
+        if site := _fused(node) or _with_softmax(node):
+            found[node] = site
+    inner = {s.scores for s in found.values()}
+    for node in nodes:
+        if node not in found and node not in inner and (site := _linear(node, found)):
+            found[node] = site
+    order = {n: i for i, n in enumerate(nodes)}
+    return sorted(found.values(), key=lambda s: order[s.node])
+
+
+def attention_nodes(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    return [s.node for s in sites(nodes)]
+
+
+def _fused(node: fx.Node) -> Site | None:
+    """One operation that is all of attention: torch's own, flex attention, or another library's kernel."""
+    if node.op != "call_function" or len(node.args) < 3:
+        return None
+    q, k = node.args[0], node.args[1]
+    if not isinstance(q, fx.Node) or not isinstance(k, fx.Node):
+        return None
     if node.target in ATTENTION:
-        return True
+        return Site(node, "sdpa", q, k)
     if isinstance(node.target, torch._ops.HigherOrderOperator):
-        return "flex_attention" in node.target.name()
-    return node.target in _PRODUCTS and (weights := _softmax_of(node)) is not None and _scores_of(weights) is not None
+        return Site(node, "flex", q, k) if "flex_attention" in node.target.name() else None
+    if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace not in ("aten", "prims", "prim"):
+        a, b, c = (tensor_of(x) for x in node.args[:3])
+        if a is None or b is None or c is None or min(a.ndim, b.ndim, c.ndim) < 3:
+            return None
+        if a.dtype == b.dtype == c.dtype and a.shape[-1] == b.shape[-1] and b.shape[:-1] == c.shape[:-1]:
+            return Site(node, "custom", q, k)
+    return None
 
 
-def attention_nodes(nodes: list[fx.Node]) -> list[fx.Node]:
-    return [n for n in nodes if is_attention(n)]
+def _with_softmax(node: fx.Node) -> Site | None:
+    """matmul → softmax → matmul."""
+    if node.target not in _PRODUCTS:
+        return None
+    for operand in _operands(node):
+        weights = _through(operand, _SOFTMAX)
+        scores = _through(weights.args[0], _PRODUCTS) if weights is not None else None
+        if scores is not None and len(pair := _operands(scores)) == 2:
+            return Site(node, "matmul-softmax", pair[0], pair[1], scores)
+    return None
 
 
-def _through(node: Any, targets: tuple[Any, ...], pass_by: frozenset[Any]) -> fx.Node | None:
-    """The first node with one of `targets`, going up from `node` by first operands and through `pass_by` only."""
+def _linear(node: fx.Node, known: dict[fx.Node, Site]) -> Site | None:
+    """A product with the product of two values that both come out of layers, and no layer in between."""
+    if node.target not in _PRODUCTS or len(pair := _operands(node)) != 2 or not all(map(_is_learned, pair)):
+        return None
+    for inner, outer in (pair, pair[::-1]):
+        product = _above(inner, known)
+        if product is None or len(both := _operands(product)) != 2 or not all(map(_is_learned, both)):
+            continue
+        # of the three values the one beside the inner product is the query, unless the inner product is of two token axes
+        return Site(node, "linear", outer, both[0], product)
+    return None
+
+
+def _operands(product: fx.Node) -> list[fx.Node]:
+    if product.target is aten.einsum.default:
+        given: Any = product.args[1]
+        return [a for a in given if isinstance(a, fx.Node)]
+    at = 1 if product.target is aten.baddbmm.default else 0
+    return [a for a in product.args[at : at + 2] if isinstance(a, fx.Node)]
+
+
+def _above(node: fx.Node, known: dict[fx.Node, Site]) -> fx.Node | None:
+    """The product that `node` is, seen through elementwise work and padding."""
+    todo, seen = [node], {node}
+    while todo and len(seen) < 64:
+        at = todo.pop(0)
+        if at in known:
+            continue
+        if at.target in _PRODUCTS:
+            return at
+        if at.op != "call_function" or is_work(at):
+            continue
+        for parent in at.all_input_nodes:
+            if parent not in seen:
+                seen.add(parent)
+                todo.append(parent)
+    return None
+
+
+def _is_learned(node: fx.Node) -> bool:
+    """Whether a layer lies above `node` within a branch's reach: rotary matrices and masks have none."""
+    todo, seen = [node], {node}
+    while todo and len(seen) < 200:
+        at = todo.pop()
+        if at.op == "call_function" and is_work(at) and (at.target not in _PRODUCTS or tensor_of(at) is None):
+            return True
+        if at.target in _PRODUCTS and any(a.op in ("placeholder", "get_attr") for a in _sources(_operands(at))):
+            return True  # a layer spelled as a product with a weight
+        for parent in at.all_input_nodes:
+            if parent not in seen:
+                seen.add(parent)
+                todo.append(parent)
+    return False
+
+
+def _sources(nodes: Iterable[fx.Node]) -> list[fx.Node]:
+    """What `nodes` repeat but for views and casts."""
+    found = []
+    for node in nodes:
+        while (node.target in VIEWS or node.target in CASTS) and isinstance(node.args[0], fx.Node):
+            node = node.args[0]
+        found.append(node)
+    return found
+
+
+def _through(node: Any, targets: tuple[Any, ...]) -> fx.Node | None:
+    """The first node with one of `targets`, going up from `node` by first operands and through what keeps scores scores."""
     while isinstance(node, fx.Node) and node.op == "call_function":
         if node.target in targets:
             return node
-        if node.target not in pass_by:
+        if node.target not in _PASS_BY:
             return None
         node = node.args[0] if node.args else None
     return None
@@ -47,55 +170,72 @@ _PASS_BY = (
     | CASTS
     | {
         aten.mul.Tensor,
+        aten.mul.Scalar,
         aten.div.Tensor,
+        aten.div.Scalar,
         aten.add.Tensor,
+        aten.add.Scalar,
         aten.dropout.default,
         aten.expand.default,
         aten.masked_fill.Scalar,
+        aten.masked_fill.Tensor,
         aten.sub.Tensor,
+        aten.nan_to_num.default,
+        aten.clamp.default,
+        aten.tanh.default,
     }
 )
 
 
-def _softmax_of(product: fx.Node) -> fx.Node | None:
-    return _through(product.args[0], _SOFTMAX, _PASS_BY) if product.args else None
-
-
-def _scores_of(softmax: fx.Node) -> fx.Node | None:
-    return _through(softmax.args[0], _PRODUCTS, _PASS_BY)
-
-
-def operands(node: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """The query and the key of an attention, as near as the graph holds them."""
-    if node.target in _PRODUCTS:
-        scores = _scores_of(_softmax_of(node))  # type: ignore[arg-type]
-        at = 1 if scores.target is aten.baddbmm.default else 0  # type: ignore[union-attr]
-        return scores.args[at], scores.args[at + 1]  # type: ignore[union-attr,return-value]
-    return node.args[0], node.args[1]  # type: ignore[return-value]
-
-
-def describe(index: Index, node: fx.Node, source: fx.Node, inside: set[fx.Node], varying: int, grid: Grid | None) -> Attention:
+def describe(
+    index: Index, site: Site, source: fx.Node, inside: set[fx.Node], varying: int, streams: Streams, grid: Grid | None
+) -> Attention:
     """What an attention inside a branch that reads `source` is.
 
     Args:
         inside: the nodes of the branch.
-        varying: mask of the inputs that are not parameters; tokens that come from them belong to a stream.
+        varying: mask of the activations whose tokens may stand in a sequence.
     """
-    query, key = operands(node)
-    if not _reads(index, key, source):
+    query, key = site.query, site.key
+    if not _reads(key, source, inside):
         kind = "cross"
     elif _mixes_streams(index, key, source, inside, varying) or _mixes_streams(index, query, source, inside, varying):
         kind = "joint"
     else:
         kind = "self"
-    q, k = tensor_of(query), tensor_of(key)
-    heads = q_len = kv_len = head_dim = None
-    if q is not None and k is not None and node.target not in _PRODUCTS and q.ndim == 4:
-        heads, q_len, kv_len, head_dim = _int(q.shape[1]), _int(q.shape[2]), _int(k.shape[2]), _int(q.shape[3])
+    heads, q_len, kv_len, head_dim = _sizes(site)
+    batch = q.shape[0] if (q := tensor_of(query)) is not None else None
     layout = "unknown"
-    if grid is not None and q is not None and q_len is not None and kind != "cross":
-        layout = _layout(q_len, _int(q.shape[0]), grid, kind)
-    return Attention(node.name, kind, layout, heads, q_len, kv_len, head_dim)
+    if grid is not None and q_len is not None and kind != "cross":
+        layout = _layout(q_len, _int(batch), grid, kind)
+    spans = streams.spans(key) if kind != "cross" else ()
+    if kv_len is not None and spans and spans[-1].stop != kv_len:
+        spans = ()
+    return Attention(
+        site.node.name, kind, layout, heads, q_len, kv_len, head_dim, site.form, spans, grid if layout != "unknown" else None
+    )
+
+
+def _sizes(site: Site) -> tuple[int | None, int | None, int | None, int | None]:
+    """Heads, queries, keys and width of a head."""
+    q, k = tensor_of(site.query), tensor_of(site.key)
+    if q is None or k is None:
+        return None, None, None, None
+    if site.form in ("sdpa", "flex") and q.ndim == 4:
+        return _int(q.shape[1]), _int(q.shape[2]), _int(k.shape[2]), _int(q.shape[3])
+    if site.form == "sdpa":
+        return None, _int(q.shape[-2]), _int(k.shape[-2]), _int(q.shape[-1])
+    scores = tensor_of(site.scores)
+    if site.form == "matmul-softmax" and scores is not None:
+        heads = _int(scores.shape[1]) if scores.ndim == 4 else None
+        return heads, _int(scores.shape[-2]), _int(scores.shape[-1]), _int(q.shape[-1])
+    if site.form == "linear" and scores is not None and scores.ndim == 4:
+        out = tensor_of(site.node)
+        width = {_int(scores.shape[-1]), _int(scores.shape[-2])}
+        lengths = [n for n in out.shape[-2:] if isinstance(n, int) and n not in width] if out is not None else []
+        length = lengths[0] if lengths else None
+        return _int(scores.shape[1]), length, length, _int(scores.shape[-1])
+    return None, None, None, None
 
 
 def _layout(q_len: int, batch: int | None, grid: Grid, kind: str) -> str:
@@ -106,11 +246,11 @@ def _layout(q_len: int, batch: int | None, grid: Grid, kind: str) -> str:
         return "spatial"
     if grid.frames > 1 and q_len == grid.frames and batch is not None and batch % space == 0:
         return "temporal"
-    return "full" if kind == "self" and grid.frames == 1 and q_len >= space else "unknown"
+    return "full" if grid.frames == 1 and q_len >= space else "unknown"
 
 
-def _reads(index: Index, node: fx.Node, source: fx.Node) -> bool:
-    return node is source or index.depends(node, source)
+def _reads(node: fx.Node, source: fx.Node, inside: set[fx.Node]) -> bool:
+    return node is source or node in inside
 
 
 def _mixes_streams(index: Index, node: fx.Node, source: fx.Node, inside: set[fx.Node], varying: int) -> bool:
@@ -123,7 +263,7 @@ def _mixes_streams(index: Index, node: fx.Node, source: fx.Node, inside: set[fx.
         if at.target is aten.cat.default:
             pieces: Any = at.args[0]
             for piece in pieces:
-                if not _reads(index, piece, source) and index.depends_on_any(piece, varying):
+                if not _reads(piece, source, inside) and index.inputs_of(piece) & varying:
                     return True
         for parent in at.all_input_nodes:
             if parent not in seen:

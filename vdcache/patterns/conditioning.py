@@ -1,4 +1,5 @@
-"""Which inputs drive the model: the timestep (by its sinusoidal embedding), the latent, the latent grid."""
+"""Which inputs drive the model: the timestep (by its sinusoidal embedding), the latents, the latent grid; and what depends on
+which of them alone."""
 
 from __future__ import annotations
 
@@ -8,11 +9,12 @@ import torch
 from torch import fx
 
 from vdcache.ir.capture import Signature
+from vdcache.ir.edit import inputs
 from vdcache.ir.ops import CASTS, VIEWS, is_work, tensor_of
-from vdcache.patterns.facts import Grid
+from vdcache.patterns.facts import Conditioning, Grid
 from vdcache.patterns.index import Index
 
-__all__ = ["activations", "clocks", "grid", "latent"]
+__all__ = ["activations", "clocks", "dependence", "grid", "latents"]
 
 aten = torch.ops.aten
 _WAVES = (aten.sin.default, aten.cos.default)
@@ -21,20 +23,19 @@ _CONV2D = (aten.conv2d.default, aten.conv2d.padding)
 _CONV3D = (aten.conv3d.default, aten.conv3d.padding)
 
 
-def activations(index: Index, sig: Signature) -> list[fx.Node]:
+def activations(graph: fx.Graph, sig: Signature) -> list[fx.Node]:
     """The inputs that are not parameters or buffers."""
-    inputs = [n for n in index.nodes if n.op == "placeholder"]
-    return [n for i, n in enumerate(inputs) if i not in sig.static]
+    return [n for i, n in enumerate(inputs(graph)) if i not in sig.static]
 
 
-def clocks(index: Index, sig: Signature) -> tuple[str, ...]:
+def clocks(candidates: Sequence[fx.Node]) -> tuple[str, ...]:
     """Inputs that reach a sine or cosine by elementwise work alone, whose waves then feed a layer as its activation.
 
     Rotary tables fail the second half: their waves are multiplied into queries and keys. Guidance scales look the same
     as the timestep; only the running generation tells them apart, because they do not change (DESIGN section 5).
     """
     found = []
-    for node in activations(index, sig):
+    for node in candidates:
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor) and value.ndim > 2:
             continue  # a timestep is one value, one a sample, or one a token
@@ -77,25 +78,32 @@ def _feeds_a_layer(wave: fx.Node) -> bool:
     return False
 
 
-def latent(index: Index, sig: Signature, sources: Sequence[fx.Node], clock_names: Sequence[str]) -> str:
-    """The input that the denoising loop updates.
+def latents(index: Index, sig: Signature, sources: Sequence[fx.Node], clock_names: Sequence[str]) -> tuple[str, ...]:
+    """The inputs that the denoising loop updates, the likeliest first.
 
-    It feeds a residual stream (`sources`: where streams begin) and looks like the output, because a solver adds the two;
-    of several that do, the one whose shape agrees best.
+    One feeds a residual stream (`sources`: where streams begin) and looks like an output, because a solver adds the two. Of
+    several inputs for one output, the one whose shape agrees best; where none agrees wholly, one is taken all the same.
     """
-    outputs = [v for n in index.outputs() if (v := tensor_of(n)) is not None][len(sig.mutations) :]
-    best, best_score = "", (-1.0, 0.0)
-    for node in activations(index, sig):
+    results = [tensor_of(n) for n in index.outputs()[len(sig.mutations) :]]
+    outputs = [v for v in results if v is not None and v.is_floating_point()]
+    fed = 0
+    for source in sources:
+        fed |= index.inputs_of(source)
+    scored: list[tuple[tuple[float, float], int, str]] = []
+    for i, node in enumerate(index.activations):
         value = tensor_of(node)
-        if value is None or node.name in clock_names or not value.is_floating_point() or value.ndim < 2:
-            continue
-        if not any(index.depends(s, node) or s is node for s in sources):
+        if value is None or node.name in clock_names or not value.is_floating_point() or value.ndim < 2 or not fed >> i & 1:
             continue
         size = float(value.numel()) if all(isinstance(s, int) for s in value.shape) else 0.0
-        score = max((_likeness(value, out) for out in outputs), default=0.0)
-        if (score, size) > best_score:
-            best, best_score = node.name, (score, size)
-    return best
+        for number, out in enumerate(outputs or [value]):
+            scored.append(((_likeness(value, out), size), number, node.name))
+    chosen: list[str] = []
+    taken: set[int] = set()
+    for (likeness, _), number, name in sorted(scored, key=lambda s: s[0], reverse=True):
+        if name not in chosen and number not in taken and (likeness == 1.0 or not chosen):
+            chosen.append(name)
+            taken.add(number)
+    return tuple(chosen)
 
 
 def _likeness(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -105,24 +113,66 @@ def _likeness(a: torch.Tensor, b: torch.Tensor) -> float:
     return sum(str(x) == str(y) for x, y in zip(a.shape, b.shape, strict=True)) / a.ndim
 
 
-def grid(index: Index, sig: Signature, latent_name: str) -> Grid | None:
-    """Frames × height × width of the video tokens, read off the patch embedding.
+def grid(index: Index, latent_name: str, tokens: int | None) -> Grid | None:
+    """Frames × height × width of the video tokens.
 
-    Either a 3D convolution of the latent, or a 2D convolution into which the frames were folded as a batch, or (when
-    the patches are cut by reshaping) nothing: then None.
+    Read off the patch embedding: a 3D convolution of the latent, or a 2D one into which the frames were folded as a batch.
+    Where patches are cut by reshaping instead, the one patch size (square in space) is looked for that makes `tokens` tokens of
+    the latent; None where there is none, or more than one.
     """
-    start = next((n for n in index.nodes if n.name == latent_name), None)
-    if start is None or (value := tensor_of(start)) is None:
+    at = next((i for i, n in enumerate(index.activations) if n.name == latent_name), None)
+    if at is None or (value := tensor_of(index.activations[at])) is None:
         return None
     for node in index.nodes:
-        out = tensor_of(node)
-        if out is None or not index.depends(node, start) or not all(isinstance(s, int) for s in out.shape):
+        if node.target not in _CONV3D and node.target not in _CONV2D or not index.inputs_of(node) >> at & 1:
             continue
+        out = tensor_of(node)
+        if out is None or not all(isinstance(s, int) for s in out.shape):
+            continue
+        sizes = [int(s) for s in out.shape]
+        batch = int(value.shape[0]) if isinstance(value.shape[0], int) else 0
         if node.target in _CONV3D:
-            return Grid(*(int(s) for s in out.shape[-3:]))
-        if node.target in _CONV2D:
-            batch = int(value.shape[0]) if isinstance(value.shape[0], int) else 0
-            if batch and out.shape[0] % batch == 0:
-                return Grid(int(out.shape[0]) // batch, int(out.shape[2]), int(out.shape[3]))
-            return None
-    return None
+            found = Grid(*sizes[-3:])
+        elif batch and sizes[0] % batch == 0:
+            found = Grid(sizes[0] // batch, *sizes[-2:])
+        else:
+            break
+        if tokens is None or found.tokens in (tokens, tokens * found.frames, tokens * found.height * found.width):
+            return found
+        break  # a convolution before the patches
+    return _grid_by_size(value, tokens)
+
+
+def _grid_by_size(value: torch.Tensor, tokens: int | None) -> Grid | None:
+    sizes = [s for s in value.shape if isinstance(s, int)]
+    if tokens is None or len(sizes) != value.ndim or value.ndim not in (4, 5):
+        return None
+    frames = sizes[2] if value.ndim == 5 else 1
+    height, width = sizes[-2:]
+    found = {
+        Grid(frames // pt, height // p, width // p)
+        for pt in range(1, frames + 1)
+        if frames % pt == 0
+        for p in range(1, min(height, width) + 1)
+        if height % p == 0 and width % p == 0 and (frames // pt) * (height // p) * (width // p) == tokens
+    }
+    if len(found) > 1:  # patches seldom span frames
+        found = {g for g in found if g.frames == frames}
+    return found.pop() if len(found) == 1 else None
+
+
+def dependence(index: Index, latent_names: Sequence[str], clock_names: Sequence[str], streams: set[fx.Node]) -> Conditioning:
+    """What the nodes that no stream enters depend on."""
+    clocks_mask, latents_mask = index.mask_of(clock_names), index.mask_of(latent_names)
+    timestep, text, constant = [], [], []
+    for node in index.nodes:
+        if node.op != "call_function" or node in streams:
+            continue
+        inputs = index.inputs_of(node)
+        if not inputs:
+            constant.append(node.name)
+        elif not inputs & ~clocks_mask:
+            timestep.append(node.name)
+        elif not inputs & (clocks_mask | latents_mask):
+            text.append(node.name)
+    return Conditioning(tuple(clock_names), tuple(timestep), tuple(text), tuple(constant))

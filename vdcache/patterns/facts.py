@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-__all__ = ["KINDS", "Anatomy", "Attention", "Branch", "Grid", "NoMatch"]
+__all__ = ["KINDS", "Anatomy", "Attention", "Block", "Branch", "Conditioning", "Grid", "NoMatch", "Span", "Stream"]
 
 KINDS = ("self-attention", "cross-attention", "joint-attention", "mlp", "fused", "other")
 
@@ -38,12 +38,84 @@ class Grid:
 
 
 @dataclass(frozen=True)
+class Span:
+    """Tokens `start` to `stop` (not included) of a sequence; `role` as in `Stream`."""
+
+    role: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A tensor that blocks keep adding to.
+
+    Args:
+        index: counted from 0 in the order of first joins.
+        role: "latent" (its tokens come back as an output), "text" (any other condition: text, an image, a reference), "joint"
+            (both in one sequence), or "constant".
+        shape: of the first sum; None where a size is a symbol.
+        dtype: of the first sum.
+        inputs: the inputs that its start is computed from.
+        start: the value that the first branch is added to.
+        joins: the sums, in order.
+        spans: which tokens are which, where the stream starts as a concatenation.
+    """
+
+    index: int
+    role: str
+    shape: tuple[int | None, ...]
+    dtype: str
+    inputs: tuple[str, ...]
+    start: str
+    joins: tuple[str, ...] = field(repr=False)
+    spans: tuple[Span, ...] = ()
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block: branches that belong together.
+
+    Args:
+        index: counted from 0 over the graph.
+        shape: blocks of one shape are the same graph with other weights; shapes are counted from 0.
+        branches: names of its branches, in order.
+    """
+
+    index: int
+    shape: int
+    branches: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the nodes outside the streams depend on.
+
+    Args:
+        clocks: inputs with a path into a sinusoidal embedding that feeds a layer: the timestep is one of them.
+        timestep: nodes that depend on clocks and parameters alone: they are the same for every lane of a step.
+        text: nodes that depend on other inputs than clocks and latents: they never change during a generation.
+        constant: nodes that depend on parameters alone: they never change.
+    """
+
+    clocks: tuple[str, ...]
+    timestep: tuple[str, ...] = field(repr=False)
+    text: tuple[str, ...] = field(repr=False)
+    constant: tuple[str, ...] = field(repr=False)
+
+
+@dataclass(frozen=True)
 class Attention:
     """One attention operation.
 
-    `kind` is "self" (queries and keys from one stream), "cross" (keys from elsewhere) or "joint" (tokens of several
-    streams attend to each other). `layout` says what a sequence runs over: "spatial", "temporal", "full" or "unknown".
-    Lengths are None where the graph does not fix them.
+    Args:
+        kind: "self" (queries and keys from one stream), "cross" (keys from elsewhere) or "joint" (tokens of several
+            streams attend to each other).
+        layout: what a sequence runs over: "spatial", "temporal", "full" or "unknown".
+        heads, q_len, kv_len, head_dim: None where the graph does not fix them.
+        form: how it is written: "sdpa", "flex", "matmul-softmax", "linear" (no softmax) or "custom" (another library's kernel).
+        spans: where tokens of which role lie in the sequence of keys; empty where all are of one role.
+        grid: what the video tokens stand for, where the graph shows it.
     """
 
     node: str
@@ -53,6 +125,9 @@ class Attention:
     q_len: int | None
     kv_len: int | None
     head_dim: int | None
+    form: str = "sdpa"
+    spans: tuple[Span, ...] = ()
+    grid: Grid | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +137,7 @@ class Branch:
     Args:
         kind: one of `KINDS`.
         stream: which residual stream, counted from 0 in the order of their first joins.
-        block: which block of its stream, counted from 0.
+        block: which block of the graph, counted from 0 (`Anatomy.blocks`).
         layout: layout of its self- or joint-attention, "" without one.
         join: the node that adds.
         base: the operand of `join` that carries the stream.
@@ -71,7 +146,11 @@ class Branch:
         pre_gate: the value before its gate, where a gate that does not depend on the stream is the last step.
         nodes: everything between `source` and `contribution`.
         leaks: nodes inside that something outside reads (they stay computed when the branch is reused).
+        flops: of everything that only this branch needs, text projections of a cross-attention included; what several branches
+            share (one joint attention) is divided among them.
+        bytes: of the value that a slot on it keeps.
         module: where it stands in the user's model; for messages only.
+        line: the user's source line of its last real work; for messages only.
     """
 
     kind: str
@@ -86,7 +165,15 @@ class Branch:
     nodes: tuple[str, ...] = field(repr=False)
     attentions: tuple[Attention, ...] = ()
     leaks: tuple[str, ...] = ()
+    flops: int = 0
+    bytes: int = 0
     module: str = ""
+    line: str = ""
+
+    @property
+    def gate(self) -> tuple[str | None, str | None]:
+        """The nodes before and after the gate; the first is None where no gate is the last step."""
+        return self.pre_gate, self.contribution
 
     @property
     def name(self) -> str:
@@ -102,8 +189,11 @@ class Anatomy:
     Args:
         clocks: inputs with a path into a sinusoidal embedding that feeds a layer: the timestep is one of them.
         latent: the input that the denoising loop updates, "" where none was found.
+        latents: every input that comes back as an output of the same shape (two for video with sound).
         grid: latent frames, height and width, where the graph shows them.
         refusals: every candidate that is not a branch, with the reason.
+        flops: of the whole graph.
+        covered: of them, those that a step which reuses every branch leaves out.
     """
 
     branches: tuple[Branch, ...]
@@ -111,9 +201,21 @@ class Anatomy:
     latent: str
     grid: Grid | None
     refusals: tuple[NoMatch, ...]
+    streams: tuple[Stream, ...] = ()
+    blocks: tuple[Block, ...] = ()
+    attentions: tuple[Attention, ...] = ()
+    conditioning: Conditioning = field(default_factory=lambda: Conditioning((), (), (), ()))
+    latents: tuple[str, ...] = ()
+    flops: int = 0
+    covered: int = 0
 
     def __iter__(self) -> Iterator[Branch]:
         return iter(self.branches)
+
+    @property
+    def coverage(self) -> float:
+        """Share of the FLOPs that a step which reuses every branch leaves out, 0 to 1."""
+        return self.covered / self.flops if self.flops else 0.0
 
     def count(self) -> dict[str, int]:
         """How many branches of each kind there are."""

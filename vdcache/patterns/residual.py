@@ -1,25 +1,28 @@
-"""Residual branches by dataflow: `join = base + contribution`, where the contribution is computed from the base.
+"""Residual branches by dataflow: `join = base + contribution`, where the contribution is computed from a stream.
 
 Nothing here knows how a gate, a cast, a norm or a projection is spelled. A join is an addition one of whose operands
-is an ancestor of the other (seen through casts, views and earlier joins) with real work in between; everything on
-the paths between them is the branch. Values from elsewhere may enter it: timestep modulation, text, rotary tables.
+is an ancestor of the other (seen through casts, views, scalings and earlier joins) with real work in between; the nodes on
+the paths between them that pass no other join are the branch. Values from elsewhere may enter it: timestep modulation, text,
+rotary tables, other streams. Where every path passes another stream, that stream's value is the branch's source: a control
+hint, or the end of a skip around a whole transformer.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from vdcache.ir.ops import CASTS, NORMS, VIEWS, is_effectful, is_work, tensor_of
+from vdcache.ir.ops import CASTS, SLICES, VIEWS, is_effectful, is_work, tensor_of
 from vdcache.patterns.facts import NoMatch
 from vdcache.patterns.index import Index
 
-__all__ = ["Join", "find_joins", "previous_join"]
+__all__ = ["Join", "additions", "asked", "carried_joins", "find_joins"]
 
 aten = torch.ops.aten
-_SCALES = (aten.mul.Tensor, aten.div.Tensor)
+_SCALES = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
 
 
 @dataclass(frozen=True)
@@ -33,22 +36,7 @@ class Join:
     inside: tuple[fx.Node, ...]
 
 
-def find_joins(index: Index) -> tuple[list[Join], list[NoMatch]]:
-    """All residual joins of a graph in order, and every candidate that is none, with the reason."""
-    joins: dict[fx.Node, Join] = {}
-    refusals: list[NoMatch] = []
-    for node in index.nodes:
-        for base, others, separable in _operands(node):
-            found = _match(index, joins, node, base, others, separable)
-            if isinstance(found, Join):
-                joins[node] = found
-                break
-            if found is not None:
-                refusals.append(found)
-    return _outermost(joins, refusals), refusals
-
-
-def _operands(node: fx.Node) -> list[tuple[fx.Node, list[fx.Node], bool]]:
+def additions(node: fx.Node) -> list[tuple[fx.Node, list[fx.Node], bool]]:
     """(base, what is added, whether what is added is one value) for each way to read `node` as a residual addition."""
     if node.op != "call_function":
         return []
@@ -60,95 +48,256 @@ def _operands(node: fx.Node) -> list[tuple[fx.Node, list[fx.Node], bool]]:
         return [(a, [b], False)]
     if node.target is aten.sub.Tensor and len(args) == 2:
         return [(args[0], [args[1]], False)]
-    if node.target is aten.addcmul.default and len(args) == 3:
+    if node.target in (aten.addcmul.default, aten.addmm.default, aten.baddbmm.default, aten.addcdiv.default) and len(args) == 3:
         return [(args[0], args[1:], False)]
     if node.target in (aten.lerp.Tensor, aten.lerp.Scalar):
         return [(args[0], args[1:], False)]
+    if node.target is aten.sum.dim_IntList and args and args[0].target is aten.stack.default:
+        pieces = [p for p in args[0].args[0] if isinstance(p, fx.Node)]  # type: ignore[union-attr]
+        axis = args[0].args[1] if len(args[0].args) > 1 else args[0].kwargs.get("dim", 0)
+        if list(node.args[1]) == [axis]:  # type: ignore[arg-type]
+            return [(p, [q for q in pieces if q is not p], False) for p in pieces]
     return []
 
 
-def _match(
-    index: Index, joins: dict[fx.Node, Join], node: fx.Node, base: fx.Node, others: list[fx.Node], separable: bool
-) -> Join | NoMatch | None:
-    """The join at `node`, or why not, or None where nothing even looks like one."""
-    x, y = tensor_of(base), tensor_of(node)
-    if x is None or y is None or x.ndim == 0 or not y.is_floating_point():
-        return None
-    other = max(others, key=index.position.__getitem__)
-    if (source := _source(index, joins, base, other)) is None:
-        return None
-    if x.ndim != y.ndim or any(str(s) != str(t) for s, t in zip(x.shape, y.shape, strict=True)):
-        return NoMatch(node.name, f"'{base.name}' is broadcast to the shape of the sum, so it is no stream")
-    inside = index.between(source, other)
-    if not any(is_work(n) for n in inside):
-        return NoMatch(node.name, f"no matrix product, convolution or attention between '{source.name}' and '{other.name}'")
-    if effect := next((n for n in inside if is_effectful(n)), None):
-        return NoMatch(
-            node.name, f"'{effect.name}' ({effect.target}) has an effect besides its value and must never be skipped"
-        )
-    return Join(node, base, source, other if separable else None, tuple(inside))
-
-
-def _source(index: Index, joins: dict[fx.Node, Join], base: fx.Node, other: fx.Node) -> fx.Node | None:
-    """The value behind `base` from which `other` is computed: through casts, views, scalings and earlier joins."""
-    at = base
+def _carriers(node: fx.Node) -> Iterator[fx.Node]:
+    """`node`, and what it repeats but for type, order, a part left out, or a factor."""
+    at = node
     while True:
-        if index.depends(other, at):
-            return at if at.op != "get_attr" else None
-        if at in joins:
-            at = joins[at].base
-        elif at.target in CASTS or at.target in VIEWS or (at.target in _SCALES and _other_is_number(at)):
-            if not isinstance(at.args[0], fx.Node):
+        yield at
+        passes = at.target in CASTS or at.target in VIEWS or at.target in SLICES
+        if not passes and at.target in _SCALES:
+            factor = at.args[1]
+            x, y = tensor_of(factor), tensor_of(at)
+            passes = x is None or y is None or x.numel() != y.numel()
+        if not passes or not at.args or not isinstance(at.args[0], fx.Node):
+            return
+        at = at.args[0]
+
+
+def asked(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes on which dependence is asked when joins are looked for: what is added to, and what that repeats."""
+    found: dict[fx.Node, None] = {}
+    for node in graph.nodes:
+        for base, _, _ in additions(node):
+            for at in _carriers(base):
+                if at in found:
+                    break
+                found[at] = None
+    return list(found)
+
+
+class _Finder:
+    """Joins in the order of the graph; a later join may take an earlier one into its branch."""
+
+    def __init__(self, index: Index) -> None:
+        self.index = index
+        self.joins: dict[fx.Node, Join] = {}
+        self.refusals: list[NoMatch] = []
+
+    def visit(self, node: fx.Node) -> None:
+        reasons = []
+        for base, others, separable in additions(node):
+            found = self._match(node, base, others, separable)
+            if isinstance(found, Join):
+                self.joins[node] = found
+                return
+            if found is not None:
+                reasons.append(found)
+        self.refusals += reasons
+
+    def _match(self, node: fx.Node, base: fx.Node, others: list[fx.Node], separable: bool) -> Join | NoMatch | None:
+        """The join at `node`, or why not, or None where nothing even looks like one."""
+        x, y = tensor_of(base), tensor_of(node)
+        if x is None or y is None or x.ndim == 0 or not y.is_floating_point() or base.op == "get_attr":
+            return None
+        other = max(others, key=self.index.position.__getitem__)
+        source = self._source(base, other)
+        if source is None and not self._continues(base):
+            return None
+        region, absorbed = self._region(node, others, source)
+        if not region.reached and not region.crossed:
+            return None
+        if not _same_shape(x, y):
+            return NoMatch(node.name, f"'{base.name}' is broadcast to the shape of the sum, so it is no stream")
+        if not region.reached:
+            last = max(region.crossed, key=self.index.position.__getitem__)
+            if not self._continues(base) and (source is None or not self._starts_from(last, source)):
+                reason = f"'{base.name}' is no stream: it is only read by the one that goes through '{last.name}'"
+                return NoMatch(node.name, reason)
+            region.keep_below(region.crossed)
+        inside = sorted(region.inside, key=self.index.position.__getitem__)
+        if not any(is_work(n) for n in inside):
+            if region.crossed:
+                many = sum(1 for j in self.joins if source is not None and self._depends(j, source))
+                return NoMatch(node.name, f"contains {many} branches, which are taken one by one")
+            return NoMatch(node.name, f"no matrix product, convolution or attention between '{base.name}' and '{other.name}'")
+        if effect := next((n for n in inside if is_effectful(n)), None):
+            return NoMatch(
+                node.name, f"'{effect.name}' ({effect.target}) has an effect besides its value and must never be skipped"
+            )
+        for inner in absorbed:
+            del self.joins[inner]
+            self.refusals.append(NoMatch(inner.name, f"lies inside the branch that ends at '{node.name}'"))
+        if not region.reached or source is None:
+            source = last
+        return Join(node, base, source, other if separable else None, tuple(inside))
+
+    def _source(self, base: fx.Node, other: fx.Node) -> fx.Node | None:
+        """The value behind `base` from which `other` is computed: through casts, views, scalings and earlier joins."""
+        at = base
+        while True:
+            for at in _carriers(at):
+                if self._depends(other, at):
+                    return at if at.op != "get_attr" else None
+                if at in self.joins:
+                    break
+            if at not in self.joins:
                 return None
-            at = at.args[0]
+            at = self.joins[at].base
+
+    def _depends(self, node: fx.Node, on: fx.Node) -> bool:
+        return self.index.depends(node, on)
+
+    def _continues(self, base: fx.Node) -> bool:
+        """Whether `base` repeats the sum of an earlier join."""
+        return any(at in self.joins for at in _carriers(base))
+
+    def _starts_from(self, join: fx.Node, source: fx.Node) -> bool:
+        """Whether the stream that goes through `join` begins with something computed from `source`."""
+        at = self.joins[join]
+        seen = {at.node}
+        while (before := next((j for j in carried_joins(at.base, self.joins) if j not in seen), None)) is not None:
+            seen.add(before)
+            at = self.joins[before]
+        return at.source is source or self._depends(at.source, source)
+
+    def _region(self, node: fx.Node, others: list[fx.Node], source: fx.Node | None) -> tuple[_Region, list[fx.Node]]:
+        """What lies between the stream and what is added, and the joins in it that belong to nobody else."""
+        region = _Region(self.index, self.joins, source)
+        for other in others:
+            region.grow(other)
+        absorbed: list[fx.Node] = []
+        while True:
+            own = next(
+                (
+                    j
+                    for j in region.crossed
+                    if all(u in region.inside or u is node for u in j.users)
+                    and not carried_joins(self.joins[j].base, self.joins)
+                    and (source is None or j is not source)
+                ),
+                None,
+            )
+            if own is None:
+                return region, absorbed
+            absorbed.append(own)
+            region.enter(own)
+
+
+class _Region:
+    """Nodes above what is added and below the source; the search stops at joins."""
+
+    LIMIT = 4000  # without a source to stop at, a search that finds no stream near by gives up
+
+    def __init__(self, index: Index, joins: dict[fx.Node, Join], source: fx.Node | None) -> None:
+        self.index, self.joins, self.source = index, joins, source
+        self.reached = False
+        self.inside: dict[fx.Node, None] = {}
+        self.crossed: dict[fx.Node, None] = {}
+
+    def grow(self, start: fx.Node) -> None:
+        todo = [start]
+        while todo:
+            node = todo.pop()
+            if node is self.source:
+                self.reached = True
+            elif node in self.inside or node in self.crossed or not self._below(node):
+                continue
+            elif node in self.joins:
+                self.crossed[node] = None
+            else:
+                self.inside[node] = None
+                todo += node.all_input_nodes
+
+    def _below(self, node: fx.Node) -> bool:
+        if self.source is not None:
+            return self.index.depends(node, self.source)
+        return node.op == "call_function" and len(self.inside) < self.LIMIT and self.index.inputs_of(node) != 0
+
+    def enter(self, join: fx.Node) -> None:
+        """Go on through a join: it is part of the branch."""
+        del self.crossed[join]
+        self.inside[join] = None
+        for parent in join.all_input_nodes:
+            self.grow(parent)
+
+    def keep_below(self, sources: dict[fx.Node, None]) -> None:
+        """Drop what does not depend on `sources`."""
+        below = set(sources)
+        kept: dict[fx.Node, None] = {}
+        for node in sorted(self.inside, key=self.index.position.__getitem__):
+            if any(p in below for p in node.all_input_nodes):
+                below.add(node)
+                kept[node] = None
+        self.inside = kept
+
+
+def _same_shape(x: torch.Tensor, y: torch.Tensor) -> bool:
+    return x.ndim == y.ndim and all(str(s) == str(t) for s, t in zip(x.shape, y.shape, strict=True))
+
+
+def find_joins(index: Index, conditioning: int = 0) -> tuple[list[Join], list[NoMatch]]:
+    """All residual joins of a graph in order, and every candidate that is none, with the reason.
+
+    Args:
+        index: made with `asked(graph)`.
+        conditioning: mask of the timestep candidates: what depends on them alone is no stream.
+    """
+    finder = _Finder(index)
+    for node in index.nodes:
+        finder.visit(node)
+    joins, refusals = [], finder.refusals
+    for join in finder.joins.values():
+        if not index.inputs_of(join.node) & ~conditioning:
+            refusals.append(NoMatch(join.node.name, "depends on nothing but the timestep and parameters, so it is no stream"))
         else:
-            return None
+            joins.append(join)
+    return joins, refusals
 
 
-def _other_is_number(node: fx.Node) -> bool:
-    return not isinstance(node.args[1], fx.Node)
+def carried_joins(base: fx.Node, joins: dict[fx.Node, Join]) -> list[fx.Node]:
+    """The joins whose sums `base` carries on: through everything but work that keeps the elements or a part of them.
 
-
-def _outermost(joins: dict[fx.Node, Join], refusals: list[NoMatch]) -> list[Join]:
-    """Branches that nest: a join alone inside a branch belongs to it; a branch around several is a container."""
-    order = list(joins.values())
-    dropped: set[fx.Node] = set()
-    for join in order:  # first to last: what is judged is judged by joins that have been accepted
-        members = set(join.inside)
-        nested = [joins[n] for n in join.inside if n in joins and n not in dropped]
-        foreign = next((j for j in nested if j.source is not join.source and j.source not in members), None)
-        if foreign is not None:
-            # what is added enters another stream further up: a modulation of every token that several blocks share
-            dropped.add(join.node)
-            reason = f"'{join.source.name}' is no stream: it is only read by the one that goes through '{foreign.node.name}'"
-            refusals.append(NoMatch(join.node.name, reason))
-    for join in reversed(order):
-        if join.node in dropped:
+    Norms and modulations keep a stream the same stream; a concatenation of two carries both.
+    """
+    found: dict[fx.Node, None] = {}
+    todo, seen = [base], {base}
+    while todo:
+        node = todo.pop()
+        if node in joins:
+            found[node] = None
             continue
-        nested = [joins[n] for n in join.inside if n in joins and n not in dropped]
-        if len(nested) == 1:
-            dropped.add(nested[0].node)
-            refusals.append(NoMatch(nested[0].node.name, f"lies inside the branch that ends at '{join.node.name}'"))
-        elif len(nested) > 1:
-            dropped.add(join.node)
-            refusals.append(NoMatch(join.node.name, f"contains {len(nested)} branches, which are taken one by one"))
-    return [j for j in order if j.node not in dropped]
+        if node.op != "call_function" or is_work(node):
+            continue
+        for parent in _carried(node):
+            if parent not in seen:
+                seen.add(parent)
+                todo.append(parent)
+    return list(found)
 
 
-def previous_join(join: Join, joins: dict[fx.Node, Join]) -> fx.Node | None:
-    """The join whose sum `join` adds to, seen through whatever leaves a stream one stream: casts, views, norms, scalings."""
-    at: object = join.base
-    while isinstance(at, fx.Node):
-        if at in joins:
-            return at
-        if (
-            at.target in CASTS
-            or at.target in VIEWS
-            or at.target in NORMS
-            or at.target in _SCALES
-            or at.target is aten.add.Tensor
-        ):
-            at = at.args[0] if at.args else None
-        else:
-            return None
-    return None
+_FIRST = SLICES | {aten.pad.default, aten.constant_pad_nd.default, aten.slice_scatter.default, aten.select_scatter.default}
+
+
+def _carried(node: fx.Node) -> list[fx.Node]:
+    if node.target in _FIRST:
+        first = node.args[0]
+        return [first] if isinstance(first, fx.Node) else []
+    if node.target in (aten.cat.default, aten.stack.default):
+        return list(node.all_input_nodes)
+    value = tensor_of(node)
+    if value is None:
+        # a split: the pieces are taken from it by getitem
+        return [node.args[0]] if node.args and isinstance(node.args[0], fx.Node) and "split" in str(node.target) else []
+    return [p for p in node.all_input_nodes if (x := tensor_of(p)) is not None and str(x.numel()) == str(value.numel())]
