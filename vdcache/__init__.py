@@ -17,6 +17,8 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "compile": "vdcache.api",
+    "explain": "vdcache.explanation.explain",
+    "Report": "vdcache.explanation.report",
     "trace": "vdcache.ir.capture",
     "dump": "vdcache.ir.dump",
     "Recipe": "vdcache.recipe",
@@ -44,6 +46,8 @@ __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
     from vdcache.api import compile
+    from vdcache.explanation.explain import explain
+    from vdcache.explanation.report import Report
     from vdcache.ir.capture import trace
     from vdcache.ir.dump import dump
     from vdcache.ir.errors import CacheStateError, CaptureError, ConfigError, ContractError, VdcacheError, VdcacheWarning

@@ -16,14 +16,19 @@ __all__ = ["ZOO", "Case", "build"]
 class Case:
     """One architecture.
 
-    `branches` is read off the architecture by hand: how many residual contributions of each kind it has.
-    `call(step)` gives the keyword arguments of the model at a denoising step.
+    Args:
+        make: builds the model at a small size.
+        call: keyword arguments of the model at a denoising step, with a text of so many tokens (a model without text takes
+            no notice of the second).
+        branches: read off the architecture by hand, never off the tool: how many residual contributions of each kind.
+        graphs: into how many graphs Dynamo breaks one forward.
     """
 
     name: str
     make: Callable[[], nn.Module]
-    call: Callable[[int], dict[str, Any]]
+    call: Callable[[int, int], dict[str, Any]]
     branches: dict[str, int]
+    graphs: int = 1
 
     def __str__(self) -> str:
         return self.name
@@ -32,8 +37,11 @@ class Case:
 ZOO: dict[str, Case] = {}
 
 
-def register(name: str, make: Callable[[], nn.Module], call: Callable[[int], dict[str, Any]], **branches: int) -> None:
-    ZOO[name] = Case(name, make, call, {k.replace("_", "-"): v for k, v in branches.items()})
+def register(
+    name: str, make: Callable[[], nn.Module], call: Callable[[int, int], dict[str, Any]], graphs: int = 1, **branches: int
+) -> None:
+    """Add one architecture; `self_attention=3, mlp=3` are its branches."""
+    ZOO[name] = Case(name, make, call, {k.replace("_", "-"): v for k, v in branches.items()}, graphs)
 
 
 def build(name: str, seed: int = 0) -> nn.Module:
@@ -63,4 +71,4 @@ def when(step: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.tensor([1000 - 25 * step], dtype=dtype)
 
 
-from tests.zoo import diffusers_models, own  # noqa: E402, F401
+from tests.zoo import diffusers_models, image_mmdit, image_single, own, papers, video  # noqa: E402, F401

@@ -18,7 +18,7 @@ def _dit():
 register(
     "dit",
     _dit,
-    lambda s: {
+    lambda s, n: {
         "hidden_states": noise(1, 4, 8, 8, step=s),
         "timestep": when(s, torch.int64),
         "class_labels": torch.tensor([3]),
@@ -45,9 +45,9 @@ def _pixart():
 register(
     "pixart",
     _pixart,
-    lambda s: {
+    lambda s, n: {
         "hidden_states": noise(1, 4, 8, 8, step=s),
-        "encoder_hidden_states": text(1, 6, 12),
+        "encoder_hidden_states": text(1, n, 12),
         "timestep": when(s),
         "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
     },
@@ -83,10 +83,10 @@ def _latte():
 register(
     "latte",
     _latte,
-    lambda s: {
+    lambda s, n: {
         "hidden_states": noise(1, 4, 3, 8, 8, step=s),
         "timestep": when(s),
-        "encoder_hidden_states": text(1, 6, 12),
+        "encoder_hidden_states": text(1, n, 12),
     },
     self_attention=4,
     cross_attention=2,
@@ -116,10 +116,10 @@ def _wan(num_layers: int = 3):
 register(
     "wan",
     _wan,
-    lambda s: {
+    lambda s, n: {
         "hidden_states": noise(1, 4, 3, 8, 8, step=s),
         "timestep": when(s),
-        "encoder_hidden_states": text(1, 6, 16),
+        "encoder_hidden_states": text(1, n, 16),
     },
     self_attention=3,
     cross_attention=3,
@@ -150,9 +150,9 @@ def _cogvideox():
 register(
     "cogvideox",
     _cogvideox,
-    lambda s: {
+    lambda s, n: {
         "hidden_states": noise(1, 3, 4, 8, 8, step=s),
-        "encoder_hidden_states": text(1, 6, 12),
+        "encoder_hidden_states": text(1, n, 12),
         "timestep": when(s),
     },
     # image and text in each of three blocks; nothing reads the text after the last MLP, so that one is never computed
@@ -183,11 +183,11 @@ def _hunyuan_video():
 register(
     "hunyuan_video",
     _hunyuan_video,
-    lambda s: {
+    lambda s, n: {
         "hidden_states": noise(1, 4, 3, 6, 6, step=s),
         "timestep": when(s),
-        "encoder_hidden_states": text(1, 6, 16),
-        "encoder_attention_mask": torch.ones(1, 6, dtype=torch.long),
+        "encoder_hidden_states": text(1, n, 16),
+        "encoder_attention_mask": torch.ones(1, n, dtype=torch.long),
         "pooled_projections": text(1, 8),
         "guidance": torch.tensor([6016.0]),
     },
@@ -216,11 +216,11 @@ def _ltx():
 register(
     "ltx",
     _ltx,
-    lambda s: {
+    lambda s, n: {
         "hidden_states": noise(1, 3 * 4 * 4, 8, step=s),
-        "encoder_hidden_states": text(1, 6, 12),
+        "encoder_hidden_states": text(1, n, 12),
         "timestep": when(s),
-        "encoder_attention_mask": torch.ones(1, 6),
+        "encoder_attention_mask": torch.ones(1, n),
         "num_frames": 3,
         "height": 4,
         "width": 4,
@@ -254,9 +254,9 @@ def _sd3():
 register(
     "sd3",
     _sd3,
-    lambda s: {
+    lambda s, n: {
         "hidden_states": noise(1, 4, 8, 8, step=s),
-        "encoder_hidden_states": text(1, 6, 12),
+        "encoder_hidden_states": text(1, n, 12),
         "pooled_projections": text(1, 8),
         "timestep": when(s),
     },
@@ -287,13 +287,13 @@ def _flux():
 register(
     "flux",
     _flux,
-    lambda s: {
+    lambda s, n: {
         "hidden_states": noise(1, 16, 4, step=s),
-        "encoder_hidden_states": text(1, 6, 12),
+        "encoder_hidden_states": text(1, n, 12),
         "pooled_projections": text(1, 8),
         "timestep": when(s) / 1000,
         "img_ids": text(16, 3),
-        "txt_ids": torch.zeros(6, 3),
+        "txt_ids": torch.zeros(n, 3),
         "guidance": torch.tensor([3.5]),
     },
     joint_attention=4,

@@ -17,10 +17,10 @@ def _demo():
 register(
     "demo",
     _demo,
-    lambda s: {
+    lambda s, n: {
         "hidden_states": noise(1, 6, 3, 8, 8, step=s),
         "timestep": when(s),
-        "encoder_hidden_states": text(1, 6, 16),
+        "encoder_hidden_states": text(1, n, 16),
     },
     self_attention=3,
     cross_attention=3,

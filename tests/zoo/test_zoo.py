@@ -9,6 +9,7 @@ import vdcache
 from tests.zoo import ZOO, build
 
 STEPS = 5
+UNEQUAL = ["wan", "flux", "cogvideox", "pixart", "sd3", "hunyuan_video", "open_sora", "qwenimage", "lumina"]
 
 
 def value(output):
@@ -18,37 +19,49 @@ def value(output):
 @pytest.mark.parametrize("name", ZOO)
 @torch.no_grad()
 def test_architecture(name):
+    """What is found is what the architecture has; computed steps are bit-exact, reused ones add what was recorded."""
     torch._dynamo.reset()
     model, case = build(name), ZOO[name]
-    compiled = vdcache.compile(model, "every-3", num_steps=STEPS, inner="eager", strict=True)
+    compiled = vdcache.compile(model, "every-3", num_steps=STEPS, inner="eager", strict=case.graphs == 1)
     session = compiled.vdcache
     for _ in range(2):
         for step in range(STEPS):
-            out, want = value(compiled(**case.call(step))), value(model(**case.call(step)))
+            out, want = value(compiled(**case.call(step, 6))), value(model(**case.call(step, 6)))
             if step in (0, 3, 4):
                 assert torch.equal(out, want), "a computed step is the untouched model, bit for bit"
             else:
                 assert not torch.equal(out, want), "a reused step skipped something"
     assert session.history.computed_steps(0) == session.history.computed_steps(1) == [0, 3, 4]
-    (graph,) = session.graphs
-    assert graph.anatomy.count() == case.branches
-    assert graph.anatomy.clocks and graph.anatomy.latent
+
+    # Reusing on the very input that was recorded gives the recorded output back: the sum of all contributions is kept whole.
+    session.begin(STEPS)
+    session.step()
+    first = value(compiled(**case.call(0, 6)))
+    session.step()
+    second = value(compiled(**case.call(0, 6)))
+    assert session.history[-1].reused
+    torch.testing.assert_close(second, first, rtol=1e-5, atol=1e-5)
+
+    found: dict[str, int] = {}
+    for graph in session.graphs:
+        for kind, count in graph.anatomy.count().items():
+            found[kind] = found.get(kind, 0) + count
+    assert found == case.branches
+    assert any(g.anatomy.clocks for g in session.graphs)
+    assert any(g.anatomy.latent for g in session.graphs)
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", UNEQUAL)
 @torch.no_grad()
-def test_reuse_is_exact_where_nothing_changed(name):
-    """Reusing on the very input that was recorded gives the recorded output back: the sum of all contributions is kept whole."""
+def test_two_lanes_with_texts_of_unequal_length(name):
     torch._dynamo.reset()
     model, case = build(name), ZOO[name]
-    compiled = vdcache.compile(model, "every-9", num_steps=9, inner="eager")
-    compiled.vdcache.begin(9)
-    outs = []
-    for _ in range(2):
-        compiled.vdcache.step()
-        outs.append(value(compiled(**case.call(0))))
-    assert compiled.vdcache.history[-1].reused
-    torch.testing.assert_close(outs[1], outs[0], rtol=1e-5, atol=1e-5)
+    compiled = vdcache.compile(model, "every-3", num_steps=STEPS, inner="eager")
+    for step in range(STEPS):
+        for tokens in (6, 4):
+            out, want = value(compiled(**case.call(step, tokens))), value(model(**case.call(step, tokens)))
+            assert torch.equal(out, want) == (step in (0, 3, 4))
+    assert compiled.vdcache.history.computed_steps() == [0, 3, 4]
 
 
 @pytest.mark.parametrize("name", ["wan", "flux", "sd3", "latte"])
@@ -66,7 +79,7 @@ def test_unmerged_reuse_equals_adding_recorded_contributions(name):
         found.append((capture(graph, inputs).graph, list(inputs)))
         return graph.forward
 
-    torch.compile(model, backend=door)(**case.call(0))
+    torch.compile(model, backend=door)(**case.call(0, 6))
     graph, inputs = found[0]
     results = []
     for more in ((), (MergeSlots(),)):
@@ -91,7 +104,11 @@ def test_one_tensor_a_stream_whatever_the_depth():
         torch._dynamo.reset()
         model = _wan(depth).eval().requires_grad_(False)
         compiled = vdcache.compile(model, "adacache-fast", num_steps=30, inner="eager")
-        compiled(**ZOO["wan"].call(0))
+        compiled(**ZOO["wan"].call(0, 6))
         sizes[depth] = compiled.vdcache.graphs[0].cache_bytes()
     stream = 1 * 3 * 4 * 4 * 24 * 4  # one float32 tensor of tokens × width
     assert sizes == {2: 2 * stream, 6: 2 * stream}
+
+
+def test_the_zoo_is_large():
+    assert len(ZOO) >= 45

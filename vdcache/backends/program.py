@@ -102,6 +102,10 @@ class Program:
         """The slots that the plan's variant takes from the store."""
         return self._specialised(plan)[1].reads
 
+    def variant_graph(self, plan: Plan) -> fx.GraphModule:
+        """The graph that runs under a plan; not to be changed."""
+        return self._specialised(plan)[0]
+
     def _specialised(self, plan: Plan) -> tuple[fx.GraphModule, VariantIO]:
         if plan not in self._graphs:
             keeps = bool(self.slots) and len(self.plans) > 1

@@ -17,8 +17,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,7 +30,7 @@ from torch import fx, nn
 from vdcache.ir.edit import outputs
 from vdcache.ir.errors import CaptureError
 
-__all__ = ["Captured", "Signature", "capture", "exported", "signature", "trace"]
+__all__ = ["Captured", "Part", "Parts", "Signature", "capture", "exported", "parts", "readable", "signature", "trace"]
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,13 @@ class Signature:
             the model writes into; whoever runs the graph copies them back.
         results: how many outputs follow them: what the model returns.
         static: positions of the inputs that are parameters or buffers.
+        names: what the user calls the inputs, where the door knows it; for messages only.
     """
 
     mutations: tuple[tuple[int, int], ...] = ()
     results: int = 1
     static: frozenset[int] = frozenset()
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,27 @@ def capture(graph: nn.Module, example_inputs: Sequence[Any]) -> Captured:
     mutations = tuple((i, position[name]) for i, name in enumerate(sig.user_inputs_to_mutate.values()))
     static = frozenset(i for i, value in enumerate(example_inputs) if _is_static(value))
     results = len(outputs(flat.graph)) - len(mutations)
-    return _captured(flat, Signature(mutations, results, static))
+    return _captured(flat, Signature(mutations, results, static, _input_names(graph)))
+
+
+def _input_names(graph: nn.Module) -> tuple[str, ...]:
+    """What the user calls the inputs of a Dynamo graph: `hidden_states`, `blocks.0.attn.to_q.weight`."""
+    if not isinstance(graph, fx.GraphModule):
+        return ()
+    names = []
+    for node in graph.graph.find_nodes(op="placeholder"):
+        source = getattr(node.meta.get("grapharg"), "source", None)
+        name = getattr(source, "name", None)
+        text = name() if callable(name) else name
+        names.append(readable(text) if isinstance(text, str) else node.name)
+    return tuple(names)
+
+
+def readable(path: str) -> str:
+    """A path as Dynamo writes it, as the user would: `L['self']._modules['blocks']._modules['0']` is `blocks.0`."""
+    path = re.sub(r"\.?__dict__\[['\"]_modules['\"]\]|\._(modules|parameters|buffers)", "", path)
+    path = re.sub(r"\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", path).lstrip(".")
+    return re.sub(r"^[LG]\.((self|kwargs|args)\.?)*", "", path) or path
 
 
 def trace(fn: Callable[..., Any], *args: Any, dynamic: bool = False) -> Captured:
@@ -179,6 +203,131 @@ def exported(model: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, Any
     return _captured(graph, Signature(tuple(mutations), len(sig.output_specs) - len(mutations), static))
 
 
+@dataclass(frozen=True)
+class Part:
+    """One graph of a forward that Dynamo may have broken into several.
+
+    Args:
+        captured: None where the graph could not be brought into vdcache's form; `problem` then says why.
+        frame: the function that the graph comes from.
+        line: the user's source line that it begins with.
+        ends: why it ends where it does, "" at the end of the function.
+        ends_at: the source line of that.
+    """
+
+    captured: Captured | None
+    problem: str = ""
+    frame: str = ""
+    line: str = ""
+    ends: str = ""
+    ends_at: str = ""
+
+
+@dataclass
+class Parts:
+    """Every graph of one forward, in the order in which they ran, and the reasons of all breaks that Dynamo counted."""
+
+    found: list[Part] = field(default_factory=list)
+    breaks: list[str] = field(default_factory=list)
+
+
+_collecting: list[Parts] = []
+
+
+def parts(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Parts:
+    """Every graph that Dynamo makes of `fn(*args, **kwargs)`. No graph is computed: its outputs are zeros.
+
+    Tensors may be on the meta device. Code between two graphs runs as Python.
+
+    Raises:
+        CaptureError: the function raised, or Dynamo cannot trace it; the message names the user's source line.
+    """
+    from torch._dynamo.utils import counters
+
+    fn = getattr(fn, "_orig_mod", fn)  # of a compiled module
+    parts = Parts()
+    before = dict(counters["graph_break"])
+    _collecting.append(parts)
+    try:
+        # One backend for all calls, so that what was traced once is known. The limits are of no use here: past them the model
+        # would run.
+        limits = {k: 10_000 for k in ("recompile_limit", "accumulated_recompile_limit") if hasattr(torch._dynamo.config, k)}
+        with torch.no_grad(), torch._dynamo.config.patch(limits):
+            torch.compile(fn, backend=_collect, dynamic=False)(*args, **kwargs)
+    except Exception as error:
+        name = type(fn).__name__ if isinstance(fn, nn.Module) else getattr(fn, "__name__", str(fn))
+        place = _users_line(error)
+        raise CaptureError(
+            f"{name} cannot be traced{f', at {place}' if place else ''}: {type(error).__name__}: {_first_line(error)}. "
+            "Check that the same call works without vdcache; a model that looks into its tensors cannot run on the meta device: "
+            "give it real ones."
+        ) from error
+    finally:
+        _collecting.pop()
+    parts.breaks = [reason for reason, n in counters["graph_break"].items() if n > before.get(reason, 0)]
+    return parts
+
+
+def _collect(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    """The backend of `parts`: what it returns says that it was called, and gives zeros."""
+    from torch._guards import CompileContext
+
+    reason = getattr(graph, "compile_subgraph_reason", None)
+    broken = bool(getattr(reason, "graph_break", False))
+    context = CompileContext.get()
+    stacks = [n.meta["stack_trace"] for n in graph.graph.nodes if isinstance(n.meta.get("stack_trace"), str)]
+    stack = list(getattr(reason, "user_stack", None) or ())
+    values = [n.meta.get("example_value") if isinstance(n, fx.Node) else n for n in outputs(graph.graph)]
+    try:
+        captured, problem = capture(graph, example_inputs), ""
+    except CaptureError as error:
+        captured, problem = None, str(error)
+    part = Part(
+        captured=captured,
+        problem=problem,
+        frame=_frame_name(str(getattr(context, "compile_id", ""))),
+        line=last_line(stacks[0]) if stacks else "",
+        ends=_first_line(reason.reason) if broken and reason is not None else "",
+        ends_at=f"{stack[-1].filename}:{stack[-1].lineno}" if broken and stack else "",
+    )
+
+    def zeros(*inputs: Any) -> list[Any]:
+        if _collecting:
+            _collecting[-1].found.append(part)
+        return [_zeros(v) for v in values]
+
+    return zeros
+
+
+def _zeros(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    return torch.zeros([int(s) for s in value.shape], dtype=value.dtype, device=value.device)
+
+
+def _frame_name(compile_id: str) -> str:
+    return compile_id.strip("[]")
+
+
+def last_line(stack: str) -> str:
+    """`file:line` of the innermost frame of a printed stack, "" of none."""
+    places = re.findall(r'File "([^"]+)", line (\d+)', stack)
+    return f"{places[-1][0]}:{places[-1][1]}" if places else ""
+
+
+def _users_line(error: BaseException) -> str:
+    """`file:line` of the innermost frame of an error that is neither torch's nor vdcache's."""
+    real: BaseException = error
+    while real.__cause__ is not None:
+        real = real.__cause__
+    own = (torch.__path__[0], __file__.rpartition("/ir/")[0])
+    for frames in (traceback.extract_tb(real.__traceback__), getattr(real, "real_stack", None) or ()):
+        for frame in reversed(list(frames)):
+            if not frame.filename.startswith(own) and not frame.filename.startswith("<"):
+                return f"{frame.filename}:{frame.lineno}"
+    return ""
+
+
 def _captured(graph: fx.GraphModule, sig: Signature) -> Captured:
     graph.meta["vdcache"] = sig
     return Captured(graph, sig)
@@ -205,6 +354,6 @@ def _is_static(value: Any) -> bool:
     return isinstance(value, nn.Parameter) or getattr(value, "_dynamo_static_input_type", None) is not None
 
 
-def _first_line(error: BaseException) -> str:
+def _first_line(error: BaseException | str) -> str:
     text = str(error).strip()
     return text.splitlines()[0] if text else ""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import re
+import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import fx
 
-from vdcache.ir.capture import signature
+from vdcache.ir.capture import last_line, readable, signature
 from vdcache.ir.ops import CASTS, is_work, tensor_of
 from vdcache.patterns import blocks, conditioning, cost
 from vdcache.patterns.attention import Site, describe, sites
@@ -133,7 +134,7 @@ def _blocks(branches: Sequence[Branch], joins: Sequence[Join]) -> tuple[Block, .
 def _kind(join: Join, own: Sequence[Site], attentions: Sequence[Attention]) -> str:
     if not own:
         return "mlp" if _is_mlp(join) else "other"
-    if _has_parallel_mlp(join, {s.node.name for s in own}):
+    if _has_parallel_mlp(join, {s.node.name for s in own}) or _goes_on_as_mlp(join, {s.node for s in own}):
         return "fused"
     kinds = {a.kind for a in attentions}
     if "joint" in kinds:
@@ -142,12 +143,48 @@ def _kind(join: Join, own: Sequence[Site], attentions: Sequence[Attention]) -> s
 
 
 def _is_mlp(join: Join) -> bool:
-    """Two layers or more, one after the other, and nothing that mixes tokens (a convolution may)."""
+    """Two layers or more, one after the other, and nothing but convolutions that mixes tokens."""
+    if any(_mixes_tokens(n) for n in join.inside):
+        return False
     depth: dict[fx.Node, int] = {}
     for node in join.inside:
         above = max((depth.get(p, 0) for p in node.all_input_nodes), default=0)
         depth[node] = above + is_work(node)
     return depth[join.inside[-1]] >= 2
+
+
+_SCANS = {aten.cumsum.default, aten.cumprod.default, aten.logcumsumexp.default, aten.flip.default, aten.roll.default}
+_POOLS = {
+    getattr(packet, overload)
+    for packet in (aten.adaptive_avg_pool1d, aten.adaptive_avg_pool2d, aten.adaptive_avg_pool3d, aten.avg_pool2d, aten.avg_pool3d)
+    for overload in packet.overloads()
+}
+
+
+def _mixes_tokens(node: fx.Node) -> bool:
+    """A scan, a pool, a mean over tokens, or a stack of steps that were computed one after the other."""
+    if node.target in _SCANS:
+        axis, value = node.args[1] if len(node.args) > 1 else -1, tensor_of(node)
+        return value is not None and value.ndim >= 3 and isinstance(axis, (int, list)) and axis not in (-1, value.ndim - 1)
+    if node.target in _POOLS:
+        return True
+    if node.target is aten.mean.dim:
+        value = tensor_of(node.args[0])
+        axes: Any = node.args[1]
+        return value is not None and value.ndim == 4 and {a % 4 for a in axes} == {2, 3}
+    if node.target is aten.stack.default:  # the loop of a recurrence: each piece needs the one before
+        pieces: Any = node.args[0]
+        return len(pieces) > 3 and all(b in _near_users(a) for a, b in itertools.pairwise(pieces))
+    return False
+
+
+def _near_users(node: fx.Node) -> set[fx.Node]:
+    near: set[fx.Node] = set()
+    edge = {node}
+    for _ in range(3):
+        edge = {u for n in edge for u in n.users}
+        near |= edge
+    return near
 
 
 def _has_parallel_mlp(join: Join, sites: set[str]) -> bool:
@@ -166,6 +203,17 @@ def _has_parallel_mlp(join: Join, sites: set[str]) -> bool:
         elif is_work(node) or any(p in beside for p in parents):
             beside.add(node)
     return False
+
+
+def _goes_on_as_mlp(join: Join, own: set[fx.Node]) -> bool:
+    """Whether the attention's result goes through an MLP before it is added: three layers or more, its own projection the first."""
+    depth: dict[fx.Node, int] = {}
+    for node in join.inside:
+        if node in own:
+            depth[node] = 0
+        elif above := [depth[p] for p in node.all_input_nodes if p in depth]:
+            depth[node] = max(above) + is_work(node)
+    return max(depth.values(), default=0) >= 3
 
 
 def _pre_gate(join: Join) -> str | None:
@@ -202,14 +250,12 @@ def _module(join: Join) -> str:
     shared = stacks[0]
     for stack in stacks[1:]:
         shared = [a for a, b in zip(shared, stack, strict=False) if a == b]
-    return shared[-1] if shared else ""
+    return readable(shared[-1]) if shared else ""
 
 
 def _line(join: Join) -> str:
     """`file:line` of the user's code that did the branch's last real work; "" where the tracer left nothing."""
     for node in reversed(join.inside):
         if is_work(node) and isinstance(stack := node.meta.get("stack_trace"), str):
-            places = re.findall(r'File "([^"]+)", line (\d+)', stack)
-            if places:
-                return f"{places[-1][0]}:{places[-1][1]}"
+            return last_line(stack)
     return ""

@@ -10,7 +10,7 @@ from torch import fx
 
 from vdcache.ir.capture import Signature
 from vdcache.ir.edit import inputs
-from vdcache.ir.ops import CASTS, VIEWS, is_work, tensor_of
+from vdcache.ir.ops import is_work, tensor_of
 from vdcache.patterns.facts import Conditioning, Grid
 from vdcache.patterns.index import Index
 
@@ -46,11 +46,12 @@ def clocks(candidates: Sequence[fx.Node]) -> tuple[str, ...]:
 
 
 def _waves_of(source: fx.Node) -> list[fx.Node]:
-    """Sines and cosines reached from `source` without passing real work."""
+    """Sines and cosines reached from `source` without passing real work, but for a product with learned frequencies."""
     found, todo, seen = [], [source], {source}
     while todo:
-        for user in todo.pop().users:
-            if user in seen or user.op == "output" or is_work(user):
+        node = todo.pop()
+        for user in node.users:
+            if user in seen or user.op == "output" or (is_work(user) and not _is_table_product(user, node)):
                 continue
             seen.add(user)
             if user.target in _WAVES:
@@ -58,6 +59,21 @@ def _waves_of(source: fx.Node) -> list[fx.Node]:
             else:
                 todo.append(user)
     return found
+
+
+def _is_table_product(node: fx.Node, factor: fx.Node) -> bool:
+    """Whether `node` multiplies the scalar `factor` by one row of a table: frequencies, not a layer that reads a vector."""
+    value = tensor_of(factor)
+    if node.target not in _LAYERS or value is None or value.ndim == 0 or str(value.shape[-1]) != "1":
+        return False
+    return all(p is factor or _is_leaf(p) for p in node.all_input_nodes)
+
+
+def _is_leaf(node: fx.Node) -> bool:
+    """Whether `node` is an input or a constant, or one operation after another makes it of one."""
+    while node.op == "call_function" and len(node.all_input_nodes) == 1:
+        node = node.all_input_nodes[0]
+    return node.op != "call_function"
 
 
 def _feeds_a_layer(wave: fx.Node) -> bool:
@@ -68,11 +84,9 @@ def _feeds_a_layer(wave: fx.Node) -> bool:
         for user in node.users:
             if user.target in _LAYERS and node in user.args[:2] and tensor_of(user) is not None:
                 return True
-            shuffles = user.target in VIEWS or user.target in CASTS
-            shuffles = shuffles or user.target in (aten.cat.default, aten.slice.Tensor, aten.stack.default, aten.pad.default)
-            # a constant factor or an embedding of several scalars side by side
-            shuffles = shuffles or (user.target is aten.mul.Tensor and not isinstance(user.args[1], fx.Node))
-            if shuffles and user not in seen:
+            # what takes one tensor, or puts several side by side, passes waves on; a product with another tensor rotates
+            alone = user.op == "call_function" and not is_work(user) and len(user.all_input_nodes) == 1
+            if (alone or user.target in (aten.cat.default, aten.stack.default)) and user not in seen:
                 seen.add(user)
                 todo.append(user)
     return False

@@ -16,6 +16,7 @@ class NoMatch:
 
     node: str
     reason: str
+    graph: int = 0
 
     def __bool__(self) -> bool:
         return False
@@ -60,6 +61,8 @@ class Stream:
         start: the value that the first branch is added to.
         joins: the sums, in order.
         spans: which tokens are which, where the stream starts as a concatenation.
+        parents: streams whose tokens it goes on with: a concatenation of several, or parts of one.
+        graph: which graph of the forward, counted from 0.
     """
 
     index: int
@@ -70,6 +73,8 @@ class Stream:
     start: str
     joins: tuple[str, ...] = field(repr=False)
     spans: tuple[Span, ...] = ()
+    parents: tuple[int, ...] = ()
+    graph: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,11 +85,13 @@ class Block:
         index: counted from 0 over the graph.
         shape: blocks of one shape are the same graph with other weights; shapes are counted from 0.
         branches: names of its branches, in order.
+        graph: which graph of the forward, counted from 0.
     """
 
     index: int
     shape: int
     branches: tuple[str, ...]
+    graph: int = 0
 
 
 @dataclass(frozen=True)
@@ -151,6 +158,7 @@ class Branch:
         bytes: of the value that a slot on it keeps.
         module: where it stands in the user's model; for messages only.
         line: the user's source line of its last real work; for messages only.
+        graph: which graph of the forward, counted from 0.
     """
 
     kind: str
@@ -169,6 +177,7 @@ class Branch:
     bytes: int = 0
     module: str = ""
     line: str = ""
+    graph: int = 0
 
     @property
     def gate(self) -> tuple[str | None, str | None]:

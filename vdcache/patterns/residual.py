@@ -172,6 +172,11 @@ class _Finder:
             at = self.joins[before]
         return at.source is source or self._depends(at.source, source)
 
+    def _begins_at(self, join: fx.Node, source: fx.Node | None) -> bool:
+        """Whether no other join lies between `source` and `join` on its stream."""
+        before = carried_joins(self.joins[join].base, self.joins)
+        return all(b is source or (source is not None and not self._depends(b, source)) for b in before)
+
     def _region(self, node: fx.Node, others: list[fx.Node], source: fx.Node | None) -> tuple[_Region, list[fx.Node]]:
         """What lies between the stream and what is added, and the joins in it that belong to nobody else."""
         region = _Region(self.index, self.joins, source)
@@ -183,9 +188,7 @@ class _Finder:
                 (
                     j
                     for j in region.crossed
-                    if all(u in region.inside or u is node for u in j.users)
-                    and not carried_joins(self.joins[j].base, self.joins)
-                    and (source is None or j is not source)
+                    if all(u in region.inside or u is node for u in j.users) and self._begins_at(j, source)
                 ),
                 None,
             )

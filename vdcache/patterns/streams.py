@@ -33,6 +33,7 @@ class Streams:
         self.of: dict[fx.Node, int] = {}  # join -> stream
         self.starts: list[Join] = []
         self.joins: list[list[Join]] = []
+        self._parents: list[tuple[int, ...]] = []
         known: dict[fx.Node, Join] = {}
         for join in joins:
             before = {self.of[j] for j in carried_joins(join.base, known)}
@@ -42,6 +43,7 @@ class Streams:
                 stream = len(self.starts)
                 self.starts.append(join)
                 self.joins.append([])
+                self._parents.append(tuple(sorted(before)))
             self.of[join.node] = stream
             self.joins[stream].append(join)
             known[join.node] = join
@@ -95,6 +97,7 @@ class Streams:
                     start=start.base.name,
                     joins=tuple(j.node.name for j in joins),
                     spans=self.spans(start.base),
+                    parents=self._parents[number],
                 )
             )
         return tuple(found)

@@ -75,8 +75,11 @@ class History:
         return [r for r in self.records if r.generation == number]
 
     def computed_steps(self, generation: int = -1) -> list[int]:
-        """The steps of a generation in which at least one lane was computed."""
-        return sorted({r.step for r in self.generation(generation) if r.computed})
+        """The steps of a generation in which at least one lane was computed: none of its graphs reused anything."""
+        reused: dict[tuple[int, int | str], bool] = {}
+        for r in self.generation(generation):
+            reused[r.step, r.lane] = reused.get((r.step, r.lane), False) or not r.computed
+        return sorted({step for (step, _), any_reused in reused.items() if not any_reused})
 
     def rows(self) -> list[dict[str, Any]]:
         """Plain records, as `to_json` writes them."""

@@ -1,0 +1,226 @@
+"""From a model and its arguments to a report. Nothing of the model is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from torch import fx, nn
+
+from vdcache.backends.program import Program
+from vdcache.backends.settings import Settings
+from vdcache.explanation.report import GraphFacts, Report, Slot, Variant
+from vdcache.ir import dialect
+from vdcache.ir.capture import Captured, Parts, parts
+from vdcache.ir.errors import CaptureError, ConfigError, VdcacheError
+from vdcache.passes import Canonicalise, MergeSlots, Pipeline
+from vdcache.patterns import Anatomy, NoMatch, anatomy, cost
+from vdcache.recipe import Recipe
+from vdcache.recipe import recipe as named
+from vdcache.runtime.measures import Measured
+from vdcache.runtime.plan import Plan
+
+__all__ = ["explain"]
+
+
+def explain(
+    model: Callable[..., Any],
+    *args: Any,
+    recipe: str | Recipe | None = None,
+    num_steps: int = 30,
+    **kwargs: Any,
+) -> Report:
+    """What vdcache finds in a model: branches, attentions, blocks, streams, conditioning, coverage, graphs, refusals.
+
+    No weight is read and no operation of a graph is run, so the model and its tensors may be on the meta device:
+
+        with torch.device("meta"):
+            model, latent = MyDiT(), torch.empty(1, 16, 21, 60, 104)
+        print(vdcache.explain(model, latent, …, recipe="adacache-fast"))
+
+    Args:
+        model: a module or a function.
+        args, kwargs: what it is called with.
+        recipe: also say what this recipe would do: slots, bytes, variants, the most that it can save.
+        num_steps: denoising steps of a generation, for that bound.
+
+    Raises:
+        CaptureError: the model cannot be traced, or computes nothing that Dynamo can see; the message says where.
+        ConfigError: there is no such recipe.
+    """
+    chosen = named(recipe) if recipe is not None else None
+    if not callable(model):
+        raise ConfigError(f"explain takes a module or a function and its arguments; got {type(model).__name__}")
+    name = type(model).__name__ if isinstance(model, nn.Module) else getattr(model, "__name__", type(model).__name__)
+    if name == "OptimizedModule":
+        name = type(model._orig_mod).__name__  # type: ignore[attr-defined]
+    found = parts(model, args, kwargs)
+    if not found.found:
+        reasons = "; ".join(r.splitlines()[0] for r in found.breaks)
+        raise CaptureError(
+            f"{name} has no graph: " + (f"Dynamo gives up: {reasons}" if reasons else "it runs no tensor operation that Dynamo sees")
+            + ". Check that forward computes with torch, and that torch.compile is not disabled (TORCHDYNAMO_DISABLE, "
+            "torch.compiler.disable)."
+        )
+    return _report(name, found, chosen, num_steps)
+
+
+def _report(name: str, found: Parts, recipe: Recipe | None, steps: int) -> Report:
+    seen: dict[int, int] = {}
+    captured: list[Captured] = []
+    graphs: list[GraphFacts] = []
+    for part in found.found:
+        if part.captured is None:
+            graphs.append(
+                GraphFacts(len(graphs), None, 0, part.line, part.ends, part.ends_at, part.problem)
+            )
+            continue
+        key = id(part.captured)
+        if key in seen:
+            again = graphs[seen[key]]
+            graphs[seen[key]] = replace(again, again=again.again + 1)
+            continue
+        seen[key] = number = len(graphs)
+        captured.append(part.captured)
+        canonical, _ = Pipeline((Canonicalise(),)).run(part.captured.graph)
+        facts = _named(anatomy(canonical), canonical, part.captured, number)
+        nodes = sum(n.op == "call_function" for n in canonical.graph.nodes)
+        graphs.append(GraphFacts(number, facts, nodes, part.line, part.ends, part.ends_at))
+    report = Report(name, tuple(graphs), tuple(found.breaks))
+    return _with_recipe(report, captured, list(seen.values()), recipe, steps) if recipe is not None else report
+
+
+def _named(found: Anatomy, graph: fx.GraphModule, captured: Captured, number: int) -> Anatomy:
+    """The anatomy with the user's names for the inputs, and the number of the graph."""
+    inputs = graph.graph.find_nodes(op="placeholder")
+    names = dict(zip((n.name for n in inputs), captured.signature.names, strict=False))
+
+    def said(given: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(names.get(n, n) for n in given)
+
+    return replace(
+        found,
+        branches=tuple(replace(b, graph=number) for b in found.branches),
+        streams=tuple(replace(s, graph=number, inputs=said(s.inputs)) for s in found.streams),
+        blocks=tuple(replace(b, graph=number) for b in found.blocks),
+        refusals=tuple(replace(r, graph=number) for r in found.refusals),
+        clocks=said(found.clocks),
+        latents=said(found.latents),
+        latent=names.get(found.latent, found.latent),
+        conditioning=replace(found.conditioning, clocks=said(found.conditioning.clocks)),
+    )
+
+
+def _with_recipe(report: Report, captured: list[Captured], numbers: list[int], recipe: Recipe, steps: int) -> Report:
+    recipe = recipe.for_steps(steps)
+    before: list[Slot] = []
+    after: list[Slot] = []
+    refusals: list[NoMatch] = []
+    programs: list[tuple[int, Program]] = []
+    total: int | None = 0
+    for number, graph in zip(numbers, captured, strict=True):
+        facts = report.graphs[number].anatomy
+        assert facts is not None  # it was captured
+        try:
+            program = Program(graph, Settings(recipe=recipe, inner="eager"))
+        except VdcacheError as error:
+            if facts.branches:
+                refusals.append(NoMatch("recipe", str(error), number))
+            continue
+        programs.append((number, program))
+        refusals += [NoMatch(r.node, "; ".join(r.reasons), number) for r in program.refusals]
+        unmerged = Pipeline(
+            tuple(p for p in recipe.pipeline if not isinstance(p, MergeSlots)), given=recipe.pipeline.given
+        )
+        if facts.branches:
+            before += _slots(unmerged.run(graph.graph)[0], facts, number)
+        after += _slots(program.guarded, facts, number)
+        own = program.cache_bytes()
+        total = None if own is None or total is None else total + own * (1 + report.graphs[number].again)
+    schedule = _cheapest(recipe, steps)
+    variants = []
+    for plan in dict.fromkeys(p for _, program in programs for p in program.plans):
+        costs = nodes = 0
+        for number, program in programs:
+            graph = program.variant_graph(plan if plan in program.plans else Plan())
+            times = 1 + report.graphs[number].again
+            costs += times * sum(map(cost.flops, graph.graph.nodes))
+            nodes += times * sum(n.op == "call_function" for n in graph.graph.nodes)
+        variants.append(Variant(tuple(sorted(plan.reuse)), costs, nodes))
+    nothing = ""
+    if not after and recipe.passes:
+        own_reasons = [r for r in (*report.refusals, *refusals) if r.node != "output"]
+        nothing = f"the recipe '{recipe.name}' finds nothing to cache: " + (
+            "; ".join(f"{r.node}: {r.reason}" for r in own_reasons[:5])
+            or "no value is added to what it was computed from, so there is no residual branch"
+        )
+    return replace(
+        report,
+        recipe=recipe.name,
+        slots_before=tuple(before),
+        slots=tuple(after),
+        cache_bytes=total,
+        variants=tuple(variants),
+        steps=steps,
+        schedule=schedule,
+        nothing=nothing,
+        recipe_refusals=tuple(refusals),
+    )
+
+
+def _slots(guarded: fx.GraphModule, facts: Anatomy, number: int) -> list[Slot]:
+    """The guards of a graph, each with the branches that it stands for."""
+    position = {n.name: i for i, n in enumerate(guarded.graph.nodes)}
+    by_value = {b.contribution: b for b in facts.branches} | {b.pre_gate: b for b in facts.branches if b.pre_gate}
+    by_join = {b.join: b for b in facts.branches}
+    found = []
+    for guard in dialect.guards(guarded.graph):
+        fresh, base = guard.args[0], guard.args[2] if len(guard.args) > 2 else None
+        assert isinstance(fresh, fx.Node)
+        branches: list[Any] = []
+        if isinstance(base, fx.Node):
+            last = _last_join(fresh, by_join)
+            if last is not None:
+                low = position.get(base.name, -1)
+                branches = [b for b in facts.branches if b.stream == last.stream and low < position[b.join] <= position[last.join]]
+        elif (branch := by_value.get(fresh.name)) is not None:
+            branches = [branch]
+        value = fresh.meta["val"]
+        shape = tuple(s if isinstance(s, int) else None for s in value.shape)
+        found.append(
+            Slot(
+                name=str(guard.args[1]),
+                branches=tuple(b.name for b in branches),
+                stream=branches[0].stream if branches else 0,
+                merged=isinstance(base, fx.Node),
+                shape=shape,
+                dtype=str(value.dtype).removeprefix("torch."),
+                bytes=cost.bytes_of(fresh),
+                node=fresh.name,
+                graph=number,
+            )
+        )
+    return found
+
+
+def _last_join(node: fx.Node, by_join: dict[str, Any]) -> Any:
+    """The branch whose sum `node` is, seen through casts."""
+    while node.name not in by_join:
+        if len(node.all_input_nodes) != 1:
+            return None
+        node = node.all_input_nodes[0]
+    return by_join[node.name]
+
+
+def _cheapest(recipe: Recipe, steps: int) -> tuple[tuple[str, ...], ...]:
+    """The plans of a generation in which nothing ever changes: what the policy would choose in the best of cases."""
+    policy = recipe.policy
+    state = policy.start(steps)
+    plans = []
+    still = Measured("", 0.0, 0.0, 0.0, 0.0)
+    for step in range(steps):
+        plan = policy.plan(state, step)
+        state = policy.observe(state, step, plan, [still] if not plan else None)
+        plans.append(tuple(sorted(plan.reuse)))
+    return tuple(plans)

@@ -1,0 +1,180 @@
+"""The report as text for a terminal."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+
+from rich.console import Console
+from rich.text import Text
+from rich.tree import Tree
+
+from vdcache.explanation.report import Report
+from vdcache.patterns import Anatomy, Attention, Block, Branch, NoMatch, Stream
+
+__all__ = ["amount", "plain", "reasons", "size", "tree"]
+
+
+def amount(flops: float) -> str:
+    """FLOPs for people: 1.2 TFLOP."""
+    for factor, unit in ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP")):
+        if flops >= factor:
+            return f"{flops / factor:.3g} {unit}"
+    return f"{flops / 1e3:.3g} kFLOP"
+
+
+def size(n: float | None) -> str:
+    """Bytes for people: 1.2 MiB."""
+    if n is None:
+        return "unknown (sizes are symbols)"
+    for factor, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if n >= factor:
+            return f"{n / factor:.3g} {unit}"
+    return f"{n:.0f} B"
+
+
+def plain(report: Report) -> str:
+    """The tree without colours."""
+    console = Console(file=io.StringIO(), width=118, color_system=None)
+    console.print(tree(report))
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def tree(report: Report) -> Tree:
+    counts = ", ".join(f"{n} {kind}" for kind, n in report.count().items()) or "no residual branch"
+    many = f" in {len(report.graphs)} graphs" if len(report.graphs) > 1 else ""
+    root = Tree(_line(f"[{report.model}]", "bold", f"{counts}{many}; {amount(report.flops)} a forward, {report.coverage:.1%} in branches"))
+    for graph in report.graphs:
+        at = root
+        if len(report.graphs) > 1:
+            again = f", runs {1 + graph.again} times" if graph.again else ""
+            at = root.add(_line(f"graph {graph.index}", "bold", f"{graph.nodes} operations, from {_short(graph.line)}{again}"))
+        if graph.anatomy is None:
+            at.add(_line("not read", "red", graph.problem))
+        else:
+            _inside(at, graph.anatomy)
+        if graph.ends:
+            at.add(_line("breaks", "yellow", f"at {_short(graph.ends_at)}: {graph.ends}"))
+    if report.breaks and not any(g.ends for g in report.graphs):
+        for reason in report.breaks:
+            root.add(_line("break", "yellow", reason.splitlines()[0]))
+    if report.recipe:
+        _recipe(root.add(_line(f"with {report.recipe}", "bold", "")), report)
+    return root
+
+
+def _inside(at: Tree, found: Anatomy) -> None:
+    if found.clocks:
+        at.add(_line("timestep", "bold", f"{_or(found.clocks)}: {len(found.conditioning.timestep)} operations depend on it alone"))
+    elif found.branches:
+        at.add(_line("timestep", "bold", "no input reaches a sinusoidal embedding: only explicit steps can drive this graph"))
+    if found.latents:
+        grid = f", {found.grid.frames} × {found.grid.height} × {found.grid.width} video tokens" if found.grid else ""
+        at.add(_line("latent", "bold", f"{', '.join(found.latents)}{grid}"))
+    if found.conditioning.text:
+        at.add(_line("per generation", "bold", f"{len(found.conditioning.text)} operations depend on the other inputs alone"))
+    for stream in found.streams:
+        at.add(_line(f"stream {stream.index}", "bold", _stream(stream)))
+    for blocks in _repeats(found.blocks):
+        _block(at, blocks, found)
+    for attention in found.attentions:
+        if not any(attention in b.attentions for b in found.branches):
+            at.add(_line("attention outside branches", "yellow", f"{attention.node}: {_attention(attention)}"))
+    if found.refusals:
+        node = at.add(_line("not taken", "bold", f"{len(found.refusals)} additions"))
+        for reason, members in reasons(found.refusals):
+            node.add(_line(f"{len(members)} ×", "dim", f"{reason} ({', '.join(members[:3])}{', …' if len(members) > 3 else ''})"))
+
+
+def _repeats(blocks: Sequence[Block]) -> list[list[Block]]:
+    """Neighbouring blocks of one shape together; also where two or three shapes alternate."""
+    found: list[list[Block]] = []
+    for _, run in groupby(blocks, key=lambda b: b.shape):
+        found.append(list(run))
+    return found
+
+
+def _block(at: Tree, blocks: list[Block], found: Anatomy) -> None:
+    first = blocks[0]
+    name = f"block {first.index}" if len(blocks) == 1 else f"blocks {first.index}–{blocks[-1].index}"
+    by_name: dict[str, list[Branch]] = {}
+    for branch in found.branches:
+        by_name.setdefault(branch.name, []).append(branch)
+    own = [b for b in found.branches if b.block == first.index]
+    where = {b.module.rsplit(".", 1)[0] for b in own if b.module}
+    places = f"{_shared(where)}" if where else ""
+    times = f"{len(blocks)} × " if len(blocks) > 1 else ""
+    node = at.add(_line(name, "bold", f"{times}{len(own)} branches{f', {places}' if places else ''}"))
+    for branch in own:
+        attention = "; ".join(_attention(a) for a in branch.attentions)
+        gate = "gated" if branch.pre_gate else ""
+        facts = [f"stream {branch.stream}", attention, amount(branch.flops), size(branch.bytes), gate, _short(branch.line)]
+        node.add(_line(branch.kind if branch.layout in ("", "unknown") else f"{branch.layout} {branch.kind}", "cyan", ", ".join(f for f in facts if f)))
+
+
+def _shared(paths: Iterable[str]) -> str:
+    """What dotted paths have in common at their left."""
+    split = [p.split(".") for p in paths]
+    shared = split[0]
+    for other in split[1:]:
+        shared = [a for a, b in zip(shared, other, strict=False) if a == b]
+    return ".".join(shared)
+
+
+def _stream(stream: Stream) -> str:
+    shape = " × ".join("?" if s is None else str(s) for s in stream.shape)
+    spans = "; ".join(f"{s.role} {s.start}–{s.stop}" for s in stream.spans)
+    return f"{stream.role}, {shape} {stream.dtype}, {len(stream.joins)} branches{f' ({spans})' if spans else ''}"
+
+
+def _attention(a: Attention) -> str:
+    heads = f"{a.heads} heads × " if a.heads else ""
+    lengths = f"{heads}{a.q_len}→{a.kv_len} tokens" if a.q_len else "lengths unknown"
+    return f"{lengths} × {a.head_dim}, {a.form}" if a.head_dim else f"{lengths}, {a.form}"
+
+
+def _recipe(at: Tree, report: Report) -> None:
+    if report.nothing:
+        at.add(_line("nothing to cache", "red", report.nothing))
+        return
+    at.add(
+        _line("slots", "bold", f"{len(report.slots_before)} before merging, {len(report.slots)} after; {size(report.cache_bytes)} a lane")
+    )
+    for slot in report.slots[:8]:
+        kept = f"the stream's difference over {len(slot.branches)} branches" if slot.merged else f"the contribution of {', '.join(slot.branches)}"
+        at.add(_line(slot.name, "cyan", f"{kept}, {size(slot.bytes)}"))
+    if len(report.slots) > 8:
+        at.add(_line("…", "dim", f"{len(report.slots) - 8} more"))
+    for variant in report.variants:
+        share = f", {variant.flops / report.flops:.1%} of a plain step" if report.flops else ""
+        at.add(_line(variant.name, "cyan", f"{amount(variant.flops)}{share}, {variant.nodes} operations"))
+    if report.bound is not None:
+        computed = sum(not plan for plan in report.schedule)
+        at.add(
+            _line(
+                "bound", "bold", f"{report.bound:.2f}× over {report.steps} steps, if nothing changed from step to step ({computed} computed)"
+            )
+        )
+
+
+def reasons(refusals: Iterable[NoMatch]) -> list[tuple[str, list[str]]]:
+    """Refusals by reason, with the node names in a reason left out; the most frequent first."""
+    groups: dict[str, list[str]] = {}
+    for refusal in refusals:
+        words = [w if not (w.startswith("'") and w.rstrip(",.").endswith("'")) else "…" for w in refusal.reason.split(" ")]
+        groups.setdefault(" ".join(words), []).append(refusal.node)
+    return sorted(groups.items(), key=lambda g: -len(g[1]))
+
+
+def _or(names: Sequence[str]) -> str:
+    return " or ".join(names)
+
+
+def _short(line: str) -> str:
+    """The last two parts of a path."""
+    return "/".join(line.split("/")[-2:])
+
+
+def _line(name: str, style: str, text: str) -> Text:
+    return Text.assemble((name, style), "  " if text else "", text)
