@@ -21,6 +21,7 @@ ALLOWED = {
     "backends": {"ir", "patterns", "passes", "runtime", "backends", "recipe"},
     "recipe": {"ir", "passes", "runtime"},
     "report": {"runtime"},
+    "explanation": {"ir", "patterns", "passes", "runtime", "backends", "recipe", "explanation"},
 }
 FILES = sorted(ROOT.rglob("*.py"))
 

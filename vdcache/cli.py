@@ -1,4 +1,4 @@
-"""The command line: `vdcache demo`, `vdcache recipes`, `vdcache info`."""
+"""The command line: `vdcache demo`, `vdcache explain`, `vdcache recipes`, `vdcache info`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 app = typer.Typer(help="Diffusion transformers several times faster, by compiling.", no_args_is_help=True, add_completion=False)
@@ -40,6 +41,33 @@ def demo(
     except VdcacheError as error:
         Console(stderr=True).print(f"[red]{error}[/red]")
         raise typer.Exit(1) from error
+
+
+@app.command()
+def explain(
+    target: Annotated[str, typer.Argument(help="package.module:function; the function returns (model, args, kwargs).")],
+    recipe: Annotated[str | None, typer.Option(help="Also say what this recipe would do.")] = None,
+    steps: Annotated[int, typer.Option(help="Denoising steps of a generation.", min=1)] = 30,
+    html: Annotated[Path | None, typer.Option(help="Write the report as one page.")] = None,
+) -> None:
+    """Show what vdcache finds in a model: branches, attention, streams, cost, and what is left alone and why."""
+    if html is not None and (missing := _missing("jinja2")):
+        Console(stderr=True).print(f"--html needs {missing[0]}: pip install jinja2")
+        raise typer.Exit(1)
+    from vdcache.explanation import explain as explained
+    from vdcache.explanation.target import load
+    from vdcache.ir.errors import VdcacheError
+
+    try:
+        model, args, kwargs = load(target)
+        report = explained(model, *args, recipe=recipe, num_steps=steps, **kwargs)
+    except VdcacheError as error:
+        Console(stderr=True).print(f"[red]{escape(str(error))}[/red]")
+        raise typer.Exit(1) from error
+    Console().print(report)
+    if html is not None:
+        report.to_html(html)
+        Console().print(f"written: {html}")
 
 
 @app.command()

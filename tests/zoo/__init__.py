@@ -22,6 +22,8 @@ class Case:
             no notice of the second).
         branches: read off the architecture by hand, never off the tool: how many residual contributions of each kind.
         graphs: into how many graphs Dynamo breaks one forward.
+        seen: what is left of `branches` where a break cuts branches apart, or where graphs that blocks share compute what the last
+            block does not need.
     """
 
     name: str
@@ -29,6 +31,7 @@ class Case:
     call: Callable[[int, int], dict[str, Any]]
     branches: dict[str, int]
     graphs: int = 1
+    seen: dict[str, int] | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -38,10 +41,15 @@ ZOO: dict[str, Case] = {}
 
 
 def register(
-    name: str, make: Callable[[], nn.Module], call: Callable[[int, int], dict[str, Any]], graphs: int = 1, **branches: int
+    name: str,
+    make: Callable[[], nn.Module],
+    call: Callable[[int, int], dict[str, Any]],
+    graphs: int = 1,
+    seen: dict[str, int] | None = None,
+    **branches: int,
 ) -> None:
     """Add one architecture; `self_attention=3, mlp=3` are its branches."""
-    ZOO[name] = Case(name, make, call, {k.replace("_", "-"): v for k, v in branches.items()}, graphs)
+    ZOO[name] = Case(name, make, call, {k.replace("_", "-"): v for k, v in branches.items()}, graphs, seen)
 
 
 def build(name: str, seed: int = 0) -> nn.Module:

@@ -9,7 +9,7 @@ import vdcache
 from tests.zoo import ZOO, build
 
 STEPS = 5
-UNEQUAL = ["wan", "flux", "cogvideox", "pixart", "sd3", "hunyuan_video", "open_sora", "qwenimage", "lumina"]
+UNEQUAL = ["wan", "flux", "chroma", "pixart", "sd3", "hunyuan_video", "open_sora", "qwenimage", "lumina"]
 
 
 def value(output):
@@ -42,11 +42,10 @@ def test_architecture(name):
     assert session.history[-1].reused
     torch.testing.assert_close(second, first, rtol=1e-5, atol=1e-5)
 
-    found: dict[str, int] = {}
-    for graph in session.graphs:
-        for kind, count in graph.anatomy.count().items():
-            found[kind] = found.get(kind, 0) + count
-    assert found == case.branches
+    report = vdcache.explain(model, **case.call(0, 6))
+    assert report.count() == (case.seen or case.branches)
+    assert len(report.graphs) == case.graphs
+    assert 0 < report.coverage <= 1
     assert any(g.anatomy.clocks for g in session.graphs)
     assert any(g.anatomy.latent for g in session.graphs)
 
@@ -57,10 +56,12 @@ def test_two_lanes_with_texts_of_unequal_length(name):
     torch._dynamo.reset()
     model, case = build(name), ZOO[name]
     compiled = vdcache.compile(model, "every-3", num_steps=STEPS, inner="eager")
-    for step in range(STEPS):
-        for tokens in (6, 4):
-            out, want = value(compiled(**case.call(step, tokens))), value(model(**case.call(step, tokens)))
-            assert torch.equal(out, want) == (step in (0, 3, 4))
+    for generation in range(2):  # in the first, the second length makes Dynamo trace again, and a new graph has nothing stored
+        for step in range(STEPS):
+            for tokens in (6, 4):
+                out, want = value(compiled(**case.call(step, tokens))), value(model(**case.call(step, tokens)))
+                if step in (0, 3, 4) or generation:
+                    assert torch.equal(out, want) == (step in (0, 3, 4))
     assert compiled.vdcache.history.computed_steps() == [0, 3, 4]
 
 

@@ -42,6 +42,8 @@ register(
     joint_attention=5,
     mlp=5,
     graphs=11,  # Dynamo stops at the count of valid text tokens in every block and compiles a block once
+    # each attention breaks at torch.nonzero(mask), before its sum
+    seen={"mlp": 5},
 )
 
 
@@ -304,6 +306,8 @@ register(
     self_attention=2,
     mlp=7,
     graphs=3,  # Dynamo stops at the question whether there is an image and compiles a block once
+    # the blocks share one graph, so the last one computes its text as well
+    seen={"self-attention": 2, "joint-attention": 6, "mlp": 8},
 )
 
 
@@ -351,7 +355,7 @@ register(
     fused=2,
     self_attention=1,
     mlp=5,
-    graphs=5,  # Dynamo stops where the text is cut to its valid tokens and compiles a block once for each kind
+    graphs=4,  # Dynamo stops where the text is cut to its valid tokens and compiles a block once for each kind
 )
 
 

@@ -76,9 +76,11 @@ def compile_graph(
         return _plain(graph, example_inputs, settings, str(error))
     if not program.slots and program.settings.recipe.passes:
         whole = not (split or resumes)
-        if whole or program.anatomy.attentions:
+        if whole and (settings.strict or not program.clocks):
             return _nothing_found(program, graph, example_inputs, settings)
-        if not any(is_work(n) for n in program.guarded.graph.nodes):
+        if whole:  # it may be one part of a model that breaks further out: then it is this graph that tells the time
+            settings.say_once("clock alone", _nothing(program, settings))
+        elif not any(is_work(n) for n in program.guarded.graph.nodes):
             return _inner(graph, example_inputs, settings)
     program.compile_first(example_inputs)
     settings.programs.append(program)
@@ -88,11 +90,15 @@ def compile_graph(
 def _nothing_found(
     program: Program, graph: fx.GraphModule, example_inputs: Sequence[Any], settings: Settings
 ) -> Callable[..., Any]:
-    refusals = "".join(f"\n  {r}" for r in program.refusals) or "\n  no addition of a value to what was computed from it"
-    message = f"the recipe '{settings.recipe.name}' finds no slot in this graph; every candidate:{refusals}"
+    message = _nothing(program, settings)
     if settings.strict:
         raise CaptureError(message)
     return _plain(graph, example_inputs, settings, message)
+
+
+def _nothing(program: Program, settings: Settings) -> str:
+    refusals = "".join(f"\n  {r}" for r in program.refusals) or "\n  no addition of a value to what was computed from it"
+    return f"the recipe '{settings.recipe.name}' finds no slot in this graph; every candidate:{refusals}"
 
 
 def _plain(graph: fx.GraphModule, example_inputs: Sequence[Any], settings: Settings, why: str) -> Callable[..., Any]:

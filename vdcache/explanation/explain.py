@@ -15,7 +15,8 @@ from vdcache.ir import dialect
 from vdcache.ir.capture import Captured, Parts, parts
 from vdcache.ir.errors import CaptureError, ConfigError, VdcacheError
 from vdcache.passes import Canonicalise, MergeSlots, Pipeline
-from vdcache.patterns import Anatomy, NoMatch, anatomy, cost
+from vdcache.ir.ops import CASTS, VIEWS, tensor_of
+from vdcache.patterns import Anatomy, Branch, NoMatch, anatomy, cost
 from vdcache.recipe import Recipe
 from vdcache.recipe import recipe as named
 from vdcache.runtime.measures import Measured
@@ -178,11 +179,11 @@ def _slots(guarded: fx.GraphModule, facts: Anatomy, number: int) -> list[Slot]:
     for guard in dialect.guards(guarded.graph):
         fresh, base = guard.args[0], guard.args[2] if len(guard.args) > 2 else None
         assert isinstance(fresh, fx.Node)
-        branches: list[Any] = []
+        branches: list[Branch] = []
         if isinstance(base, fx.Node):
             last = _last_join(fresh, by_join)
             if last is not None:
-                low = position.get(base.name, -1)
+                low = position[_before_repeats(base).name]
                 branches = [b for b in facts.branches if b.stream == last.stream and low < position[b.join] <= position[last.join]]
         elif (branch := by_value.get(fresh.name)) is not None:
             branches = [branch]
@@ -204,13 +205,27 @@ def _slots(guarded: fx.GraphModule, facts: Anatomy, number: int) -> list[Slot]:
     return found
 
 
-def _last_join(node: fx.Node, by_join: dict[str, Any]) -> Any:
-    """The branch whose sum `node` is, seen through casts."""
+def _last_join(node: fx.Node, by_join: dict[str, Branch]) -> Branch | None:
+    """The branch whose sum `node` carries on, seen through what keeps its elements."""
     while node.name not in by_join:
-        if len(node.all_input_nodes) != 1:
+        same = [p for p in node.all_input_nodes if _as_many(p, node)]
+        if not same:
             return None
-        node = node.all_input_nodes[0]
+        node = same[-1] if same[-1].op == "call_function" else same[0]
     return by_join[node.name]
+
+
+def _as_many(a: fx.Node, b: fx.Node) -> bool:
+    """Whether two nodes hold as many elements."""
+    x, y = tensor_of(a), tensor_of(b)
+    return x is not None and y is not None and str(x.numel()) == str(y.numel())
+
+
+def _before_repeats(node: fx.Node) -> fx.Node:
+    """The value that views and casts of it repeat (merging puts them right before its guard)."""
+    while (node.target in VIEWS or node.target in CASTS) and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
 
 
 def _cheapest(recipe: Recipe, steps: int) -> tuple[tuple[str, ...], ...]:

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vdcache.patterns import Anatomy, Attention, Block, Branch, Conditioning, NoMatch, Stream
+from vdcache.patterns import KINDS, Anatomy, Attention, Block, Branch, Conditioning, NoMatch, Stream
 
 if TYPE_CHECKING:
     import networkx
@@ -175,11 +175,11 @@ class Report:
         return self.steps * self.flops / spent if spent else None
 
     def count(self) -> dict[str, int]:
-        """How many branches of each kind there are."""
+        """How many branches of each kind one forward goes through; a graph that runs several times counts as often."""
         found: dict[str, int] = {}
         for branch in self.branches:
-            found[branch.kind] = found.get(branch.kind, 0) + 1
-        return found
+            found[branch.kind] = found.get(branch.kind, 0) + 1 + self.graphs[branch.graph].again
+        return {k: found[k] for k in KINDS if k in found}
 
     def to_networkx(self) -> networkx.DiGraph:
         """The branches as a graph: one node a branch with all its facts as attributes, and for each stream a start and an end;

@@ -27,8 +27,9 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
 
-from vdcache.ir.edit import outputs
+from vdcache.ir.edit import copy_graph, live_nodes, outputs, set_outputs
 from vdcache.ir.errors import CaptureError
+from vdcache.ir.ops import is_work, tensor_of
 
 __all__ = ["Captured", "Part", "Parts", "Signature", "capture", "exported", "parts", "readable", "signature", "trace"]
 
@@ -138,7 +139,8 @@ def readable(path: str) -> str:
     """A path as Dynamo writes it, as the user would: `L['self']._modules['blocks']._modules['0']` is `blocks.0`."""
     path = re.sub(r"\.?__dict__\[['\"]_modules['\"]\]|\._(modules|parameters|buffers)", "", path)
     path = re.sub(r"\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", path).lstrip(".")
-    return re.sub(r"^[LG]\.((self|kwargs|args)\.?)*", "", path) or path
+    path = re.sub(r"^[LG]\.(self\.|kwargs\.|args\.kwargs\.)*", "", path)
+    return re.sub(r"^args\.(\d+)", r"args[\1]", path) or path
 
 
 def trace(fn: Callable[..., Any], *args: Any, dynamic: bool = False) -> Captured:
@@ -237,7 +239,8 @@ _collecting: list[Parts] = []
 def parts(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Parts:
     """Every graph that Dynamo makes of `fn(*args, **kwargs)`. No graph is computed: its outputs are zeros.
 
-    Tensors may be on the meta device. Code between two graphs runs as Python.
+    Tensors may be on the meta device. Code between two graphs runs as Python, and may look at whole numbers and masks: those are
+    right where the tensors are real and no layer stands before them.
 
     Raises:
         CaptureError: the function raised, or Dynamo cannot trace it; the message names the user's source line.
@@ -291,12 +294,40 @@ def _collect(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[.
         ends_at=f"{stack[-1].filename}:{stack[-1].lineno}" if broken and stack else "",
     )
 
-    def zeros(*inputs: Any) -> list[Any]:
+    exact = _exact_results(captured) if captured is not None else None
+
+    def stand_in(*inputs: Any) -> list[Any]:
         if _collecting:
             _collecting[-1].found.append(part)
-        return [_zeros(v) for v in values]
+        known = exact(inputs) if exact is not None else {}
+        return [known[i] if i in known else _zeros(v) for i, v in enumerate(values)]
 
-    return zeros
+    return stand_in
+
+
+def _exact_results(captured: Captured) -> Callable[[Sequence[Any]], dict[int, torch.Tensor]] | None:
+    """Computes the results that Python may look at between two graphs: whole numbers and masks that no layer is needed for."""
+    sig = captured.signature
+    results = outputs(captured.graph.graph)[len(sig.mutations) :]
+    wanted = {
+        i: node
+        for i, node in enumerate(results)
+        if (x := tensor_of(node)) is not None and not x.is_floating_point() and not any(map(is_work, live_nodes([node])))
+    }
+    if not wanted:
+        return None
+    reduced = copy_graph(captured.graph)
+    names = {n.name: n for n in reduced.graph.nodes}
+    set_outputs(reduced.graph, [names[node.name] for node in wanted.values()])
+    reduced.graph.eliminate_dead_code()
+
+    def run(inputs: Sequence[Any]) -> dict[int, torch.Tensor]:
+        if any(isinstance(x, torch.Tensor) and x.is_meta for x in inputs):
+            return {}
+        with torch.no_grad():
+            return dict(zip(wanted, fx.Interpreter(reduced).run(*inputs), strict=True))
+
+    return run
 
 
 def _zeros(value: Any) -> Any:
@@ -321,7 +352,7 @@ def _users_line(error: BaseException) -> str:
     while real.__cause__ is not None:
         real = real.__cause__
     own = (torch.__path__[0], __file__.rpartition("/ir/")[0])
-    for frames in (traceback.extract_tb(real.__traceback__), getattr(real, "real_stack", None) or ()):
+    for frames in (getattr(real, "real_stack", None) or (), traceback.extract_tb(real.__traceback__)):
         for frame in reversed(list(frames)):
             if not frame.filename.startswith(own) and not frame.filename.startswith("<"):
                 return f"{frame.filename}:{frame.lineno}"
@@ -355,5 +386,6 @@ def _is_static(value: Any) -> bool:
 
 
 def _first_line(error: BaseException | str) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else ""
+    lines = str(error).strip().splitlines()
+    explained = next((line.strip() for line in lines if line.strip().startswith("Explanation:")), "")
+    return ": ".join(part for part in (lines[0] if lines else "", explained.removeprefix("Explanation: ")) if part)

@@ -1,9 +1,9 @@
-"""canonicalise: drop nodes that compute nothing.
+"""canonicalise: drop nodes that compute nothing, and call one operation by one name.
 
     add(x, dropout(f(x), 0.1, False))   -->   add(x, f(x))
 
 Goes: assertions on metadata, dropout outside training, aliases, casts to the type that a value has already, copies that
-stay inside, the concatenation of all slices of one tensor, dead code. Bit-exact. Refuses nothing; what it does not know stays.
+stay inside, the concatenation of all slices of one tensor, dead code. `concat` becomes `cat`, `multiply` `mul`, and so on. Bit-exact. Refuses nothing; what it does not know stays.
 """
 
 from __future__ import annotations
@@ -21,10 +21,30 @@ from vdcache.passes.base import Pass, PassResult, drop_dead_code
 aten = torch.ops.aten
 _COPIES = (aten._to_copy.default, aten.to.dtype, aten.type_as.default, aten.clone.default)
 
+# One operation under several names (the same schema and kernel), which composite capturing keeps apart.
+_SYNONYMS: dict[object, object] = {
+    getattr(getattr(aten, name), overload): getattr(getattr(aten, plain), overload)
+    for name, plain in (
+        ("concat", "cat"),
+        ("concatenate", "cat"),
+        ("multiply", "mul"),
+        ("subtract", "sub"),
+        ("divide", "div"),
+        ("true_divide", "div"),
+        ("negative", "neg"),
+        ("absolute", "abs"),
+        ("swapaxes", "transpose"),
+        ("swapdims", "transpose"),
+    )
+    for overload in getattr(aten, name).overloads()
+    if overload in getattr(aten, plain).overloads()
+}
+_SYNONYMS |= {aten.swapaxes.default: aten.transpose.int, aten.swapdims.default: aten.transpose.int}
+
 
 @dataclass(frozen=True)
 class Canonicalise(Pass):
-    """Drop nodes that compute nothing."""
+    """Drop nodes that compute nothing, and call one operation by one name."""
 
     name: ClassVar[str] = "canonicalise"
     ensures: ClassVar[frozenset[Fact]] = frozenset({Fact.CANONICAL})
@@ -35,7 +55,11 @@ class Canonicalise(Pass):
             if node.target is aten._assert_tensor_metadata.default:
                 graph.graph.erase_node(node)
                 rewrites += 1
-            elif (source := _same_value(node)) is not None:
+                continue
+            if (plain := _SYNONYMS.get(node.target)) is not None:
+                node.target = plain  # type: ignore[assignment]
+                rewrites += 1
+            if (source := _same_value(node)) is not None:
                 node.replace_all_uses_with(source)
                 graph.graph.erase_node(node)
                 rewrites += 1

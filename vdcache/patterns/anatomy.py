@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -78,9 +79,13 @@ def _branches(graph: fx.Graph, index: Index, joins: Sequence[Join], streams: Str
     attentions: list[list[Attention]] = []
     kinds: list[str] = []
     held: list[list[Site]] = []
-    for join in joins:
+    found_sites = [sites(j.inside) for j in joins]
+    shared = Counter(s.node for own in found_sites for s in own)
+    for join, own_sites in zip(joins, found_sites, strict=True):
         inside = set(join.inside)
-        held.append(sites(join.inside))
+        # an attention that another branch added already only feeds this one, where it has one of its own
+        alone = [s for s in own_sites if shared[s.node] == 1]
+        held.append(alone or own_sites)
         attentions.append([describe(index, s, join.source, inside, varying, streams, grid) for s in held[-1]])
         kinds.append(_kind(join, held[-1], attentions[-1]))
     shapes = [blocks.shape_of(j) for j in joins]

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from vdcache.ir.ops import ATTENTION, CASTS, VIEWS, is_work, tensor_of
-from vdcache.patterns.facts import Attention, Grid
+from vdcache.patterns.facts import Attention, Grid, Span
 from vdcache.patterns.index import Index
 from vdcache.patterns.streams import Streams
 
@@ -205,12 +205,12 @@ def describe(
         kind = "self"
     heads, q_len, kv_len, head_dim = _sizes(site)
     batch = q.shape[0] if (q := tensor_of(query)) is not None else None
-    layout = "unknown"
-    if grid is not None and q_len is not None and kind != "cross":
-        layout = _layout(q_len, _int(batch), grid, kind)
     spans = streams.spans(key) if kind != "cross" else ()
     if kv_len is not None and spans and spans[-1].stop != kv_len:
         spans = ()
+    layout = "unknown"
+    if grid is not None and q_len is not None and kind != "cross":
+        layout = _layout(q_len, _int(batch), grid, spans)
     return Attention(
         site.node.name, kind, layout, heads, q_len, kv_len, head_dim, site.form, spans, grid if layout != "unknown" else None
     )
@@ -238,9 +238,9 @@ def _sizes(site: Site) -> tuple[int | None, int | None, int | None, int | None]:
     return None, None, None, None
 
 
-def _layout(q_len: int, batch: int | None, grid: Grid, kind: str) -> str:
+def _layout(q_len: int, batch: int | None, grid: Grid, spans: Sequence[Span]) -> str:
     space = grid.height * grid.width
-    if q_len == grid.tokens or (kind == "joint" and q_len > grid.tokens):
+    if q_len == grid.tokens or any(s.stop - s.start == grid.tokens for s in spans):
         return "full"
     if grid.frames > 1 and q_len == space and batch is not None and batch % grid.frames == 0:
         return "spatial"
@@ -254,7 +254,10 @@ def _reads(node: fx.Node, source: fx.Node, inside: set[fx.Node]) -> bool:
 
 
 def _mixes_streams(index: Index, node: fx.Node, source: fx.Node, inside: set[fx.Node], varying: int) -> bool:
-    """Whether tokens from outside the branch are concatenated on the way from `source` to `node`."""
+    """Whether tokens from outside the branch are concatenated on the way from `source` to `node`.
+
+    What comes straight from an input, without a layer, is no other stream: a cache of earlier keys.
+    """
     todo, seen = [node], {node}
     while todo:
         at = todo.pop()
@@ -263,8 +266,22 @@ def _mixes_streams(index: Index, node: fx.Node, source: fx.Node, inside: set[fx.
         if at.target is aten.cat.default:
             pieces: Any = at.args[0]
             for piece in pieces:
-                if not _reads(piece, source, inside) and index.inputs_of(piece) & varying:
+                if not _reads(piece, source, inside) and index.inputs_of(piece) & varying and _has_work(piece):
                     return True
+        for parent in at.all_input_nodes:
+            if parent not in seen:
+                seen.add(parent)
+                todo.append(parent)
+    return False
+
+
+def _has_work(node: fx.Node) -> bool:
+    """Whether a layer lies above `node`."""
+    todo, seen = [node], {node}
+    while todo:
+        at = todo.pop()
+        if is_work(at):
+            return True
         for parent in at.all_input_nodes:
             if parent not in seen:
                 seen.add(parent)

@@ -90,8 +90,8 @@ def asked(graph: fx.Graph) -> list[fx.Node]:
 class _Finder:
     """Joins in the order of the graph; a later join may take an earlier one into its branch."""
 
-    def __init__(self, index: Index) -> None:
-        self.index = index
+    def __init__(self, index: Index, conditioning: int) -> None:
+        self.index, self.conditioning = index, conditioning
         self.joins: dict[fx.Node, Join] = {}
         self.refusals: list[NoMatch] = []
 
@@ -112,6 +112,8 @@ class _Finder:
         if x is None or y is None or x.ndim == 0 or not y.is_floating_point() or base.op == "get_attr":
             return None
         other = max(others, key=self.index.position.__getitem__)
+        if (inputs := self.index.inputs_of(base)) and not inputs & ~self.conditioning:
+            return None  # a modulation: what depends on the timestep alone is no stream
         source = self._source(base, other)
         if source is None and not self._continues(base):
             return None
@@ -188,7 +190,7 @@ class _Finder:
                 (
                     j
                     for j in region.crossed
-                    if all(u in region.inside or u is node for u in j.users) and self._begins_at(j, source)
+                    if self._begins_at(j, source) and region.holds(j, node)
                 ),
                 None,
             )
@@ -228,6 +230,19 @@ class _Region:
             return self.index.depends(node, self.source)
         return node.op == "call_function" and len(self.inside) < self.LIMIT and self.index.inputs_of(node) != 0
 
+    def holds(self, join: fx.Node, end: fx.Node) -> bool:
+        """Whether everything that the sum of `join` goes into lies inside, up to `end`."""
+        todo, seen = [join], {join}
+        while todo:
+            for user in todo.pop().users:
+                if user is end or user in seen:
+                    continue
+                if user not in self.inside:
+                    return False
+                seen.add(user)
+                todo.append(user)
+        return True
+
     def enter(self, join: fx.Node) -> None:
         """Go on through a join: it is part of the branch."""
         del self.crossed[join]
@@ -257,7 +272,7 @@ def find_joins(index: Index, conditioning: int = 0) -> tuple[list[Join], list[No
         index: made with `asked(graph)`.
         conditioning: mask of the timestep candidates: what depends on them alone is no stream.
     """
-    finder = _Finder(index)
+    finder = _Finder(index, conditioning)
     for node in index.nodes:
         finder.visit(node)
     joins, refusals = [], finder.refusals
