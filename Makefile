@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test bench lint types check
+.PHONY: setup browser demo test bench lint types check
 
 setup: $(READY)
 
@@ -18,12 +18,17 @@ $(READY): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/vdcache demo
 
-test: setup
+# The pages are looked at in Chromium, where it can be had; without it those tests are skipped.
+browser:
+	@command -v chromedriver >/dev/null || ! command -v apt-get >/dev/null || [ "$$(id -u)" != 0 ] || \
+	  (apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium chromium-driver >/dev/null) || true
+
+test: setup browser
 	$(BIN)/python -m pytest
 
 # Each script answers one question and writes its rows.
 bench: setup
-	for question in steps compile_time passes demo moreg; do \
+	for question in steps compile_time passes anatomy demo moreg; do \
 	  $(BIN)/python -m bench.$$question --json bench/results/$$question.json || exit 1; done
 
 lint: setup

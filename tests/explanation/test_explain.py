@@ -120,7 +120,7 @@ def test_nothing_is_computed():
         def forward(self, x, timestep, text):
             return super().forward(torch.ops.vdcache_test.seen(x), timestep, text)
 
-    model, args, _ = tiny()
+    _model, args, _ = tiny()
     assert vdcache.explain(Counted(), *args).count() == {"self-attention": 2, "mlp": 2}
     assert not RUNS
     Counted()(*args)
@@ -245,7 +245,8 @@ def fails():
 
 def test_the_command_line(tmp_path):
     result = CliRunner().invoke(
-        app, ["explain", "tests.explanation.test_explain:tiny", "--recipe", "every-2", "--html", str(tmp_path / "a" / "page.html")]
+        app,
+        ["explain", "tests.explanation.test_explain:tiny", "--recipe", "every-2", "--html", str(tmp_path / "a" / "page.html")],
     )
     assert result.exit_code == 0, result.output
     assert "2 self-attention, 2 mlp" in result.output and "bound" in result.output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import shutil
 
 import pytest
@@ -100,4 +101,4 @@ def test_sixty_blocks_fit_without_scrolling(chrome, tmp_path):
     squares = chrome.find_elements(By.CSS_SELECTOR, "svg.house rect[fill]")
     assert len(squares) == 120
     spans = sorted((s.rect["x"], s.rect["x"] + s.rect["width"]) for s in squares if "attention" in s.get_attribute("data-tip"))
-    assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:], strict=False)), "squares of neighbouring blocks overlap"
+    assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans)), "squares of neighbouring blocks overlap"

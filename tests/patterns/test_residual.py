@@ -42,6 +42,10 @@ SPELLINGS = {
     "minus": lambda x, w: x - torch.relu(x @ w) @ w,
     "cast": lambda x, w: (x.double() + (torch.relu(x @ w) @ w).double() * 0.1).float(),
     "scaled skip": lambda x, w: 0.7 * x + torch.relu(x @ w) @ w,
+    "stacked": lambda x, w: torch.stack([x, torch.relu(x @ w) @ w]).sum(0),
+    "scaled sum": lambda x, w: (x + torch.relu(x @ w) @ w) / 2**0.5,
+    "learned scale of the skip": lambda x, w: x * w[0] + torch.relu(x @ w) @ w,
+    "one matrix product": lambda x, w: torch.addmm(x[0], torch.relu(x[0] @ w), w),
     "viewed": lambda x, w: x.reshape(6, 8) + (torch.relu(x @ w) @ w).reshape(6, 8),
 }
 
@@ -164,3 +168,132 @@ def test_the_clock_is_found_by_structure_alone():
     graph = trace(net, X, torch.tensor([3.0]), W).graph
     names = [n.name for n in graph.graph.find_nodes(op="placeholder")]
     assert found.clocks == (names[1],) and found.latent == names[0]
+
+
+def mlp(x, w):
+    return torch.relu(x @ w) @ w
+
+
+def test_a_hint_from_another_stream_is_a_branch_of_its_own():
+    """A control network inside forward: its stream, the model's stream, and what the one adds to the other."""
+
+    def net(x, w, v):
+        c = x @ v
+        for _ in range(2):
+            x = x + mlp(x, w)
+            c = c + mlp(c, w)
+            x = x + c @ v
+        return x
+
+    found = look(net, X, W, V)
+    assert found.count() == {"mlp": 4, "other": 2}
+    assert [b.stream for b in found if b.kind == "other"] == [found.branches[0].stream] * 2
+
+
+def test_a_projected_skip_around_everything_is_one_more():
+    def net(x, w, v):
+        h = x @ v
+        for _ in range(2):
+            h = h + mlp(h, w)
+        return x + h @ v
+
+    assert look(net, X, W, V).count() == {"mlp": 2, "other": 1}
+
+
+def test_two_streams_that_read_each_other_in_turn():
+    def net(a, b, w):
+        for _ in range(2):
+            b = b + attend(b @ w, a @ w, a @ w) @ w
+            a = a + attend(a @ w, b @ w, b @ w) @ w
+        return a, b
+
+    found = look(net, X, torch.randn(1, 3, 8), W)
+    assert found.count() == {"cross-attention": 4} and [b.stream for b in found] == [0, 1, 0, 1]
+    assert [s.role for s in found.streams] == ["latent", "latent"]
+
+
+def test_what_depends_on_the_timestep_alone_is_no_stream():
+    """Neither a residual embedding of it nor a modulation of every token: reusing those would freeze the time."""
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Parameter(W)
+
+        def forward(self, x, t):
+            angles = t[:, None] * torch.exp(-torch.arange(4.0))
+            e = torch.cat([angles.sin(), angles.cos()], -1) @ self.w
+            e = e + mlp(e, self.w)
+            shift = (e @ self.w)[:, None].expand(1, 6, 8) * 1.0
+            return x + mlp(F.layer_norm(x, (8,)) + shift, self.w)
+
+    found = look(Net(), X, torch.tensor([500.0]))
+    assert found.count() == {"mlp": 1} and len(found.clocks) == 1
+    assert any("nothing but the timestep" in r.reason for r in found.refusals)
+
+
+def test_an_attention_that_was_added_already_does_not_give_the_next_branch_its_kind():
+    def net(x, w, c):
+        a = attend(x @ w, x @ w, x @ w) @ w
+        x = x + a
+        return x + attend(a @ w, c @ w, c @ w) @ w
+
+    assert look(net, X, W, CONTEXT).count() == {"self-attention": 1, "cross-attention": 1}
+
+
+def test_attention_and_mlp_one_after_the_other_in_one_sum_are_fused():
+    def net(x, w):
+        h = F.layer_norm(x + attend(x @ w, x @ w, x @ w) @ w, (8,))
+        return x + mlp(h, w)
+
+    assert look(net, X, W).count() == {"fused": 1}
+
+
+def test_attention_without_softmax():
+    def linear(x, w, v):
+        q, k, u = (torch.relu(heads(x @ m)) for m in (w, v, w))
+        h = q @ (k.transpose(-1, -2) @ u)
+        return x + h.transpose(1, 2).flatten(2) @ w
+
+    found = look(linear, X, W, V)
+    assert found.count() == {"self-attention": 1}
+    (site,) = found.attentions
+    assert site.form == "linear" and site.heads == 2 and site.q_len == 6
+
+
+def test_a_scan_over_tokens_is_no_mlp_but_a_norm_is():
+    def scan(x, w):
+        return x + torch.cumsum(torch.relu(x @ w), 1) @ w
+
+    def norm(x, w):
+        h = x @ w
+        return x + (h / h.square().mean(-1, keepdim=True).sqrt()) @ w
+
+    assert look(scan, X, W).count() == {"other": 1}
+    assert look(norm, X, W).count() == {"mlp": 1}
+
+
+def test_blocks_are_found_by_shape():
+    """An MLP before and after the attention: three branches a block, which no order of kinds tells."""
+
+    def net(x, *ws):
+        for w, v in zip(ws[::2], ws[1::2], strict=True):
+            x = x + mlp(x, w)
+            x = x + attend(x @ w, x @ w, x @ w) @ v
+            x = x + mlp(F.layer_norm(x, (8,)), v)
+        return x
+
+    found = look(net, X, *(torch.randn(8, 8) for _ in range(6)))
+    assert [b.block for b in found] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert {b.shape for b in found.blocks} == {0}
+
+
+def test_flops_of_branches_and_of_what_they_share_add_up():
+    def net(a, b, w):
+        q = torch.cat([a @ w, b @ w], 1)
+        h = attend(q, q, q)
+        return a + h[:, :6] @ w, b + h[:, 6:] @ w
+
+    found = look(net, X, torch.randn(1, 3, 8), W)
+    assert sum(b.flops for b in found) == found.flops == found.covered
+    assert found.coverage == 1.0

@@ -14,8 +14,8 @@ from vdcache.explanation.report import GraphFacts, Report, Slot, Variant
 from vdcache.ir import dialect
 from vdcache.ir.capture import Captured, Parts, parts
 from vdcache.ir.errors import CaptureError, ConfigError, VdcacheError
-from vdcache.passes import Canonicalise, MergeSlots, Pipeline
 from vdcache.ir.ops import CASTS, VIEWS, tensor_of
+from vdcache.passes import Canonicalise, MergeSlots, Pipeline
 from vdcache.patterns import Anatomy, Branch, NoMatch, anatomy, cost
 from vdcache.recipe import Recipe
 from vdcache.recipe import recipe as named
@@ -60,7 +60,8 @@ def explain(
     if not found.found:
         reasons = "; ".join(r.splitlines()[0] for r in found.breaks)
         raise CaptureError(
-            f"{name} has no graph: " + (f"Dynamo gives up: {reasons}" if reasons else "it runs no tensor operation that Dynamo sees")
+            f"{name} has no graph: "
+            + (f"Dynamo gives up: {reasons}" if reasons else "it runs no tensor operation that Dynamo sees")
             + ". Check that forward computes with torch, and that torch.compile is not disabled (TORCHDYNAMO_DISABLE, "
             "torch.compiler.disable)."
         )
@@ -73,9 +74,7 @@ def _report(name: str, found: Parts, recipe: Recipe | None, steps: int) -> Repor
     graphs: list[GraphFacts] = []
     for part in found.found:
         if part.captured is None:
-            graphs.append(
-                GraphFacts(len(graphs), None, 0, part.line, part.ends, part.ends_at, part.problem)
-            )
+            graphs.append(GraphFacts(len(graphs), None, 0, part.line, part.ends, part.ends_at, part.problem))
             continue
         key = id(part.captured)
         if key in seen:
@@ -131,9 +130,7 @@ def _with_recipe(report: Report, captured: list[Captured], numbers: list[int], r
             continue
         programs.append((number, program))
         refusals += [NoMatch(r.node, "; ".join(r.reasons), number) for r in program.refusals]
-        unmerged = Pipeline(
-            tuple(p for p in recipe.pipeline if not isinstance(p, MergeSlots)), given=recipe.pipeline.given
-        )
+        unmerged = Pipeline(tuple(p for p in recipe.pipeline if not isinstance(p, MergeSlots)), given=recipe.pipeline.given)
         if facts.branches:
             before += _slots(unmerged.run(graph.graph)[0], facts, number)
         after += _slots(program.guarded, facts, number)
@@ -144,10 +141,10 @@ def _with_recipe(report: Report, captured: list[Captured], numbers: list[int], r
     for plan in dict.fromkeys(p for _, program in programs for p in program.plans):
         costs = nodes = 0
         for number, program in programs:
-            graph = program.variant_graph(plan if plan in program.plans else Plan())
+            variant = list(program.variant_graph(plan if plan in program.plans else Plan()).graph.nodes)
             times = 1 + report.graphs[number].again
-            costs += times * sum(map(cost.flops, graph.graph.nodes))
-            nodes += times * sum(n.op == "call_function" for n in graph.graph.nodes)
+            costs += times * sum(map(cost.flops, variant))
+            nodes += times * sum(n.op == "call_function" for n in variant)
         variants.append(Variant(tuple(sorted(plan.reuse)), costs, nodes))
     nothing = ""
     if not after and recipe.passes:
@@ -184,7 +181,9 @@ def _slots(guarded: fx.GraphModule, facts: Anatomy, number: int) -> list[Slot]:
             last = _last_join(fresh, by_join)
             if last is not None:
                 low = position[_before_repeats(base).name]
-                branches = [b for b in facts.branches if b.stream == last.stream and low < position[b.join] <= position[last.join]]
+                branches = [
+                    b for b in facts.branches if b.stream == last.stream and low < position[b.join] <= position[last.join]
+                ]
         elif (branch := by_value.get(fresh.name)) is not None:
             branches = [branch]
         value = fresh.meta["val"]

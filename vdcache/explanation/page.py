@@ -28,7 +28,9 @@ def fragment(report: Report) -> str:
 
 def _render(template: str, report: Report) -> str:
     files = resources.files("vdcache.explanation")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, loader=_Files(files))
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, loader=_Files(files)
+    )
     return environment.get_template(template).render(
         report=report,
         version=vdcache.__version__,

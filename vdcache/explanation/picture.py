@@ -57,7 +57,9 @@ def house(found: Anatomy, slots: Sequence[Slot] = ()) -> str:
         band.y = y + up
         y = band.y + down + 14
     height, total = y + 22, _LEFT + columns * width + 40
-    parts = [f'<svg class="house" viewBox="0 0 {total:.0f} {height:.0f}" width="{total:.0f}" role="img" aria-label="streams and branches">']
+    parts = [
+        f'<svg class="house" viewBox="0 0 {total:.0f} {height:.0f}" width="{total:.0f}" role="img" aria-label="streams and branches">'
+    ]
     parts += _axis(columns, width, y)
     parts += [_merge(bands, band, width) for band in bands]
     for band in bands:
@@ -84,7 +86,8 @@ def _x(column: float, width: float) -> float:
 def _axis(columns: int, width: float, y: float) -> list[str]:
     every = next(n for n in (1, 2, 5, 10, 20, 50, 100) if n * width >= 28)
     marks = [
-        f'<text class="tick" x="{_x(i, width):.1f}" y="{y + 8:.1f}" text-anchor="middle">{i}</text>' for i in range(0, columns, every)
+        f'<text class="tick" x="{_x(i, width):.1f}" y="{y + 8:.1f}" text-anchor="middle">{i}</text>'
+        for i in range(0, columns, every)
     ]
     return [*marks, f'<text class="tick" x="{_LEFT - 12}" y="{y + 8:.1f}" text-anchor="end">block</text>']
 
@@ -93,7 +96,9 @@ def _rail(band: _Band, width: float) -> list[str]:
     left, right = _x(band.first - 0.5, width), _x(band.last + 0.5, width) + 10
     colour = ROLE_COLOURS.get(band.stream.role, "#718096")
     shape = " × ".join("?" if s is None else str(s) for s in band.stream.shape)
-    tip = f"stream {band.stream.index}: {band.stream.role}\n{shape} {band.stream.dtype}\nfrom {', '.join(band.stream.inputs[:4])}"
+    tip = (
+        f"stream {band.stream.index}: {band.stream.role}\n{shape} {band.stream.dtype}\nfrom {', '.join(band.stream.inputs[:4])}"
+    )
     tip += "".join(f"\n{s.role}: tokens {s.start} to {s.stop}" for s in band.stream.spans)
     name = f"{band.stream.role} {band.stream.index}"
     return [
@@ -126,10 +131,10 @@ def _slot(slot: Slot, bands: Sequence[_Band], found: Anatomy, width: float) -> s
     if band is None or not own:
         return ""
     left, right = _x(min(b.block for b in own) - 0.5, width), _x(max(b.block for b in own) + 0.5, width)
-    tip = f"slot {slot.name}\nthe stream's difference over {len(slot.branches)} branches\n{size(slot.bytes)} a lane, {slot.dtype}"
-    return (
-        f'<rect class="slot" x="{left - 2:.1f}" y="{band.y - 6:.1f}" width="{right - left + 4:.1f}" height="12" rx="6" data-tip="{escape(tip)}"/>'
+    tip = (
+        f"slot {slot.name}\nthe stream's difference over {len(slot.branches)} branches\n{size(slot.bytes)} a lane, {slot.dtype}"
     )
+    return f'<rect class="slot" x="{left - 2:.1f}" y="{band.y - 6:.1f}" width="{right - left + 4:.1f}" height="12" rx="6" data-tip="{escape(tip)}"/>'
 
 
 def _hanging(band: _Band, width: float, side: dict[int, float], slots: Sequence[Slot]) -> list[str]:
@@ -155,7 +160,9 @@ def _hanging(band: _Band, width: float, side: dict[int, float], slots: Sequence[
 def _tip(branch: Branch) -> str:
     lines = [f"{branch.name}", f"{amount(branch.flops)}, slot of {size(branch.bytes)}"]
     for a in branch.attentions:
-        lines.append(f"{a.kind} attention ({a.layout}), {a.q_len} → {a.kv_len} tokens, {a.heads} heads × {a.head_dim}, {a.form}")
+        lines.append(
+            f"{a.kind} attention ({a.layout}), {a.q_len} → {a.kv_len} tokens, {a.heads} heads × {a.head_dim}, {a.form}"
+        )
     lines.append("gated" if branch.pre_gate else "no gate")
     lines += [line for line in (branch.module, branch.line) if line]
     return "\n".join(lines)
@@ -179,14 +186,19 @@ def attention_tile(a: Attention) -> str:
     if q < k:
         tall = max(10.0, box * math.sqrt(q / k))
     tip = f"{a.kind}, {a.layout}: {a.q_len} queries × {a.kv_len} keys"
-    parts = [f'<svg class="tile" width="{box + 2:.0f}" height="{tall + 2:.0f}" data-tip="{escape(tip)}" role="img" aria-label="{escape(tip)}">']
+    parts = [
+        f'<svg class="tile" width="{box + 2:.0f}" height="{tall + 2:.0f}" data-tip="{escape(tip)}" role="img" aria-label="{escape(tip)}">'
+    ]
     frames = a.grid.frames if a.grid is not None else 0
-    if a.layout in ("spatial", "temporal") and 1 < frames:
-        parts.append(f'<rect class="off" x="1" y="1" width="{box}" height="{box}"/>'.replace(f'height="{box}"', f'height="{tall}"'))
+    if a.layout in ("spatial", "temporal") and frames > 1:
+        parts.append(
+            f'<rect class="off" x="1" y="1" width="{box}" height="{box}"/>'.replace(f'height="{box}"', f'height="{tall}"')
+        )
         step = box / frames
         if a.layout == "spatial":
             parts += [
-                f'<rect class="on" x="{1 + i * step:.2f}" y="{1 + i * step:.2f}" width="{step:.2f}" height="{step:.2f}"/>' for i in range(frames)
+                f'<rect class="on" x="{1 + i * step:.2f}" y="{1 + i * step:.2f}" width="{step:.2f}" height="{step:.2f}"/>'
+                for i in range(frames)
             ]
         else:
             for i in range(frames):
@@ -195,7 +207,9 @@ def attention_tile(a: Attention) -> str:
                         f'<line class="on-line" x1="{1 + i * step:.2f}" y1="{1 + j * step:.2f}" x2="{1 + (i + 1) * step:.2f}" y2="{1 + (j + 1) * step:.2f}"/>'
                     )
     else:
-        parts.append(f'<rect class="{"cross" if a.kind == "cross" else "on"}" x="1" y="1" width="{wide:.1f}" height="{tall:.1f}"/>')
+        parts.append(
+            f'<rect class="{"cross" if a.kind == "cross" else "on"}" x="1" y="1" width="{wide:.1f}" height="{tall:.1f}"/>'
+        )
         for span in a.spans:
             if span.role == "latent" or not a.kv_len:
                 continue
@@ -208,9 +222,13 @@ def attention_tile(a: Attention) -> str:
             start = next((s.start for s in a.spans if s.role == "latent"), 0)
             for i in range(frames + 1):
                 at = (start + i * a.grid.tokens / frames) / a.kv_len
-                parts.append(f'<line class="frame" x1="{1 + wide * at:.1f}" y1="1" x2="{1 + wide * at:.1f}" y2="{1 + tall:.1f}"/>')
+                parts.append(
+                    f'<line class="frame" x1="{1 + wide * at:.1f}" y1="1" x2="{1 + wide * at:.1f}" y2="{1 + tall:.1f}"/>'
+                )
                 if a.q_len == a.kv_len:
-                    parts.append(f'<line class="frame" x1="1" y1="{1 + tall * at:.1f}" x2="{1 + wide:.1f}" y2="{1 + tall * at:.1f}"/>')
+                    parts.append(
+                        f'<line class="frame" x1="1" y1="{1 + tall * at:.1f}" x2="{1 + wide:.1f}" y2="{1 + tall * at:.1f}"/>'
+                    )
     return "".join([*parts, "</svg>"])
 
 

@@ -198,7 +198,10 @@ class Report:
             last[stream.graph, stream.index] = start
         for branch in self.branches:
             name = f"g{branch.graph}.{branch.join}"
-            facts = {k: getattr(branch, k) for k in ("kind", "stream", "block", "layout", "flops", "bytes", "module", "line", "graph")}
+            facts = {
+                k: getattr(branch, k)
+                for k in ("kind", "stream", "block", "layout", "flops", "bytes", "module", "line", "graph")
+            }
             graph.add_node(name, label=branch.name, **facts)
             graph.add_edge(last[branch.graph, branch.stream], name)
             last[branch.graph, branch.stream] = name

@@ -41,7 +41,9 @@ def load(target: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     try:
         found = function()
     except Exception as error:
-        raise ConfigError(f"{target} fails: {type(error).__name__}: {error}; it is called without arguments and {_WANTED[3:]}") from error
+        raise ConfigError(
+            f"{target} fails: {type(error).__name__}: {error}; it is called without arguments and {_WANTED[3:]}"
+        ) from error
     if not isinstance(found, tuple) or len(found) != 3:
         raise ConfigError(f"{target} returns {_what(found)}; {_WANTED}")
     model, args, kwargs = found

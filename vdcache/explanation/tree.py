@@ -44,7 +44,11 @@ def plain(report: Report) -> str:
 def tree(report: Report) -> Tree:
     counts = ", ".join(f"{n} {kind}" for kind, n in report.count().items()) or "no residual branch"
     many = f" in {len(report.graphs)} graphs" if len(report.graphs) > 1 else ""
-    root = Tree(_line(f"[{report.model}]", "bold", f"{counts}{many}; {amount(report.flops)} a forward, {report.coverage:.1%} in branches"))
+    root = Tree(
+        _line(
+            f"[{report.model}]", "bold", f"{counts}{many}; {amount(report.flops)} a forward, {report.coverage:.1%} in branches"
+        )
+    )
     for graph in report.graphs:
         at = root
         if len(report.graphs) > 1:
@@ -66,7 +70,9 @@ def tree(report: Report) -> Tree:
 
 def _inside(at: Tree, found: Anatomy) -> None:
     if found.clocks:
-        at.add(_line("timestep", "bold", f"{_or(found.clocks)}: {len(found.conditioning.timestep)} operations depend on it alone"))
+        at.add(
+            _line("timestep", "bold", f"{_or(found.clocks)}: {len(found.conditioning.timestep)} operations depend on it alone")
+        )
     elif found.branches:
         at.add(_line("timestep", "bold", "no input reaches a sinusoidal embedding: only explicit steps can drive this graph"))
     if found.latents:
@@ -84,7 +90,9 @@ def _inside(at: Tree, found: Anatomy) -> None:
     if found.refusals:
         node = at.add(_line("not taken", "bold", f"{len(found.refusals)} additions"))
         for reason, members in reasons(found.refusals):
-            node.add(_line(f"{len(members)} ×", "dim", f"{reason} ({', '.join(members[:3])}{', …' if len(members) > 3 else ''})"))
+            node.add(
+                _line(f"{len(members)} ×", "dim", f"{reason} ({', '.join(members[:3])}{', …' if len(members) > 3 else ''})")
+            )
 
 
 def _repeats(blocks: Sequence[Block]) -> list[list[Block]]:
@@ -110,7 +118,13 @@ def _block(at: Tree, blocks: list[Block], found: Anatomy) -> None:
         attention = "; ".join(_attention(a) for a in branch.attentions)
         gate = "gated" if branch.pre_gate else ""
         facts = [f"stream {branch.stream}", attention, amount(branch.flops), size(branch.bytes), gate, _short(branch.line)]
-        node.add(_line(branch.kind if branch.layout in ("", "unknown") else f"{branch.layout} {branch.kind}", "cyan", ", ".join(f for f in facts if f)))
+        node.add(
+            _line(
+                branch.kind if branch.layout in ("", "unknown") else f"{branch.layout} {branch.kind}",
+                "cyan",
+                ", ".join(f for f in facts if f),
+            )
+        )
 
 
 def _shared(paths: Iterable[str]) -> str:
@@ -139,10 +153,18 @@ def _recipe(at: Tree, report: Report) -> None:
         at.add(_line("nothing to cache", "red", report.nothing))
         return
     at.add(
-        _line("slots", "bold", f"{len(report.slots_before)} before merging, {len(report.slots)} after; {size(report.cache_bytes)} a lane")
+        _line(
+            "slots",
+            "bold",
+            f"{len(report.slots_before)} before merging, {len(report.slots)} after; {size(report.cache_bytes)} a lane",
+        )
     )
     for slot in report.slots[:8]:
-        kept = f"the stream's difference over {len(slot.branches)} branches" if slot.merged else f"the contribution of {', '.join(slot.branches)}"
+        kept = (
+            f"the stream's difference over {len(slot.branches)} branches"
+            if slot.merged
+            else f"the contribution of {', '.join(slot.branches)}"
+        )
         at.add(_line(slot.name, "cyan", f"{kept}, {size(slot.bytes)}"))
     if len(report.slots) > 8:
         at.add(_line("…", "dim", f"{len(report.slots) - 8} more"))
@@ -153,7 +175,9 @@ def _recipe(at: Tree, report: Report) -> None:
         computed = sum(not plan for plan in report.schedule)
         at.add(
             _line(
-                "bound", "bold", f"{report.bound:.2f}× over {report.steps} steps, if nothing changed from step to step ({computed} computed)"
+                "bound",
+                "bold",
+                f"{report.bound:.2f}× over {report.steps} steps, if nothing changed from step to step ({computed} computed)",
             )
         )
 

@@ -35,9 +35,9 @@ VIEWS = _all(
 # One tensor in, the same elements out in another type or place.
 CASTS = _all("_to_copy", "to", "type_as", "alias", "detach", "clone", "contiguous", "lift_fresh_copy")
 # One tensor in, some of its elements out.
-SLICES = _all("slice", "select", "narrow", "index_select", "gather", "index", "unbind", "chunk", "split", "split_with_sizes") | {
-    operator.getitem
-}
+SLICES = _all(
+    "slice", "select", "narrow", "index_select", "gather", "index", "unbind", "chunk", "split", "split_with_sizes"
+) | {operator.getitem}
 NORMS = _all("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm", "group_norm")
 ATTENTION = _all("scaled_dot_product_attention")
 

@@ -40,7 +40,8 @@ def anatomy(graph: fx.GraphModule) -> Anatomy:
     latents = conditioning.latents(index, sig, [j.source for j in joins], clocks)
     streams = Streams(index, joins, index.mask_of(latents), index.mask_of(clocks))
     grid = conditioning.grid(index, latents[0] if latents else "", _latent_tokens(streams))
-    found = _branches(graph.graph, index, joins, streams, grid)
+    shapes = [blocks.shape_of(j) for j in joins]
+    found = _branches(graph.graph, index, joins, shapes, streams, grid)
     inside = {n for j in joins for n in j.inside}
     loose = [s for s in sites(index.nodes) if s.node not in inside]
     varying = (1 << len(index.activations)) - 1
@@ -53,7 +54,7 @@ def anatomy(graph: fx.GraphModule) -> Anatomy:
         grid=grid,
         refusals=tuple(refusals),
         streams=streams.facts(),
-        blocks=_blocks(found, joins),
+        blocks=_blocks(found, shapes),
         attentions=(*dict.fromkeys(a for b in found for a in b.attentions), *apart),
         conditioning=conditioning.dependence(index, latents, clocks, inside | {j.node for j in joins}),
         latents=latents,
@@ -74,7 +75,9 @@ def _latent_tokens(streams: Streams) -> int | None:
     return None
 
 
-def _branches(graph: fx.Graph, index: Index, joins: Sequence[Join], streams: Streams, grid: Grid | None) -> list[Branch]:
+def _branches(
+    graph: fx.Graph, index: Index, joins: Sequence[Join], shapes: Sequence[str], streams: Streams, grid: Grid | None
+) -> list[Branch]:
     varying = (1 << len(index.activations)) - 1
     attentions: list[list[Attention]] = []
     kinds: list[str] = []
@@ -88,7 +91,6 @@ def _branches(graph: fx.Graph, index: Index, joins: Sequence[Join], streams: Str
         held.append(alone or own_sites)
         attentions.append([describe(index, s, join.source, inside, varying, streams, grid) for s in held[-1]])
         kinds.append(_kind(join, held[-1], attentions[-1]))
-    shapes = [blocks.shape_of(j) for j in joins]
     numbers = blocks.segment(
         shapes, kinds, [streams.of[j.node] for j in joins], [frozenset(s.node.name for s in own) for own in held]
     )
@@ -124,14 +126,14 @@ def _branches(graph: fx.Graph, index: Index, joins: Sequence[Join], streams: Str
     return found
 
 
-def _blocks(branches: Sequence[Branch], joins: Sequence[Join]) -> tuple[Block, ...]:
+def _blocks(branches: Sequence[Branch], digests: Sequence[str]) -> tuple[Block, ...]:
     members: dict[int, list[int]] = {}
     for i, branch in enumerate(branches):
         members.setdefault(branch.block, []).append(i)
     shapes: dict[tuple[object, ...], int] = {}
     found = []
     for number, own in members.items():
-        key = tuple((blocks.shape_of(joins[i]), branches[i].stream) for i in own)
+        key = tuple((digests[i], branches[i].stream) for i in own)
         found.append(Block(number, shapes.setdefault(key, len(shapes)), tuple(branches[i].name for i in own)))
     return tuple(found)
 
@@ -155,13 +157,19 @@ def _is_mlp(join: Join) -> bool:
     for node in join.inside:
         above = max((depth.get(p, 0) for p in node.all_input_nodes), default=0)
         depth[node] = above + is_work(node)
-    return depth[join.inside[-1]] >= 2
+    return depth[join.inside[-1]] + is_work(join.node) >= 2
 
 
 _SCANS = {aten.cumsum.default, aten.cumprod.default, aten.logcumsumexp.default, aten.flip.default, aten.roll.default}
 _POOLS = {
     getattr(packet, overload)
-    for packet in (aten.adaptive_avg_pool1d, aten.adaptive_avg_pool2d, aten.adaptive_avg_pool3d, aten.avg_pool2d, aten.avg_pool3d)
+    for packet in (
+        aten.adaptive_avg_pool1d,
+        aten.adaptive_avg_pool2d,
+        aten.adaptive_avg_pool3d,
+        aten.avg_pool2d,
+        aten.avg_pool3d,
+    )
     for overload in packet.overloads()
 }
 

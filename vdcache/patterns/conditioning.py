@@ -138,7 +138,7 @@ def grid(index: Index, latent_name: str, tokens: int | None) -> Grid | None:
     if at is None or (value := tensor_of(index.activations[at])) is None:
         return None
     for node in index.nodes:
-        if node.target not in _CONV3D and node.target not in _CONV2D or not index.inputs_of(node) >> at & 1:
+        if (node.target not in _CONV3D and node.target not in _CONV2D) or not index.inputs_of(node) >> at & 1:
             continue
         out = tensor_of(node)
         if out is None or not all(isinstance(s, int) for s in out.shape):

@@ -22,6 +22,7 @@ from vdcache.patterns.index import Index
 __all__ = ["Join", "additions", "asked", "carried_joins", "find_joins"]
 
 aten = torch.ops.aten
+_TIME = "what is added to depends on nothing but the timestep and parameters, so it is no stream"
 _SCALES = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
 
 
@@ -112,9 +113,9 @@ class _Finder:
         if x is None or y is None or x.ndim == 0 or not y.is_floating_point() or base.op == "get_attr":
             return None
         other = max(others, key=self.index.position.__getitem__)
-        if (inputs := self.index.inputs_of(base)) and not inputs & ~self.conditioning:
-            return None  # a modulation: what depends on the timestep alone is no stream
         source = self._source(base, other)
+        if (inputs := self.index.inputs_of(base)) and not inputs & ~self.conditioning:
+            return NoMatch(node.name, _TIME) if source is not None else None
         if source is None and not self._continues(base):
             return None
         region, absorbed = self._region(node, others, source)
@@ -128,6 +129,8 @@ class _Finder:
                 reason = f"'{base.name}' is no stream: it is only read by the one that goes through '{last.name}'"
                 return NoMatch(node.name, reason)
             region.keep_below(region.crossed)
+        elif region.crossed and source is not None:
+            region.keep_below({source: None})
         inside = sorted(region.inside, key=self.index.position.__getitem__)
         if not any(is_work(n) for n in inside):
             if region.crossed:
@@ -147,16 +150,17 @@ class _Finder:
 
     def _source(self, base: fx.Node, other: fx.Node) -> fx.Node | None:
         """The value behind `base` from which `other` is computed: through casts, views, scalings and earlier joins."""
-        at = base
-        while True:
-            for at in _carriers(at):
+        stream: fx.Node | None = base
+        while stream is not None:
+            before = None
+            for at in _carriers(stream):
                 if self._depends(other, at):
                     return at if at.op != "get_attr" else None
                 if at in self.joins:
+                    before = self.joins[at].base
                     break
-            if at not in self.joins:
-                return None
-            at = self.joins[at].base
+            stream = before
+        return None
 
     def _depends(self, node: fx.Node, on: fx.Node) -> bool:
         return self.index.depends(node, on)
@@ -187,11 +191,7 @@ class _Finder:
         absorbed: list[fx.Node] = []
         while True:
             own = next(
-                (
-                    j
-                    for j in region.crossed
-                    if self._begins_at(j, source) and region.holds(j, node)
-                ),
+                (j for j in region.crossed if self._begins_at(j, source) and region.holds(j, node)),
                 None,
             )
             if own is None:
@@ -278,7 +278,7 @@ def find_joins(index: Index, conditioning: int = 0) -> tuple[list[Join], list[No
     joins, refusals = [], finder.refusals
     for join in finder.joins.values():
         if not index.inputs_of(join.node) & ~conditioning:
-            refusals.append(NoMatch(join.node.name, "depends on nothing but the timestep and parameters, so it is no stream"))
+            refusals.append(NoMatch(join.node.name, _TIME))
         else:
             joins.append(join)
     return joins, refusals
