@@ -75,9 +75,6 @@ def test_the_model_has_learned_colour(verdict):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(
-    strict=True, reason="the shipped weights had two CPU hours and do not follow the direction yet: train them longer"
-)
 def test_the_model_has_learned_direction(verdict):
     """By chance: 1 in 4."""
     assert verdict.direction >= 0.75

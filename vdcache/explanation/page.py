@@ -10,7 +10,7 @@ from jinja2 import Environment, StrictUndefined
 import vdcache
 from vdcache.explanation import picture
 from vdcache.explanation.report import GraphFacts, Report
-from vdcache.explanation.tree import amount, reasons, size
+from vdcache.explanation.tree import amount, reasons, size, where
 from vdcache.patterns import Block, Branch
 
 __all__ = ["fragment", "page"]
@@ -38,6 +38,7 @@ def _render(template: str, report: Report) -> str:
         legend=picture.legend(report),
         amount=amount,
         size=size,
+        where=where,
         breaks=() if any(g.ends for g in report.graphs) else [b.splitlines()[0] for b in report.breaks],
         recipe_reasons=reasons(report.recipe_refusals),
         computed=sum(not plan for plan in report.schedule),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from html import escape
 
 from vdcache.explanation.report import Report, Slot
-from vdcache.explanation.tree import amount, size
+from vdcache.explanation.tree import amount, size, where
 from vdcache.patterns import Anatomy, Attention, Branch, Stream
 
 __all__ = ["KIND_COLOURS", "ROLE_COLOURS", "attention_tile", "house", "square"]
@@ -164,7 +164,7 @@ def _tip(branch: Branch) -> str:
             f"{a.kind} attention ({a.layout}), {a.q_len} → {a.kv_len} tokens, {a.heads} heads × {a.head_dim}, {a.form}"
         )
     lines.append("gated" if branch.pre_gate else "no gate")
-    lines += [line for line in (branch.module, branch.line) if line]
+    lines += [line for line in (branch.module, where(branch.line)) if line]
     return "\n".join(lines)
 
 

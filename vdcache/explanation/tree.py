@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable, Sequence
 from itertools import groupby
+from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
@@ -13,7 +14,7 @@ from rich.tree import Tree
 from vdcache.explanation.report import Report
 from vdcache.patterns import Anatomy, Attention, Block, Branch, NoMatch, Stream
 
-__all__ = ["amount", "plain", "reasons", "size", "tree"]
+__all__ = ["amount", "plain", "reasons", "size", "tree", "where"]
 
 
 def amount(flops: float) -> str:
@@ -53,13 +54,13 @@ def tree(report: Report) -> Tree:
         at = root
         if len(report.graphs) > 1:
             again = f", runs {1 + graph.again} times" if graph.again else ""
-            at = root.add(_line(f"graph {graph.index}", "bold", f"{graph.nodes} operations, from {_short(graph.line)}{again}"))
+            at = root.add(_line(f"graph {graph.index}", "bold", f"{graph.nodes} operations, from {where(graph.line)}{again}"))
         if graph.anatomy is None:
             at.add(_line("not read", "red", graph.problem))
         else:
             _inside(at, graph.anatomy)
         if graph.ends:
-            at.add(_line("breaks", "yellow", f"at {_short(graph.ends_at)}: {graph.ends}"))
+            at.add(_line("breaks", "yellow", f"at {where(graph.ends_at)}: {graph.ends}"))
     if report.breaks and not any(g.ends for g in report.graphs):
         for reason in report.breaks:
             root.add(_line("break", "yellow", reason.splitlines()[0]))
@@ -110,14 +111,14 @@ def _block(at: Tree, blocks: list[Block], found: Anatomy) -> None:
     for branch in found.branches:
         by_name.setdefault(branch.name, []).append(branch)
     own = [b for b in found.branches if b.block == first.index]
-    where = {b.module.rsplit(".", 1)[0] for b in own if b.module}
-    places = f"{_shared(where)}" if where else ""
+    modules = {b.module.rsplit(".", 1)[0] for b in own if b.module}
+    places = f"{_shared(modules)}" if modules else ""
     times = f"{len(blocks)} × " if len(blocks) > 1 else ""
     node = at.add(_line(name, "bold", f"{times}{len(own)} branches{f', {places}' if places else ''}"))
     for branch in own:
         attention = "; ".join(_attention(a) for a in branch.attentions)
         gate = "gated" if branch.pre_gate else ""
-        facts = [f"stream {branch.stream}", attention, amount(branch.flops), size(branch.bytes), gate, _short(branch.line)]
+        facts = [f"stream {branch.stream}", attention, amount(branch.flops), size(branch.bytes), gate, where(branch.line)]
         node.add(
             _line(
                 branch.kind if branch.layout in ("", "unknown") else f"{branch.layout} {branch.kind}",
@@ -195,9 +196,16 @@ def _or(names: Sequence[str]) -> str:
     return " or ".join(names)
 
 
-def _short(line: str) -> str:
-    """The last two parts of a path."""
-    return "/".join(line.split("/")[-2:])
+def where(line: str) -> str:
+    """A source line for people: from the package on for installed code, from the working directory on for their own."""
+    _, found, inside = line.rpartition("site-packages/")
+    if found:
+        return inside
+    path, _, number = line.rpartition(":")
+    try:
+        return f"{Path(path).relative_to(Path.cwd())}:{number}"
+    except ValueError:
+        return line
 
 
 def _line(name: str, style: str, text: str) -> Text:
