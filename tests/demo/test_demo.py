@@ -80,6 +80,15 @@ def test_the_model_has_learned_direction(verdict):
     assert verdict.direction >= 0.75
 
 
+def test_every_word_is_heard():
+    """A wrong word makes the loss larger; for an untrained network it makes no difference."""
+    from vdcache.demo.train import words_heard
+
+    heard = words_heard(load_model(), "cpu", batch=16)
+    assert heard["colour"] > 1.5 and heard["direction"] > 1.2 and heard["speed"] > 1.1
+    assert all(abs(ratio - 1) < 0.02 for ratio in words_heard(DemoDiT(), "cpu", batch=16).values())
+
+
 def test_training_teaches_something():
     from vdcache.demo.train import loss_of
 
@@ -89,7 +98,7 @@ def test_training_teaches_something():
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for _ in range(30):
-        loss = loss_of(model, 4, 4, generator, "cpu")
+        loss = loss_of(model, 4, generator, "cpu")
         loss.backward()
         optimiser.step()
         optimiser.zero_grad()
