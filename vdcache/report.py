@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from vdcache.runtime.history import Record
+from vdcache.runtime.history import Record, any_computed
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -33,7 +33,7 @@ def summary_table(session: Session, generation: int = -1) -> Table:
 
     records = session.history.generation(generation)
     steps = steps_of(records)
-    computed = [s for s in steps if any(r.computed for r in s)]
+    computed = [s for s in steps if any_computed(s)]
     table = Table(title=f"{session.name}: generation {records[0].generation if records else '–'}", title_justify="left")
     for name, side in (
         ("step", "right"),
@@ -47,15 +47,15 @@ def summary_table(session: Session, generation: int = -1) -> Table:
         table.add_column(name, justify=side)  # type: ignore[arg-type]
     for step in steps:
         first = step[0]
-        reused = all(not r.computed for r in step)
+        reused = not any_computed(step)
         table.add_row(
             str(first.step),
             "–" if first.timestep is None else f"{first.timestep:g}",
-            str(len(step)),
+            str(len({r.lane for r in step})),
             "[dim]reused[/dim]" if reused else "[bold]computed[/bold]",
             f"{first.measures[0].change:.4f}" if first.measures else "",
             f"{1e3 * sum(r.seconds for r in step):.1f}",
-            next((r.why for r in step if r.why), ""),
+            next((r.why for r in step if r.why and not (reused and r.computed)), ""),
         )
     if steps:
         times = [sum(r.seconds for r in s) for s in steps]
@@ -93,7 +93,7 @@ def timeline(runs: Mapping[str, Sequence[Record]], path: str | Path | None = Non
     top = max((m.change for r in runs.values() for x in r for m in x.measures[:1] if m.change < float("inf")), default=0.0)
     for axes, (name, records) in zip(all_axes[:, 0], runs.items(), strict=True):
         steps = steps_of(records)
-        computed = [any(r.computed for r in s) for s in steps]
+        computed = [any_computed(s) for s in steps]
         axes.bar(range(len(steps)), 1.0, width=0.9, color=[COMPUTED if c else REUSED for c in computed])
         axes.set(yticks=[], ylim=(0, 1), xlim=(-0.6, longest - 0.4))
         axes.set_ylabel(f"{name}\n{sum(computed)} of {len(steps)}", rotation=0, ha="right", va="center", fontsize=9)

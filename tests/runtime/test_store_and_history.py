@@ -110,3 +110,14 @@ def test_the_timeline_is_a_picture(tmp_path):
     picture = iio.imread(tmp_path / "t.png")[..., :3]
     colours = {tuple(c) for c in picture.reshape(-1, 3).tolist()}
     assert (0x2B, 0x6C, 0xB0) in colours and (0xE2, 0xE8, 0xF0) in colours, "computed and reused cells are there"
+
+
+def test_a_step_of_several_graphs_is_computed_where_none_of_them_reused_anything():
+    from vdcache.runtime.history import any_computed
+
+    def record(lane, *reused):
+        return Record(0, 1, lane, None, Plan.of(["all"]), reused)
+
+    assert any_computed([record(0), record(0)])
+    assert not any_computed([record(0), record(0, "all/a")])
+    assert any_computed([record(0, "all/a"), record(1)]) and not any_computed([record(0, "all/a"), record(1, "all/a"), record(1)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -75,11 +75,11 @@ class History:
         return [r for r in self.records if r.generation == number]
 
     def computed_steps(self, generation: int = -1) -> list[int]:
-        """The steps of a generation in which at least one lane was computed: none of its graphs reused anything."""
-        reused: dict[tuple[int, int | str], bool] = {}
-        for r in self.generation(generation):
-            reused[r.step, r.lane] = reused.get((r.step, r.lane), False) or not r.computed
-        return sorted({step for (step, _), any_reused in reused.items() if not any_reused})
+        """The steps of a generation in which at least one lane was computed."""
+        steps: dict[int, list[Record]] = {}
+        for record in self.generation(generation):
+            steps.setdefault(record.step, []).append(record)
+        return sorted(step for step, records in steps.items() if any_computed(records))
 
     def rows(self) -> list[dict[str, Any]]:
         """Plain records, as `to_json` writes them."""
@@ -97,6 +97,14 @@ class History:
             row["reused"] = tuple(row["reused"])
             records.append(Record(**row))
         return History(records)
+
+
+def any_computed(step: Iterable[Record]) -> bool:
+    """Whether at least one lane of a step was computed: none of the graphs that its forward consists of reused anything."""
+    reused: dict[int | str, bool] = {}
+    for record in step:
+        reused[record.lane] = reused.get(record.lane, False) or not record.computed
+    return not all(reused.values())
 
 
 _recorders: ContextVar[tuple[History, ...]] = ContextVar("vdcache_recorders", default=())

@@ -225,7 +225,10 @@ class Session:
         if plan:
             found = self.store.get(key, graph.reads(plan))
             if found is None:
-                plan, why = RECOMPUTE, "nothing is stored for this lane"
+                plan, why = (
+                    RECOMPUTE,
+                    "nothing is stored for this lane" if graph.reads(plan) else "the graph has nothing to reuse",
+                )
             else:
                 reads = found
         previous = None
