@@ -7,7 +7,8 @@ from rich.console import Console
 import vdcache
 from tests.support import TinyDiT, latent, time_of
 from vdcache.report import timeline
-from vdcache.runtime import History, Store
+from vdcache.runtime import History, Plan, Record, Store
+from vdcache.runtime.history import any_computed
 from vdcache.runtime.measures import Layout, measured
 
 
@@ -113,7 +114,6 @@ def test_the_timeline_is_a_picture(tmp_path):
 
 
 def test_a_step_of_several_graphs_is_computed_where_none_of_them_reused_anything():
-    from vdcache.runtime.history import any_computed
 
     def record(lane, *reused):
         return Record(0, 1, lane, None, Plan.of(["all"]), reused)
