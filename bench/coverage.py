@@ -119,6 +119,11 @@ class _Unseen(_FlopCounterMode):
     def ignore_compile_internals(cls) -> bool:
         return True
 
+    def _handle_higher_order_ops(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        if func in self.counter.flop_registry:  # flex attention, for which torch has the formula and no way to it
+            return self.counter._count_flops(func, func(*args, **kwargs), args, kwargs)
+        return super()._handle_higher_order_ops(func, types, args, kwargs)
+
 
 class Flops(FlopCounterMode):
     """torch's counter, unseen by Dynamo, which would otherwise run every graph as it came and leave out what vdcache made of it.
@@ -487,7 +492,66 @@ def table(best: dict[str, dict[str, Outcome]], groups: dict[str, str]) -> None:
 
 
 def draw(path: Path, rows: list[dict[str, Any]]) -> None:
-    raise NotImplementedError
+    """One picture of the best of each tool: a row a model, those together on which the tools do alike."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.patches import Patch, Rectangle
+
+    cells: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        if row.get("best"):
+            cells.setdefault(row["model"], {})[row["tool"]] = row
+    greens = LinearSegmentedColormap.from_list("share", ["#e3f4dc", "#7cc576", "#1d7a3a"])
+    plain = {"refused": "#c4c9cf", "silent no-op": "#d8342c", "breaks": "#b8500c"}
+
+    def wrong(cell: dict[str, Any]) -> bool:
+        error = cell["same_input_error"]
+        return cell["verdict"] == "skips" and (error is None or error > SAME)
+
+    def order(name: str) -> tuple[Any, ...]:
+        found = [(VERDICTS.index(cells[name][t]["verdict"]), wrong(cells[name][t])) for t in reversed(TOOLS)]
+        return *found, name
+
+    mine = sorted((n for n in cells if cells[n]["vdcache"]["group"] == "diffusers"), key=order)
+    zoo = sorted((n for n in cells if cells[n]["vdcache"]["group"] != "diffusers"), key=order)
+    half = -(-len(mine) // 2)
+    panels = [
+        p
+        for p in (("diffusers' classes", mine[:half]), ("… and the rest of them", mine[half:]), ("other classes", zoo))
+        if p[1]
+    ]
+    tall = max(len(names) for _, names in panels)
+    figure, axes = plt.subplots(1, len(panels), figsize=(15, 2.1 + 0.27 * tall), squeeze=False)
+    for axis, (label, names) in zip(axes[0], panels, strict=True):
+        axis.set(xlim=(0, 3), ylim=(tall + 0.05, -0.05))
+        axis.axis("off")
+        axis.set_title(f"{label}\n", fontsize=12, loc="left", color="#555", pad=9)
+        for x, tool in enumerate(TOOLS):
+            weight = "bold" if tool == "vdcache" else "normal"
+            axis.text(x + 0.5, -0.2, tool, ha="center", va="bottom", fontsize=10.5, weight=weight)
+        for y, name in enumerate(names):
+            axis.text(-0.06, y + 0.5, name, ha="right", va="center", fontsize=9.5, family="monospace")
+            for x, tool in enumerate(TOOLS):
+                cell = cells[name][tool]
+                verdict, share = cell["verdict"], cell["value"]
+                skips = verdict == "skips"
+                colour = greens(share) if skips else plain[verdict]
+                box = {"facecolor": colour, "edgecolor": "white", "linewidth": 1.6}
+                axis.add_patch(Rectangle((x, y), 1, 1, **box))
+                text = f"{'≠ ' if wrong(cell) else ''}{100 * share:.0f} %" if skips else verdict
+                ink = "#222" if (skips and share < 0.75) or verdict == "refused" else "white"
+                if wrong(cell):
+                    axis.add_patch(Rectangle((x, y), 1, 1, fill=False, hatch="////", edgecolor="#f0b429", linewidth=0))
+                    ink = "#222"
+                axis.text(x + 0.5, y + 0.52, text, ha="center", va="center", fontsize=9 if skips else 8.5, color=ink)
+    total = len(cells)
+    counts = {tool: sum(cells[n][tool]["verdict"] == "skips" for n in cells) for tool in TOOLS}
+    headline = f"{' · '.join(f'{tool} {count}' for tool, count in counts.items())}  of {total} models really skip work"
+    figure.suptitle(headline, fontsize=17, weight="bold", x=0.012, ha="left", y=0.993, va="top")
+    return None
 
 
 def main() -> None:

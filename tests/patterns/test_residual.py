@@ -258,7 +258,7 @@ def test_attention_without_softmax():
     found = look(linear, X, W, V)
     assert found.count() == {"self-attention": 1}
     (site,) = found.attentions
-    assert site.form == "linear" and site.heads == 2 and site.q_len == 6
+    assert site.form == "linear" and site.heads == 2 and site.q_len == site.kv_len == 6
 
 
 def test_a_scan_over_tokens_is_no_mlp_but_a_norm_is():

@@ -120,4 +120,6 @@ def test_a_step_of_several_graphs_is_computed_where_none_of_them_reused_anything
 
     assert any_computed([record(0), record(0)])
     assert not any_computed([record(0), record(0, "all/a")])
-    assert any_computed([record(0, "all/a"), record(1)]) and not any_computed([record(0, "all/a"), record(1, "all/a"), record(1)])
+    assert any_computed([record(0, "all/a"), record(1)]) and not any_computed(
+        [record(0, "all/a"), record(1, "all/a"), record(1)]
+    )

@@ -230,12 +230,21 @@ def _sizes(site: Site) -> tuple[int | None, int | None, int | None, int | None]:
         heads = _int(scores.shape[1]) if scores.ndim == 4 else None
         return heads, _int(scores.shape[-2]), _int(scores.shape[-1]), _int(q.shape[-1])
     if site.form == "linear" and scores is not None and scores.ndim == 4:
-        out = tensor_of(site.node)
-        width = {_int(scores.shape[-1]), _int(scores.shape[-2])}
-        lengths = [n for n in out.shape[-2:] if isinstance(n, int) and n not in width] if out is not None else []
-        length = lengths[0] if lengths else None
-        return _int(scores.shape[1]), length, length, _int(scores.shape[-1])
+        heads, width = _int(scores.shape[1]), _int(scores.shape[-1])
+        keys = _length(k, heads, width)
+        if site.scores is not None and site.scores.target is not aten.einsum.default:
+            keys = _int(k.shape[-1])  # what a matrix product of keys and values sums over
+        return heads, _length(q, heads, width), keys, width
     return None, None, None, None
+
+
+def _length(value: torch.Tensor, heads: int | None, width: int | None) -> int | None:
+    """Tokens of a query or key [B, heads, N, width] or [B, N, heads, width]: the size that is neither; None where none is left over."""
+    sizes = [_int(s) for s in value.shape[1:]]
+    for known in (heads, width):
+        if known in sizes:
+            sizes.remove(known)
+    return sizes[0] if len(sizes) == 1 else None
 
 
 def _layout(q_len: int, batch: int | None, grid: Grid, spans: Sequence[Span]) -> str:
