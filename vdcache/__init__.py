@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "compile": "vdcache.api",
-    "explain": "vdcache.explanation.explain",
+    "explain": "vdcache.explanation.reader",
     "Report": "vdcache.explanation.report",
     "trace": "vdcache.ir.capture",
     "dump": "vdcache.ir.dump",
@@ -46,7 +46,7 @@ __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
     from vdcache.api import compile
-    from vdcache.explanation.explain import explain
+    from vdcache.explanation.reader import explain
     from vdcache.explanation.report import Report
     from vdcache.ir.capture import trace
     from vdcache.ir.dump import dump

@@ -190,6 +190,21 @@ def nx_paths(graph, start, end):
     return networkx.has_path(graph, start, end)
 
 
+def test_what_dynamo_cannot_trace_is_read_through_export(monkeypatch):
+    """Dynamo made to fail: the report is the same but for the reason, which is told."""
+    import vdcache.explanation.reader as module
+
+    def fails(*args):
+        raise CaptureError("Dynamo is out of order")
+
+    model, args, _ = tiny()
+    want = vdcache.explain(model, *args)
+    monkeypatch.setattr(module, "parts", fails)
+    report = vdcache.explain(model, *args)
+    assert report.count() == want.count() and report.flops == want.flops and report.coverage == want.coverage
+    assert report.conditioning.clocks == ("timestep",) and "out of order" in str(report)
+
+
 class ReadsItsInput(nn.Module):
     def forward(self, x):
         return x + 1 if x.sum().item() > 0 else x.nope

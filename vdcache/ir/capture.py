@@ -202,7 +202,8 @@ def exported(model: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, Any
             mutations.append((i, by_target[spec.target]))
         elif spec.kind is OutputKind.USER_INPUT_MUTATION:
             mutations.append((i, index[spec.target]))  # type: ignore[index]
-    return _captured(graph, Signature(tuple(mutations), len(sig.output_specs) - len(mutations), static))
+    names = tuple(spec.target or spec.arg.name for spec in sig.input_specs)
+    return _captured(graph, Signature(tuple(mutations), len(sig.output_specs) - len(mutations), static, names))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from vdcache.backends.program import Program
 from vdcache.backends.settings import Settings
 from vdcache.explanation.report import GraphFacts, Report, Slot, Variant
 from vdcache.ir import dialect
-from vdcache.ir.capture import Captured, Parts, parts
+from vdcache.ir.capture import Captured, Part, Parts, exported, parts
 from vdcache.ir.errors import CaptureError, ConfigError, VdcacheError
 from vdcache.ir.ops import CASTS, VIEWS, tensor_of
 from vdcache.passes import Canonicalise, MergeSlots, Pipeline
@@ -56,7 +56,7 @@ def explain(
     name = type(model).__name__ if isinstance(model, nn.Module) else getattr(model, "__name__", type(model).__name__)
     if name == "OptimizedModule":
         name = type(model._orig_mod).__name__  # type: ignore[attr-defined]
-    found = parts(model, args, kwargs)
+    found = _parts(model, args, kwargs)
     if not found.found:
         reasons = "; ".join(r.splitlines()[0] for r in found.breaks)
         raise CaptureError(
@@ -66,6 +66,20 @@ def explain(
             "torch.compiler.disable)."
         )
     return _report(name, found, chosen, num_steps)
+
+
+def _parts(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Parts:
+    """The graphs that Dynamo makes; where it cannot trace the model, the one that torch.export makes."""
+    try:
+        return parts(model, args, kwargs)
+    except CaptureError as error:
+        if not isinstance(model, nn.Module):
+            raise
+        try:
+            whole = exported(model, args, kwargs)
+        except CaptureError:
+            raise error from None
+        return Parts([Part(whole)], [f"Dynamo cannot trace it, torch.export can: {error}"])
 
 
 def _report(name: str, found: Parts, recipe: Recipe | None, steps: int) -> Report:
