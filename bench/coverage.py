@@ -1,42 +1,46 @@
 """On how many architectures does each tool really skip work, and what does it do on the others?
 
 Every model of the test zoo goes through three tools in one run: vdcache, diffusers' cache hooks and cache-dit, all as installed.
-Each tool gets a fresh model with random weights, runs 6 denoising steps of one lane, and the FLOPs of every step are counted where
-ATen runs them (torch's FlopCounterMode, with its formula of attention also for the CPU kernel, which it leaves out by itself).
-The share is what the cheapest step leaves out of the same step of the plain model.
+Each tool gets a fresh model with random weights and runs 6 denoising steps of one lane. The FLOPs of every step are counted
+where ATen runs them: torch's FlopCounterMode, with its formula of attention also for the CPU kernel and for flex attention,
+which it leaves out by itself. The share is what the cheapest step leaves out of the same step of the plain model.
 
     skips          a step costs at least 0.5 % less than the plain one
     silent no-op   accepted, ran, and no step costs less
     refused        raised when it was applied, or left the model alone and said so in a warning
     breaks         accepted, then the forward raised or gave another shape
 
-A tool that skips then runs once more with the same input at every step: a cache that is right gives the plain output back. Where the
-cheapest step is more than 1 % away from it (relative L2), the row says so (`same_input_error`) and the picture shows ≠.
-Quality of a sampled picture is not measured: weights are random, and all three can be told to skip more or less.
+A tool that skips then runs once more with the same input at every step: a cache that is right gives the plain output back. Where
+the cheapest step is more than 1 % away from it (relative L2), it is marked ≠; `same_input_error` has the distance. How good a
+sampled picture is, or how fast a step, is not measured: weights are random, models have two or three blocks, and a tool that
+computes one block of three, as first-block caches do, can leave out no more than two thirds here, and far more of forty blocks.
 
-What each tool was given. No tool got anything written for one model; where a zoo entry wraps a diffusers model as its pipeline would,
-diffusers' hooks and cache-dit were given the diffusers model inside.
+What each tool was given. Nothing was written for one model. Where a zoo entry wraps a diffusers model as its pipeline would,
+diffusers' hooks and cache-dit got the diffusers model inside.
 
-vdcache: `vdcache.compile(model, "every-2", num_steps=6, inner="eager")`, nothing else. One generation compiles, the next is counted.
+vdcache: `vdcache.compile(model, "every-2", num_steps=6, inner="eager")`, nothing else. One generation compiles, the next is
+counted. The run on the same input says `session.begin()` and `session.step()`, as the timestep stands still in it.
 
-diffusers' hooks: `apply_*` of diffusers.hooks on the bare transformer, inside `cache_context` with step, step count, timestep and
-sigma at every call, each set to skip whenever it may:
+diffusers' hooks: `apply_*` of diffusers.hooks on the bare transformer, inside `cache_context` with step, step count, timestep
+and sigma at every call, each set to skip whenever it may:
  first-block: threshold 1e9;
  mag: threshold 1e9, ratios of 1, no retention;
- sea: threshold 1e9, order 0, one retained step, and a callback that finds the latents of any model (its first floating tensor of three
-  dimensions or more), for those diffusers has none for;
+ sea: threshold 1e9, order 0, one retained step, and, for models that diffusers has no callback for, one that takes the first
+  floating tensor of three dimensions or more for the latents;
  pab: every range 1000, all timesteps, identifiers that match every name, the timestep callback;
- faster: as guidance-distilled (the zoo's calls have one lane), range 1000, identifiers that match every name, the timestep callback;
+ faster: as guidance-distilled (the zoo's calls have one lane), range 1000, identifiers that match every name, the timestep
+  callback;
  taylorseer: order 0, float32, from the second step on; thrice: with its default identifiers, in lite mode, and with
   `cache_identifiers` of one pattern that names the items of every block or layer list;
  text-kv: it takes no settings.
-Layer skip leaves layers out of every step and keeps nothing, so it is no cache and not among them. A model's row for "diffusers hooks"
-is the best of the nine.
+Layer skip leaves layers out of every step and keeps nothing, so it is no cache and not among them. "diffusers hooks" of a model
+is the best of the nine, known only after trying all.
 
-cache-dit: `cache_dit.enable_cache(transformer, cache_config=DBCacheConfig(...))`: one block computed (F1B0), one step of warm-up,
-threshold 1e9, no bounds on cached steps, no separate guidance. Where that does not skip, what its documentation asks of a user with
-another model: a `BlockAdapter` of the transformer's block lists and a forward pattern. Every list of two or more modules directly
-under the transformer is tried with each of the six patterns, and those that skip go into one adapter together.
+cache-dit: `cache_dit.enable_cache(transformer, cache_config=DBCacheConfig(...))`: one block computed (F1B0), one step of
+warm-up, threshold 1e9, no bounds on cached steps, no separate guidance. Where that does not skip, or is marked ≠, what its
+documentation asks of a user with another model: a `BlockAdapter` of the transformer's block lists and a forward pattern. Every
+list of two or more modules directly under the transformer is tried with each of the six patterns, and those that skip and are
+right go into one adapter together. This is a search for each model, which vdcache does not get: read the picture's † so.
 
 Best means, in this order: skips and gives the same output for the same input, by share; skips; refused; silent no-op; breaks.
 """
@@ -50,7 +54,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -89,6 +93,11 @@ class Outcome:
     @property
     def right(self) -> bool:
         return self.error is not None and self.error <= SAME
+
+    def said(self) -> str:
+        if self.verdict == "skips":
+            return f"skips {self.share:.4f}" + ("" if self.right else f", but is {self.error:.2g} away on the same input")
+        return f"{self.verdict}: {self.note}" if self.note else self.verdict
 
     @property
     def rank(self) -> tuple[bool, float, float]:
@@ -439,56 +448,97 @@ def through_cache_dit(name: str, plain: Baseline) -> list[Outcome]:
     return outcomes
 
 
-def title(name: str) -> str:
-    return type(inside(build(name))).__name__
-
-
-def group(name: str) -> str:
-    return "diffusers" if is_diffusers(inside(build(name))) else "zoo"
+def classes(names: Iterable[str]) -> dict[str, tuple[str, bool]]:
+    """Each model's class, and whether it is one of diffusers'."""
+    models = {name: inside(build(name)) for name in names}
+    return {name: (type(model).__name__, is_diffusers(model)) for name, model in models.items()}
 
 
 def best_of(outcomes: list[Outcome]) -> Outcome:
     return max(outcomes, key=lambda outcome: outcome.rank)
 
 
-def summary(best: dict[str, dict[str, Outcome]], tool: str) -> str:
-    counts = Counter(row[tool].verdict for row in best.values())
-    return ", ".join(f"{counts[v]} {v}" for v in VERDICTS if counts[v])
-
-
-def table(best: dict[str, dict[str, Outcome]], groups: dict[str, str]) -> None:
+def table(everything: dict[str, dict[str, list[Outcome]]], known: dict[str, tuple[str, bool]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     colours = {"skips": "green", "refused": "bright_black", "silent no-op": "red", "breaks": "dark_orange"}
+    best = {name: {tool: best_of(outcomes) for tool, outcomes in tools.items()} for name, tools in everything.items()}
     console = Console(width=126)
-    shown = Table(title="What the cheapest of six steps leaves out")
-    for column in ("model", "class", *TOOLS):
-        shown.add_column(column, no_wrap=column == "model")
+    shown = Table(title="What the cheapest of six steps leaves out (≠ the same input gives another output)")
+    for column, wide in zip(("model", "class", *TOOLS), (24, 25, 14, 24, 26), strict=True):
+        shown.add_column(column, no_wrap=True, overflow="ellipsis", min_width=min(wide, 14), max_width=wide)
     for name, row in best.items():
         cells = []
-        for tool in TOOLS:
-            o = row[tool]
+        for o in row.values():
             text = f"{100 * o.share:.0f} % {'' if o.right else '≠ '}[dim]{o.way}[/]" if o.verdict == "skips" else o.verdict
             cells.append(f"[{colours[o.verdict]}]{text}[/]")
-        shown.add_row(name, title(name), *cells)
+        shown.add_row(name, known[name][0], *cells)
     console.print(shown)
+
     counted = Table(title="Counts")
-    for column in ("tool", *VERDICTS, "skips, same input other output", "median share"):
-        counted.add_column(column)
-    for label, names in (
-        ("all", list(best)),
-        ("diffusers' classes", [n for n in best if groups[n] == "diffusers"]),
-        ("others", [n for n in best if groups[n] != "diffusers"]),
-    ):
-        for tool in TOOLS:
-            taken = [best[n][tool] for n in names]
-            counts = Counter(o.verdict for o in taken)
-            wrong = sum(o.verdict == "skips" and not o.right for o in taken)
-            shares = sorted(o.share for o in taken if o.verdict == "skips")
-            middle = f"{100 * shares[len(shares) // 2]:.0f} %" if shares else ""
-            counted.add_row(f"{tool}, {label} ({len(names)})", *(str(counts[v]) for v in VERDICTS), str(wrong), middle)
+    for column in ("tool", "models", *VERDICTS, "≠", "median share"):
+        counted.add_column(column, justify="left" if column == "tool" else "right")
+
+    def count(label: str, taken: list[Outcome]) -> None:
+        counts = Counter(o.verdict for o in taken)
+        shares = sorted(o.share for o in taken if o.verdict == "skips")
+        wrong = sum(o.verdict == "skips" and not o.right for o in taken)
+        middle = f"{100 * shares[len(shares) // 2]:.0f} %" if shares else ""
+        counted.add_row(label, str(len(taken)), *(str(counts[v]) for v in VERDICTS), str(wrong), middle)
+
+    for tool in TOOLS:
+        count(f"[bold]{tool}", [row[tool] for row in best.values()])
+        count("  of diffusers' classes", [row[tool] for name, row in best.items() if known[name][1]])
+        count("  of other classes", [row[tool] for name, row in best.items() if not known[name][1]])
+        ways: dict[str, list[Outcome]] = {}
+        for tools in everything.values():
+            for o in tools[tool]:
+                ways.setdefault(o.way, []).append(o)
+        for way, taken in ways.items():
+            if len(ways) > 1 and not way.startswith("adapter"):
+                count(f"  [dim]{way}", taken)
+        counted.add_section()
     console.print(counted)
+
+
+def report(everything: dict[str, dict[str, list[Outcome]]], json: Path | None, picture: Path | None) -> None:
+    bench = Bench("coverage", "every-2")
+    versions = ", ".join(f"{package} {version(package)}" for package in ("diffusers", "cache-dit"))
+    known = classes(everything)
+    for name, tools in everything.items():
+        for tool, outcomes in tools.items():
+            best = best_of(outcomes)
+            bench.row(
+                f"{name}, {tool}",
+                best.share,
+                "share",
+                model=name,
+                model_class=known[name][0],
+                of_diffusers=known[name][1],
+                tool=tool,
+                verdict=best.verdict,
+                way=best.way,
+                same_input_error=best.error,
+                note=best.note,
+                ways={outcome.way: outcome.said() for outcome in outcomes},
+                versions=versions,
+            )
+    for tool in TOOLS:
+        taken = [best_of(tools[tool]) for tools in everything.values()]
+        bench.row(
+            f"{tool}: models on which it skips",
+            sum(o.verdict == "skips" for o in taken),
+            "models",
+            of=len(taken),
+            verdicts=dict(Counter(o.verdict for o in taken)),
+            same_input_other_output=sum(o.verdict == "skips" and not o.right for o in taken),
+            versions=versions,
+        )
+    table(everything, known)
+    bench.write(json)
+    if picture:
+        draw(picture, [row for row in bench.rows if "model" in row])
 
 
 def draw(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -502,56 +552,101 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
 
     cells: dict[str, dict[str, dict[str, Any]]] = {}
     for row in rows:
-        if row.get("best"):
-            cells.setdefault(row["model"], {})[row["tool"]] = row
+        cells.setdefault(row["model"], {})[row["tool"]] = row
     greens = LinearSegmentedColormap.from_list("share", ["#e3f4dc", "#7cc576", "#1d7a3a"])
     plain = {"refused": "#c4c9cf", "silent no-op": "#d8342c", "breaks": "#b8500c"}
+    unlike = "#fbe3a6"
 
     def wrong(cell: dict[str, Any]) -> bool:
         error = cell["same_input_error"]
         return cell["verdict"] == "skips" and (error is None or error > SAME)
 
-    def order(name: str) -> tuple[Any, ...]:
-        found = [(VERDICTS.index(cells[name][t]["verdict"]), wrong(cells[name][t])) for t in reversed(TOOLS)]
-        return *found, name
+    def adapted(cell: dict[str, Any]) -> bool:
+        return cell["verdict"] == "skips" and cell["way"].startswith("adapter")
 
-    mine = sorted((n for n in cells if cells[n]["vdcache"]["group"] == "diffusers"), key=order)
-    zoo = sorted((n for n in cells if cells[n]["vdcache"]["group"] != "diffusers"), key=order)
+    def order(name: str) -> tuple[Any, ...]:
+        """What both others do by themselves first, then what needs more, gives wrong results, or does not skip."""
+        kinds = [(VERDICTS.index(c["verdict"]), wrong(c), adapted(c)) for c in (cells[name][t] for t in TOOLS)]
+        return *map(max, zip(*kinds)), [-cells[name][t]["value"] for t in reversed(TOOLS)]
+
+    def skipping(names: list[str], tool: str) -> int:
+        return sum(cells[n][tool]["verdict"] == "skips" for n in names)
+
+    mine = sorted((n for n in cells if cells[n]["vdcache"]["of_diffusers"]), key=order)
+    other = sorted((n for n in cells if not cells[n]["vdcache"]["of_diffusers"]), key=order)
     half = -(-len(mine) // 2)
     panels = [
-        p
-        for p in (("diffusers' classes", mine[:half]), ("… and the rest of them", mine[half:]), ("other classes", zoo))
-        if p[1]
+        (f"{len(mine)} models of diffusers' classes", mine, mine[:half]),
+        ("", mine, mine[half:]),
+        (f"{len(other)} models of other code", other, other),
     ]
-    tall = max(len(names) for _, names in panels)
-    figure, axes = plt.subplots(1, len(panels), figsize=(15, 2.1 + 0.27 * tall), squeeze=False)
-    for axis, (label, names) in zip(axes[0], panels, strict=True):
-        axis.set(xlim=(0, 3), ylim=(tall + 0.05, -0.05))
+    panels = [panel for panel in panels if panel[2]]
+    tall = max(len(names) for *_, names in panels)
+    high = 2.55 + 0.265 * tall
+    figure, axes = plt.subplots(1, len(panels), figsize=(15, high), squeeze=False)
+    for axis, (label, whole, names) in zip(axes[0], panels, strict=True):
+        axis.set(xlim=(0, 3), ylim=(tall, 0))
         axis.axis("off")
-        axis.set_title(f"{label}\n", fontsize=12, loc="left", color="#555", pad=9)
+        axis.text(0, -2.1, label, ha="left", va="bottom", fontsize=12.5, weight="bold", color="#333")
         for x, tool in enumerate(TOOLS):
-            weight = "bold" if tool == "vdcache" else "normal"
-            axis.text(x + 0.5, -0.2, tool, ha="center", va="bottom", fontsize=10.5, weight=weight)
+            axis.text(x + 0.5, -1.0, tool, ha="center", va="bottom", fontsize=10.5, weight="bold" if x == 0 else "normal")
+            of = f"{skipping(whole, tool)} of {len(whole)}" if label else ""
+            axis.text(x + 0.5, -0.2, of, ha="center", va="bottom", fontsize=9.5, color="#666")
         for y, name in enumerate(names):
-            axis.text(-0.06, y + 0.5, name, ha="right", va="center", fontsize=9.5, family="monospace")
+            axis.text(-0.06, y + 0.5, name, ha="right", va="center", fontsize=9, family="monospace")
             for x, tool in enumerate(TOOLS):
                 cell = cells[name][tool]
                 verdict, share = cell["verdict"], cell["value"]
-                skips = verdict == "skips"
-                colour = greens(share) if skips else plain[verdict]
-                box = {"facecolor": colour, "edgecolor": "white", "linewidth": 1.6}
-                axis.add_patch(Rectangle((x, y), 1, 1, **box))
-                text = f"{'≠ ' if wrong(cell) else ''}{100 * share:.0f} %" if skips else verdict
-                ink = "#222" if (skips and share < 0.75) or verdict == "refused" else "white"
+                colour = greens(share) if verdict == "skips" else plain[verdict]
+                ink = "white" if verdict in ("silent no-op", "breaks") or (verdict == "skips" and share >= 0.75) else "#222"
+                text = f"{100 * share:.0f} %" if verdict == "skips" else verdict
                 if wrong(cell):
-                    axis.add_patch(Rectangle((x, y), 1, 1, fill=False, hatch="////", edgecolor="#f0b429", linewidth=0))
-                    ink = "#222"
-                axis.text(x + 0.5, y + 0.52, text, ha="center", va="center", fontsize=9 if skips else 8.5, color=ink)
-    total = len(cells)
-    counts = {tool: sum(cells[n][tool]["verdict"] == "skips" for n in cells) for tool in TOOLS}
-    headline = f"{' · '.join(f'{tool} {count}' for tool, count in counts.items())}  of {total} models really skip work"
-    figure.suptitle(headline, fontsize=17, weight="bold", x=0.012, ha="left", y=0.993, va="top")
-    return None
+                    text, ink, colour = f"≠ {text}", "#a3200f", unlike
+                if adapted(cell):
+                    text += " †"
+                axis.add_patch(Rectangle((x, y), 1, 1, facecolor=colour, edgecolor="white", linewidth=1.6))
+                axis.text(x + 0.5, y + 0.52, text, ha="center", va="center", fontsize=9, color=ink)
+    everyone = list(cells)
+    counts = [f"{tool} {skipping(everyone, tool)}" for tool in TOOLS]
+    head = f"A denoising step gets cheaper on: {counts[0]} of {len(cells)} models, {counts[1]}, {counts[2]}"
+    figure.text(0.012, 1 - 0.13 / high, head, fontsize=18, weight="bold", ha="left", va="top")
+    lone = sum(cells[n]["cache-dit"]["verdict"] == "skips" and not adapted(cells[n]["cache-dit"]) for n in cells)
+    about = (
+        f"Share of a step's FLOPs that the cheapest of {STEPS} steps leaves out. Small models with random weights;"
+        " every tool told to skip whenever it may.\n"
+        "vdcache: one recipe for all. diffusers hooks: the best of nine hook settings for each model. cache-dit: "
+        f"{lone} by itself, the rest (†) with block lists and a forward pattern found by trial."
+    )
+    figure.text(0.012, 1 - 0.56 / high, about, fontsize=11.5, color="#444", ha="left", va="top", linespacing=1.4)
+    said = {
+        "refused": "refused: an error or a warning says so",
+        "silent no-op": "silent no-op: accepted, nothing skipped",
+        "breaks": "breaks: accepted, then the forward fails",
+    }
+    used = {c["verdict"] for row in cells.values() for c in row.values()}
+    legend = [Patch(color=greens(share), label=f"skips {100 * share:.0f} %") for share in (0.2, 0.6, 0.95)]
+    if any(wrong(c) for row in cells.values() for c in row.values()):
+        legend.append(
+            Patch(color=unlike, label=f"≠ skips, but the same input gives an output more than {100 * SAME:.0f} % away")
+        )
+    legend += [Patch(color=plain[v], label=label) for v, label in said.items() if v in used]
+    figure.legend(handles=legend, loc="lower left", ncols=len(legend), frameon=False, fontsize=10.5, bbox_to_anchor=(0.006, 0))
+    hooks_one_by_one: dict[str, list[int]] = {}
+    for row in rows:
+        if row["tool"] == "diffusers hooks":
+            for way, outcome in row["ways"].items():
+                counted = hooks_one_by_one.setdefault(way, [0, 0])
+                counted[0] += outcome.startswith("skips")
+                counted[1] += outcome.startswith("skips") and "away" in outcome
+    single = [f"{way} {skips}{f' ({bad} ≠)' if bad else ''}" for way, (skips, bad) in hooks_one_by_one.items()]
+    lines = [f"diffusers' nine hook settings one by one, on how many of {len(cells)} models each skips:"]
+    lines += ["   ·   ".join(single[i : i + 5]) for i in range(0, len(single), 5)]
+    if len(panels) == 3 and len(other) > half + 4:
+        figure.text(0.03, 0.62 / high, "\n".join(lines), fontsize=11, color="#444", ha="left", va="bottom", linespacing=1.5)
+    figure.subplots_adjust(left=0.108, right=0.992, top=1 - 2.1 / high, bottom=0.45 / high, wspace=0.62)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
 
 
 def main() -> None:
@@ -561,14 +656,11 @@ def main() -> None:
         lambda p: p.add_argument("--models", nargs="*", default=None, help="only these of the zoo"),
     )
     names = args.models or list(ZOO)
-    bench = Bench("coverage", "every-2")
-    versions = {package: version(package) for package in ("torch", "diffusers", "cache-dit")}
     ways = {"vdcache": through_vdcache, "diffusers hooks": through_hooks, "cache-dit": through_cache_dit}
     everything: dict[str, dict[str, list[Outcome]]] = {name: {} for name in names}
     warnings.simplefilter("ignore")
     with torch.no_grad():
         plain = {name: baseline(name) for name in names}
-        groups = {name: group(name) for name in names}
         HEARD.listen()
         # a tool after the other, so that what one leaves behind in classes reaches none before it
         for tool, through in ways.items():
@@ -577,34 +669,7 @@ def main() -> None:
                 everything[name][tool] = through(name, plain[name])
                 gc.collect()
             print(f"{tool}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
-    best = {name: {tool: best_of(outcomes) for tool, outcomes in tools.items()} for name, tools in everything.items()}
-    for name, tools in everything.items():
-        for tool, outcomes in tools.items():
-            for outcome in outcomes:
-                bench.row(
-                    f"{name}: {tool}, {outcome.way}",
-                    outcome.share,
-                    "share",
-                    model=name,
-                    model_class=title(name),
-                    group=groups[name],
-                    tool=tool,
-                    way=outcome.way,
-                    best=outcome is best[name][tool],
-                    verdict=outcome.verdict,
-                    same_input_error=outcome.error,
-                    note=outcome.note,
-                    versions=versions,
-                )
-    for tool in TOOLS:
-        skip = sum(row[tool].verdict == "skips" for row in best.values())
-        bench.row(
-            f"{tool}: models on which it skips", skip, "models", of=len(names), verdicts=summary(best, tool), versions=versions
-        )
-    table(best, groups)
-    bench.write(args.json)
-    if args.picture:
-        draw(args.picture, bench.rows)
+        report(everything, args.json, args.picture)
 
 
 if __name__ == "__main__":

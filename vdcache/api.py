@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,10 +12,13 @@ import torch
 from torch import nn
 
 from vdcache.backends import Backend, Settings
+from vdcache.ir.errors import ConfigError
 from vdcache.recipe import Recipe
 from vdcache.runtime import registry
 
 __all__ = ["compile"]
+
+_TORCH_COMPILE = ("fullgraph", "dynamic", "mode")
 
 
 def compile(
@@ -43,6 +48,17 @@ def compile(
     Raises:
         ConfigError: an unknown recipe or option, before anything runs.
     """
+    if isinstance(model, type):  # Dynamo would patch the class itself, for good
+        raise ConfigError(f"pass an instance, {model.__name__}(…), not the class")
+    if not callable(model):
+        raise ConfigError(f"compile takes a module or a function; got {type(model).__name__}")
+    if unknown := [name for name in torch_compile if name not in _TORCH_COMPILE]:
+        own = [name for name in inspect.signature(compile).parameters if name not in ("model", "torch_compile")]
+        near = difflib.get_close_matches(unknown[0], [*own, *_TORCH_COMPILE], n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        if unknown[0] == "options":
+            hint = "; what stands there is given directly: vdcache.compile(model, recipe=…, num_steps=…)."
+        raise ConfigError(f"unknown argument {unknown[0]!r}{hint} There are {', '.join([*own, *_TORCH_COMPILE])}.")
     options = {"recipe": recipe, "num_steps": num_steps, "inner": inner, "strict": strict, "inductor": inductor}
     settings = Settings.of(options)
     session = settings.new_session()

@@ -13,8 +13,18 @@ from rich.table import Table
 app = typer.Typer(help="Diffusion transformers several times faster, by compiling.", no_args_is_help=True, add_completion=False)
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        import vdcache
+
+        Console().print(f"vdcache {vdcache.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def main() -> None:
+def main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
     """Diffusion transformers several times faster, by compiling."""
 
 
@@ -59,9 +69,12 @@ def explain(
     from vdcache.ir.errors import VdcacheError
 
     try:
+        if html is not None:
+            html.parent.mkdir(parents=True, exist_ok=True)
+            html.touch()
         model, args, kwargs = load(target)
         report = explained(model, *args, recipe=recipe, num_steps=steps, **kwargs)
-    except VdcacheError as error:
+    except (VdcacheError, OSError) as error:
         Console(stderr=True).print(f"[red]{escape(str(error))}[/red]")
         raise typer.Exit(1) from error
     Console().print(report)

@@ -19,7 +19,7 @@ from vdcache.runtime.policies import AdaCache, Always, Codebook, EveryN, MoReg, 
 
 __all__ = ["ADACACHE_CODEBOOKS", "Recipe", "adacache", "recipe", "recipes"]
 
-# The published codebooks: {steps of the generation: {threshold: rate}} (METHODS I.1, the configs of the reference code).
+# The published codebooks: {steps of the generation: {threshold: rate}} (the configs of the reference code).
 # No slow one was published for 100 steps.
 ADACACHE_CODEBOOKS: Mapping[str, Mapping[int, Mapping[float, int]]] = {
     "fast": {
@@ -129,7 +129,7 @@ def adacache(
     frames: int = 0,
     name: str = "",
 ) -> Recipe:
-    """AdaCache (papers/000, arXiv 2411.02397) with any of its choices.
+    """AdaCache (arXiv 2411.02397) with any of its choices.
 
     Args:
         codebook: "fast" or "slow" (published, scaled to other numbers of steps), or (threshold, rate) entries of any number,
@@ -196,6 +196,6 @@ def recipe(name: str | Recipe | None = None) -> Recipe:
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     raise ConfigError(
         f"no recipe is called {name!r}"
-        + (f"; did you mean {' or '.join(near)}?" if near else "")
+        + (f"; did you mean {' or '.join(near)}?" if near else ".")
         + f" There are {', '.join(known)}."
     )

@@ -64,7 +64,7 @@ def test_views_between_are_repeated_on_the_base():
 %6 = matmul(%5, %1) : f32[3,4]
 %7 = view(%6, [2, 6]) : f32[2,6]
 %8 = add(%4, %7) : f32[2,6]
-%9 = view(%0, [2, 6]) : f32[2,6]
+%9 = reshape(%0, [2, 6]) : f32[2,6]
 %10 = guard(%8, 'all/run.0', %9) : f32[2,6]
 return (%10)""",
     )
@@ -182,3 +182,46 @@ def test_the_generator_reaches_merging():
         lambda net: "all/run.0" in slots(merged(net, X, W, G)),
         settings=settings(deadline=None, max_examples=300),
     )
+
+
+def matmuls(graph):
+    from vdcache.ir.ops import is_work
+
+    return sum(map(is_work, graph.graph.nodes))
+
+
+def reuse_all(fn, *args):
+    marked = merged(fn, *args)
+    given_facts = frozenset(Specialise.requires)
+    return Pipeline((Specialise(reuse=frozenset({"all"})), DeadCode()), given=given_facts).run(marked)[0]
+
+
+def test_a_value_for_a_long_skip_is_reused_too():
+    """The stream after the first branch is kept for the end: there the run is cut, and both parts are gone in a reused step."""
+
+    def net(x, w):
+        x = early = x + torch.relu(x @ w)
+        x = x + torch.sigmoid(x @ w)
+        return torch.cat([x, early], -1)
+
+    reuse = reuse_all(net, X, W)
+    assert len(variant_io(reuse).reads) == 2 and matmuls(reuse) == 0
+
+
+def test_sums_that_hold_their_gate_merge_and_are_gone():
+    def net(x, w, g):
+        for _ in range(3):
+            x = torch.addcmul(x, g, torch.relu(x @ w))
+        return x
+
+    reuse = reuse_all(net, X, W, G)
+    assert len(variant_io(reuse).reads) == 1 and matmuls(reuse) == 0
+
+
+def test_views_of_a_start_that_lies_otherwise_in_memory():
+    def net(x, w):
+        x = x.t().contiguous().t()  # the start: columns first
+        x = torch.lerp(x, torch.relu(x @ w), 0.5).contiguous()
+        return x.view(-1) + torch.relu(x @ w).view(-1)
+
+    assert matmuls(reuse_all(net, X, W)) == 0

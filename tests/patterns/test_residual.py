@@ -297,3 +297,55 @@ def test_flops_of_branches_and_of_what_they_share_add_up():
     found = look(net, X, torch.randn(1, 3, 8), W)
     assert sum(b.flops for b in found) == found.flops == found.covered
     assert found.coverage == 1.0
+
+
+@pytest.mark.parametrize(
+    ("form", "normalise"),
+    [
+        ("matmul-softmax", lambda s: (s - s.amax(-1, keepdim=True)).exp() / s.exp().sum(-1, keepdim=True)),
+        ("matmul-softmax", lambda s: (s - s.logsumexp(-1, keepdim=True)).exp()),
+        ("matmul", torch.sigmoid),
+        ("matmul", lambda s: F.normalize(s, p=1, dim=-1)),
+        ("matmul", lambda s: s),
+    ],
+)
+@pytest.mark.parametrize("written", ["matmul", "einsum"])
+def test_scores_with_another_normaliser(form, normalise, written):
+    def attention(q, k, v):
+        q, k, v = heads(q), heads(k), heads(v)
+        if written == "matmul":
+            out = normalise(q @ k.transpose(-1, -2) * 0.5) @ v
+        else:
+            out = torch.einsum("bhqk,bhkd->bhqd", normalise(torch.einsum("bhqd,bhkd->bhqk", q, k) * 0.5), v)
+        return out.transpose(1, 2).flatten(2)
+
+    def net(x, w, c):
+        x = x + attention(x @ w, x @ w, x @ w) @ w
+        return x + attention(x @ w, c @ w, c @ w) @ w
+
+    found = look(net, X, W, CONTEXT)
+    assert found.count() == {"self-attention": 1, "cross-attention": 1}
+    own, other = found.attentions
+    assert own.form == other.form == form
+    assert (own.heads, own.q_len, own.kv_len, own.head_dim) == (2, 6, 6, 4)
+    assert (other.heads, other.q_len, other.kv_len, other.head_dim) == (2, 6, 3, 4)
+
+
+@pytest.mark.parametrize("wave", ["polar", "complex exponential", "phase"])
+def test_other_spellings_of_a_timestep_embedding(wave):
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Parameter(W)
+
+        def forward(self, x, t):
+            angles = t[:, None] * torch.exp(-torch.arange(4.0))
+            if wave == "polar":
+                e = torch.view_as_real(torch.polar(torch.ones_like(angles), angles)).flatten(1)
+            elif wave == "phase":
+                e = torch.cat([torch.cos(angles), torch.cos(angles - torch.pi / 2)], -1)
+            else:
+                e = torch.view_as_real(torch.exp(1j * angles)).flatten(1)
+            return x + mlp(x * (e @ self.w)[:, None], self.w)
+
+    assert len(look(Net(), X, torch.tensor([500.0])).clocks) == 1

@@ -48,6 +48,9 @@ class Backend:
     def __call__(self, graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         return compile_graph(graph, example_inputs, self.settings, self.mode)
 
+    def __repr__(self) -> str:
+        return f"vdcache({self.settings.recipe.name})"
+
 
 def compile_graph(
     graph: fx.GraphModule, example_inputs: Sequence[Any], settings: Settings, mode: str | None = None
@@ -124,5 +127,7 @@ def _with_mode(settings: Settings, mode: str) -> Settings:
     try:
         known = dict(torch._inductor.list_mode_options(mode))
     except RuntimeError as error:
-        raise ConfigError(f"torch.compile has no mode {mode!r}") from error
+        raise ConfigError(
+            f"torch.compile has no mode {mode!r}; there are default, reduce-overhead, max-autotune-no-cudagraphs"
+        ) from error
     return replace(settings, inductor=tuple(sorted({**known, **dict(settings.inductor)}.items())))

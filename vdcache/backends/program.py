@@ -198,8 +198,9 @@ class Program:
         """Run without a session: everything is computed, nothing is kept."""
         self.settings.say_once(
             "no session",
-            "vdcache: a graph runs outside any session and is computed in full: no timestep reaches it. If the model takes its "
-            "timestep as a Python float, pass a tensor; if the model breaks into several graphs, use vdcache.compile(model).",
+            "vdcache: a graph runs outside any session and is computed in full: no timestep is seen in it. A timestep is a tensor "
+            "that reaches a sine or cosine and then a layer (a Python float reaches none). If the model embeds its time otherwise, or "
+            "breaks into several graphs, use model = vdcache.compile(model); model.vdcache.begin(steps) and .step() then say the step.",
         )
         io = self._io
         zeros = [torch.zeros(self._bindings.shape(v, inputs), dtype=v.dtype, device=v.device) for v in io.previous_values]

@@ -54,7 +54,7 @@ class Settings:
         for name in options:
             if name not in known:
                 near = difflib.get_close_matches(str(name), known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
+                hint = f"; did you mean {near[0]!r}?" if near else "."
                 raise ConfigError(
                     f"unknown option {name!r}{hint} There are {', '.join(known)}; Inductor's own go under 'inductor'."
                 )

@@ -1,4 +1,4 @@
-"""Measures a codebook for the shipped model (papers/002 A.2).
+"""Measures a codebook for the shipped model (arXiv 2411.02397, supplement A.2).
 
     python -m vdcache.demo.calibrate
 

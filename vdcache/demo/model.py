@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["DemoConfig", "DemoDiT", "with_positions"]
+__all__ = ["DemoConfig", "DemoDiT", "example", "with_positions"]
 
 
 @dataclass(frozen=True)
@@ -207,3 +207,10 @@ class DemoDiT(nn.Module):
         x = self.proj_out(self.norm_out(x) * (1 + scale) + shift)
         x = x.reshape(b, t, h, w, pt, ph, pw, -1).permute(0, 7, 1, 4, 2, 5, 3, 6)
         return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
+def example() -> tuple[DemoDiT, tuple[Tensor, ...], dict[str, Any]]:
+    """A model and its arguments, as `vdcache explain vdcache.demo.model:example` takes them. On the meta device: no weights, no memory."""
+    with torch.device("meta"):
+        model = DemoDiT().eval()
+        return model, (with_positions(torch.empty(1, 3, 8, 24, 24)), torch.empty(1), torch.empty(1, 5, 32)), {}

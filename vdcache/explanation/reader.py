@@ -51,6 +51,8 @@ def explain(
         ConfigError: there is no such recipe.
     """
     chosen = named(recipe) if recipe is not None else None
+    if isinstance(model, type):  # Dynamo would patch the class itself, for good
+        raise ConfigError(f"pass an instance, {model.__name__}(…), not the class")
     if not callable(model):
         raise ConfigError(f"explain takes a module or a function and its arguments; got {type(model).__name__}")
     name = type(model).__name__ if isinstance(model, nn.Module) else getattr(model, "__name__", type(model).__name__)

@@ -221,7 +221,6 @@ class Report:
 
         text = page(self)
         if path is not None:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
             Path(path).write_text(text, encoding="utf-8")
         return text
 

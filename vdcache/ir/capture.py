@@ -263,13 +263,21 @@ def parts(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
         place = _users_line(error)
         raise CaptureError(
             f"{name} cannot be traced{f', at {place}' if place else ''}: {type(error).__name__}: {_first_line(error)}. "
-            "Check that the same call works without vdcache; a model that looks into its tensors cannot run on the meta device: "
-            "give it real ones."
+            "Check that the same call works without vdcache."
+            + (
+                " A model that looks into its tensors cannot run on the meta device: give it real ones."
+                if _on_meta(args, kwargs)
+                else ""
+            )
         ) from error
     finally:
         _collecting.pop()
     parts.breaks = [reason for reason, n in counters["graph_break"].items() if n > before.get(reason, 0)]
     return parts
+
+
+def _on_meta(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    return any(isinstance(x, torch.Tensor) and x.is_meta for x in pytree.tree_leaves((tuple(args), dict(kwargs))))
 
 
 def _collect(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:

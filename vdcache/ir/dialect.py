@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor, fx
 
-__all__ = ["DISTANCES", "group_of", "guard", "guards", "is_dialect", "observations", "observe"]
+__all__ = ["DISTANCES", "group_of", "guard", "guarded", "guards", "is_dialect", "observations", "observe"]
 
 DISTANCES = ("l1", "l2", "cosine")
 
@@ -18,7 +18,7 @@ def guard(fresh: Tensor, slot: str, base: Tensor | None = None) -> Tensor:
     """The value `fresh`, which may come from an earlier step instead.
 
     Without `base` the saved value is `fresh`. With it the saved value is `fresh - base`, and reuse gives
-    `base + saved` (a delta list, METHODS I.2). Recomputing returns `fresh` itself, bit for bit.
+    `base + saved` (a delta list). Recomputing returns `fresh` itself, bit for bit.
 
     Args:
         slot: "group/name"; a plan reuses whole groups.
@@ -48,6 +48,11 @@ def is_dialect(node: fx.Node) -> bool:
 def guards(graph: fx.Graph) -> list[fx.Node]:
     """The guard nodes of a graph, in order."""
     return graph.find_nodes(op="call_function", target=guard)
+
+
+def guarded(node: fx.Node) -> fx.Node:
+    """The guard of `node` where it has one: what a reusing step has in the place of its value. Else `node`."""
+    return next((u for u in node.users if u.target is guard and u.args[0] is node), node)
 
 
 def observations(graph: fx.Graph) -> list[fx.Node]:

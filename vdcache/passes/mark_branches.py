@@ -71,7 +71,7 @@ class MarkBranches(Pass):
         """Guard one branch in place; the reason where that cannot be done."""
         join = nodes[branch.join]
         if branch.contribution is None:
-            base = nodes[branch.base]
+            base = dialect.guarded(nodes[branch.base])
             if not same_type(base, join):
                 return f"the sum is {join.meta['val'].dtype}, its stream {base.meta['val'].dtype}"
             with graph.inserting_after(join):

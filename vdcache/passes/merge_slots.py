@@ -2,7 +2,7 @@
 
     a = add(x, guard(f(x), s)); b = add(a, guard(g(a), t))   -->   b = guard(add(add(x, f(x)), g(a)), s, x)
 
-The saved value is then the stream's difference over the run (METHODS I.2, the delta list): one tensor a stream instead of
+The saved value is then the stream's difference over the run (a delta list): one tensor a stream instead of
 one a branch, and one subtraction. Recomputing stays bit-exact. Between two branches of a run may lie casts, views
 (repeated on the base) and additions of parameters and constants, which are the same at every step. Anything else starts a new
 run, and so does a value of the stream that is still needed when the run is skipped; the refusal names the node.
@@ -74,7 +74,7 @@ class MergeSlots(Pass):
         return Link(guard, users[0], operands[0]) if len(operands) == 1 and same_shape(operands[0], users[0]) else None
 
     def _merge(self, graph: fx.Graph, run: Sequence[Link], slot: str) -> None:
-        start, end = _before_casts(run[0].base), run[-1].join
+        start, end = dialect.guarded(_before_casts(run[0].base)), run[-1].join
         if end is run[-1].guard:  # it goes; what it guards is the end
             end = end.args[0]  # type: ignore[assignment]
         views = [node for link in run[1:] for node in link.path if node.target in VIEWS]
@@ -87,7 +87,9 @@ class MergeSlots(Pass):
         with graph.inserting_before(marked):
             base = start
             for view in views:
-                base = call(graph, view.target, base, *view.args[1:], made_by=str(self), **view.kwargs)
+                # the start may lie otherwise in memory than the value that was viewed
+                target = aten.reshape.default if view.target in (aten.view.default, aten._unsafe_view.default) else view.target
+                base = call(graph, target, base, *view.args[1:], made_by=str(self), **view.kwargs)
             if not same_type(base, end):
                 base = call(graph, aten._to_copy.default, base, dtype=end.meta["val"].dtype, made_by=str(self))
         end.replace_all_uses_with(marked)

@@ -2,7 +2,7 @@
 
     add(x, f(x))   -->   add(x, f(x)); observe(f(x), slot, distance)
 
-The observation is a side value: nothing of the model reads it. AdaCache measures one branch for the whole model (papers/000
+The observation is a side value: nothing of the model reads it. AdaCache measures one branch for the whole model (arXiv 2411.02397
 section 4.2: schedules of single layers are unstable), by default the temporal attention, else the self-attention, of
 the middle block of the largest stream. The value is rounded to the stream's dtype before it is compared and kept, so that it
 takes the bytes of one stream tensor even where gates are computed in float32.

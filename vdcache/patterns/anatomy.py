@@ -46,7 +46,7 @@ def anatomy(graph: fx.GraphModule) -> Anatomy:
     loose = [s for s in sites(index.nodes) if s.node not in inside]
     varying = (1 << len(index.activations)) - 1
     apart = tuple(describe(index, s, s.query, set(), varying, streams, grid) for s in loose)
-    held = cost.owners(graph.graph, [j.inside for j in joins])
+    held = cost.owners(graph.graph, _regions(joins), _kept(joins))
     result = Anatomy(
         branches=tuple(found),
         clocks=clocks,
@@ -63,6 +63,23 @@ def anatomy(graph: fx.GraphModule) -> Anatomy:
     )
     graph.meta[_CACHE] = result
     return result
+
+
+def _regions(joins: Sequence[Join]) -> list[tuple[fx.Node, ...]]:
+    """What reusing a branch leaves out: its nodes, and the sum itself where gate and sum are one operation."""
+    return [(*j.inside, j.node) if j.contribution is None else j.inside for j in joins]
+
+
+def _kept(joins: Sequence[Join]) -> list[fx.Node]:
+    """What reusing still reads, though the sum that reads it now is left out."""
+    return [j.base for j in joins if j.contribution is None]
+
+
+def _tokens(join: Join) -> int | None:
+    """Tokens of the stream [B, N, C] at a join."""
+    value = tensor_of(join.node)
+    size = value.shape[1] if value is not None and value.ndim == 3 else None
+    return size if isinstance(size, int) else None
 
 
 def _latent_tokens(streams: Streams) -> int | None:
@@ -82,7 +99,7 @@ def _branches(
     attentions: list[list[Attention]] = []
     kinds: list[str] = []
     held: list[list[Site]] = []
-    found_sites = [sites(j.inside) for j in joins]
+    found_sites = [sites(j.inside, _tokens(j)) for j in joins]
     shared = Counter(s.node for own in found_sites for s in own)
     for join, own_sites in zip(joins, found_sites, strict=True):
         inside = set(join.inside)
@@ -95,7 +112,7 @@ def _branches(
         shapes, kinds, [streams.of[j.node] for j in joins], [frozenset(s.node.name for s in own) for own in held]
     )
     costs = [0] * len(joins)
-    for node, members in cost.owners(graph, [j.inside for j in joins]).items():
+    for node, members in cost.owners(graph, _regions(joins), _kept(joins)).items():
         if spent := cost.flops(node):
             for i in members:
                 costs[i] += spent // len(members)

@@ -28,7 +28,7 @@ class Site:
     Args:
         node: the operation that gives the result; of a chain of products, the last.
         query, key: its operands, as near as the graph holds them.
-        scores: for "matmul-softmax", the product of queries and keys.
+        scores: where two products make the attention, the inner one: of queries and keys, or for "linear" of keys and values.
     """
 
     node: fx.Node
@@ -38,8 +38,8 @@ class Site:
     scores: fx.Node | None = None
 
 
-def sites(nodes: Iterable[fx.Node]) -> list[Site]:
-    """The attentions among `nodes`, in order. A product of products that no softmax parts is a linear attention."""
+def sites(nodes: Iterable[fx.Node], tokens: int | None = None) -> list[Site]:
+    """The attentions among `nodes`, in order; `tokens` is the length of the stream that they belong to, where it is known."""
     found: dict[fx.Node, Site] = {}
     nodes = list(nodes)
     for node in nodes:
@@ -47,7 +47,7 @@ def sites(nodes: Iterable[fx.Node]) -> list[Site]:
             found[node] = site
     inner = {s.scores for s in found.values()}
     for node in nodes:
-        if node not in found and node not in inner and (site := _linear(node, found)):
+        if node not in found and node not in inner and (site := _chain(node, found, tokens)):
             found[node] = site
     order = {n: i for i, n in enumerate(nodes)}
     return sorted(found.values(), key=lambda s: order[s.node])
@@ -89,17 +89,50 @@ def _with_softmax(node: fx.Node) -> Site | None:
     return None
 
 
-def _linear(node: fx.Node, known: dict[fx.Node, Site]) -> Site | None:
-    """A product with the product of two values that both come out of layers, and no layer in between."""
+def _chain(node: fx.Node, known: dict[fx.Node, Site], tokens: int | None) -> Site | None:
+    """A product with the product of two values that all come out of layers, and no layer in between.
+
+    Where something but views, padding and factors lies between the two products, or where the inner one does not sum over
+    tokens, the inner one is scores: attention with a normaliser of its own. Else keys and values were multiplied first.
+    """
     if node.target not in _PRODUCTS or len(pair := _operands(node)) != 2 or not all(map(_is_learned, pair)):
         return None
     for inner, outer in (pair, pair[::-1]):
-        product = _above(inner, known)
+        product, between = _above(inner, known)
         if product is None or len(both := _operands(product)) != 2 or not all(map(_is_learned, both)):
             continue
-        # of the three values the one beside the inner product is the query, unless the inner product is of two token axes
+        normalised = any(n.target not in _MOVES and not _is_factor(n) for n in between)
+        if normalised or (tokens is not None and _contracted(product) != tokens):
+            soft = any(n.target in _EXPONENTIALS for n in between)
+            return Site(node, "matmul-softmax" if soft else "matmul", both[0], both[1], product)
         return Site(node, "linear", outer, both[0], product)
     return None
+
+
+_EXPONENTIALS = (aten.exp.default, aten.exp2.default, aten.logsumexp.default, aten.log_softmax.int)
+_MOVES = (
+    VIEWS | CASTS | {aten.pad.default, aten.constant_pad_nd.default, aten.expand.default, aten.slice.Tensor, aten.mT.default}
+)
+
+
+def _is_factor(node: fx.Node) -> bool:
+    return (
+        node.target in (aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar) and len(node.all_input_nodes) == 1
+    )
+
+
+def _contracted(product: fx.Node) -> int | None:
+    """The size that a product sums over."""
+    first = _operands(product)[0]
+    value = tensor_of(first)
+    if value is None:
+        return None
+    if product.target is not aten.einsum.default:
+        return _int(value.shape[-1])
+    inputs, _, output = str(product.args[0]).replace(" ", "").partition("->")
+    letters = inputs.split(",")[0]
+    sizes = [_int(n) for letter, n in zip(letters, value.shape, strict=False) if letter not in output]
+    return sizes[0] if len(sizes) == 1 else None
 
 
 def _operands(product: fx.Node) -> list[fx.Node]:
@@ -110,22 +143,24 @@ def _operands(product: fx.Node) -> list[fx.Node]:
     return [a for a in product.args[at : at + 2] if isinstance(a, fx.Node)]
 
 
-def _above(node: fx.Node, known: dict[fx.Node, Site]) -> fx.Node | None:
-    """The product that `node` is, seen through elementwise work and padding."""
+def _above(node: fx.Node, known: dict[fx.Node, Site]) -> tuple[fx.Node | None, list[fx.Node]]:
+    """The product that `node` is, seen through elementwise work and padding, and what lies between."""
     todo, seen = [node], {node}
+    passed: list[fx.Node] = []
     while todo and len(seen) < 64:
         at = todo.pop(0)
         if at in known:
             continue
         if at.target in _PRODUCTS:
-            return at
+            return at, passed
         if at.op != "call_function" or is_work(at):
             continue
+        passed.append(at)
         for parent in at.all_input_nodes:
             if parent not in seen:
                 seen.add(parent)
                 todo.append(parent)
-    return None
+    return None, passed
 
 
 def _is_learned(node: fx.Node) -> bool:
@@ -226,9 +261,9 @@ def _sizes(site: Site) -> tuple[int | None, int | None, int | None, int | None]:
     if site.form == "sdpa":
         return None, _int(q.shape[-2]), _int(k.shape[-2]), _int(q.shape[-1])
     scores = tensor_of(site.scores)
-    if site.form == "matmul-softmax" and scores is not None:
+    if site.form in ("matmul-softmax", "matmul") and scores is not None:
         heads = _int(scores.shape[1]) if scores.ndim == 4 else None
-        return heads, _int(scores.shape[-2]), _int(scores.shape[-1]), _int(q.shape[-1])
+        return heads, _int(scores.shape[-2]), _int(scores.shape[-1]), _contracted(site.scores)  # type: ignore[arg-type]
     if site.form == "linear" and scores is not None and scores.ndim == 4:
         heads, width = _int(scores.shape[1]), _int(scores.shape[-1])
         keys = _length(k, heads, width)

@@ -54,11 +54,19 @@ def _waves_of(source: fx.Node) -> list[fx.Node]:
             if user in seen or user.op == "output" or (is_work(user) and not _is_table_product(user, node)):
                 continue
             seen.add(user)
-            if user.target in _WAVES:
+            if _is_wave(user):
                 found.append(user)
             else:
                 todo.append(user)
     return found
+
+
+def _is_wave(node: fx.Node) -> bool:
+    """A sine or cosine, or both as one complex number."""
+    if node.target in _WAVES or node.target is aten.polar.default:
+        return True
+    value = tensor_of(node)
+    return node.target is aten.exp.default and value is not None and value.is_complex()
 
 
 def _is_table_product(node: fx.Node, factor: fx.Node) -> bool:

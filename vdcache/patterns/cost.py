@@ -98,11 +98,14 @@ def _einsum(equation: str, operands: Any) -> int:
     return 2 * math.prod(sizes.values())
 
 
-def owners(graph: fx.Graph, regions: Iterable[Iterable[fx.Node]]) -> dict[fx.Node, tuple[int, ...]]:
+def owners(
+    graph: fx.Graph, regions: Iterable[Iterable[fx.Node]], needed: Iterable[fx.Node] = ()
+) -> dict[fx.Node, tuple[int, ...]]:
     """Which regions a node works for: those it lies in, and those that alone read what it computes.
 
-    What nobody is told apart for (the output reads it, or a node outside all regions) is left out.
+    What the output or a node outside all regions reads, and what is `needed` all the same, is left out.
     """
+    kept = set(needed)
     own: dict[fx.Node, set[int]] = {}
     for number, region in enumerate(regions):
         for node in region:
@@ -111,6 +114,6 @@ def owners(graph: fx.Graph, regions: Iterable[Iterable[fx.Node]]) -> dict[fx.Nod
     for node in reversed(graph.nodes):
         if node in own:
             found[node] = tuple(sorted(own[node]))
-        elif node.op == "call_function" and node.users and all(u in found for u in node.users):
+        elif node.op == "call_function" and node not in kept and node.users and all(u in found for u in node.users):
             found[node] = tuple(sorted(set().union(*(found[u] for u in node.users))))
     return found

@@ -120,7 +120,8 @@ class Attention:
             streams attend to each other).
         layout: what a sequence runs over: "spatial", "temporal", "full" or "unknown".
         heads, q_len, kv_len, head_dim: None where the graph does not fix them.
-        form: how it is written: "sdpa", "flex", "matmul-softmax", "linear" (no softmax) or "custom" (another library's kernel).
+        form: how it is written: "sdpa", "flex", "matmul-softmax", "matmul" (scores with another normaliser), "linear"
+            (keys and values are multiplied first) or "custom" (another library's kernel).
         spans: where tokens of which role lie in the sequence of keys; empty where all are of one role.
         grid: what the video tokens stand for, where the graph shows it.
     """

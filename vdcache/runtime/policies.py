@@ -131,7 +131,7 @@ def scaled(codebook: Codebook, factor: float) -> Codebook:
 
 @dataclass(frozen=True)
 class MoReg:
-    """Motion regularisation (papers/000 section 4.3): videos that move are recomputed more often.
+    """Motion regularisation (arXiv 2411.02397, section 4.3): videos that move are recomputed more often.
 
     Args:
         strides: distances in latent frames that the motion score looks at.
@@ -175,7 +175,7 @@ RULES = ("vdcache", "paper", "code")
 
 @dataclass(frozen=True)
 class AdaCache:
-    """Recompute when the codebook says that the observed branch has changed enough (papers/000, arXiv 2411.02397).
+    """Recompute when the codebook says that the observed branch has changed enough (arXiv 2411.02397).
 
     Args:
         codebook: change -> steps until the next computed one.

@@ -139,6 +139,11 @@ class Session:
         self._begun = False  # begin() was called and no step has started since
         self._syncs = 0
 
+    def __repr__(self) -> str:
+        done = self.history.computed_steps() if len(self.history) else []
+        steps = f"{self.num_steps} steps" if self.num_steps else "steps not known yet"
+        return f"<Session {self.name}, {steps}, {self._generation + 1} generations, {len(done)} steps computed in the last>"
+
     # ---- what the user may say -------------------------------------------------------------------------------------
 
     def begin(self, num_steps: int | None = None) -> None:
@@ -305,9 +310,9 @@ class Session:
             if not graph.clocks:
                 warn_once(
                     self._said,
-                    "vdcache: a graph with cacheable branches ran before any timestep was seen, so it is computed in full. "
-                    "If the model takes its timestep as a Python float, pass a tensor, or say where each step begins with "
-                    "session.begin() and session.step().",
+                    "vdcache: a graph with cacheable branches ran before any timestep was seen, so it is computed in full. A timestep "
+                    "is a tensor that reaches a sine or cosine and then a layer (a Python float reaches none). If the model embeds its "
+                    "time otherwise, say where each step begins with session.begin() and session.step().",
                     key="no clock",
                 )
         return graph.family not in self._early and self._step >= 0

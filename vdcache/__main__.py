@@ -1,0 +1,5 @@
+"""`python -m vdcache` is the command `vdcache`."""
+
+from vdcache.cli import app
+
+app(prog_name="vdcache")
