@@ -599,3 +599,27 @@ def test_dynamo_giving_up_is_said_once():
             compiled.vdcache.step()
             compiled(latent(step), 1000.0 - step, text())
     assert sum("recompile_limit" in str(w.message) for w in said) == 1
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: vdcache.compile(TinyDiT, "every-2"), "pass an instance, TinyDiT"),
+        (lambda m: vdcache.explain(TinyDiT), "pass an instance, TinyDiT"),
+        (lambda m: vdcache.compile("model.safetensors"), "takes a module or a function; got str"),
+        (lambda m: vdcache.compile(m, options={"num_steps": 8}), "what stands there is given directly"),
+        (lambda m: vdcache.compile(m, num_step=8), "did you mean 'num_steps'"),
+        (lambda m: vdcache.compile(m, zzz=8), r"unknown argument 'zzz'\. There are"),
+        (lambda m: vdcache.compile(m, "zzz"), r"'zzz'\. There are"),
+    ],
+)
+def test_wrong_arguments_fail_at_once_and_leave_the_class_alone(call, message):
+    before = TinyDiT.__call__
+    with pytest.raises(vdcache.ConfigError, match=message):
+        call(TinyDiT())
+    assert TinyDiT.__call__ is before
+
+
+def test_a_session_prints_in_one_line():
+    session = vdcache.compile(TinyDiT(), "every-2", num_steps=4, inner="eager").vdcache
+    assert repr(session) == "<Session every-2, 4 steps, 0 generations, 0 steps computed in the last>"

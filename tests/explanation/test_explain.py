@@ -276,3 +276,15 @@ def test_the_command_line_finds_modules_in_the_working_directory(tmp_path):
     command = [str(Path(sys.executable).with_name("vdcache")), "explain", "mine:f"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and "no residual branch" in done.stdout
+
+
+def test_the_shipped_example_and_the_version():
+    result = CliRunner().invoke(app, ["explain", "vdcache.demo.model:example"])
+    assert result.exit_code == 0 and "8 self-attention, 8 cross-attention, 8 mlp" in result.output
+    assert vdcache.__version__ in CliRunner().invoke(app, ["--version"]).output
+
+
+def test_a_page_that_cannot_be_written_is_said_before_the_work(tmp_path):
+    (tmp_path / "file").touch()
+    result = CliRunner().invoke(app, ["explain", "vdcache.demo.model:example", "--html", str(tmp_path / "file" / "page.html")])
+    assert result.exit_code == 1 and "self-attention" not in result.output

@@ -199,7 +199,7 @@ class Program:
         self.settings.say_once(
             "no session",
             "vdcache: a graph runs outside any session and is computed in full: no timestep is seen in it. A timestep is a tensor "
-            "that reaches a sine or cosine and then a layer (a Python float reaches none). If the model embeds its time otherwise, or "
+            "that reaches a sine or cosine and then a layer (a Python float reaches none: pass a tensor). If the model embeds its time otherwise, or "
             "breaks into several graphs, use model = vdcache.compile(model); model.vdcache.begin(steps) and .step() then say the step.",
         )
         io = self._io

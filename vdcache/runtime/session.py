@@ -311,7 +311,7 @@ class Session:
                 warn_once(
                     self._said,
                     "vdcache: a graph with cacheable branches ran before any timestep was seen, so it is computed in full. A timestep "
-                    "is a tensor that reaches a sine or cosine and then a layer (a Python float reaches none). If the model embeds its "
+                    "is a tensor that reaches a sine or cosine and then a layer (a Python float reaches none: pass a tensor). If the model embeds its "
                     "time otherwise, say where each step begins with session.begin() and session.step().",
                     key="no clock",
                 )
