@@ -28,7 +28,8 @@ test: setup browser
 
 # Each script answers one question and writes its rows.
 bench: setup
-	for question in steps compile_time passes anatomy demo moreg; do \
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev,bench]'
+	for question in steps compile_time passes anatomy coverage demo moreg; do \
 	  $(BIN)/python -m bench.$$question --json bench/results/$$question.json || exit 1; done
 
 lint: setup

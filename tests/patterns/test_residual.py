@@ -40,6 +40,7 @@ SPELLINGS = {
     "addcmul": lambda x, w: torch.addcmul(x, w[0], torch.relu(x @ w) @ w),
     "lerp": lambda x, w: torch.lerp(x, torch.relu(x @ w) @ w, 0.3),
     "minus": lambda x, w: x - torch.relu(x @ w) @ w,
+    "minus minus": lambda x, w: torch.relu(x @ w) @ w - (-x),
     "cast": lambda x, w: (x.double() + (torch.relu(x @ w) @ w).double() * 0.1).float(),
     "scaled skip": lambda x, w: 0.7 * x + torch.relu(x @ w) @ w,
     "stacked": lambda x, w: torch.stack([x, torch.relu(x @ w) @ w]).sum(0),
@@ -349,3 +350,19 @@ def test_other_spellings_of_a_timestep_embedding(wave):
             return x + mlp(x * (e @ self.w)[:, None], self.w)
 
     assert len(look(Net(), X, torch.tensor([500.0])).clocks) == 1
+
+
+def test_streams_cut_out_of_one_sequence_keep_their_roles():
+    """Text and latent are put together for their positions and cut apart again before the first block."""
+
+    def net(x, c, w, positions):
+        both = torch.cat([c @ w, x @ w], 1) + positions
+        text, x = both[:, :3], both[:, 3:]
+        q = torch.cat([text @ w, x @ w], 1)
+        h = attend(q, q, q)
+        return x + h[:, 3:] @ w, (text + h[:, :3] @ w).mean()
+
+    found = look(net, X, CONTEXT, W, torch.randn(1, 9, 8))
+    assert [s.role for s in found.streams] == ["latent", "text"]
+    assert all(not s.spans for s in found.streams)
+    assert [(s.role, s.start, s.stop) for s in found.attentions[0].spans] == [("text", 0, 3), ("latent", 3, 9)]

@@ -19,7 +19,7 @@ from vdcache.ir.ops import CASTS, SLICES, VIEWS, is_effectful, is_work, tensor_o
 from vdcache.patterns.facts import NoMatch
 from vdcache.patterns.index import Index
 
-__all__ = ["Join", "additions", "asked", "carried_joins", "find_joins"]
+__all__ = ["Join", "additions", "asked", "carried", "carried_joins", "find_joins"]
 
 aten = torch.ops.aten
 _TIME = "what is added to depends on nothing but the timestep and parameters, so it is no stream"
@@ -48,7 +48,9 @@ def additions(node: fx.Node) -> list[tuple[fx.Node, list[fx.Node], bool]]:
             return [(a, [b], True), (b, [a], True)]
         return [(a, [b], False)]
     if node.target is aten.sub.Tensor and len(args) == 2:
-        return [(args[0], [args[1]], False)]
+        minus = args[1].args[0] if args[1].target is aten.neg.default else None
+        swapped = [(minus, [args[0]], False)] if isinstance(minus, fx.Node) else []
+        return [(args[0], [args[1]], False), *swapped]
     if node.target in (aten.addcmul.default, aten.addmm.default, aten.baddbmm.default, aten.addcdiv.default) and len(args) == 3:
         return [(args[0], args[1:], False)]
     if node.target in (aten.lerp.Tensor, aten.lerp.Scalar):
@@ -298,7 +300,7 @@ def carried_joins(base: fx.Node, joins: dict[fx.Node, Join]) -> list[fx.Node]:
             continue
         if node.op != "call_function" or is_work(node):
             continue
-        for parent in _carried(node):
+        for parent in carried(node):
             if parent not in seen:
                 seen.add(parent)
                 todo.append(parent)
@@ -308,7 +310,8 @@ def carried_joins(base: fx.Node, joins: dict[fx.Node, Join]) -> list[fx.Node]:
 _FIRST = SLICES | {aten.pad.default, aten.constant_pad_nd.default, aten.slice_scatter.default, aten.select_scatter.default}
 
 
-def _carried(node: fx.Node) -> list[fx.Node]:
+def carried(node: fx.Node) -> list[fx.Node]:
+    """The operands whose elements `node` carries on, or a part of them."""
     if node.target in _FIRST:
         first = node.args[0]
         return [first] if isinstance(first, fx.Node) else []

@@ -10,7 +10,7 @@ from torch import fx
 from vdcache.ir.ops import tensor_of
 from vdcache.patterns.facts import Span, Stream
 from vdcache.patterns.index import Index
-from vdcache.patterns.residual import Join, carried_joins
+from vdcache.patterns.residual import Join, carried, carried_joins
 
 __all__ = ["Streams"]
 
@@ -64,7 +64,34 @@ class Streams:
         if before:
             roles = {self._roles[s] for s in before if s < stream}
             return roles.pop() if len(roles) == 1 else "joint"
-        return self._role(self._index.inputs_of(start.base))
+        return self._role(self._index.inputs_of(self._piece(start.base) or start.base))
+
+    def _piece(self, base: fx.Node) -> fx.Node | None:
+        """Where `base` is a slice of a concatenation along the sequence: the piece that it was cut out of."""
+        value = tensor_of(base)
+        if value is None or value.ndim != 3 or not isinstance(length := value.shape[1], int):
+            return None
+        at, start = base, 0
+        for _ in range(32):
+            if at.target is aten.slice.Tensor and len(at.args) > 2 and at.args[1] == 1 and isinstance(at.args[2], int):
+                start += at.args[2]
+                at = at.args[0]  # type: ignore[assignment]
+            elif at.target is aten.cat.default:
+                offset = 0
+                for piece in at.args[0]:  # type: ignore[union-attr]
+                    x = tensor_of(piece)
+                    if x is None or x.ndim != 3 or not isinstance(size := x.shape[1], int):
+                        return None
+                    if offset <= start and start + length <= offset + size:
+                        return piece  # type: ignore[return-value]
+                    offset += size
+                return None
+            else:
+                above = [p for p in carried(at) if self._index.inputs_of(p)]
+                if len(above) != 1:
+                    return None
+                at = above[0]
+        return None
 
     def _role(self, inputs: int) -> str:
         inputs &= ~self._conditioning
@@ -96,7 +123,7 @@ class Streams:
                     inputs=self._names(self._index.inputs_of(start.base)),
                     start=start.base.name,
                     joins=tuple(j.node.name for j in joins),
-                    spans=self.spans(start.base),
+                    spans=() if self._piece(start.base) else self.spans(start.base),
                     parents=self._parents[number],
                 )
             )
