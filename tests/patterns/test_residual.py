@@ -355,14 +355,14 @@ def test_other_spellings_of_a_timestep_embedding(wave):
 def test_streams_cut_out_of_one_sequence_keep_their_roles():
     """Text and latent are put together for their positions and cut apart again before the first block."""
 
-    def net(x, c, w, positions):
-        both = torch.cat([c @ w, x @ w], 1) + positions
+    def net(x, c, w):
+        both = torch.cat([c @ w, x @ w], 1) + torch.full((1, 9, 8), 0.1)
         text, x = both[:, :3], both[:, 3:]
         q = torch.cat([text @ w, x @ w], 1)
         h = attend(q, q, q)
         return x + h[:, 3:] @ w, (text + h[:, :3] @ w).mean()
 
-    found = look(net, X, CONTEXT, W, torch.randn(1, 9, 8))
+    found = look(net, X, CONTEXT, W)
     assert [s.role for s in found.streams] == ["latent", "text"]
     assert all(not s.spans for s in found.streams)
     assert [(s.role, s.start, s.stop) for s in found.attentions[0].spans] == [("text", 0, 3), ("latent", 3, 9)]
