@@ -14,7 +14,7 @@ from vdcache.explanation.report import GraphFacts, Report, Slot, Variant
 from vdcache.ir import dialect
 from vdcache.ir.capture import Captured, Part, Parts, exported, parts
 from vdcache.ir.errors import CaptureError, ConfigError, VdcacheError
-from vdcache.ir.ops import CASTS, VIEWS, tensor_of
+from vdcache.ir.ops import tensor_of, unviewed
 from vdcache.passes import Canonicalise, MergeSlots, Pipeline
 from vdcache.patterns import Anatomy, Branch, NoMatch, anatomy, cost
 from vdcache.recipe import Recipe
@@ -196,7 +196,7 @@ def _slots(guarded: fx.GraphModule, facts: Anatomy, number: int) -> list[Slot]:
         if isinstance(base, fx.Node):
             last = _last_join(fresh, by_join)
             if last is not None:
-                low = position[_before_repeats(base).name]
+                low = position[unviewed(base).name]  # merging repeats views of the start right before its guard
                 branches = [
                     b for b in facts.branches if b.stream == last.stream and low < position[b.join] <= position[last.join]
                 ]
@@ -234,13 +234,6 @@ def _as_many(a: fx.Node, b: fx.Node) -> bool:
     """Whether two nodes hold as many elements."""
     x, y = tensor_of(a), tensor_of(b)
     return x is not None and y is not None and str(x.numel()) == str(y.numel())
-
-
-def _before_repeats(node: fx.Node) -> fx.Node:
-    """The value that views and casts of it repeat (merging puts them right before its guard)."""
-    while (node.target in VIEWS or node.target in CASTS) and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    return node
 
 
 def _cheapest(recipe: Recipe, steps: int) -> tuple[tuple[str, ...], ...]:

@@ -212,7 +212,6 @@ class Part:
 
     Args:
         captured: None where the graph could not be brought into vdcache's form; `problem` then says why.
-        frame: the function that the graph comes from.
         line: the user's source line that it begins with.
         ends: why it ends where it does, "" at the end of the function.
         ends_at: the source line of that.
@@ -220,7 +219,6 @@ class Part:
 
     captured: Captured | None
     problem: str = ""
-    frame: str = ""
     line: str = ""
     ends: str = ""
     ends_at: str = ""
@@ -282,11 +280,8 @@ def _on_meta(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
 
 def _collect(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     """The backend of `parts`: what it returns says that it was called, and gives zeros."""
-    from torch._guards import CompileContext
-
     reason = getattr(graph, "compile_subgraph_reason", None)
     broken = bool(getattr(reason, "graph_break", False))
-    context = CompileContext.get()
     stacks = [n.meta["stack_trace"] for n in graph.graph.nodes if isinstance(n.meta.get("stack_trace"), str)]
     stack = list(getattr(reason, "user_stack", None) or ())
     values = [n.meta.get("example_value") if isinstance(n, fx.Node) else n for n in outputs(graph.graph)]
@@ -297,7 +292,6 @@ def _collect(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[.
     part = Part(
         captured=captured,
         problem=problem,
-        frame=_frame_name(str(getattr(context, "compile_id", ""))),
         line=last_line(stacks[0]) if stacks else "",
         ends=_first_line(reason.reason) if broken and reason is not None else "",
         ends_at=f"{stack[-1].filename}:{stack[-1].lineno}" if broken and stack else "",
@@ -343,10 +337,6 @@ def _zeros(value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     return torch.zeros([int(s) for s in value.shape], dtype=value.dtype, device=value.device)
-
-
-def _frame_name(compile_id: str) -> str:
-    return compile_id.strip("[]")
 
 
 def last_line(stack: str) -> str:

@@ -17,6 +17,7 @@ __all__ = [
     "is_work",
     "same_type",
     "tensor_of",
+    "unviewed",
 ]
 
 aten = torch.ops.aten
@@ -88,6 +89,13 @@ def tensor_of(node: object) -> torch.Tensor | None:
     """The fake tensor that a node computes, if it computes one."""
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
     return value if isinstance(value, torch.Tensor) else None
+
+
+def unviewed(node: fx.Node) -> fx.Node:
+    """The value that `node` repeats but for views and casts."""
+    while (node.target in VIEWS or node.target in CASTS) and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
 
 
 def same_type(a: object, b: object) -> bool:

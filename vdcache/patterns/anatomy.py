@@ -41,12 +41,11 @@ def anatomy(graph: fx.GraphModule) -> Anatomy:
     streams = Streams(index, joins, index.mask_of(latents), index.mask_of(clocks))
     grid = conditioning.grid(index, latents[0] if latents else "", _latent_tokens(streams))
     shapes = [blocks.shape_of(j) for j in joins]
-    found = _branches(graph.graph, index, joins, shapes, streams, grid)
+    held = cost.owners(graph.graph, _regions(joins), _kept(joins))
+    found = _branches(index, joins, shapes, held, streams, grid)
     inside = {n for j in joins for n in j.inside}
     loose = [s for s in sites(index.nodes) if s.node not in inside]
-    varying = (1 << len(index.activations)) - 1
-    apart = tuple(describe(index, s, s.query, set(), varying, streams, grid) for s in loose)
-    held = cost.owners(graph.graph, _regions(joins), _kept(joins))
+    apart = tuple(describe(index, s, s.query, set(), streams, grid) for s in loose)
     result = Anatomy(
         branches=tuple(found),
         clocks=clocks,
@@ -93,9 +92,13 @@ def _latent_tokens(streams: Streams) -> int | None:
 
 
 def _branches(
-    graph: fx.Graph, index: Index, joins: Sequence[Join], shapes: Sequence[str], streams: Streams, grid: Grid | None
+    index: Index,
+    joins: Sequence[Join],
+    shapes: Sequence[str],
+    owners: dict[fx.Node, tuple[int, ...]],
+    streams: Streams,
+    grid: Grid | None,
 ) -> list[Branch]:
-    varying = (1 << len(index.activations)) - 1
     attentions: list[list[Attention]] = []
     kinds: list[str] = []
     held: list[list[Site]] = []
@@ -106,13 +109,13 @@ def _branches(
         # an attention that another branch added already only feeds this one, where it has one of its own
         alone = [s for s in own_sites if shared[s.node] == 1]
         held.append(alone or own_sites)
-        attentions.append([describe(index, s, join.source, inside, varying, streams, grid) for s in held[-1]])
+        attentions.append([describe(index, s, join.source, inside, streams, grid) for s in held[-1]])
         kinds.append(_kind(join, held[-1], attentions[-1]))
     numbers = blocks.segment(
         shapes, kinds, [streams.of[j.node] for j in joins], [frozenset(s.node.name for s in own) for own in held]
     )
     costs = [0] * len(joins)
-    for node, members in cost.owners(graph, _regions(joins), _kept(joins)).items():
+    for node, members in owners.items():
         if spent := cost.flops(node):
             for i in members:
                 costs[i] += spent // len(members)

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from vdcache.ir.ops import ATTENTION, CASTS, VIEWS, is_work, tensor_of
+from vdcache.ir.ops import ATTENTION, CASTS, VIEWS, is_work, tensor_of, unviewed
 from vdcache.patterns.facts import Attention, Grid, Span
 from vdcache.patterns.index import Index
 from vdcache.patterns.streams import Streams
 
-__all__ = ["Site", "attention_nodes", "describe", "sites"]
+__all__ = ["Site", "describe", "sites"]
 
 aten = torch.ops.aten
 _SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
@@ -51,10 +51,6 @@ def sites(nodes: Iterable[fx.Node], tokens: int | None = None) -> list[Site]:
             found[node] = site
     order = {n: i for i, n in enumerate(nodes)}
     return sorted(found.values(), key=lambda s: order[s.node])
-
-
-def attention_nodes(nodes: Sequence[fx.Node]) -> list[fx.Node]:
-    return [s.node for s in sites(nodes)]
 
 
 def _fused(node: fx.Node) -> Site | None:
@@ -170,23 +166,13 @@ def _is_learned(node: fx.Node) -> bool:
         at = todo.pop()
         if at.op == "call_function" and is_work(at) and (at.target not in _PRODUCTS or tensor_of(at) is None):
             return True
-        if at.target in _PRODUCTS and any(a.op in ("placeholder", "get_attr") for a in _sources(_operands(at))):
+        if at.target in _PRODUCTS and any(unviewed(a).op in ("placeholder", "get_attr") for a in _operands(at)):
             return True  # a layer spelled as a product with a weight
         for parent in at.all_input_nodes:
             if parent not in seen:
                 seen.add(parent)
                 todo.append(parent)
     return False
-
-
-def _sources(nodes: Iterable[fx.Node]) -> list[fx.Node]:
-    """What `nodes` repeat but for views and casts."""
-    found = []
-    for node in nodes:
-        while (node.target in VIEWS or node.target in CASTS) and isinstance(node.args[0], fx.Node):
-            node = node.args[0]
-        found.append(node)
-    return found
 
 
 def _through(node: Any, targets: tuple[Any, ...]) -> fx.Node | None:
@@ -222,19 +208,16 @@ _PASS_BY = (
 )
 
 
-def describe(
-    index: Index, site: Site, source: fx.Node, inside: set[fx.Node], varying: int, streams: Streams, grid: Grid | None
-) -> Attention:
+def describe(index: Index, site: Site, source: fx.Node, inside: set[fx.Node], streams: Streams, grid: Grid | None) -> Attention:
     """What an attention inside a branch that reads `source` is.
 
     Args:
         inside: the nodes of the branch.
-        varying: mask of the activations whose tokens may stand in a sequence.
     """
     query, key = site.query, site.key
     if not _reads(key, source, inside):
         kind = "cross"
-    elif _mixes_streams(index, key, source, inside, varying) or _mixes_streams(index, query, source, inside, varying):
+    elif _mixes_streams(index, key, source, inside) or _mixes_streams(index, query, source, inside):
         kind = "joint"
     else:
         kind = "self"
@@ -297,7 +280,7 @@ def _reads(node: fx.Node, source: fx.Node, inside: set[fx.Node]) -> bool:
     return node is source or node in inside
 
 
-def _mixes_streams(index: Index, node: fx.Node, source: fx.Node, inside: set[fx.Node], varying: int) -> bool:
+def _mixes_streams(index: Index, node: fx.Node, source: fx.Node, inside: set[fx.Node]) -> bool:
     """Whether tokens from outside the branch are concatenated on the way from `source` to `node`.
 
     What comes straight from an input, without a layer, is no other stream: a cache of earlier keys.
@@ -310,7 +293,7 @@ def _mixes_streams(index: Index, node: fx.Node, source: fx.Node, inside: set[fx.
         if at.target is aten.cat.default:
             pieces: Any = at.args[0]
             for piece in pieces:
-                if not _reads(piece, source, inside) and index.inputs_of(piece) & varying and _has_work(piece):
+                if not _reads(piece, source, inside) and index.inputs_of(piece) and _has_work(piece):
                     return True
         for parent in at.all_input_nodes:
             if parent not in seen:

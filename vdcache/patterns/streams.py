@@ -47,7 +47,6 @@ class Streams:
             self.of[join.node] = stream
             self.joins[stream].append(join)
             known[join.node] = join
-        self._known = known
         self._values: dict[fx.Node, int] = {}  # any value of a stream -> the stream
         for join in joins:
             self._values[join.node] = self.of[join.node]
@@ -60,9 +59,8 @@ class Streams:
 
     def _role_of_start(self, stream: int) -> str:
         start = self.starts[stream]
-        before = {self.of[j] for j in carried_joins(start.base, self._known) if j is not start.node}
-        if before:
-            roles = {self._roles[s] for s in before if s < stream}
+        if before := self._parents[stream]:
+            roles = {self._roles[s] for s in before}
             return roles.pop() if len(roles) == 1 else "joint"
         return self._role(self._index.inputs_of(self._piece(start.base) or start.base))
 
