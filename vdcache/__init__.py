@@ -23,6 +23,7 @@ _PUBLIC = {
     "dump": "vdcache.ir.dump",
     "Recipe": "vdcache.recipe",
     "adacache": "vdcache.recipe",
+    "profilingdit": "vdcache.recipe",
     "recipes": "vdcache.recipe",
     "Session": "vdcache.runtime.session",
     "History": "vdcache.runtime.history",
@@ -31,6 +32,10 @@ _PUBLIC = {
     "Policy": "vdcache.runtime.policies",
     "Codebook": "vdcache.runtime.policies",
     "MoReg": "vdcache.runtime.policies",
+    "Intervals": "vdcache.runtime.schedules",
+    "Listed": "vdcache.runtime.schedules",
+    "Scheduled": "vdcache.runtime.schedules",
+    "Together": "vdcache.runtime.schedules",
     "Pass": "vdcache.passes.base",
     "PassResult": "vdcache.passes.base",
     "Pipeline": "vdcache.passes.base",
@@ -52,10 +57,11 @@ if TYPE_CHECKING:
     from vdcache.ir.dump import dump
     from vdcache.ir.errors import CacheStateError, CaptureError, ConfigError, ContractError, VdcacheError, VdcacheWarning
     from vdcache.passes.base import Pass, PassResult, Pipeline
-    from vdcache.recipe import Recipe, adacache, recipes
+    from vdcache.recipe import Recipe, adacache, profilingdit, recipes
     from vdcache.runtime.history import History, record
     from vdcache.runtime.plan import Plan
     from vdcache.runtime.policies import Codebook, MoReg, Policy
+    from vdcache.runtime.schedules import Intervals, Listed, Scheduled, Together
     from vdcache.runtime.session import Session
 
 

@@ -9,15 +9,16 @@ import difflib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from vdcache.ir.errors import ConfigError
 from vdcache.passes import Canonicalise, MarkBranches, MergeSlots, Observe, Pass, Pipeline
 from vdcache.runtime.policies import AdaCache, Always, Codebook, EveryN, MoReg, Policy, scaled
+from vdcache.runtime.schedules import Intervals, Listed, Scheduled, Together, scaled_to
 
-__all__ = ["ADACACHE_CODEBOOKS", "Recipe", "adacache", "recipe", "recipes"]
+__all__ = ["ADACACHE_CODEBOOKS", "PROFILINGDIT_LISTS", "Recipe", "adacache", "profilingdit", "recipe", "recipes"]
 
 # The published codebooks: {steps of the generation: {threshold: rate}} (the configs of the reference code).
 # No slow one was published for 100 steps.
@@ -57,11 +58,14 @@ class Recipe:
     def for_steps(self, num_steps: int, said: Callable[[str], None] = lambda message: None) -> Recipe:
         """This recipe for a generation of `num_steps`.
 
-        A codebook of the nearest published number of steps has its rates scaled in proportion (at least 1) and its thresholds
+        A schedule that was made for another number of steps is scaled in proportion. A codebook of the nearest published number of steps has its rates scaled in proportion (at least 1) and its thresholds
         kept; `said` gets a warning then, because the thresholds were chosen for other steps.
         """
         if not isinstance(self.policy, AdaCache) or not self.books:
-            return self
+            policy, changed = scaled_to(self.policy, num_steps)
+            if changed:
+                said(f"vdcache: '{self.name}': {changed}")
+            return replace(self, policy=policy)
         steps, book = min(self.books, key=lambda b: abs(b[0] - num_steps))
         if steps != num_steps:
             book = scaled(book, num_steps / steps)
@@ -84,9 +88,9 @@ class Recipe:
             {
                 "name": self.name,
                 "pipeline": str(self.pipeline),
-                "policy": {"kind": type(self.policy).__name__, **asdict(self.policy)},  # type: ignore[call-overload]
+                "policy": _plain(self.policy),
                 "source": self.source,
-                "books": [[n, asdict(b)["entries"]] for n, b in self.books],
+                "books": _plain(self.books),
             },
             indent=1,
         )
@@ -102,18 +106,29 @@ class Recipe:
             ConfigError: a policy that this version does not know.
         """
         data = json.loads(text.read_text() if isinstance(text, Path) else text)
-        kinds = {kind.__name__: kind for kind in (Always, EveryN, AdaCache)}
-        options = dict(data["policy"])
-        if (kind := kinds.get(options.pop("kind"))) is None:
-            raise ConfigError(f"unknown policy {data['policy']['kind']!r}; there are {', '.join(kinds)}")
-        if kind is AdaCache:
-            options["codebook"] = Codebook.of(options["codebook"]["entries"])
-            if options["moreg"] is not None:
-                motion: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in options["moreg"].items()}
-                options["moreg"] = MoReg(**motion)
         passes = tuple(Pipeline.parse(data["pipeline"]).passes[1:])
-        books = tuple((n, Codebook.of(entries)) for n, entries in data["books"])
-        return Recipe(data["name"], kind(**options), passes, data["source"], books)
+        return Recipe(data["name"], _value(data["policy"]), passes, data["source"], _value(data["books"]))
+
+
+_KINDS = {k.__name__: k for k in (Always, EveryN, AdaCache, Codebook, MoReg, Listed, Intervals, Scheduled, Together)}
+
+
+def _plain(value: Any) -> Any:
+    """A value of policies as JSON takes it."""
+    if is_dataclass(value):
+        return {"kind": type(value).__name__, **{f.name: _plain(getattr(value, f.name)) for f in fields(value)}}
+    return [_plain(v) for v in value] if isinstance(value, tuple) else value
+
+
+def _value(data: Any) -> Any:
+    """What `_plain` was given."""
+    if isinstance(data, list):
+        return tuple(_value(v) for v in data)
+    if not isinstance(data, dict):
+        return data
+    if (kind := _KINDS.get(data["kind"])) is None:
+        raise ConfigError(f"unknown policy {data['kind']!r}; there are {', '.join(_KINDS)}")
+    return kind(**{name: _value(v) for name, v in data.items() if name != "kind"})
 
 
 def adacache(
@@ -163,6 +178,110 @@ def adacache(
     return Recipe(name, policy, (MarkBranches(), MergeSlots(), watch), "arXiv 2411.02397", books)
 
 
+# The published lists (the code of arXiv 2504.03140: hyvideo/ditcache.py, wan/cache.py), as literal constants there. Steps count from 0
+# in runs of 50. The list of HunyuanVideo's computed steps is no instance of the paper's equation 15 for any constants.
+PROFILINGDIT_LISTS: Mapping[str, tuple[int, ...]] = {
+    "hunyuanvideo single": (0, 2, *range(4, 8), *range(10, 22), 23, 25, 26, 27, 31, 33),
+    "hunyuanvideo double": tuple(range(6, 20)),
+    "hunyuanvideo steps": (6, 18, 26, 32, 38, 42, 46, 48),
+    "wan2.1": (0, *range(2, 8), *range(10, 21), *range(25, 33), 37, 38),
+}
+_PROFILINGDIT = "arXiv 2504.03140"
+REUSES = ("background", "foreground", "split", "alternate")
+
+
+def profilingdit(
+    background: Sequence[int] | SupportsBlocks,
+    foreground: Sequence[int] = (),
+    *,
+    when: Intervals | Listed | Sequence[int] | None = None,
+    reuse: str = "background",
+    span: str = "run",
+    of: str = "",
+    name: str = "profilingdit",
+) -> Recipe:
+    """ProfilingDiT (arXiv 2504.03140): reuse the blocks that look at the background, compute the others at every step.
+
+    Args:
+        background: blocks that look at the background, or a `Profile`, which knows both lists. Blocks count from 0 among those
+            that attend over video tokens.
+        foreground: the other blocks; needed where they are reused.
+        when: the computed steps: `Intervals` (equation 15), `Listed` or a list of steps. Without, intervals from 12 down to 2
+            after a warm-up of 6, for 50 steps, scaled to other numbers of steps: the paper gives no constants, these are the first and
+            the last gap of its published list.
+        reuse: which blocks are reused between computed steps: "background", "foreground", or both in turn, "split" (foreground
+            in the first half, background in the second) or "alternate" (ablations of the paper's table 3).
+        span: "run" keeps one delta for a run of consecutive blocks, "block" one for each block.
+        of: count only the "single" or "double" blocks of an MMDiT; empty for both.
+
+    Raises:
+        ConfigError: an empty list, a block that is in both, an unknown word. A block that the model does not have is refused when
+            the model is compiled.
+    """
+    if isinstance(background, SupportsBlocks):
+        lists = {"background": tuple(background.background), "foreground": tuple(background.foreground)}
+        of = of or background.of
+    else:
+        lists = {"background": tuple(background), "foreground": tuple(foreground)}
+    if reuse not in REUSES:
+        raise ConfigError(f"profilingdit: reuse is {', '.join(REUSES)}; got {reuse!r}")
+    if both := sorted(set(lists["background"]) & set(lists["foreground"])):
+        raise ConfigError(f"profilingdit: block {both[0]} is in the foreground and in the background list")
+    groups = {"split": ("foreground", "background"), "alternate": ("background", "foreground")}.get(reuse, (reuse,))
+    if empty := [g for g in groups if not lists[g]]:
+        raise ConfigError(f"profilingdit: reuse={reuse!r} needs a list of {empty[0]} blocks, and it is empty")
+    if when is None:
+        when = Intervals(warm_up=6, t_max=12, t_min=2, of_steps=50)
+    elif not isinstance(when, (Intervals, Listed)):
+        when = Listed(tuple(when))
+    marks = tuple(MarkBranches(group=g, blocks=lists[g], of=of) for g in groups)
+    merges = tuple(MergeSlots(group=g, span=span) for g in groups)
+    policy = Scheduled(when, groups, "split" if reuse == "split" else "alternate")
+    return Recipe(name, policy, (*marks, *merges), _PROFILINGDIT)
+
+
+@runtime_checkable
+class SupportsBlocks(Protocol):
+    """What a `Profile` knows: foreground and background blocks, and of which blocks."""
+
+    @property
+    def background(self) -> tuple[int, ...]: ...
+    @property
+    def foreground(self) -> tuple[int, ...]: ...
+    @property
+    def of(self) -> str: ...
+
+
+def _profilingdit_hunyuanvideo() -> Recipe:
+    """Two slot sets on two clocks, so four variants: single blocks by the list of steps, double blocks every 6."""
+    lists = PROFILINGDIT_LISTS
+    return Recipe(
+        "profilingdit-hunyuanvideo",
+        Together(
+            (
+                Scheduled(Listed(lists["hunyuanvideo steps"], of_steps=50), ("single",)),
+                Scheduled(Intervals(warm_up=6, t_max=6, t_min=6, of_steps=50), ("double",)),
+            )
+        ),
+        (
+            MarkBranches(group="single", blocks=lists["hunyuanvideo single"], of="single", out_of=40),
+            MarkBranches(group="double", blocks=lists["hunyuanvideo double"], of="double", out_of=20),
+            MergeSlots(group="single"),
+            MergeSlots(group="double"),
+        ),
+        _PROFILINGDIT,
+    )
+
+
+def _profilingdit_wan() -> Recipe:
+    return Recipe(
+        "profilingdit-wan2.1",
+        Scheduled(Intervals(warm_up=6, t_max=6, t_min=6, of_steps=50), ("background",)),
+        (MarkBranches(group="background", blocks=PROFILINGDIT_LISTS["wan2.1"], out_of=40), MergeSlots(group="background")),
+        _PROFILINGDIT,
+    )
+
+
 def recipes() -> dict[str, str]:
     """The named presets, each with one line on what it does."""
     return {
@@ -172,6 +291,8 @@ def recipes() -> dict[str, str]:
         "adacache-fast": "AdaCache with the published fast codebook",
         "adacache-fast+moreg": "the fast codebook with motion regularisation",
         "adacache-slow+moreg": "the slow codebook with motion regularisation",
+        "profilingdit-hunyuanvideo": "ProfilingDiT with the published lists for HunyuanVideo (arXiv 2504.03140): 20 double and 40 single blocks",
+        "profilingdit-wan2.1": "ProfilingDiT with the published list for Wan 2.1 14B: 40 blocks",
     }
 
 
@@ -192,6 +313,15 @@ def recipe(name: str | Recipe | None = None) -> Recipe:
         return Recipe(name, EveryN(int(match[1])))
     if match := re.fullmatch(r"adacache-(fast|slow)(\+moreg)?", name):
         return adacache(match[1], moreg=bool(match[2]))
+    if name in (
+        published := {"profilingdit-hunyuanvideo": _profilingdit_hunyuanvideo, "profilingdit-wan2.1": _profilingdit_wan}
+    ):
+        return published[name]()
+    if name == "profilingdit":
+        raise ConfigError(
+            "'profilingdit' needs the lists of one model's blocks: recipe = vdcache.profilingdit(vdcache.profile(model, run)). "
+            f"Published lists go by {' and '.join(published)}."
+        )
     known = list(recipes())
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     raise ConfigError(

@@ -122,7 +122,7 @@ def test_slots_that_no_plan_reads_are_not_kept():
 def test_the_middle_block_of_the_largest_stream_is_observed_by_default():
     model = TinyDiT(blocks=5)
     graph = guarded(model.forward, latent(0), time_of(0), latent(1, 1, 3, 4), more=(Observe(),))
-    assert [s for s, *_ in variant_io(variant(graph)).measures] == ["observed/s0.b2.self-attention"]
+    assert [s for s, *_ in variant_io(variant(graph)).measures] == ["all/observed.s0.b2.self-attention"]
 
 
 def test_bad_observations():

@@ -45,7 +45,9 @@ class Program:
         self.guarded, self.steps = self._guard(pipeline)
         self.anatomy: Anatomy = anatomy(self.guarded)
         self.slots = tuple(str(n.args[1]) for n in dialect.guards(self.guarded.graph))
-        self.plans = tuple(p for p in settings.recipe.policy.plans() if not p or self._touches(p))
+        self.emits = tuple(str(n.args[1]) for n in dialect.emissions(self.guarded.graph))
+        self._groups = frozenset(map(group_of, self.slots))
+        self.plans = tuple(dict.fromkeys(self.narrow(p) for p in settings.recipe.policy.plans()))
 
         given = graph_inputs(captured.graph.graph)
         names = [n.name for n in given]
@@ -59,11 +61,9 @@ class Program:
         self._graphs: dict[Plan, tuple[fx.GraphModule, VariantIO]] = {}
         self._compiled: dict[tuple[Plan, Hashable], Compiled] = {}
         self._by_size: set[Plan] = set()  # plans whose variant is good for one size only
-        needed = {s for p in self.plans if p for s in self._specialised(p)[1].reads}
-        self._needed = tuple(s for s in self.slots if s in needed)
+        self._needed = self._read_by_some_plan()
         self._io = self._specialised(RECOMPUTE)[1]
-        frames: dict[str, Any] = {str(n.args[1]): n.args[4] for n in dialect.observations(self.guarded.graph)}
-        self.layouts = tuple(Layout(slot, d, strides, frames[slot]) for slot, d, strides in self._io.measures)
+        self._frames: dict[str, Any] = {str(n.args[1]): n.args[4] for n in dialect.observations(self.guarded.graph)}
 
     # ---- what there is -------------------------------------------------------------------------------------------
 
@@ -77,8 +77,19 @@ class Program:
         guarded, later = Pipeline(rest, given=given).run(graph, copied=True)
         return guarded, (*first, *later)
 
-    def _touches(self, plan: Plan) -> bool:
-        return any(group_of(s) in plan.reuse for s in self.slots)
+    def narrow(self, plan: Plan) -> Plan:
+        """What of a plan concerns this graph: groups without a slot in it make no variant of their own."""
+        return Plan(plan.reuse & self._groups)
+
+    def _read_by_some_plan(self) -> tuple[str, ...]:
+        """The slots whose values are worth keeping."""
+        needed: set[str] = set()
+        for plan in filter(None, self.plans):
+            graph, io = self._specialise(plan, "none")
+            needed.update(io.reads)
+            if plan.reuse == self._groups:  # it computes nothing that it could keep
+                self._graphs[plan] = graph, io
+        return tuple(s for s in self.slots if s in needed)
 
     @property
     def refusals(self) -> tuple[Refusal, ...]:
@@ -102,6 +113,10 @@ class Program:
         """The slots that the plan's variant takes from the store."""
         return self._specialised(plan)[1].reads
 
+    def layouts(self, plan: Plan) -> tuple[Layout, ...]:
+        """What the plan's variant measures, in order."""
+        return tuple(Layout(slot, d, strides, self._frames[slot]) for slot, d, strides in self._specialised(plan)[1].measures)
+
     def variant_graph(self, plan: Plan) -> fx.GraphModule:
         """The graph that runs under a plan; not to be changed."""
         return self._specialised(plan)[0]
@@ -109,16 +124,15 @@ class Program:
     def _specialised(self, plan: Plan) -> tuple[fx.GraphModule, VariantIO]:
         if plan not in self._graphs:
             keeps = bool(self.slots) and len(self.plans) > 1
-            specialise = Specialise(
-                reuse=plan.reuse,
-                save="needed" if keeps else "none",
-                slots=self._needed if keeps and hasattr(self, "_needed") else (),
-            )
-            given = frozenset().union(*(p.ensures for p in self.settings.recipe.pipeline), Pipeline(()).given)
-            given |= Specialise.requires
-            graph, _ = Pipeline((specialise, DeadCode()), given=given).run(self.guarded)
-            self._graphs[plan] = (graph, variant_io(graph))
+            self._graphs[plan] = self._specialise(plan, "needed" if keeps else "none", self._needed if keeps else ())
         return self._graphs[plan]
+
+    def _specialise(self, plan: Plan, save: str, slots: tuple[str, ...] = ()) -> tuple[fx.GraphModule, VariantIO]:
+        specialise = Specialise(reuse=plan.reuse, save=save, slots=slots)
+        given = frozenset().union(*(p.ensures for p in self.settings.recipe.pipeline), Pipeline(()).given)
+        given |= Specialise.requires
+        graph, _ = Pipeline((specialise, DeadCode()), given=given).run(self.guarded)
+        return graph, variant_io(graph)
 
     # ---- compiling -----------------------------------------------------------------------------------------------
 
@@ -187,6 +201,8 @@ class Program:
         results, rest = outputs[: self._results], outputs[self._results :]
         saved = dict(zip(io.saves, rest, strict=False))
         observed = dict(zip(io.previous, rest[len(io.saves) :], strict=False))
+        if io.emits:
+            session.emit(self, dict(zip(io.emits, rest[len(io.saves) + len(io.previous) :], strict=False)))
         session.leave(ticket, inputs, results, saved, observed, rest[-1] if io.measures else None)
         return results
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor, fx
 
-__all__ = ["DISTANCES", "group_of", "guard", "guarded", "guards", "is_dialect", "observations", "observe"]
+__all__ = ["DISTANCES", "emissions", "emit", "group_of", "guard", "guarded", "guards", "is_dialect", "observations", "observe"]
 
 DISTANCES = ("l1", "l2", "cosine")
 
@@ -33,7 +33,8 @@ def observe(value: Tensor, slot: str, distance: str, strides: tuple[int, ...] = 
     added up before anything is divided.
 
     Args:
-        slot: names the observation; its previous value is kept in the store under this name.
+        slot: "group/name"; its previous value is kept in the store under this name. It is measured in the steps that compute the
+            group.
         distance: "l1", "l2" or "cosine".
         strides: frame distances of the motion score (AdaCache equation 7); none when no motion is asked for.
         frames: latent frames; `value` is then [B, frames * S, C] with frames outermost, or has `frames` as dimension 1.
@@ -41,8 +42,17 @@ def observe(value: Tensor, slot: str, distance: str, strides: tuple[int, ...] = 
     return value
 
 
+def emit(value: Tensor, name: str) -> Tensor:
+    """The value `value`, which whoever listens to the session is given in every step that reuses nothing.
+
+    Args:
+        name: unlike that of every other emission of the graph.
+    """
+    return value
+
+
 def is_dialect(node: fx.Node) -> bool:
-    return node.op == "call_function" and node.target in (guard, observe)
+    return node.op == "call_function" and node.target in (guard, observe, emit)
 
 
 def guards(graph: fx.Graph) -> list[fx.Node]:
@@ -58,6 +68,11 @@ def guarded(node: fx.Node) -> fx.Node:
 def observations(graph: fx.Graph) -> list[fx.Node]:
     """The observe nodes of a graph, in order."""
     return graph.find_nodes(op="call_function", target=observe)
+
+
+def emissions(graph: fx.Graph) -> list[fx.Node]:
+    """The emit nodes of a graph, in order."""
+    return graph.find_nodes(op="call_function", target=emit)
 
 
 def group_of(slot: str) -> str:

@@ -19,7 +19,7 @@ from vdcache.ir.errors import ConfigError
 from vdcache.ir.facts import Fact
 from vdcache.ir.ops import same_type
 from vdcache.passes.base import Pass, PassResult, Refusal, tag
-from vdcache.patterns import KINDS, Branch, anatomy
+from vdcache.patterns import KINDS, Anatomy, Branch, anatomy
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,12 @@ class MarkBranches(Pass):
         group: the group that their slots belong to; a plan reuses whole groups.
         gate: "post" keeps the contribution as it is added; "pre" keeps the value before the gate, so that every step
             applies its own gate (FORA, TaylorSeer), where the branch has one.
+        blocks: in which blocks, counted from 0 among those that attend over video tokens; None for everywhere.
+        of: count only the "single" or the "double" blocks of an MMDiT (`Anatomy.denoising_blocks`); empty for both.
+        out_of: how many blocks there must be, where the list belongs to one model; 0 for any number.
 
     Raises:
-        ConfigError: an unknown kind or gate.
+        ConfigError: an unknown kind or gate; a list of blocks that is empty, names one twice, or names one that the graph does not have.
     """
 
     name: ClassVar[str] = "mark-branches"
@@ -43,19 +46,33 @@ class MarkBranches(Pass):
     kinds: tuple[str, ...] = ()
     group: str = "all"
     gate: str = "post"
+    blocks: tuple[int, ...] | None = None
+    of: str = ""
+    out_of: int = 0
 
     def __post_init__(self) -> None:
         if unknown := [k for k in self.kinds if k not in KINDS]:
             raise ConfigError(f"{self.name}: no branch kind {unknown[0]!r}; there are {', '.join(KINDS)}")
         if self.gate not in ("post", "pre"):
             raise ConfigError(f"{self.name}: gate must be 'post' or 'pre', got {self.gate!r}")
+        if self.of not in ("", "single", "double"):
+            raise ConfigError(f"{self.name}: of must be 'single' or 'double' (or empty for all blocks), got {self.of!r}")
+        if self.blocks is not None:
+            if not self.blocks:
+                raise ConfigError(f"{self.name}: the list of blocks is empty, so there is nothing to reuse")
+            if twice := [b for b in self.blocks if self.blocks.count(b) > 1]:
+                raise ConfigError(f"{self.name}: the list of blocks names {twice[0]} twice")
 
     def run(self, graph: fx.GraphModule) -> PassResult:
         found = anatomy(graph)
+        chosen = self._chosen(found)
         nodes = {n.name: n for n in graph.graph.nodes}
         used = {str(n.args[1]) for n in dialect.guards(graph.graph)}
         rewrites, refusals = 0, [Refusal(r.node, (r.reason,)) for r in found.refusals]
         for branch in found:
+            if chosen is not None and branch.block not in chosen:
+                refusals.append(Refusal(branch.join, (f"block {branch.block} is not in the list",)))
+                continue
             if self.kinds and branch.kind not in self.kinds:
                 refusals.append(Refusal(branch.join, (f"it is {branch.kind}, which was not asked for",)))
                 continue
@@ -66,6 +83,27 @@ class MarkBranches(Pass):
             used.add(slot)
             rewrites += 1
         return PassResult(graph, rewrites, tuple(refusals))
+
+    def _chosen(self, found: Anatomy) -> set[int] | None:
+        """The numbers that the blocks of the list have in the graph; None where every branch is meant."""
+        if self.blocks is None and not self.of:
+            return None
+        there = found.denoising_blocks(self.of)
+        if self.out_of not in (0, len(there)):
+            raise ConfigError(
+                f"{self.name}: the list of blocks was made for a model with {self.out_of} {self._called}, and this one has "
+                f"{len(there)}: profile the model (vdcache.profile) for a list of its own"
+            )
+        if self.blocks is None:
+            return {b.index for b in there}
+        if wrong := [b for b in self.blocks if not 0 <= b < len(there)]:
+            having = f"{len(there)} (0 to {len(there) - 1})" if there else "none"
+            raise ConfigError(f"{self.name}: there is no block {wrong[0]}: of {self._called} this graph has {having}")
+        return {there[b].index for b in self.blocks}
+
+    @property
+    def _called(self) -> str:
+        return f"{self.of} blocks that attend over video tokens".strip()
 
     def _guard(self, graph: fx.Graph, branch: Branch, nodes: dict[str, fx.Node], slot: str) -> str | None:
         """Guard one branch in place; the reason where that cannot be done."""

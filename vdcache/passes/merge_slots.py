@@ -10,6 +10,7 @@ run, and so does a value of the stream that is still needed when the run is skip
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -21,9 +22,11 @@ from vdcache.ir import dialect
 from vdcache.ir.capture import signature
 from vdcache.ir.dialect import group_of
 from vdcache.ir.edit import call, inputs, outputs
+from vdcache.ir.errors import ConfigError
 from vdcache.ir.facts import Fact
 from vdcache.ir.ops import CASTS, VIEWS, same_type
 from vdcache.passes.base import Pass, PassResult, Refusal, tag
+from vdcache.patterns import anatomy
 
 aten = torch.ops.aten
 
@@ -43,18 +46,33 @@ class Link:
 
 @dataclass(frozen=True)
 class MergeSlots(Pass):
-    """Merge the slots of a group along each stream."""
+    """Merge the slots of a group along each stream.
+
+    Args:
+        span: "run" keeps one value for a run of any length (ProfilingDiT equation 9); "block" one for each block (equation 8, with the
+            accumulated state of equation 10 read as the last difference of every block). The sum over a run telescopes to the first.
+
+    Raises:
+        ConfigError: an unknown span.
+    """
 
     name: ClassVar[str] = "merge-slots"
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.FUNCTIONAL, Fact.TYPED, Fact.GUARDED})
     ensures: ClassVar[frozenset[Fact]] = frozenset({Fact.GUARDED})
 
     group: str = "all"
+    span: str = "run"
+
+    def __post_init__(self) -> None:
+        if self.span not in ("run", "block"):
+            raise ConfigError(f"{self.name}: span must be 'run' or 'block', got {self.span!r}")
 
     def run(self, graph: fx.GraphModule) -> PassResult:
         static = _step_invariant(graph)
         links = [link for g in dialect.guards(graph.graph) if (link := self._link(g)) is not None]
         runs, refusals = _runs(links, static)
+        if self.span == "block":
+            runs = [part for run in runs for part in _by_block(graph, run)]
         runs = _split_where_live(graph.graph, runs, self.group, refusals)
         rewrites = 0
         for number, run in enumerate(r for r in runs if len(r) > 1):
@@ -95,6 +113,19 @@ class MergeSlots(Pass):
         end.replace_all_uses_with(marked)
         marked.args = (end, slot, base)
         tag(marked, str(self), end)
+
+
+def _by_block(graph: fx.GraphModule, run: Sequence[Link]) -> list[list[Link]]:
+    """A run, cut where one block ends and the next begins."""
+    blocks = {b.join: b.block for b in anatomy(graph)}
+    number = [blocks.get(_sum_of(link).name) for link in run]
+    cuts = [0, *(i for i in range(1, len(run)) if number[i] != number[i - 1]), len(run)]
+    return [list(run[a:b]) for a, b in itertools.pairwise(cuts)]
+
+
+def _sum_of(link: Link) -> fx.Node:
+    """The addition itself, also where its guard stands for it."""
+    return link.guard.args[0] if link.join is link.guard else link.join  # type: ignore[return-value]
 
 
 def same_shape(a: fx.Node, b: fx.Node) -> bool:

@@ -37,6 +37,7 @@ class Observe(Pass):
         distance: "l1", "l2" or "cosine".
         strides: frame distances of the motion score; empty for none. Needs a graph that shows its latent frames.
         frames: latent frames, 0 to read them off the graph.
+        group: the group of slots that the observation is for: it is measured in the steps that compute the group.
 
     Raises:
         ConfigError: the branch does not exist.
@@ -51,6 +52,7 @@ class Observe(Pass):
     distance: str = "l1"
     strides: tuple[int, ...] = ()
     frames: int = 0
+    group: str = "all"
 
     def __post_init__(self) -> None:
         kinds = (*KINDS, "temporal-attention", "spatial-attention")
@@ -79,7 +81,7 @@ class Observe(Pass):
                     dtype = nodes[branch.source].meta["val"].dtype
                     value = call(graph.graph, aten._to_copy.default, value, dtype=dtype, made_by=str(self))
             strides = tuple(i for i in self.strides if i < frames)
-            mark.args = (value, f"observed/{branch.name}", self.distance, strides, frames if strides else 0)
+            mark.args = (value, f"{self.group}/observed.{branch.name}", self.distance, strides, frames if strides else 0)
             tag(mark, str(self), value)
             rewrites += 1
         return PassResult(graph, rewrites, tuple(refusals))

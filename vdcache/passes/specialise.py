@@ -4,10 +4,10 @@
                                  --recompute s-->   h = f(x); y = add(x, h); return (y, …, h)
 
 A reused slot becomes an input of the graph, so all that only it needed is dead. A recomputed slot becomes an output. With
-a base, reuse gives base + input, and recomputing returns fresh − base beside the fresh value itself. An observation that
-this plan computes turns into the sums of its measure against its previous value, which is an input; zeros go in where there
-is none yet. Recompute-all is bit-exact. The result holds no dialect node; the order of what was added is in
-`VariantIO`.
+a base, reuse gives base + input, and recomputing returns fresh − base beside the fresh value itself. An observation whose
+group this plan computes turns into the sums of its measure against its previous value, which is an input; zeros go in where there
+is none yet. What is emitted becomes an output where nothing is reused. Recompute-all is bit-exact. The result holds no dialect
+node; the order of what was added is in `VariantIO`.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class VariantIO:
         previous: observations whose previous values are inputs (after `reads`).
         saves: slots whose values are outputs.
         observed: observations whose values are outputs (after `saves`); the same as `previous`.
+        emits: names of the emitted values that are outputs (after `observed`).
         measures: (observation, distance, strides) of the last output, a float32 vector of all sums; empty for none.
         read_values, previous_values: fake tensors of the added inputs, dense.
     """
@@ -48,6 +49,7 @@ class VariantIO:
     reads: tuple[str, ...] = ()
     previous: tuple[str, ...] = ()
     saves: tuple[str, ...] = ()
+    emits: tuple[str, ...] = ()
     measures: tuple[tuple[str, str, tuple[int, ...]], ...] = ()
     read_values: tuple[torch.Tensor, ...] = ()
     previous_values: tuple[torch.Tensor, ...] = ()
@@ -79,7 +81,7 @@ class Specialise(Pass):
 
     def run(self, graph: fx.GraphModule) -> PassResult:
         g = graph.graph
-        marks = [*dialect.guards(g), *dialect.observations(g)]
+        marks = [*dialect.guards(g), *dialect.observations(g), *dialect.emissions(g)]
         reads: dict[str, fx.Node] = {}
         saves: dict[str, fx.Node] = {}
         for guard in dialect.guards(g):
@@ -102,14 +104,19 @@ class Specialise(Pass):
         measures: list[tuple[str, str, tuple[int, ...]]] = []
         for mark in dialect.observations(g):
             value, name, distance, strides, frames = mark.args
-            if self.save != "none" and value in wanted:
-                slot = str(name)
+            slot = str(name)
+            if self.save != "none" and value in wanted and group_of(slot) not in self.reuse:
                 seen[slot] = dense(g, value, mark, str(self))  # type: ignore[arg-type]
                 previous[slot] = add_input(g, f"previous_{len(previous)}", value.meta["val"], str(self))  # type: ignore[union-attr]
                 sums += self._sums(g, seen[slot], previous[slot], str(distance), strides, frames, mark)  # type: ignore[arg-type]
                 measures.append((slot, str(distance), tuple(strides)))  # type: ignore[arg-type]
             g.erase_node(mark)
-        extra = [*saved.values(), *seen.values()]
+        emitted: dict[str, fx.Node] = {}
+        for mark in dialect.emissions(g):
+            if not self.reuse:
+                emitted[str(mark.args[1])] = mark.args[0]  # type: ignore[assignment]
+            g.erase_node(mark)
+        extra = [*saved.values(), *seen.values(), *emitted.values()]
         if sums:
             with g.inserting_before(g.output_node()):
                 extra.append(call(g, aten.stack.default, sums, made_by=str(self)))
@@ -123,6 +130,7 @@ class Specialise(Pass):
             reads=tuple(reads),
             previous=tuple(previous),
             saves=tuple(saved),
+            emits=tuple(emitted),
             measures=tuple(measures),
             read_values=tuple(n.meta["val"] for n in reads.values()),
             previous_values=tuple(n.meta["val"] for n in previous.values()),

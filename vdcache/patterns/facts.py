@@ -227,6 +227,24 @@ class Anatomy:
         """Share of the FLOPs that a step which reuses every branch leaves out, 0 to 1."""
         return self.covered / self.flops if self.flops else 0.0
 
+    def denoising_blocks(self, of: str = "") -> tuple[Block, ...]:
+        """The blocks that attend over video tokens, in order: what the papers count as the blocks of a model. Those of a text
+        refiner, and residual layers without attention, are not among them.
+
+        Args:
+            of: "single" for those that keep one stream, "double" for those in which several streams attend to each other (MMDiT),
+                empty for both.
+        """
+        found = []
+        for block in self.blocks:
+            own = [b for b in self.branches if b.block == block.index and b.graph == block.graph]
+            attends = [a for b in own for a in b.attentions if a.kind != "cross"]
+            roles = {self.streams[b.stream].role for b in own}
+            double = any(a.kind == "joint" for a in attends)
+            if attends and roles & {"latent", "joint"} and of in ("", "double" if double else "single"):
+                found.append(block)
+        return tuple(found)
+
     def count(self) -> dict[str, int]:
         """How many branches of each kind there are."""
         kinds = [b.kind for b in self.branches]

@@ -5,6 +5,7 @@ from vdcache.runtime.history import History, Record
 from vdcache.runtime.measures import Layout, Measured
 from vdcache.runtime.plan import RECOMPUTE, Plan
 from vdcache.runtime.policies import AdaCache, Always, Codebook, EveryN, MoReg, Policy
+from vdcache.runtime.schedules import Intervals, Listed, Scheduled, Together
 from vdcache.runtime.session import Session
 from vdcache.runtime.store import Store
 
@@ -16,14 +17,18 @@ __all__ = [
     "Codebook",
     "EveryN",
     "History",
+    "Intervals",
     "Layout",
+    "Listed",
     "Measured",
     "MoReg",
     "Plan",
     "Policy",
     "Reading",
     "Record",
+    "Scheduled",
     "Session",
     "Store",
     "Tick",
+    "Together",
 ]

@@ -38,9 +38,6 @@ class Policy(Protocol):
         """The state after `step` ran with `plan`; `measures` is None where nothing comparable was computed."""
 
 
-ALL = Plan.of(["all"])
-
-
 @dataclass(frozen=True)
 class Always:
     """Recompute every step: the untouched model, under the same clock and history."""
@@ -60,25 +57,26 @@ class Always:
 
 @dataclass(frozen=True)
 class EveryN:
-    """Recompute at steps 0, n, 2n … and the last; reuse everything in between.
+    """Recompute at steps 0, n, 2n … and the last; reuse a group of slots in between.
 
     Raises ConfigError for n below 1.
     """
 
     n: int
+    group: str = "all"
 
     def __post_init__(self) -> None:
         if self.n < 1:
             raise ConfigError(f"every-N recomputes every N-th step, so N is at least 1; got {self.n}")
 
     def plans(self) -> tuple[Plan, ...]:
-        return (RECOMPUTE, ALL) if self.n > 1 else (RECOMPUTE,)
+        return (RECOMPUTE, Plan.of([self.group])) if self.n > 1 else (RECOMPUTE,)
 
     def start(self, num_steps: int, before: Any = None) -> int:
         return num_steps
 
     def plan(self, state: int, step: int) -> Plan:
-        return RECOMPUTE if step % self.n == 0 or step >= state - 1 else ALL
+        return RECOMPUTE if step % self.n == 0 or step >= state - 1 else Plan.of([self.group])
 
     def observe(self, state: int, step: int, plan: Plan, measures: Sequence[Measured] | None) -> int:
         return state
@@ -191,6 +189,7 @@ class AdaCache:
               last + rate; m_before is kept from one generation to the next.
             - "vdcache": as "code", with the elapsed steps for k, recomputing from last + rate on, and a clean state in
               every generation.
+        group: the group of slots that is reused.
 
     Raises:
         ConfigError: an unknown rule, or fewer than one first step.
@@ -201,6 +200,7 @@ class AdaCache:
     first: int = 1
     last: int = 2
     rule: str = "vdcache"
+    group: str = "all"
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:
@@ -209,7 +209,7 @@ class AdaCache:
             raise ConfigError(f"AdaCache computes at least the first step; got first={self.first}, last={self.last}")
 
     def plans(self) -> tuple[Plan, ...]:
-        return (RECOMPUTE, ALL)
+        return (RECOMPUTE, Plan.of([self.group]))
 
     def start(self, num_steps: int, before: AdaState | None = None) -> AdaState:
         if self.rule == "code" and before is not None:
@@ -221,7 +221,7 @@ class AdaCache:
             return RECOMPUTE
         passed = step - state.last
         due = passed == state.rate if self.rule == "code" else passed >= state.rate
-        return RECOMPUTE if due else ALL
+        return RECOMPUTE if due else Plan.of([self.group])
 
     def observe(self, state: AdaState, step: int, plan: Plan, measures: Sequence[Measured] | None) -> AdaState:
         if plan:

@@ -16,11 +16,11 @@ from vdcache.runtime.clock import Clock, Reading, Tick
 from vdcache.runtime.history import History, Record, tell
 from vdcache.runtime.measures import Layout, Measured, count_of, measured
 from vdcache.runtime.plan import RECOMPUTE, Plan
-from vdcache.runtime.policies import Policy
+from vdcache.runtime.policies import Always, Policy
 from vdcache.runtime.read import read
 from vdcache.runtime.store import Store
 
-__all__ = ["CompiledGraph", "Session", "Ticket"]
+__all__ = ["CompiledGraph", "Emitted", "Session", "Ticket"]
 
 
 class CompiledGraph(Protocol):
@@ -36,14 +36,22 @@ class CompiledGraph(Protocol):
     def activations(self) -> tuple[int, ...]: ...
     @property
     def static(self) -> tuple[int, ...]: ...  # parameters and buffers
-    @property
-    def layouts(self) -> tuple[Layout, ...]: ...
+
+    def narrow(self, plan: Plan) -> Plan:
+        """What of a plan concerns this graph."""
+
+    def layouts(self, plan: Plan) -> tuple[Layout, ...]:
+        """What the plan's variant measures, in order."""
 
     def reads(self, plan: Plan) -> tuple[str, ...]:
         """The slots that the plan's variant takes from the store."""
 
     def warm_up(self) -> None:
         """Compile every variant."""
+
+
+Emitted = tuple[CompiledGraph, dict[str, Tensor]]  # a graph, and its emitted values by name
+Listener = Callable[[Record, Sequence[Emitted], Any], None]
 
 
 @dataclass
@@ -54,6 +62,7 @@ class Ticket:
     plan: Plan
     key: Hashable
     reads: list[Tensor]
+    layouts: tuple[Layout, ...]
     previous: list[Tensor] | None
     record: Record
     began: float
@@ -104,6 +113,8 @@ class Session:
             first generation, which is then computed in full.
         name: of the recipe, for messages.
         prepare: the policy for a number of steps, where it differs with them.
+        listeners: each is given, after every call of the model, the call's last record, what its graphs emitted, in the order in
+            which they ran, and what the model returned.
     """
 
     policy: Policy
@@ -112,10 +123,13 @@ class Session:
     prepare: Callable[[int], Policy] | None = None
     history: History = field(default_factory=History)
     store: Store = field(default_factory=Store)
+    listeners: list[Listener] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.num_steps is not None and self.num_steps < 1:
             raise ConfigError(f"num_steps is the number of denoising steps, at least 1; got {self.num_steps}")
+        if self.num_steps is not None:  # a policy that cannot be run is an error now, not in the middle of a run
+            (self.prepare(self.num_steps) if self.prepare is not None else self.policy).start(self.num_steps)
         self._given_steps = self.num_steps
         self._clock = Clock()
         self._said: set[str] = set()
@@ -138,6 +152,7 @@ class Session:
         self._explicit_lane: int | str | None = None
         self._begun = False  # begin() was called and no step has started since
         self._syncs = 0
+        self._emitted: list[Emitted] = []
 
     def __repr__(self) -> str:
         done = self.history.computed_steps() if len(self.history) else []
@@ -198,7 +213,10 @@ class Session:
     def watch(self, run: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Run one call of the model, and say once if it went past every graph of vdcache although earlier ones did not."""
         before = self._entered
+        self._emitted.clear()
         result = run(*args, **kwargs)
+        for listen in self.listeners if self._entered > before else ():
+            listen(self.history[-1], tuple(self._emitted), result)
         if before and self._entered == before:
             warn_once(
                 self._said,
@@ -207,6 +225,11 @@ class Session:
                 key="outside",
             )
         return result
+
+    def emit(self, graph: CompiledGraph, values: dict[str, Tensor]) -> None:
+        """A graph hands out what it emits; the listeners are given it when the model has returned."""
+        if self.listeners:
+            self._emitted.append((graph, values))
 
     def adopt(self, graph: CompiledGraph) -> None:
         """A graph joins at its first run, not when it is compiled."""
@@ -223,22 +246,20 @@ class Session:
         # One graph may serve several blocks (regional compilation) or be called again with the same weights.
         who = (graph, next((id(inputs[i]) for i in graph.static), 0))
         follows = self._place(graph, inputs, who)
-        plan, why = (self._plan, self._why) if follows else (RECOMPUTE, "the graph runs before the clock")
+        plan, why = (graph.narrow(self._plan), self._why) if follows else (RECOMPUTE, "the graph runs before the clock")
         call = self._calls[who] = self._calls.get(who, -1) + 1
         key = (who, call, self._lane, _forms(inputs, graph.activations))
         reads: list[Tensor] = []
         if plan:
             found = self.store.get(key, graph.reads(plan))
             if found is None:
-                plan, why = (
-                    RECOMPUTE,
-                    "nothing is stored for this lane" if graph.reads(plan) else "the graph has nothing to reuse",
-                )
+                plan, why = RECOMPUTE, "nothing is stored for this lane"
             else:
                 reads = found
-        previous = None
-        if not plan.reuse and graph.layouts:
-            previous = self.store.get(key, [layout.name for layout in graph.layouts])
+        elif follows and self._plan:
+            why = "the graph has nothing to reuse"
+        layouts = graph.layouts(plan)
+        previous = self.store.get(key, [layout.name for layout in layouts]) if layouts else None
         record = Record(
             generation=self._generation,
             step=self._step,
@@ -250,7 +271,15 @@ class Session:
             syncs=self._syncs,
         )
         return Ticket(
-            graph, plan, key, reads, previous, record, began, keep=follows and self.num_steps is not None and not self._last()
+            graph,
+            plan,
+            key,
+            reads,
+            layouts,
+            previous,
+            record,
+            began,
+            keep=follows and self.num_steps is not None and not self._last(),
         )
 
     def leave(
@@ -272,7 +301,7 @@ class Session:
             self.store.drop(ticket.key)
         if sums is not None and ticket.keep:
             elements = tuple(v.numel() for v in observed.values())
-            self._pending.append(_Pending(sums, ticket.graph.layouts, elements, ticket.previous is not None))
+            self._pending.append(_Pending(sums, ticket.layouts, elements, ticket.previous is not None))
         ticket.record.seconds = time.perf_counter() - ticket.began
         self.history.add(ticket.record)
         tell(ticket.record)
@@ -428,7 +457,15 @@ class Session:
             return
         if self.prepare is not None:
             self.policy = self.prepare(self.num_steps)
-        self._state = self.policy.start(self.num_steps, self._state)
+        try:
+            self._state = self.policy.start(self.num_steps, self._state)
+        except ConfigError as error:
+            if self._given_steps is not None:
+                raise
+            # The number was learnt in the middle of a run, where an error would lose what the user has.
+            warn_once(self._said, f"vdcache: '{self.name}' cannot be followed, and every step is computed: {error}")
+            self.policy = Always()
+            self._state = self.policy.start(self.num_steps)
 
     def _new_step(self, tick: Tick | None = None) -> None:
         """Close the step before, and choose the plan of this one."""
