@@ -77,7 +77,7 @@ def compile_graph(
         if settings.strict:
             raise
         return _plain(graph, example_inputs, settings, str(error))
-    if not program.slots and program.settings.recipe.passes:
+    if not program.slots and not program.emits and program.settings.recipe.passes:
         whole = not (split or resumes)
         if whole and (settings.strict or not program.clocks):
             return _nothing_found(program, graph, example_inputs, settings)

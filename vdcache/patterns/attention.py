@@ -14,7 +14,7 @@ from vdcache.patterns.facts import Attention, Grid, Span
 from vdcache.patterns.index import Index
 from vdcache.patterns.streams import Streams
 
-__all__ = ["Site", "describe", "sites"]
+__all__ = ["Site", "axes_of", "describe", "layout_of", "operands", "sites"]
 
 aten = torch.ops.aten
 _SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
@@ -29,6 +29,7 @@ class Site:
         node: the operation that gives the result; of a chain of products, the last.
         query, key: its operands, as near as the graph holds them.
         scores: where two products make the attention, the inner one: of queries and keys, or for "linear" of keys and values.
+        weights: where the graph holds the weights of every query and key, these: an operand of `node`.
     """
 
     node: fx.Node
@@ -36,6 +37,7 @@ class Site:
     query: fx.Node
     key: fx.Node
     scores: fx.Node | None = None
+    weights: fx.Node | None = None
 
 
 def sites(nodes: Iterable[fx.Node], tokens: int | None = None) -> list[Site]:
@@ -77,11 +79,11 @@ def _with_softmax(node: fx.Node) -> Site | None:
     """matmul → softmax → matmul."""
     if node.target not in _PRODUCTS:
         return None
-    for operand in _operands(node):
+    for operand in operands(node):
         weights = _through(operand, _SOFTMAX)
         scores = _through(weights.args[0], _PRODUCTS) if weights is not None else None
-        if scores is not None and len(pair := _operands(scores)) == 2:
-            return Site(node, "matmul-softmax", pair[0], pair[1], scores)
+        if scores is not None and len(pair := operands(scores)) == 2:
+            return Site(node, "matmul-softmax", pair[0], pair[1], scores, operand)
     return None
 
 
@@ -91,18 +93,26 @@ def _chain(node: fx.Node, known: dict[fx.Node, Site], tokens: int | None) -> Sit
     Where something but views, padding and factors lies between the two products, or where the inner one does not sum over
     tokens, the inner one is scores: attention with a normaliser of its own. Else keys and values were multiplied first.
     """
-    if node.target not in _PRODUCTS or len(pair := _operands(node)) != 2 or not all(map(_is_learned, pair)):
+    if node.target not in _PRODUCTS or len(pair := operands(node)) != 2 or not all(map(_is_learned, pair)):
         return None
     for inner, outer in (pair, pair[::-1]):
         product, between = _above(inner, known)
-        if product is None or len(both := _operands(product)) != 2 or not all(map(_is_learned, both)):
+        if product is None or len(both := operands(product)) != 2 or not all(map(_is_learned, both)):
             continue
         normalised = any(n.target not in _MOVES and not _is_factor(n) for n in between)
-        if normalised or (tokens is not None and _contracted(product) != tokens):
+        if normalised or (tokens is not None and not _sums_over_tokens(product, node, tokens)):
             soft = any(n.target in _EXPONENTIALS for n in between)
-            return Site(node, "matmul-softmax" if soft else "matmul", both[0], both[1], product)
-        return Site(node, "linear", outer, both[0], product)
+            return Site(node, "matmul-softmax" if soft else "matmul", both[0], both[1], product, inner)
+        return Site(node, "linear", outer, _keys_of(node, inner, product), product)
     return None
+
+
+def _sums_over_tokens(product: fx.Node, outer: fx.Node, tokens: int) -> bool:
+    """Whether the inner of two products sums over the tokens of a sequence (all of a stream, or those of a frame or a place)."""
+    own, other = _contracted(product), _contracted(outer)
+    if tokens in (own, other) or own is None or other is None:
+        return own == tokens
+    return tokens % own == 0
 
 
 _EXPONENTIALS = (aten.exp.default, aten.exp2.default, aten.logsumexp.default, aten.log_softmax.int)
@@ -119,7 +129,7 @@ def _is_factor(node: fx.Node) -> bool:
 
 def _contracted(product: fx.Node) -> int | None:
     """The size that a product sums over."""
-    first = _operands(product)[0]
+    first = operands(product)[0]
     value = tensor_of(first)
     if value is None:
         return None
@@ -131,7 +141,44 @@ def _contracted(product: fx.Node) -> int | None:
     return sizes[0] if len(sizes) == 1 else None
 
 
-def _operands(product: fx.Node) -> list[fx.Node]:
+def axes_of(product: fx.Node, position: int) -> tuple[int, int] | None:
+    """Of an operand of a product, by its position: the axis that is summed over, and the one that the result keeps; None where
+    there is not one of each."""
+    if product.target is not aten.einsum.default:
+        return (-1, -2) if position == 0 else (-2, -1)
+    inputs, _, output = str(product.args[0]).replace(" ", "").partition("->")
+    letters = inputs.split(",")
+    if len(letters) != 2 or "." in inputs:
+        return None
+    own, other = letters[position], letters[1 - position]
+    summed = [i for i, x in enumerate(own) if x in other and x not in output]
+    kept = [i for i, x in enumerate(own) if x in output and x not in other]
+    return (summed[0], kept[0]) if len(summed) == len(kept) == 1 else None
+
+
+def _keys_of(outer: fx.Node, inner: fx.Node, product: fx.Node) -> fx.Node:
+    """Which operand of the product of keys and values holds the keys: the one whose features the query is multiplied with.
+
+    The first of them where the two products are not plain matrix products one right after the other.
+    """
+    both = operands(product)
+    if product.target is aten.einsum.default or outer.target is aten.einsum.default or len(both) != 2:
+        return both[0]
+    transposed = False
+    at = inner
+    while at is not product and isinstance(first := at.args[0] if at.args else None, fx.Node):
+        transposed ^= at.target in _TRANSPOSES
+        at = first
+    last = (
+        operands(outer)[0] is inner
+    ) ^ transposed  # the query meets the columns of the product, which are its second operand's
+    return both[1] if last else both[0]
+
+
+_TRANSPOSES = (aten.transpose.int, aten.mT.default, aten.t.default, aten.permute.default)
+
+
+def operands(product: fx.Node) -> list[fx.Node]:
     if product.target is aten.einsum.default:
         given: Any = product.args[1]
         return [a for a in given if isinstance(a, fx.Node)]
@@ -166,7 +213,7 @@ def _is_learned(node: fx.Node) -> bool:
         at = todo.pop()
         if at.op == "call_function" and is_work(at) and (at.target not in _PRODUCTS or tensor_of(at) is None):
             return True
-        if at.target in _PRODUCTS and any(unviewed(a).op in ("placeholder", "get_attr") for a in _operands(at)):
+        if at.target in _PRODUCTS and any(unviewed(a).op in ("placeholder", "get_attr") for a in operands(at)):
             return True  # a layer spelled as a product with a weight
         for parent in at.all_input_nodes:
             if parent not in seen:
@@ -263,6 +310,15 @@ def _length(value: torch.Tensor, heads: int | None, width: int | None) -> int | 
         if known in sizes:
             sizes.remove(known)
     return sizes[0] if len(sizes) == 1 else None
+
+
+def layout_of(tokens: int, grid: Grid) -> str:
+    """Over what a sequence of so many video tokens runs: "full", "spatial" or "temporal".
+
+    Where sizes coincide (one frame, say), the longest it could be.
+    """
+    space = grid.height * grid.width
+    return "full" if tokens == grid.tokens else "spatial" if tokens == space else "temporal"
 
 
 def _layout(q_len: int, batch: int | None, grid: Grid, spans: Sequence[Span]) -> str:

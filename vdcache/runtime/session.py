@@ -428,20 +428,20 @@ class Session:
     def _new_generation(self, said_by_caller: bool = False) -> None:
         ran = self._step + 1
         if ran and self._given_steps is None:
-            if self.num_steps is None:
+            if self.num_steps is None and self._skips:
                 warn_once(
                     self._said,
                     f"vdcache: the first generation had {ran} steps and was computed in full; from now on '{self.name}' "
                     "reuses. Pass num_steps to reuse from the first generation on.",
                     key="learnt",
                 )
-            elif ran != self.num_steps:
+            elif ran != self.num_steps and self._skips:
                 warn_once(
                     self._said,
                     f"vdcache: a generation had {ran} steps, not {self.num_steps} as the one before it; taking {ran}.",
                 )
             self.num_steps = ran
-        elif ran and self._given_steps is not None and ran < self._given_steps and not said_by_caller:
+        elif ran and ran < (self._given_steps or 0) and not said_by_caller and self._skips:
             warn_once(
                 self._said,
                 f"vdcache: a generation ended after {ran} of {self._given_steps} steps. If this is its real number, pass num_steps={ran}.",
@@ -483,12 +483,13 @@ class Session:
             self._plan, self._why = RECOMPUTE, "learning the number of steps"
         elif self._step >= self.num_steps:
             self._plan, self._why = RECOMPUTE, f"beyond the {self.num_steps} steps that were announced"
-            warn_once(
-                self._said,
-                f"vdcache: step {self._step + 1} of a generation of {self.num_steps} steps: computed in full. Solvers of second order "
-                "evaluate the model twice a step; num_steps counts evaluations.",
-                key="long",
-            )
+            if self._skips:
+                warn_once(
+                    self._said,
+                    f"vdcache: step {self._step + 1} of a generation of {self.num_steps} steps: computed in full. Solvers of second order "
+                    "evaluate the model twice a step; num_steps counts evaluations.",
+                    key="long",
+                )
         else:
             self._plan, self._why = self.policy.plan(self._state, self._step), ""
 
@@ -524,6 +525,11 @@ class Session:
                 key="nan",
             )
         return result
+
+    @property
+    def _skips(self) -> bool:
+        """Whether the policy ever reuses anything; if not, nothing depends on the number of steps."""
+        return len(self.policy.plans()) > 1
 
     def _last(self) -> bool:
         return self.num_steps is not None and self._step >= self.num_steps - 1

@@ -1,0 +1,205 @@
+"""emit-attention: hand out how much attention each video token receives.
+
+    o = scaled_dot_product_attention(q, k, v)   -->   the same; emit(attention_received(q, k), name)
+
+One value for every self- or joint-attention over video tokens: the column sums of its weights, mean over heads, float32
+[B, frames · S] with frames outermost (ProfilingDiT, arXiv 2504.03140, equation 5). It is the sum over the queries of a sequence
+divided by what uniform attention would give, so that 1 is the mean of all tokens of the sequence. Nothing of the model reads it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from vdcache.ir import dialect, library
+from vdcache.ir.edit import call
+from vdcache.ir.errors import ConfigError
+from vdcache.ir.facts import Fact
+from vdcache.ir.ops import ATTENTION, tensor_of
+from vdcache.passes.base import Pass, PassResult, Refusal, tag
+from vdcache.patterns import Anatomy, Attention, Branch, Grid, anatomy
+from vdcache.patterns.attention import Site, axes_of, layout_of, operands, sites
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class EmitAttention(Pass):
+    """Emit the attention that video tokens receive, under the name of each attention's node.
+
+    Args:
+        grid: frames, height and width of the video tokens, where the graph does not show them; empty to read them off the graph.
+
+    Raises:
+        ConfigError: a grid that is not three numbers of at least 1.
+    """
+
+    name: ClassVar[str] = "emit-attention"
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.FUNCTIONAL, Fact.TYPED, Fact.CANONICAL})
+
+    grid: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.grid and (len(self.grid) != 3 or min(self.grid) < 1):
+            raise ConfigError(f"{self.name}: grid is (frames, height, width) of the video tokens, got {self.grid}")
+
+    def run(self, graph: fx.GraphModule) -> PassResult:
+        found = anatomy(graph)
+        grid = Grid(*self.grid) if self.grid else found.grid
+        nodes = {n.name: n for n in graph.graph.nodes}
+        known = {s.node.name: s for s in sites(graph.graph.nodes, _tokens(found, grid))}
+        rewrites, refusals = 0, []
+        done: set[str] = set()
+        for branch, attention in denoising_attentions(found):
+            if attention.node in done:
+                continue
+            done.add(attention.node)
+            site = known.get(attention.node)
+            kept = set(graph.graph.nodes)
+            try:
+                if grid is None:
+                    raise _NotEmitted(
+                        "the graph does not show frames, height and width of its tokens: give grid=(frames, height, width)"
+                    )
+                if site is None:
+                    raise _NotEmitted("its operands are not found in the whole graph")
+                self._emit(graph.graph, site, attention, grid, _batch(found, branch, nodes))
+                rewrites += 1
+            except _NotEmitted as why:
+                for node in reversed([n for n in graph.graph.nodes if n not in kept]):
+                    graph.graph.erase_node(node)
+                refusals.append(Refusal(attention.node, (str(why),)))
+        return PassResult(graph, rewrites, tuple(refusals))
+
+    def _emit(self, graph: fx.Graph, site: Site, attention: Attention, grid: Grid, batch: int) -> None:
+        def op(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+            return call(graph, target, *args, made_by=str(self), **kwargs)
+
+        with graph.inserting_after(site.node):
+            mark = graph.call_function(dialect.emit, ())
+        with graph.inserting_before(mark):
+            received = _received(graph, site, op)
+            sums = received.meta["val"]
+            if not all(isinstance(s, int) for s in sums.shape):
+                raise _NotEmitted("its sizes are symbols: profile with fixed sizes")
+            keys, rows = sums.shape[-1], math.prod(sums.shape[:-1])
+            start, stop = _video(attention, keys, grid)
+            layout = layout_of(stop - start, grid)
+            space = grid.height * grid.width
+            sequences = {"full": 1, "spatial": grid.frames, "temporal": space}[layout] * batch
+            if rows % sequences:
+                raise _NotEmitted(f"{rows} rows of weights are not a multiple of {sequences} sequences")
+            queries = attention.q_len or keys
+            value = op(aten.reshape.default, received, [batch, sequences // batch, rows // sequences, keys])
+            value = op(aten.mean.dim, value, [2])
+            value = op(aten.mul.Tensor, value, keys / queries)
+            if (start, stop) != (0, keys):
+                value = op(aten.slice.Tensor, value, 2, start, stop)
+            if layout == "temporal":
+                value = op(aten.transpose.int, value, 1, 2)
+            value = op(aten.reshape.default, value, [batch, grid.tokens])
+        mark.args = (value, attention.node)
+        tag(mark, str(self), value)
+
+
+class _NotEmitted(Exception):
+    """Why an attention is left out."""
+
+
+def denoising_attentions(found: Anatomy) -> list[tuple[Branch, Attention]]:
+    """Self- and joint-attentions of the denoising blocks, each with its first branch, in order."""
+    blocks = {b.index for b in found.denoising_blocks()}
+    seen: dict[str, tuple[Branch, Attention]] = {}
+    for branch in found:
+        if branch.block in blocks:
+            for attention in branch.attentions:
+                if attention.kind != "cross":
+                    seen.setdefault(attention.node, (branch, attention))
+    return list(seen.values())
+
+
+def _tokens(found: Anatomy, grid: Grid | None) -> int | None:
+    """Tokens of the first stream of video tokens."""
+    shapes = [s.shape for s in found.streams if s.role in ("latent", "joint") and len(s.shape) == 3]
+    return shapes[0][1] if shapes else grid.tokens if grid is not None else None
+
+
+def _batch(found: Anatomy, branch: Branch, nodes: dict[str, fx.Node]) -> int:
+    """Samples: of the latent that comes in, because a stream may fold frames into its batch."""
+    value = tensor_of(nodes[found.latent]) if found.latent else tensor_of(nodes[branch.join])
+    size = value.shape[0] if value is not None else None
+    if not isinstance(size, int):
+        raise _NotEmitted("its sizes are symbols: profile with fixed sizes")
+    return size
+
+
+def _video(attention: Attention, keys: int, grid: Grid) -> tuple[int, int]:
+    """Where the video tokens lie among the keys of a sequence."""
+    sizes = (grid.tokens, grid.frames, grid.height * grid.width)
+    latent = [s for s in attention.spans if s.role == "latent"]
+    if len(latent) == 1 and latent[0].stop - latent[0].start in sizes:
+        return latent[0].start, latent[0].stop
+    if not attention.spans and keys in sizes:
+        return 0, keys
+    raise _NotEmitted(f"{keys} keys are not the {grid.tokens} video tokens, and the graph does not show which of them are")
+
+
+def _received(graph: fx.Graph, site: Site, op: Any) -> fx.Node:
+    """The column sums of one attention, [..., keys]."""
+    if site.node.target in ATTENTION:
+        given = dict(zip(("attn_mask", "dropout_p", "is_causal"), site.node.args[3:], strict=False)) | dict(site.node.kwargs)
+        mask, causal, scale = given.get("attn_mask"), bool(given.get("is_causal", False)), given.get("scale")
+        return op(torch.ops.vdcache.attention_received.default, site.query, site.key, mask, causal, scale)
+    if site.form == "flex":
+        return _of_flex(graph, site)
+    if site.weights is not None:
+        products = operands(site.node)
+        axes = axes_of(site.node, products.index(site.weights))
+        if axes is None:
+            raise _NotEmitted(f"'{site.node.name}' ({site.node.target}) does not show which axis holds the keys")
+        return op(library.weights_received, site.weights, axes[1], axes[0], site.form == "matmul-softmax")
+    if site.form == "linear":
+        return _of_linear(site, op)
+    if site.form == "custom":
+        return _of_kernel(site, op)
+    raise _NotEmitted(f"attention written as {site.form!r} is not read")
+
+
+def _of_flex(graph: fx.Graph, site: Site) -> fx.Node:
+    query, key, _, score_mod, block_mask, scale, _, *buffers = site.node.args
+    node = graph.call_function(library.flex_received, (query, key, score_mod, block_mask, scale, *buffers))
+    q, k = query.meta["val"], key.meta["val"]  # type: ignore[union-attr]
+    node.meta = {"val": q.new_empty((*q.shape[:2], k.shape[-2]), dtype=torch.float32), "vdcache": "emit-attention"}
+    return node
+
+
+def _of_linear(site: Site, op: Any) -> fx.Node:
+    assert site.scores is not None  # what makes an attention linear
+    inner, outer = operands(site.scores), operands(site.node)
+    if site.query not in outer or site.key not in inner:
+        raise _NotEmitted("its operands are not those of its products")
+    of_query, of_key = axes_of(site.node, outer.index(site.query)), axes_of(site.scores, inner.index(site.key))
+    if of_query is None or of_key is None:
+        raise _NotEmitted("its products do not show which axes hold tokens and features")
+    query = op(aten.movedim.int, site.query, of_query[1], -2)
+    key = op(aten.movedim.int, site.key, of_key[0], -2)
+    a, b = query.meta["val"], key.meta["val"]
+    if a.shape[:-2] != b.shape[:-2] or a.shape[-1] != b.shape[-1]:
+        raise _NotEmitted(f"queries {tuple(a.shape)} and keys {tuple(b.shape)} are no pair")
+    return op(library.linear_received, query, key)
+
+
+def _of_kernel(site: Site, op: Any) -> fx.Node:
+    """Another library's kernel, which takes [B, N, H, D] or [B, H, N, D]; the shorter of the two middle axes is the heads'."""
+    q = site.query.meta["val"]
+    if q.ndim != 4 or not all(isinstance(s, int) for s in q.shape) or q.shape[1] == q.shape[2]:
+        raise _NotEmitted(f"the kernel '{site.node.target}' does not show where heads and tokens lie in {tuple(q.shape)}")
+    query, key = site.query, site.key
+    if q.shape[1] > q.shape[2]:
+        query, key = op(aten.transpose.int, query, 1, 2), op(aten.transpose.int, key, 1, 2)
+    return op(torch.ops.vdcache.attention_received.default, query, key, None, False, None)
