@@ -19,6 +19,10 @@ _PUBLIC = {
     "compile": "vdcache.api",
     "explain": "vdcache.explanation.reader",
     "Report": "vdcache.explanation.report",
+    "profile": "vdcache.profiling.profiler",
+    "Profile": "vdcache.profiling.result",
+    "Otsu": "vdcache.profiling.segment",
+    "Sam2": "vdcache.profiling.segment",
     "trace": "vdcache.ir.capture",
     "dump": "vdcache.ir.dump",
     "Recipe": "vdcache.recipe",
@@ -57,6 +61,9 @@ if TYPE_CHECKING:
     from vdcache.ir.dump import dump
     from vdcache.ir.errors import CacheStateError, CaptureError, ConfigError, ContractError, VdcacheError, VdcacheWarning
     from vdcache.passes.base import Pass, PassResult, Pipeline
+    from vdcache.profiling.profiler import profile
+    from vdcache.profiling.result import Profile
+    from vdcache.profiling.segment import Otsu, Sam2
     from vdcache.recipe import Recipe, adacache, profilingdit, recipes
     from vdcache.runtime.history import History, record
     from vdcache.runtime.plan import Plan

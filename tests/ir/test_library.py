@@ -26,10 +26,25 @@ def dense(q, k, mask=None, causal=False, scale=None):
 
 @st.composite
 def cases(draw):
-    batch, heads, lq, lk = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 4])), draw(st.integers(1, 9)), draw(st.integers(1, 9))
+    batch, heads, lq, lk = (
+        draw(st.integers(1, 3)),
+        draw(st.sampled_from([1, 2, 4])),
+        draw(st.integers(1, 9)),
+        draw(st.integers(1, 9)),
+    )
     shared = draw(st.sampled_from([1, heads]))
     mask = draw(st.sampled_from(["none", "bool", "float", "row", "heads", "one"]))
-    return batch, heads, lq, lk, shared, mask, draw(st.booleans()) and lq == lk, draw(st.sampled_from([None, 0.3])), draw(st.integers(1, 60))
+    return (
+        batch,
+        heads,
+        lq,
+        lk,
+        shared,
+        mask,
+        draw(st.booleans()) and lq == lk,
+        draw(st.sampled_from([None, 0.3])),
+        draw(st.integers(1, 60)),
+    )
 
 
 @given(cases())
@@ -61,7 +76,9 @@ def test_three_dimensions_and_16_bits():
 
 
 def test_uniform_attention_gives_every_key_its_share():
-    torch.testing.assert_close(library.received(torch.zeros(1, 2, 6, 4), noise(1, 2, 3, 4), None, False, None), torch.full((1, 2, 3), 2.0))
+    torch.testing.assert_close(
+        library.received(torch.zeros(1, 2, 6, 4), noise(1, 2, 3, 4), None, False, None), torch.full((1, 2, 3), 2.0)
+    )
 
 
 @pytest.mark.parametrize("tokens", [512, 1024, 2048])
@@ -117,4 +134,6 @@ def test_weights_with_any_axes():
     w = noise(2, 5, 3, 7).softmax(1)  # keys along 1, queries along 3
     torch.testing.assert_close(library.weights_received(w, 3, 1, True), w.sum(3).transpose(1, 2))
     raw = noise(2, 4, 6).relu()
-    torch.testing.assert_close(library.weights_received(raw, 1, 2, False), (raw / raw.sum(-1, keepdim=True)).nan_to_num(0.0).sum(1))
+    torch.testing.assert_close(
+        library.weights_received(raw, 1, 2, False), (raw / raw.sum(-1, keepdim=True)).nan_to_num(0.0).sum(1)
+    )

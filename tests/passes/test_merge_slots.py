@@ -133,6 +133,17 @@ def test_16_bit_streams_keep_16_bit_slots():
     assert variant_io(reuse).read_values[0].dtype == torch.bfloat16
 
 
+def test_a_cast_to_the_type_of_an_earlier_value_reads_nothing_of_it():
+    """Seen in Wan: x = (x.float() + gate * mlp).type_as(x) at the end of a run held on to the stream inside it: two slots for one."""
+
+    def net(x, w):
+        x = x + x @ w
+        x = (x.float() + (x @ w).float() * 0.5).type_as(x)
+        return torch.nn.functional.layer_norm(x.float(), (WIDTH,))
+
+    assert slots(merged(net, X.bfloat16(), W.bfloat16())) == ["all/run.0"]
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_reuse_of_a_16_bit_stream_is_off_by_one_rounding(dtype):

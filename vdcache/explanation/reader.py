@@ -165,6 +165,7 @@ def _with_recipe(report: Report, captured: list[Captured], numbers: list[int], r
     nothing = ""
     if not after and recipe.passes:
         own_reasons = [r for r in (*report.refusals, *refusals) if r.node != "output"]
+        own_reasons.sort(key=lambda r: r.node != "recipe")  # what the recipe itself cannot do comes first
         nothing = f"the recipe '{recipe.name}' finds nothing to cache: " + (
             "; ".join(f"{r.node}: {r.reason}" for r in own_reasons[:5])
             or "no value is added to what it was computed from, so there is no residual branch"

@@ -3,7 +3,8 @@
     add(x, dropout(f(x), 0.1, False))   -->   add(x, f(x))
 
 Goes: assertions on metadata, dropout outside training, aliases, casts to the type that a value has already, copies that
-stay inside, the concatenation of all slices of one tensor, dead code. `concat` becomes `cat`, `multiply` `mul`, and so on. Bit-exact. Refuses nothing; what it does not know stays.
+stay inside, the concatenation of all slices of one tensor, dead code. `concat` becomes `cat`, `multiply` `mul`, and so on; `type_as`
+becomes a cast that does not hold on to the tensor whose type it takes. Bit-exact. Refuses nothing; what it does not know stays.
 """
 
 from __future__ import annotations
@@ -63,8 +64,17 @@ class Canonicalise(Pass):
                 node.replace_all_uses_with(source)
                 graph.graph.erase_node(node)
                 rewrites += 1
+            elif node.target is aten.type_as.default and _stays(node):
+                node.target, node.args, node.kwargs = aten._to_copy.default, node.args[:1], {"dtype": node.meta["val"].dtype}
+                rewrites += 1
         rewrites += drop_dead_code(graph.graph, keep=is_effectful)
         return PassResult(graph, rewrites)
+
+
+def _stays(node: fx.Node) -> bool:
+    """Whether a value is on the device that it comes from."""
+    source = node.args[0]
+    return isinstance(source, fx.Node) and source.meta["val"].device == node.meta["val"].device
 
 
 def _same_value(node: fx.Node) -> fx.Node | None:

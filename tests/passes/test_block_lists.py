@@ -1,0 +1,256 @@
+"""Slots on intervals of the stream (delta lists): random lists of blocks against a cache that adds block deltas by hand."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import vdcache
+from tests.support import TinyDiT, assert_skippable, guarded, latent, time_of
+from tests.zoo import ZOO, build
+from vdcache import ConfigError, profilingdit
+from vdcache.ir.capture import trace
+from vdcache.ir.dialect import guards
+from vdcache.passes import Canonicalise, MarkBranches, MergeSlots, Pipeline
+from vdcache.patterns import anatomy
+
+BLOCKS, STEPS = 6, 6
+
+
+class Stack(nn.Module):
+    """Blocks that attend over a small video, in one stream or (MMDiT) in a latent and a text stream."""
+
+    def __init__(self, two: bool, blocks: int = BLOCKS, dim: int = 8) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.two = two
+        self.patch, self.time, self.words, self.out = (
+            nn.Conv3d(4, dim, 1),
+            nn.Linear(8, dim),
+            nn.Linear(4, dim),
+            nn.Linear(dim, 4),
+        )
+        self.qkv = nn.ModuleList(nn.ModuleList(nn.Linear(dim, 3 * dim) for _ in range(2)) for _ in range(blocks))
+        self.mlp = nn.ModuleList(
+            nn.ModuleList(nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim)) for _ in range(2))
+            for _ in range(blocks)
+        )
+        self.eval().requires_grad_(False)
+
+    def start(self, x, timestep, text):
+        waves = self.time(TinyDiT.waves(None, timestep, x.dtype))[:, None]
+        return [self.patch(x).flatten(2).mT + waves, self.words(text)] if self.two else [self.patch(x).flatten(2).mT + waves]
+
+    def block(self, i, streams):
+        qkv = [self.qkv[i][s](h).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4) for s, h in enumerate(streams)]
+        q, k, v = torch.cat(qkv, 3)
+        o = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        parts = o.split([h.shape[1] for h in streams], 1)
+        streams = [h + part for h, part in zip(streams, parts, strict=True)]
+        return [h + self.mlp[i][s](h) for s, h in enumerate(streams)]
+
+    def end(self, streams, like):
+        result = self.out(streams[0]).mT.reshape(like.shape)
+        return (result, streams[1].mean()) if self.two else (result,)
+
+    def forward(self, x, timestep, text):
+        streams = self.start(x, timestep, text)
+        for i in range(len(self.qkv)):
+            streams = self.block(i, streams)
+        return self.end(streams, x)
+
+
+class ByHand:
+    """ProfilingDiT's reference code, restated: each block's delta is stored when it is computed, and added when it is reused."""
+
+    def __init__(self, model: Stack) -> None:
+        self.model, self.deltas = model, {}
+
+    def __call__(self, x, timestep, text, reused):
+        streams = self.model.start(x, timestep, text)
+        for i in range(len(self.model.qkv)):
+            if i in reused and i in self.deltas:
+                streams = [h + d for h, d in zip(streams, self.deltas[i], strict=True)]
+                continue
+            after = self.model.block(i, streams)
+            self.deltas[i] = [b - a for a, b in zip(streams, after, strict=True)]
+            streams = after
+        return self.model.end(streams, x)
+
+
+MODELS = {two: Stack(two) for two in (False, True)}
+
+
+def call(step, seed=0):
+    x = latent(seed, 1, 4, 2, 2, 3) + 0.1 * step * latent(50 + seed, 1, 4, 2, 2, 3)
+    return x, time_of(step), latent(9, 1, 3, 4)
+
+
+def runs_of(blocks):
+    blocks = sorted(blocks)
+    return sum(1 for i, b in enumerate(blocks) if not i or blocks[i - 1] != b - 1)
+
+
+lists = st.sets(st.integers(0, BLOCKS - 1), min_size=1, max_size=BLOCKS)
+
+
+@given(lists, st.booleans(), st.sampled_from(["run", "block"]), st.sets(st.integers(0, STEPS - 1), min_size=1))
+@settings(deadline=None, max_examples=30, suppress_health_check=list(HealthCheck))
+@torch.no_grad()
+def test_random_block_lists_against_deltas_by_hand(blocks, two, span, steps):
+    torch._dynamo.reset()
+    model = MODELS[two]
+    when = vdcache.Listed(tuple(sorted(steps)))
+    compiled = vdcache.compile(
+        model, profilingdit(sorted(blocks), when=when, span=span), num_steps=STEPS, inner="eager", strict=True
+    )
+    hand, computed = ByHand(model), set(when.computed(STEPS))
+    for step in range(STEPS):
+        got, want = compiled(*call(step)), hand(*call(step), set() if step in computed else blocks)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        if step in computed:
+            for a, b in zip(got, model(*call(step)), strict=True):
+                assert torch.equal(a, b)
+    (graph,) = compiled.vdcache.graphs
+    streams = 2 if two else 1
+    assert len(graph.slots) == streams * (runs_of(blocks) if span == "run" else len(blocks))
+    assert compiled.vdcache.history.computed_steps() == sorted(computed)
+
+
+@given(lists, st.booleans())
+@settings(deadline=None, max_examples=20)
+def test_a_skipped_run_is_gone(blocks, two):
+    graph = guarded(MODELS[two], *call(0), more=(MergeSlots(),)) if len(blocks) == BLOCKS else _guarded(two, blocks)
+    assert_skippable(graph, *MODELS[two].state_dict().values(), *call(0))
+
+
+def _guarded(two, blocks):
+    passes = (Canonicalise(), MarkBranches(blocks=tuple(sorted(blocks))), MergeSlots())
+    return Pipeline(passes, verify=True).run(trace(MODELS[two], *call(0)).graph)[0]
+
+
+@given(lists, lists, st.booleans(), st.sampled_from(["split", "alternate"]))
+@settings(deadline=None, max_examples=15, suppress_health_check=list(HealthCheck))
+@torch.no_grad()
+def test_two_lists_in_turn(one, other, two, reuse):
+    other = other - one
+    if not other:
+        return
+    torch._dynamo.reset()
+    model, when = MODELS[two], vdcache.Listed((1, 3))
+    made = profilingdit(sorted(one), sorted(other), when=when, reuse=reuse)
+    compiled = vdcache.compile(model, made, num_steps=STEPS, inner="eager", strict=True)
+    hand = ByHand(model)
+    for step in range(STEPS):
+        plan = made.policy.plan(made.policy.start(STEPS), step).reuse
+        want = hand(*call(step), {"background": one, "foreground": other}[next(iter(plan))] if plan else set())
+        for a, b in zip(compiled(*call(step)), want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_two_clocks_drive_four_variants():
+    """Slots of two groups with intervals of their own: what a step computes of one group is kept, whatever the other does."""
+    torch._dynamo.reset()
+    model = MODELS[True]
+    policy = vdcache.Together(
+        (
+            vdcache.Scheduled(vdcache.Listed((0, 4)), ("front",)),
+            vdcache.Scheduled(vdcache.Listed((0, 2, 3)), ("rear",)),
+        )
+    )
+    scope = (
+        MarkBranches(group="front", blocks=(0, 1, 2)),
+        MarkBranches(group="rear", blocks=(3, 5)),
+        MergeSlots(group="front"),
+        MergeSlots(group="rear"),
+    )
+    compiled = vdcache.compile(model, vdcache.Recipe("two", policy, scope), num_steps=STEPS, inner="eager", strict=True)
+    hand = ByHand(model)
+    for step in range(STEPS):
+        plan = policy.plan(policy.start(STEPS), step).reuse
+        want = hand(*call(step), {b for g in plan for b in {"front": {0, 1, 2}, "rear": {3, 5}}[g]})
+        for a, b in zip(compiled(*call(step)), want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    (graph,) = compiled.vdcache.graphs
+    assert sorted(map(str, graph.plans)) == ["recompute", "reuse{front,rear}", "reuse{front}", "reuse{rear}"]
+    assert compiled.vdcache.store.peak_bytes == graph.cache_bytes()
+
+
+@torch.no_grad()
+def test_groups_that_a_graph_lacks_make_no_variant():
+    torch._dynamo.reset()
+    policy = vdcache.Together(
+        (vdcache.Scheduled(vdcache.Listed((0, 2)), ("here",)), vdcache.Scheduled(vdcache.Listed((0,)), ("nowhere",)))
+    )
+    compiled = vdcache.compile(
+        MODELS[False], vdcache.Recipe("one", policy, (MarkBranches(group="here"),)), num_steps=4, inner="eager"
+    )
+    for step in range(4):
+        out = compiled(*call(step))
+        assert torch.equal(out[0], MODELS[False](*call(step))[0]) == (step in (0, 2))
+    (graph,) = compiled.vdcache.graphs
+    assert len(graph.plans) == 2 and len(graph._compiled) == 2
+
+
+@torch.no_grad()
+def test_adacache_on_background_blocks_alone():
+    """An adaptive policy on a block list: what is observed is compared with the last step that computed the list."""
+    torch._dynamo.reset()
+    from vdcache.passes import Observe
+
+    model = MODELS[False]
+    scope = (MarkBranches(blocks=(1, 2, 4)), MergeSlots(), Observe(blocks=(0,)))
+    policy = vdcache.adacache([(1e9, 2)]).policy
+    compiled = vdcache.compile(model, vdcache.Recipe("ada", policy, scope), num_steps=STEPS, inner="eager", strict=True)
+    for step in range(STEPS):
+        compiled(*call(step))
+    assert compiled.vdcache.history.computed_steps() == [0, 1, 3, 4, 5]
+    measured = {r.step: r.measures for r in compiled.vdcache.history if r.measures}
+    assert set(measured) <= {1, 3, 4}, "a step that reuses the list measures nothing"
+
+
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [
+        ((), "the list of blocks is empty"),
+        ((0, 3, 3), "names 3 twice"),
+        ((0, 6), r"there is no block 6: of blocks that attend over video tokens this graph has 6 \(0 to 5\)"),
+        ((-1,), "there is no block -1"),
+    ],
+)
+def test_bad_lists(blocks, message):
+    with pytest.raises(ConfigError, match=message):
+        _guarded(False, blocks)
+
+
+def test_lists_that_belong_to_another_model():
+    report = vdcache.explain(MODELS[False], *call(0), recipe="profilingdit-wan2.1")
+    assert "made for a model with 40 blocks" in report.nothing and "this one has 6: profile the model" in report.nothing
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="made for a model with 40 blocks"):
+        vdcache.compile(MODELS[False], "profilingdit-wan2.1", num_steps=50, inner="eager")(*call(0))
+
+
+def test_a_model_with_one_block():
+    graph = trace(Stack(False, blocks=1), *call(0)).graph
+    with pytest.raises(ConfigError, match=r"there is no block 1: .* this graph has 1 \(0 to 0\)"):
+        Pipeline((Canonicalise(), MarkBranches(blocks=(1,)))).run(graph)
+
+
+def test_what_counts_as_a_block_of_the_model():
+    """Refiners of the text do not count; single and double blocks are counted apart where that is asked for."""
+    report = vdcache.explain(build("hunyuan_video"), **ZOO["hunyuan_video"].call(0, 6))
+    (graph,) = report.graphs
+    found = graph.anatomy
+    assert [len(found.denoising_blocks(of)) for of in ("", "double", "single")] == [4, 2, 2]
+    assert len(found.blocks) == 5
+
+
+def test_slots_of_a_list_are_named_by_their_group():
+    graph = _guarded(False, {0, 2, 3})
+    assert [str(g.args[1]) for g in guards(graph.graph)] == ["all/run.0", "all/run.1"]
+    assert anatomy(graph).denoising_blocks()[0].index == 0
