@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import vdcache
 from bench.common import Bench, arguments, timed
-from vdcache.demo.conditions import Condition, encode, unconditional
+from vdcache.demo.conditions import Condition, encode
 from vdcache.demo.data import draw, random_conditions
 from vdcache.demo.model import with_positions
 from vdcache.demo.run import calibrated_recipe, quality
@@ -96,7 +96,7 @@ def main() -> None:
     print(profile)
     profile.plot(args.picture)
     bench.pipeline = str(vdcache.profilingdit(profile).pipeline)
-    masks(bench, model)
+    masks(bench, model, profile)
     cost(bench, model)
     memory(bench)
     reference = tables(bench, model, profile, conditions, args.rounds)
@@ -115,6 +115,8 @@ def tables(
         recipes[f"{reuse} reuse, {name}"] = vdcache.profilingdit(profile, when=when, reuse=reuse)
     for reuse in ("split", "alternate"):
         recipes[f"background + foreground ({reuse})"] = vdcache.profilingdit(profile, when=WHEN["stepwise"], reuse=reuse)
+    for name in ("stepwise", "average"):  # is it of use to compute the foreground's blocks in between?
+        recipes[f"every block reused, {name}"] = vdcache.profilingdit(profile.blocks, when=WHEN[name])
     recipes["background reuse, stepwise, one delta a block"] = vdcache.profilingdit(
         profile, when=WHEN["stepwise"], span="block"
     )
@@ -277,7 +279,7 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 @torch.no_grad()
-def masks(bench: Bench, model: torch.nn.Module) -> None:
+def masks(bench: Bench, model: torch.nn.Module, profile: vdcache.Profile) -> None:
     """IoU of the segmenter's mask with the truth: of drawn videos, noised; and of the colourful pixels of generated ones."""
     conditions = random_conditions(32, torch.Generator().manual_seed(3))
     video, truth = draw(conditions, torch.Generator().manual_seed(4))
@@ -297,7 +299,19 @@ def masks(bench: Bench, model: torch.nn.Module) -> None:
         bench.row(
             f"IoU with the coloured pixels of generated videos at step {step}", mean(overlaps), "", None, worst=min(overlaps)
         )
-    assert unconditional(1).shape == encode(conditions[:1]).shape
+    prompts = random_conditions(8, torch.Generator().manual_seed(11))
+    known = [(v[0].amax(0) - v[0].amin(0)) / 2 > 0.3 for v in (sample(model, [c], steps=STEPS, seed=900) for c in prompts)]
+    exact = vdcache.profile(model, lambda m, c: sample(m, [c], steps=STEPS, seed=900), prompts=prompts, foreground=known)
+    bench.row(
+        "blocks on another side of τ with the coloured pixels as mask",
+        len(set(exact.background) ^ set(profile.background)),
+        "blocks",
+        None,
+        background=list(exact.background),
+        by_segmenter=list(profile.background),
+        r=list(exact.block_scores.values()),
+        r_by_segmenter=list(profile.block_scores.values()),
+    )
 
 
 def iou(a: Tensor, b: Tensor) -> float:

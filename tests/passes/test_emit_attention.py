@@ -21,6 +21,17 @@ B, FRAMES, SIDE, DIM, HEADS = 2, 3, 2, 8, 2
 SPACE, TOKENS = SIDE * SIDE, FRAMES * SIDE * SIDE
 
 
+@torch.library.custom_op("vdcache_tests::attention", mutates_args=())
+def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """[B, N, H, D], as flash attention's own kernels take it."""
+    return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2).contiguous()
+
+
+@kernel.register_fake
+def _(q, k, v):
+    return q.new_empty(q.shape)
+
+
 class Video(nn.Module):
     """One block with one attention, over everything, over frames or over places, written in different ways."""
 
@@ -42,6 +53,9 @@ class Video(nn.Module):
             self.weights = a / a.sum(-1, keepdim=True)
             total = q @ k.sum(-2, keepdim=True).mT
             return (q @ (k.mT @ v)) / total
+        if self.form == "kernel":  # of another library, with tokens before heads
+            self.weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
+            return kernel(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
         self.weights = (q @ k.mT * scale).softmax(-1)
         if self.form == "sdpa":
             return F.scaled_dot_product_attention(q, k, v, scale=scale)
@@ -130,6 +144,14 @@ def test_every_form_and_layout(form, layout):
 @pytest.mark.parametrize("form", FORMS)
 def test_text_beside_the_video(form, first):
     model = Video(form, "full", text=4, first=first)
+    (value,), _, _ = emitted(model, *call())
+    model(*call())
+    torch.testing.assert_close(value, model.expected(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["full", "spatial", "temporal"])
+def test_kernels_of_other_libraries(layout):
+    model = Video("kernel", layout)
     (value,), _, _ = emitted(model, *call())
     model(*call())
     torch.testing.assert_close(value, model.expected(), rtol=1e-4, atol=1e-5)
