@@ -40,6 +40,10 @@ _PUBLIC = {
     "Listed": "vdcache.runtime.schedules",
     "Scheduled": "vdcache.runtime.schedules",
     "Together": "vdcache.runtime.schedules",
+    "Predictor": "vdcache.passes.predictors",
+    "LastValue": "vdcache.passes.predictors",
+    "Taylor": "vdcache.passes.predictors",
+    "Scaled": "vdcache.passes.predictors",
     "Pass": "vdcache.passes.base",
     "PassResult": "vdcache.passes.base",
     "Pipeline": "vdcache.passes.base",
@@ -61,6 +65,7 @@ if TYPE_CHECKING:
     from vdcache.ir.dump import dump
     from vdcache.ir.errors import CacheStateError, CaptureError, ConfigError, ContractError, VdcacheError, VdcacheWarning
     from vdcache.passes.base import Pass, PassResult, Pipeline
+    from vdcache.passes.predictors import LastValue, Predictor, Scaled, Taylor
     from vdcache.profiling.profiler import profile
     from vdcache.profiling.result import Profile
     from vdcache.profiling.segment import Otsu, Sam2

@@ -1,6 +1,6 @@
 """Recipes: a published method as one value, and the named presets.
 
-A recipe is scope (which slots) × policy (when to recompute) × predictor (what is substituted; here the last value).
+A recipe is scope (which slots) × policy (when to recompute) × predictor (what is substituted).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from vdcache.ir.errors import ConfigError
 from vdcache.passes import Canonicalise, MarkBranches, MergeSlots, Observe, Pass, Pipeline
+from vdcache.passes.predictors import LAST, LastValue, Predictor, Scaled, Taylor
 from vdcache.runtime.policies import AdaCache, Always, Codebook, EveryN, MoReg, Policy, scaled
 from vdcache.runtime.schedules import Intervals, Listed, Scheduled, Together, scaled_to
 
@@ -42,6 +43,7 @@ class Recipe:
         passes: the scope: what is guarded and observed, after `canonicalise`.
         source: where it was published.
         books: codebooks by number of steps, from which `for_steps` takes the nearest.
+        predictor: what is substituted for what is not computed.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Recipe:
     passes: tuple[Pass, ...] = (MarkBranches(), MergeSlots())
     source: str = ""
     books: tuple[tuple[int, Codebook], ...] = ()
+    predictor: Predictor = LAST
 
     @property
     def pipeline(self) -> Pipeline:
@@ -80,7 +83,7 @@ class Recipe:
         return replace(self, policy=replace(self.policy, codebook=book, moreg=moreg))
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.pipeline} | {self.policy}"
+        return f"{self.name}: {self.pipeline} | {self.policy} | {self.predictor}"
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The recipe as JSON text, also written to `path`."""
@@ -91,6 +94,7 @@ class Recipe:
                 "policy": _plain(self.policy),
                 "source": self.source,
                 "books": _plain(self.books),
+                "predictor": _plain(self.predictor),
             },
             indent=1,
         )
@@ -107,10 +111,14 @@ class Recipe:
         """
         data = json.loads(text.read_text() if isinstance(text, Path) else text)
         passes = tuple(Pipeline.parse(data["pipeline"]).passes[1:])
-        return Recipe(data["name"], _value(data["policy"]), passes, data["source"], _value(data["books"]))
+        predictor = _value(data.get("predictor", {"kind": "LastValue"}))
+        return Recipe(data["name"], _value(data["policy"]), passes, data["source"], _value(data["books"]), predictor)
 
 
-_KINDS = {k.__name__: k for k in (Always, EveryN, AdaCache, Codebook, MoReg, Listed, Intervals, Scheduled, Together)}
+_KINDS: dict[str, Any] = {
+    k.__name__: k for k in (Always, EveryN, AdaCache, Codebook, MoReg, Listed, Intervals, Scheduled, Together)
+}
+_KINDS |= {k.__name__: k for k in (LastValue, Taylor, Scaled)}
 
 
 def _plain(value: Any) -> Any:

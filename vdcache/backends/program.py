@@ -23,6 +23,7 @@ from vdcache.patterns import Anatomy, anatomy
 from vdcache.runtime import registry
 from vdcache.runtime.measures import Layout
 from vdcache.runtime.plan import RECOMPUTE, Plan
+from vdcache.runtime.session import Needs
 
 __all__ = ["Program"]
 
@@ -59,6 +60,7 @@ class Program:
         self.activations = tuple(i for i in range(len(names)) if i not in captured.signature.static)
         self._context = Context()
         self._graphs: dict[Plan, tuple[fx.GraphModule, VariantIO]] = {}
+        self._needs_of: dict[Plan, Needs] = {}
         self._compiled: dict[tuple[Plan, Hashable], Compiled] = {}
         self._by_size: set[Plan] = set()  # plans whose variant is good for one size only
         self._needed = self._read_by_some_plan()
@@ -86,7 +88,7 @@ class Program:
         needed: set[str] = set()
         for plan in filter(None, self.plans):
             graph, io = self._specialise(plan, "none")
-            needed.update(io.reads)
+            needed.update(io.reused)
             if plan.reuse == self._groups:  # it computes nothing that it could keep
                 self._graphs[plan] = graph, io
         return tuple(s for s in self.slots if s in needed)
@@ -109,13 +111,13 @@ class Program:
             kept.update(zip(io.reads, io.read_values, strict=True))
         return [*kept.values(), *self._io.previous_values]
 
-    def reads(self, plan: Plan) -> tuple[str, ...]:
-        """The slots that the plan's variant takes from the store."""
-        return self._specialised(plan)[1].reads
-
-    def layouts(self, plan: Plan) -> tuple[Layout, ...]:
-        """What the plan's variant measures, in order."""
-        return tuple(Layout(slot, d, strides, self._frames[slot]) for slot, d, strides in self._specialised(plan)[1].measures)
+    def needs(self, plan: Plan) -> Needs:
+        """What the plan's variant takes besides the model's inputs."""
+        if plan not in self._needs_of:
+            io = self._specialised(plan)[1]
+            layouts = tuple(Layout(slot, d, strides, self._frames[slot]) for slot, d, strides in io.measures)
+            self._needs_of[plan] = Needs(io.reads, io.before, layouts, io.times, tuple(self._groups - plan.reuse), io.reused)
+        return self._needs_of[plan]
 
     def variant_graph(self, plan: Plan) -> fx.GraphModule:
         """The graph that runs under a plan; not to be changed."""
@@ -128,7 +130,7 @@ class Program:
         return self._graphs[plan]
 
     def _specialise(self, plan: Plan, save: str, slots: tuple[str, ...] = ()) -> tuple[fx.GraphModule, VariantIO]:
-        specialise = Specialise(reuse=plan.reuse, save=save, slots=slots)
+        specialise = Specialise(reuse=plan.reuse, save=save, slots=slots, predictor=self.settings.recipe.predictor)
         given = frozenset().union(*(p.ensures for p in self.settings.recipe.pipeline), Pipeline(()).given)
         given |= Specialise.requires
         graph, _ = Pipeline((specialise, DeadCode()), given=given).run(self.guarded)
@@ -139,7 +141,7 @@ class Program:
     def compile_first(self, example_inputs: Sequence[Any]) -> None:
         """Compile the variant that every run begins with, inside the backend call."""
         graph, io = self._specialised(RECOMPUTE)
-        self._compiled[RECOMPUTE, ()] = self._compile(graph, [*example_inputs, *io.read_values, *io.previous_values])
+        self._compiled[RECOMPUTE, ()] = self._compile(graph, [*example_inputs, *io.added_values])
 
     def warm_up(self) -> None:
         """Compile every variant that can be compiled without knowing more sizes."""
@@ -159,7 +161,7 @@ class Program:
         if (found := self._compiled.get((plan, size))) is not None:
             return found
         graph, io = self._specialised(plan)
-        extra = [*io.read_values, *io.previous_values]
+        extra = io.added_values
         if size:
             found = self._for_one_size(graph, inputs or (), extra)
         else:
@@ -191,13 +193,10 @@ class Program:
         plan = ticket.plan
         run = self._variant(plan, inputs)
         io = self._specialised(plan)[1]
-        previous = ticket.previous
-        if previous is None:
-            previous = [
-                torch.zeros(self._bindings.shape(v, inputs), dtype=v.dtype, device=v.device) for v in io.previous_values
-            ]
+        before = self._zeros(io.before_values, inputs) if ticket.before is None else ticket.before
+        previous = self._zeros(io.previous_values, inputs) if ticket.previous is None else ticket.previous
         with no_autocast():
-            outputs = run(*inputs, *ticket.reads, *previous)
+            outputs = run(*inputs, *ticket.reads, *before, *previous, *ticket.times)
         results, rest = outputs[: self._results], outputs[self._results :]
         saved = dict(zip(io.saves, rest, strict=False))
         observed = dict(zip(io.previous, rest[len(io.saves) :], strict=False))
@@ -218,7 +217,9 @@ class Program:
             "that reaches a sine or cosine and then a layer (a Python float reaches none: pass a tensor). If the model embeds its time otherwise, or "
             "breaks into several graphs, use model = vdcache.compile(model); model.vdcache.begin(steps) and .step() then say the step.",
         )
-        io = self._io
-        zeros = [torch.zeros(self._bindings.shape(v, inputs), dtype=v.dtype, device=v.device) for v in io.previous_values]
+        zeros = self._zeros(self._io.added_values, inputs)
         with no_autocast():
             return self._variant(RECOMPUTE, inputs)(*inputs, *zeros)[: self._results]
+
+    def _zeros(self, values: Sequence[Tensor], inputs: Sequence[Any]) -> list[Tensor]:
+        return [torch.zeros(self._bindings.shape(v, inputs), dtype=v.dtype, device=v.device) for v in values]

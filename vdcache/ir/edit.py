@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["add_input", "call", "copy_graph", "inputs", "live_nodes", "outputs", "set_outputs"]
+__all__ = ["add_input", "call", "copy_graph", "inline", "inputs", "live_nodes", "outputs", "set_outputs"]
 
 
 def call(graph: fx.Graph, target: Any, *args: Any, made_by: str, **kwargs: Any) -> fx.Node:
@@ -22,6 +24,46 @@ def call(graph: fx.Graph, target: Any, *args: Any, made_by: str, **kwargs: Any) 
     node = graph.call_function(target, args, kwargs)
     node.meta = {"val": result, "vdcache": made_by}
     return node
+
+
+def inline(graph: fx.Graph, fn: Callable[..., Any], args: Any, made_by: str) -> Any:
+    """Add what a function of tensors computes, as ATen operations, at the graph's insertion point.
+
+    Args:
+        fn: called once with the fake values of the nodes in `args`, which may be nested.
+
+    Returns what `fn` returned, with nodes for the tensors.
+    """
+    of: dict[int, fx.Node] = {}
+    alive: list[Any] = []  # an id means something only as long as its tensor lives
+
+    def value(x: Any) -> Any:
+        if not isinstance(x, fx.Node):
+            return x
+        # a view of its own, so that one fake value that several nodes share is told apart
+        fake = x.meta["val"].detach()
+        of[id(fake)] = x
+        alive.append(fake)
+        return fake
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            def node(x: Any) -> Any:
+                return of.get(id(x), x) if isinstance(x, torch.Tensor) else x
+
+            given, named = pytree.tree_map(node, (args, kwargs or {}))
+            result = func(*args, **(kwargs or {}))
+            made = graph.call_function(func, given, named)
+            made.meta = {"val": result, "vdcache": made_by}
+            if isinstance(result, torch.Tensor):
+                of[id(result)] = made
+                alive.append(result)
+            return result
+
+    values = pytree.tree_map(value, args, is_leaf=lambda x: isinstance(x, fx.Node))
+    with torch.no_grad(), Recorder():
+        results = fn(*values)
+    return pytree.tree_map(lambda x: of[id(x)] if isinstance(x, torch.Tensor) else x, results)
 
 
 def copy_graph(graph: fx.GraphModule) -> fx.GraphModule:

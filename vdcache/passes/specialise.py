@@ -3,8 +3,8 @@
     y = add(x, guard(f(x), s))   --reuse s-->       y = add(x, input)
                                  --recompute s-->   h = f(x); y = add(x, h); return (y, …, h)
 
-A reused slot becomes an input of the graph, so all that only it needed is dead. A recomputed slot becomes an output. With
-a base, reuse gives base + input, and recomputing returns fresh − base beside the fresh value itself. An observation whose
+What a reused slot kept becomes inputs of the graph, from which a predictor makes its value, so all that only it needed is dead. A recomputed
+slot becomes outputs. With a base, reuse gives base + input, and recomputing returns fresh − base beside the fresh value itself. An observation whose
 group this plan computes turns into the sums of its measure against its previous value, which is an input; zeros go in where there
 is none yet. What is emitted becomes an output where nothing is reused. Recompute-all is bit-exact. The result holds no dialect
 node; the order of what was added is in `VariantIO`.
@@ -13,7 +13,7 @@ node; the order of what was added is in `VariantIO`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -21,10 +21,11 @@ from torch import fx
 from vdcache.ir import dialect
 from vdcache.ir.capture import signature
 from vdcache.ir.dialect import group_of
-from vdcache.ir.edit import add_input, call, inputs, live_nodes, outputs, set_outputs
+from vdcache.ir.edit import add_input, call, inline, inputs, live_nodes, outputs, set_outputs
 from vdcache.ir.facts import Fact
 from vdcache.ir.ops import is_effectful
 from vdcache.passes.base import Pass, PassResult, drop_dead_code
+from vdcache.passes.predictors import LAST, Predictor
 
 __all__ = ["SUMS", "Specialise", "VariantIO", "variant_io"]
 
@@ -37,27 +38,93 @@ class VariantIO:
     """What a variant takes after the model's inputs, and returns after the model's outputs, in order.
 
     Args:
-        reads: slots whose saved values are inputs.
-        previous: observations whose previous values are inputs (after `reads`).
-        saves: slots whose values are outputs.
+        reads: kept values that are inputs: a slot's name, with "#1", "#2" … where its predictor keeps several.
+        before: values kept at the computed step before that are inputs (after `reads`): a predictor of higher order needs them.
+        previous: observations whose previous values are inputs (after `before`).
+        times: groups whose elapsed steps and count of computed steps are inputs (after `previous`), two float32 0-d tensors each.
+        saves: kept values that are outputs.
         observed: observations whose values are outputs (after `saves`); the same as `previous`.
         emits: names of the emitted values that are outputs (after `observed`).
         measures: (observation, distance, strides) of the last output, a float32 vector of all sums; empty for none.
-        read_values, previous_values: fake tensors of the added inputs, dense.
+        read_values, before_values, previous_values, time_values: fake tensors of the added inputs, dense.
     """
 
     reads: tuple[str, ...] = ()
+    before: tuple[str, ...] = ()
     previous: tuple[str, ...] = ()
+    times: tuple[str, ...] = ()
     saves: tuple[str, ...] = ()
     emits: tuple[str, ...] = ()
     measures: tuple[tuple[str, str, tuple[int, ...]], ...] = ()
     read_values: tuple[torch.Tensor, ...] = ()
+    before_values: tuple[torch.Tensor, ...] = ()
     previous_values: tuple[torch.Tensor, ...] = ()
+    time_values: tuple[torch.Tensor, ...] = ()
+
+    @property
+    def added_values(self) -> tuple[torch.Tensor, ...]:
+        """All added inputs, in order."""
+        return (*self.read_values, *self.before_values, *self.previous_values, *self.time_values)
+
+    @property
+    def reused(self) -> tuple[str, ...]:
+        """The slots that are reused."""
+        return tuple(dict.fromkeys(r.partition("#")[0] for r in self.reads))
 
 
 def variant_io(graph: fx.GraphModule) -> VariantIO:
     found = graph.meta.get("vdcache.variant")
     return found if isinstance(found, VariantIO) else VariantIO()
+
+
+class _Added:
+    """The inputs that a variant has beside the model's."""
+
+    def __init__(self, graph: fx.Graph, made_by: str) -> None:
+        self._graph, self._made_by = graph, made_by
+        self._inputs: dict[str, dict[str, fx.Node]] = {"read": {}, "before": {}, "previous": {}}
+        self._times: dict[str, tuple[fx.Node, fx.Node]] = {}
+
+    def input(self, kind: str, name: str, like: torch.Tensor) -> fx.Node:
+        own = self._inputs[kind]
+        own[name] = add_input(self._graph, f"{kind}_{len(own)}", like, self._made_by)
+        return own[name]
+
+    def time(self, group: str, like: torch.Tensor) -> tuple[fx.Node, fx.Node]:
+        """Elapsed steps and count of computed steps of a group. On the CPU, where they are known: a kernel takes them as numbers."""
+        if group not in self._times:
+            number = like.new_empty((), dtype=torch.float32, device="cpu")
+            elapsed, count = (
+                add_input(self._graph, f"{n}_{len(self._times)}", number, self._made_by) for n in ("elapsed", "count")
+            )
+            self._times[group] = elapsed, count
+        return self._times[group]
+
+    def finish(self) -> dict[str, Any]:
+        """Drop the inputs that nothing reads (of slots behind other reused slots), put the rest in order, and say which there are."""
+        for own in self._inputs.values():
+            for name, node in list(own.items()):
+                if not node.users:
+                    self._graph.erase_node(own.pop(name))
+        for group, pair in list(self._times.items()):
+            if not any(node.users for node in pair):
+                for node in self._times.pop(group):
+                    self._graph.erase_node(node)
+        kinds = {kind: list(own.values()) for kind, own in self._inputs.items()}
+        kinds["time"] = [node for pair in self._times.values() for node in pair]
+        last = [n for n in inputs(self._graph) if n not in {x for own in kinds.values() for x in own}]
+        at = last[-1] if last else None
+        for node in (x for own in kinds.values() for x in own):
+            if at is not None:
+                at.append(node)
+            at = node
+        return {
+            "reads": tuple(self._inputs["read"]),
+            "before": tuple(self._inputs["before"]),
+            "previous": tuple(self._inputs["previous"]),
+            "times": tuple(self._times),
+            **{f"{kind}_values": tuple(n.meta["val"] for n in own) for kind, own in kinds.items()},
+        }
 
 
 @dataclass(frozen=True)
@@ -69,6 +136,7 @@ class Specialise(Pass):
         save: which recomputed slots are outputs: "all", "none" (then nothing is observed either), or "needed", those
             that `slots` names.
         slots: the slots that some plan reads; the values of others need not be kept.
+        predictor: what a reused slot is given, and what is kept for it.
     """
 
     name: ClassVar[str] = "specialise"
@@ -78,28 +146,29 @@ class Specialise(Pass):
     reuse: frozenset[str] = frozenset()
     save: str = "all"
     slots: tuple[str, ...] = ()
+    predictor: Predictor = LAST
 
     def run(self, graph: fx.GraphModule) -> PassResult:
         g = graph.graph
         marks = [*dialect.guards(g), *dialect.observations(g), *dialect.emissions(g)]
-        reads: dict[str, fx.Node] = {}
-        saves: dict[str, fx.Node] = {}
+        added = _Added(g, str(self))
+        fresh: dict[str, fx.Node] = {}
         for guard in dialect.guards(g):
             slot = str(guard.args[1])
             if group_of(slot) in self.reuse:
-                reads[slot] = self._reuse(g, guard, len(reads))
+                self._reuse(g, guard, added)
             else:
-                saves[slot] = guard
+                fresh[slot] = guard
         wanted = live_nodes(outputs(g))
-        kept = [s for s, node in saves.items() if node in wanted and self._keeps(s)]
-        saved = {s: self._saved(g, saves[s]) for s in kept}
-        for node in saves.values():
+        saved: dict[str, fx.Node] = {}
+        for slot, guard in fresh.items():
+            if guard in wanted and self._keeps(slot):
+                saved |= self._saved(g, guard, added)
+        for node in fresh.values():
             node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
-        reads = {s: node for s, node in reads.items() if node.users or node in wanted}
 
         wanted = live_nodes([*outputs(g), *saved.values()])
         seen: dict[str, fx.Node] = {}
-        previous: dict[str, fx.Node] = {}
         sums: list[fx.Node] = []
         measures: list[tuple[str, str, tuple[int, ...]]] = []
         for mark in dialect.observations(g):
@@ -107,8 +176,8 @@ class Specialise(Pass):
             slot = str(name)
             if self.save != "none" and value in wanted and group_of(slot) not in self.reuse:
                 seen[slot] = dense(g, value, mark, str(self))  # type: ignore[arg-type]
-                previous[slot] = add_input(g, f"previous_{len(previous)}", value.meta["val"], str(self))  # type: ignore[union-attr]
-                sums += self._sums(g, seen[slot], previous[slot], str(distance), strides, frames, mark)  # type: ignore[arg-type]
+                before = added.input("previous", slot, value.meta["val"])  # type: ignore[union-attr]
+                sums += self._sums(g, seen[slot], before, str(distance), strides, frames, mark)  # type: ignore[arg-type]
                 measures.append((slot, str(distance), tuple(strides)))  # type: ignore[arg-type]
             g.erase_node(mark)
         emitted: dict[str, fx.Node] = {}
@@ -122,48 +191,58 @@ class Specialise(Pass):
                 extra.append(call(g, aten.stack.default, sums, made_by=str(self)))
         _finish(graph, extra)
         drop_dead_code(g, keep=is_effectful)
-        for slot, node in list(reads.items()):
-            if not node.users:  # behind another reused slot
-                del reads[slot]
-                g.erase_node(node)
         graph.meta["vdcache.variant"] = VariantIO(
-            reads=tuple(reads),
-            previous=tuple(previous),
-            saves=tuple(saved),
-            emits=tuple(emitted),
-            measures=tuple(measures),
-            read_values=tuple(n.meta["val"] for n in reads.values()),
-            previous_values=tuple(n.meta["val"] for n in previous.values()),
+            saves=tuple(saved), emits=tuple(emitted), measures=tuple(measures), **added.finish()
         )
         return PassResult(graph, rewrites=len(marks) + bool(signature(graph).mutations))
 
     def _keeps(self, slot: str) -> bool:
         return self.save == "all" or (self.save == "needed" and slot in self.slots)
 
-    def _reuse(self, g: fx.Graph, guard: fx.Node, number: int) -> fx.Node:
-        """Put a new input in the place of a guarded value."""
+    def _reuse(self, g: fx.Graph, guard: fx.Node, added: _Added) -> None:
+        """Put what a predictor makes of new inputs in the place of a guarded value."""
+        slot, like = str(guard.args[1]), guard.meta["val"]
         base = guard.args[2] if len(guard.args) > 2 else None
-        saved = add_input(g, f"saved_{number}", guard.meta["val"], str(self))
-        value = saved
-        if isinstance(base, fx.Node):
-            with g.inserting_before(guard):
-                value = call(g, aten.add.Tensor, base, saved, made_by=str(self))
+        kept = [added.input("read", name, self._kept_form(like)) for name in self._names(slot)]
+        elapsed, count = added.time(group_of(slot), like)
+        with g.inserting_before(guard):
+            value = inline(g, self.predictor.predict, (kept, elapsed, count), made_by=str(self))
+            if value.meta["val"].dtype != like.dtype:
+                value = call(g, aten._to_copy.default, value, dtype=like.dtype, made_by=str(self))
+            if isinstance(base, fx.Node):
+                value = call(g, aten.add.Tensor, base, value, made_by=str(self))
         guard.replace_all_uses_with(value)
         g.erase_node(guard)
-        return saved
 
-    def _saved(self, g: fx.Graph, guard: fx.Node) -> fx.Node:
-        """The value that a recomputed slot keeps."""
+    def _saved(self, g: fx.Graph, guard: fx.Node, added: _Added) -> dict[str, fx.Node]:
+        """What a recomputed slot keeps, by name."""
+        slot = str(guard.args[1])
         fresh, base = guard.args[0], guard.args[2] if len(guard.args) > 2 else None
-        if not isinstance(base, fx.Node):
-            return dense(g, fresh, guard, str(self))  # type: ignore[arg-type]
         with g.inserting_after(guard):
             mark = g.call_function(dialect.guard, ())
         with g.inserting_before(mark):
-            delta = call(g, aten.sub.Tensor, fresh, base, made_by=str(self))
-        kept = dense(g, delta, mark, str(self))
+            if isinstance(base, fx.Node):
+                if self.predictor.tensors > 1:  # differences of differences: formed in float32 from the start
+                    fresh, base = (
+                        call(g, aten._to_copy.default, x, dtype=torch.float32, made_by=str(self)) for x in (fresh, base)
+                    )
+                fresh = call(g, aten.sub.Tensor, fresh, base, made_by=str(self))
+            before: list[fx.Node] = []
+            if self.predictor.tensors > 1:
+                like = self._kept_form(guard.meta["val"])
+                before = [added.input("before", name, like) for name in self._names(slot)]
+            times = added.time(group_of(slot), guard.meta["val"])
+            values = inline(g, self.predictor.keep, (fresh, before, *times), made_by=str(self))
+        kept = {name: dense(g, v, mark, str(self)) for name, v in zip(self._names(slot), values, strict=True)}
         g.erase_node(mark)
         return kept
+
+    def _names(self, slot: str) -> list[str]:
+        return [slot, *(f"{slot}#{i}" for i in range(1, self.predictor.tensors))]
+
+    def _kept_form(self, like: torch.Tensor) -> torch.Tensor:
+        """The form of a kept tensor: the value's own, float32 where differences are kept."""
+        return like.float() if self.predictor.tensors > 1 and like.dtype != torch.float32 else like
 
     def _sums(
         self,

@@ -20,7 +20,28 @@ from vdcache.runtime.policies import Always, Policy
 from vdcache.runtime.read import read
 from vdcache.runtime.store import Store
 
-__all__ = ["CompiledGraph", "Emitted", "Session", "Ticket"]
+__all__ = ["CompiledGraph", "Emitted", "Needs", "Session", "Ticket"]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a variant takes besides the model's inputs.
+
+    Args:
+        reads: names of kept values.
+        before: names of values that the computed step before kept; zeros where there was none.
+        layouts: what it measures, in order; each measure needs its previous value.
+        times: groups whose elapsed steps and number of computed steps it needs.
+        computes: groups that it computes.
+        slots: slots that it reuses.
+    """
+
+    reads: tuple[str, ...] = ()
+    before: tuple[str, ...] = ()
+    layouts: tuple[Layout, ...] = ()
+    times: tuple[str, ...] = ()
+    computes: tuple[str, ...] = ()
+    slots: tuple[str, ...] = ()
 
 
 class CompiledGraph(Protocol):
@@ -40,11 +61,8 @@ class CompiledGraph(Protocol):
     def narrow(self, plan: Plan) -> Plan:
         """What of a plan concerns this graph."""
 
-    def layouts(self, plan: Plan) -> tuple[Layout, ...]:
-        """What the plan's variant measures, in order."""
-
-    def reads(self, plan: Plan) -> tuple[str, ...]:
-        """The slots that the plan's variant takes from the store."""
+    def needs(self, plan: Plan) -> Needs:
+        """What the plan's variant takes besides the model's inputs."""
 
     def warm_up(self) -> None:
         """Compile every variant."""
@@ -61,9 +79,11 @@ class Ticket:
     graph: CompiledGraph
     plan: Plan
     key: Hashable
+    needs: Needs
     reads: list[Tensor]
-    layouts: tuple[Layout, ...]
+    before: list[Tensor] | None
     previous: list[Tensor] | None
+    times: list[Tensor]
     record: Record
     began: float
     keep: bool = True
@@ -153,6 +173,7 @@ class Session:
         self._begun = False  # begin() was called and no step has started since
         self._syncs = 0
         self._emitted: list[Emitted] = []
+        self._computed: dict[Hashable, dict[str, tuple[int, int]]] = {}  # of each lane: group -> last computed step, how many
 
     def __repr__(self) -> str:
         done = self.history.computed_steps() if len(self.history) else []
@@ -251,22 +272,23 @@ class Session:
         key = (who, call, self._lane, _forms(inputs, graph.activations))
         reads: list[Tensor] = []
         if plan:
-            found = self.store.get(key, graph.reads(plan))
+            found = self.store.get(key, graph.needs(plan).reads)
             if found is None:
                 plan, why = RECOMPUTE, "nothing is stored for this lane"
             else:
                 reads = found
         elif follows and self._plan:
             why = "the graph has nothing to reuse"
-        layouts = graph.layouts(plan)
-        previous = self.store.get(key, [layout.name for layout in layouts]) if layouts else None
+        needs = graph.needs(plan)
+        before = self.store.get(key, needs.before) if needs.before else None
+        previous = self.store.get(key, [layout.name for layout in needs.layouts]) if needs.layouts else None
         record = Record(
             generation=self._generation,
             step=self._step,
             lane=self._lane,
             timestep=self._timestep,
             plan=self._plan if follows else RECOMPUTE,
-            reused=graph.reads(plan) if plan else (),
+            reused=needs.slots,
             why=why,
             syncs=self._syncs,
         )
@@ -274,9 +296,11 @@ class Session:
             graph,
             plan,
             key,
+            needs,
             reads,
-            layouts,
+            before,
             previous,
+            [torch.tensor(float(n)) for group in needs.times for n in self._times(key, group)],
             record,
             began,
             keep=follows and self.num_steps is not None and not self._last(),
@@ -295,17 +319,29 @@ class Session:
         if ticket.keep:
             names, values = [*saved, *observed], [*saved.values(), *observed.values()]
             self.store.put(ticket.key, names, values, [*inputs, *results])
+            own = self._computed.setdefault(ticket.key, {})
+            for group in ticket.needs.computes:
+                own[group] = (self._step, own.get(group, (0, 0))[1] + 1)
         elif not ticket.plan:
-            self.store.drop(ticket.key)
+            self._drop(ticket.key)
         if self._last():  # nothing will read this lane again
-            self.store.drop(ticket.key)
+            self._drop(ticket.key)
         if sums is not None and ticket.keep:
             elements = tuple(v.numel() for v in observed.values())
-            self._pending.append(_Pending(sums, ticket.layouts, elements, ticket.previous is not None))
+            self._pending.append(_Pending(sums, ticket.needs.layouts, elements, ticket.previous is not None))
         ticket.record.seconds = time.perf_counter() - ticket.began
         self.history.add(ticket.record)
         tell(ticket.record)
         self._step_records.append(ticket.record)
+
+    def _times(self, key: Hashable, group: str) -> tuple[int, int]:
+        """Steps since a group was last computed, and how often it was in this generation; 1 and 0 where it never was."""
+        last, count = self._computed.get(key, {}).get(group, (self._step - 1, 0))
+        return self._step - last, count
+
+    def _drop(self, key: Hashable) -> None:
+        self.store.drop(key)
+        self._computed.pop(key, None)
 
     def summary(self, generation: int = -1) -> Any:
         """A rich table of one generation, the last one by default: print it with `rich.print`."""
@@ -448,6 +484,7 @@ class Session:
                 key="short",
             )
         self.store.drop()
+        self._computed.clear()
         self._pending.clear()
         self._step_records = []
         self._latent = None

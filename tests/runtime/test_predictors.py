@@ -1,0 +1,229 @@
+"""Predictors against closed forms, by themselves and through torch.compile; lanes, generations, groups, bytes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import vdcache
+from tests.support import TinyDiT, latent, time_of
+from vdcache import ConfigError, LastValue, Recipe, Scaled, Taylor
+from vdcache.passes import MarkBranches, MergeSlots
+from vdcache.runtime import Listed, Scheduled, Together
+
+
+def number(x):
+    return torch.tensor(float(x))
+
+
+def play(predictor, values, steps):
+    """Computed at `steps`, with these values; the prediction for any step after the last."""
+    kept = [torch.zeros(()) for _ in range(predictor.tensors)]
+    before = steps[0] - 1
+    for count, (step, value) in enumerate(zip(steps, values, strict=True)):
+        kept = list(predictor.keep(value, kept, number(step - before), number(count)))
+        before = step
+    return lambda step: predictor.predict(kept, number(step - before), number(len(steps)))
+
+
+@given(st.integers(1, 4), st.floats(-2, 2), st.floats(-2, 2), st.integers(1, 4), st.integers(1, 6))
+@settings(deadline=None)
+def test_a_line_is_predicted_exactly_by_every_order(order, start, slope, gap, ahead):
+    """A curve is not: the method takes backward differences for derivatives."""
+    steps = [gap * i for i in range(order + 2)]
+    got = play(Taylor(order), [number(start + slope * s) for s in steps], steps)(steps[-1] + ahead)
+    assert got.item() == pytest.approx(start + slope * (steps[-1] + ahead), rel=1e-3, abs=1e-2)
+
+
+@given(
+    st.integers(0, 4),
+    st.lists(st.floats(-3, 3), min_size=2, max_size=7),
+    st.lists(st.integers(1, 5), min_size=6, max_size=6),
+    st.integers(1, 6),
+)
+@settings(deadline=None)
+def test_taylor_is_the_published_recursion(order, values, gaps, ahead):
+    """TaylorSeer's code, restated: a list of factors, as many as enough computed steps allow."""
+    steps = [sum(gaps[:i]) for i in range(len(values))]
+    factors: list[float] = []
+    for i, value in enumerate(values):
+        new = [value]
+        for n in range(order):
+            if n < len(factors):
+                new.append((new[n] - factors[n]) / (steps[i] - steps[i - 1]))
+            else:
+                break
+        factors = new
+    want = sum(f * ahead**n / math.factorial(n) for n, f in enumerate(factors))
+    got = play(Taylor(order), [number(v) for v in values], steps)(steps[-1] + ahead)
+    assert got.item() == pytest.approx(want, rel=1e-3, abs=1e-3)
+
+
+def test_order_nought_is_the_last_value():
+    assert torch.equal(play(Taylor(0), [number(3), number(5)], [0, 2])(4), number(5))
+    assert torch.equal(play(LastValue(), [number(3), number(5)], [0, 2])(4), number(5))
+    assert play(Scaled(0.5), [number(3), number(8)], [0, 2])(5).item() == pytest.approx(1.0)
+
+
+class Drift(nn.Module):
+    """A DiT whose branch is a known function of the step, whatever the latent: predictions can be told exactly."""
+
+    def __init__(self, degree: int) -> None:
+        super().__init__()
+        self.degree, self.eye = degree, nn.Linear(4, 4, bias=False)
+        self.time = nn.Linear(8, 4)
+        with torch.no_grad():
+            self.eye.weight.copy_(torch.eye(4))
+        self.eval().requires_grad_(False)
+
+    def forward(self, x, timestep, text):
+        waves = 0 * self.time(TinyDiT.waves(None, timestep, x.dtype))[:, None]
+        s = (1000 - timestep) / 50  # the step
+        h = self.eye(x) + waves
+        h = h + self.eye(0 * h + (text * s**self.degree).to(x.dtype))
+        return h
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("merged", [False, True])
+@torch.no_grad()
+def test_through_torch_compile_a_line_is_predicted_exactly(dtype, merged):
+    torch._dynamo.reset()
+    model = Drift(1).to(dtype)
+    scope = (MarkBranches(), MergeSlots()) if merged else (MarkBranches(),)
+    recipe = Recipe("line", Scheduled(Listed((1, 4, 6))), scope, predictor=Taylor(1))
+    compiled = vdcache.compile(model, recipe, num_steps=10, inner="eager", strict=True)
+    for generation in range(2):
+        for step in range(10):
+            for lane in (1, 2):  # each has its own line
+                x, text = latent(step + 20 * generation, 1, 4, 4, dtype=dtype), torch.full((1, 1, 4), float(lane), dtype=dtype)
+                out, want = compiled(x, time_of(step), text), model(x, time_of(step), text)
+                if step in (0, 1, 4, 6):
+                    assert torch.equal(out, want)
+                else:
+                    tolerance = 1e-4 if dtype == torch.float32 else 0.1
+                    torch.testing.assert_close(out, want, rtol=0, atol=tolerance)
+    assert compiled.vdcache.history.computed_steps() == [0, 1, 4, 6]
+    (graph,) = compiled.vdcache.graphs
+    assert compiled.vdcache.store.peak_bytes == 2 * graph.cache_bytes() == 2 * 2 * 4 * 16  # lanes × tensors × bytes × numbers
+
+
+@torch.no_grad()
+def test_nothing_of_a_generation_before_enters_a_prediction():
+    torch._dynamo.reset()
+    model = Drift(2)
+    recipe = Recipe("two", Scheduled(Listed((0, 3))), (MarkBranches(),), predictor=Taylor(2))
+    fresh = vdcache.compile(model, recipe, num_steps=6, inner="eager")
+    used = vdcache.compile(model, recipe, num_steps=6, inner="eager")
+
+    def run(compiled, scale, steps=6):
+        return [compiled(latent(s, 1, 4, 4), time_of(s), torch.full((1, 1, 4), scale)) for s in range(steps)]
+
+    run(used, 7.0)
+    used.vdcache.begin(6)
+    run(used, 5.0, steps=2)  # aborted
+    used.vdcache.begin(6)
+    fresh.vdcache.begin(6)
+    for a, b in zip(run(used, 1.0), run(fresh, 1.0), strict=True):
+        assert torch.equal(a, b)
+
+
+@given(st.sets(st.integers(0, 7), min_size=1), st.integers(0, 3))
+@settings(deadline=None, max_examples=20)
+@torch.no_grad()
+def test_any_schedule_against_the_recursion_by_hand(steps, order):
+    torch._dynamo.reset()
+    model = TinyDiT(blocks=1)
+    when = Listed(tuple(sorted(steps)))
+    recipe = Recipe("t", Scheduled(when), (MarkBranches(), MergeSlots()), predictor=Taylor(order))
+    compiled = vdcache.compile(model, recipe, num_steps=8, inner="eager")
+    text, kept, last, count = latent(9, 1, 3, 4), [0.0] * (order + 1), -1, 0
+    for step in range(8):
+        x = latent(step)
+        out = compiled(x, time_of(step), text)
+        if step in when.computed(8):
+            assert torch.equal(out, model(x, time_of(step), text))
+            kept = Taylor(order).keep(model.branches(x, time_of(step), text), kept, number(step - last), number(count))
+            last, count = step, count + 1
+        else:
+            total = Taylor(order).predict(kept, number(step - last), number(count))
+            torch.testing.assert_close(out, model.with_branches(x, text, total), rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_groups_have_times_of_their_own():
+    torch._dynamo.reset()
+    model = TinyDiT(blocks=1)
+    policy = Together((Scheduled(Listed((0, 2, 4)), ("a",)), Scheduled(Listed((0, 1, 5)), ("m",))))
+    scope = (MarkBranches(kinds=("self-attention",), group="a"), MarkBranches(kinds=("mlp",), group="m"))
+    compiled = vdcache.compile(model, Recipe("p", policy, scope, predictor=Taylor(1)), num_steps=8, inner="eager", strict=True)
+    text = latent(9, 1, 3, 4)
+    for step in range(8):
+        x = latent(step)
+        out = compiled(x, time_of(step), text)
+        if step == 0:
+            assert torch.equal(out, model(x, time_of(step), text))
+    session = compiled.vdcache
+    (graph,) = session.graphs
+    assert {str(p) for p in graph.plans} == {"recompute", "reuse{a}", "reuse{m}", "reuse{a,m}"}
+    assert session.store.peak_bytes == graph.cache_bytes() == 4 * (x.shape[1] * 8) * 4
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_under_inductor_with_dynamic_shapes():
+    torch._dynamo.reset()
+    model = Drift(1)
+    recipe = Recipe("line", Scheduled(Listed((1, 3))), (MarkBranches(), MergeSlots()), predictor=Taylor(1))
+    compiled = vdcache.compile(model, recipe, num_steps=6, dynamic=True)
+    for tokens in (4, 6):
+        for step in range(6):
+            x, text = latent(step, 1, tokens, 4), torch.ones(1, 1, 4)
+            out = compiled(x, time_of(step), text)
+            torch.testing.assert_close(out, model(x, time_of(step), text), rtol=1e-4, atol=1e-4)
+    assert compiled.vdcache.history.computed_steps() == [0, 1, 3]
+
+
+def test_a_predictor_of_ones_own():
+    class Mean:
+        """Half way between the last two computed values."""
+
+        tensors = 2
+
+        def keep(self, fresh, before, elapsed, count):
+            return fresh, torch.where(count > 0, before[0], fresh)
+
+        def predict(self, kept, elapsed, count):
+            return (kept[0] + kept[1]) / 2
+
+    torch._dynamo.reset()
+    model, text = TinyDiT(blocks=1), latent(9, 1, 3, 4)
+    compiled = vdcache.compile(
+        model,
+        Recipe("mean", Scheduled(Listed((0, 1))), (MarkBranches(), MergeSlots()), predictor=Mean()),
+        num_steps=3,
+        inner="eager",
+    )
+    with torch.no_grad():
+        outs = [compiled(latent(s), time_of(s), text) for s in range(3)]
+        total = sum(model.branches(latent(s), time_of(s), text) for s in range(2)) / 2
+        torch.testing.assert_close(outs[2], model.with_branches(latent(2), text, total), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Taylor(-1), lambda: Taylor(5), lambda: Taylor(1.5), lambda: Scaled(0), lambda: Scaled(math.nan)]
+)
+def test_bad_predictors(make):
+    with pytest.raises(ConfigError):
+        make()
+
+
+@pytest.mark.parametrize("predictor", [LastValue(), Taylor(2), Scaled(0.98)])
+def test_predictors_are_kept_with_their_recipe(predictor):
+    made = Recipe("x", Scheduled(Listed((0, 3))), (MarkBranches(),), predictor=predictor)
+    assert Recipe.from_json(made.to_json()) == made
