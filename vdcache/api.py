@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from vdcache.backends import Backend, Settings
-from vdcache.ir.errors import ConfigError
+from vdcache.ir.errors import CaptureError, ConfigError, VdcacheError
 from vdcache.recipe import Recipe
 from vdcache.runtime import registry
 
-__all__ = ["compile"]
+__all__ = ["compile", "original"]
 
 _TORCH_COMPILE = ("fullgraph", "dynamic", "mode")
 
@@ -62,24 +62,55 @@ def compile(
     options = {"recipe": recipe, "num_steps": num_steps, "inner": inner, "strict": strict, "inductor": inductor}
     settings = Settings.of(options)
     session = settings.new_session()
-    compiled = torch.compile(model, backend=Backend(settings, torch_compile.pop("mode", None)), **torch_compile)  # type: ignore[call-overload]
+    model = original(model)
+    backend = Backend(settings, torch_compile.pop("mode", None))
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+        # Else all recipes that one forward was ever compiled with count against Dynamo's limit of 8 together.
+        torch_compile["isolate_recompiles"] = True
+    compiled = torch.compile(model, backend=backend, **torch_compile)  # type: ignore[call-overload]
+
+    def under_session(run: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(run)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            try:
+                with registry.using(session):
+                    result = session.watch(run, args, kwargs)
+            except torch._dynamo.exc.BackendCompilerFailed as error:
+                if isinstance(error.inner_exception, VdcacheError):
+                    raise error.inner_exception from None  # what the user can catch and read
+                raise
+            if not backend.called:
+                _never_called(settings)
+            return result
+
+        return call
+
     if isinstance(compiled, nn.Module):
-        forward = compiled.forward
-
-        @functools.wraps(forward)
-        def under_session(*args: Any, **kwargs: Any) -> Any:
-            with registry.using(session):
-                return session.watch(forward, args, kwargs)
-
         # past OptimizedModule.__setattr__, which would write into the user's model
-        compiled.__dict__["forward"] = under_session
+        compiled.__dict__["forward"] = under_session(compiled.forward)
         compiled.__dict__["vdcache"] = session
+        compiled.__dict__["vdcache_original"] = model
         return compiled
-
-    @functools.wraps(compiled)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with registry.using(session):
-            return session.watch(compiled, args, kwargs)
-
+    call = under_session(compiled)
     call.vdcache = session  # type: ignore[attr-defined]
+    call.vdcache_original = model  # type: ignore[attr-defined]
     return call
+
+
+def original(model: Callable[..., Any]) -> Callable[..., Any]:
+    """The model that the user gave: compiling what was compiled before starts from there, and the new recipe alone acts."""
+    while (inner := getattr(model, "__dict__", {}).get("vdcache_original")) is not None:
+        model = inner
+    return model
+
+
+def _never_called(settings: Settings) -> None:
+    """Dynamo ran the model without asking the backend once."""
+    message = (
+        "vdcache: Dynamo compiled nothing of this model, so nothing is reused: torch.compile is disabled (TORCHDYNAMO_DISABLE, "
+        "torch.compiler.disable), or this forward was compiled too often in this process (torch._dynamo.config.recompile_limit; "
+        "torch._dynamo.reset() forgets)"
+    )
+    if settings.strict:
+        raise CaptureError(message)
+    settings.say_once("never called", message)

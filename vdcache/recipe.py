@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from vdcache.ir.checks import whole_numbers
 from vdcache.ir.errors import ConfigError
 from vdcache.passes import Canonicalise, MarkBranches, MergeSlots, Observe, Pass, Pipeline
 from vdcache.passes.predictors import LAST, LastValue, Predictor, Scaled, Taylor
@@ -107,9 +108,14 @@ class Recipe:
         """The recipe that `to_json` wrote: JSON text, or the path of a file of it.
 
         Raises:
-            ConfigError: a policy that this version does not know.
+            ConfigError: no recipe, or a policy that this version does not know.
         """
-        data = json.loads(text.read_text() if isinstance(text, Path) else text)
+        try:
+            data = json.loads(text.read_text() if isinstance(text, Path) else text)
+        except ValueError as error:
+            raise ConfigError(f"this is no recipe: {error}; a file is given as pathlib.Path") from error
+        if not isinstance(data, dict) or not {"name", "pipeline", "policy", "source", "books"} <= data.keys():
+            raise ConfigError("this JSON is no recipe: it was not written by Recipe.to_json")
         passes = tuple(Pipeline.parse(data["pipeline"]).passes[1:])
         predictor = _value(data.get("predictor", {"kind": "LastValue"}))
         return Recipe(data["name"], _value(data["policy"]), passes, data["source"], _value(data["books"]), predictor)
@@ -123,8 +129,13 @@ _KINDS |= {k.__name__: k for k in (LastValue, Taylor, Scaled)}
 
 def _plain(value: Any) -> Any:
     """A value of policies as JSON takes it."""
-    if is_dataclass(value):
+    if is_dataclass(value) and type(value).__name__ in _KINDS:
         return {"kind": type(value).__name__, **{f.name: _plain(getattr(value, f.name)) for f in fields(value)}}
+    if not isinstance(value, (tuple, str, int, float, type(None))):
+        raise ConfigError(
+            f"{type(value).__name__} is none of vdcache's own policies and predictors ({', '.join(_KINDS)}), so a file could not be read "
+            "back: keep the code that makes the recipe"
+        )
     return [_plain(v) for v in value] if isinstance(value, tuple) else value
 
 
@@ -221,17 +232,24 @@ def profilingdit(
         reuse: which blocks are reused between computed steps: "background", "foreground", or both in turn, "split" (foreground
             in the first half, background in the second) or "alternate" (ablations of the paper's table 3).
         span: "run" keeps one delta for a run of consecutive blocks, "block" one for each block.
-        of: count only the "single" or "double" blocks of an MMDiT; empty for both.
+        of: the "single" or "double" blocks of an MMDiT alone, counted from 0 among these; empty for both.
 
     Raises:
         ConfigError: an empty list, a block that is in both, an unknown word. A block that the model does not have is refused when
             the model is compiled.
     """
     if isinstance(background, SupportsBlocks):
-        lists = {"background": tuple(background.background), "foreground": tuple(background.foreground)}
-        of = of or background.of
+        if len(foreground):
+            raise ConfigError("profilingdit: a profile knows both lists; give either a profile or lists")
+        if of and background.of not in ("", of):
+            raise ConfigError(f"profilingdit: the profile speaks of {background.of} blocks, and of={of!r} was asked for")
+        chosen = background.only(of) if of and not background.of else background
+        lists, of = {"background": chosen.background, "foreground": chosen.foreground}, chosen.of
     else:
-        lists = {"background": tuple(background), "foreground": tuple(foreground)}
+        lists = {
+            "background": whole_numbers(background, "profilingdit: background"),
+            "foreground": whole_numbers(foreground, "profilingdit: foreground"),
+        }
     if reuse not in REUSES:
         raise ConfigError(f"profilingdit: reuse is {', '.join(REUSES)}; got {reuse!r}")
     if both := sorted(set(lists["background"]) & set(lists["foreground"])):
@@ -242,7 +260,7 @@ def profilingdit(
     if when is None:
         when = Intervals(warm_up=6, t_max=12, t_min=2, of_steps=50)
     elif not isinstance(when, (Intervals, Listed)):
-        when = Listed(tuple(when))
+        when = Listed(when)  # type: ignore[arg-type]
     marks = tuple(MarkBranches(group=g, blocks=lists[g], of=of) for g in groups)
     merges = tuple(MergeSlots(group=g, span=span) for g in groups)
     policy = Scheduled(when, groups, "split" if reuse == "split" else "alternate")
@@ -259,6 +277,7 @@ class SupportsBlocks(Protocol):
     def foreground(self) -> tuple[int, ...]: ...
     @property
     def of(self) -> str: ...
+    def only(self, of: str) -> SupportsBlocks: ...
 
 
 def _profilingdit_hunyuanvideo() -> Recipe:

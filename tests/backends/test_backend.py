@@ -623,3 +623,36 @@ def test_wrong_arguments_fail_at_once_and_leave_the_class_alone(call, message):
 def test_a_session_prints_in_one_line():
     session = vdcache.compile(TinyDiT(), "every-2", num_steps=4, inner="eager").vdcache
     assert repr(session) == "<Session every-2, 4 steps, 0 generations, 0 steps computed in the last>"
+
+
+def test_every_compile_has_a_limit_of_its_own():
+    """Dynamo counts all compilations of one forward together: the ninth recipe of a notebook once ran plain without a word."""
+    model, text = TinyDiT(), latent(9, 1, 3, 4)
+    with torch.no_grad():
+        for _ in range(10):
+            compiled = vdcache.compile(model, "every-2", num_steps=4, inner="eager")
+            for step in range(4):
+                compiled(latent(step), time_of(step), text)
+            assert compiled.vdcache.history.computed_steps() == [0, 2, 3]
+
+
+@torch.no_grad()
+def test_a_model_that_dynamo_never_hands_over_is_said():
+    model, args = TinyDiT(), (latent(0), time_of(0), latent(9, 1, 3, 4))
+    model.forward = torch.compiler.disable(model.forward)
+    with pytest.warns(vdcache.VdcacheWarning, match="Dynamo compiled nothing of this model"):
+        vdcache.compile(model, "every-2", num_steps=4, inner="eager")(*args)
+    with pytest.raises(vdcache.CaptureError, match="Dynamo compiled nothing"):
+        vdcache.compile(model, "every-2", num_steps=4, inner="eager", strict=True)(*args)
+
+
+@torch.no_grad()
+def test_compiling_what_is_compiled_starts_from_the_model():
+    model, text = TinyDiT(), latent(9, 1, 3, 4)
+    for start in (model, lambda *args: model(*args)):
+        nested = start
+        for recipe in ("every-2", "every-3", "every-2", "always", "every-3"):
+            nested = vdcache.compile(nested, recipe, num_steps=4, inner="eager")
+        for step in range(4):
+            nested(latent(step), time_of(step), text)
+        assert nested.vdcache.history.computed_steps() == [0, 3]

@@ -231,7 +231,7 @@ def test_lists_that_belong_to_another_model():
     report = vdcache.explain(MODELS[False], *call(0), recipe="profilingdit-wan2.1")
     assert "made for a model with 40 blocks" in report.nothing and "this one has 6: profile the model" in report.nothing
     torch._dynamo.reset()
-    with pytest.raises(Exception, match="made for a model with 40 blocks"):
+    with pytest.raises(ConfigError, match="made for a model with 40 blocks"):
         vdcache.compile(MODELS[False], "profilingdit-wan2.1", num_steps=50, inner="eager")(*call(0))
 
 

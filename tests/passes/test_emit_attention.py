@@ -57,6 +57,10 @@ class Video(nn.Module):
             self.weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
             return kernel(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
         self.weights = (q @ k.mT * scale).softmax(-1)
+        if self.form == "padded":  # the last two of the text's tokens are padding
+            keep = torch.arange(q.shape[-2]) < q.shape[-2] - 2
+            self.weights = (q @ k.mT * scale).masked_fill(~keep, -torch.inf).softmax(-1)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=keep[None, None, None], scale=scale)
         if self.form == "sdpa":
             return F.scaled_dot_product_attention(q, k, v, scale=scale)
         if self.form == "bmm":
@@ -98,7 +102,7 @@ class Video(nn.Module):
     def expected(self):
         """[B, TOKENS] from the last call's weights."""
         w = self.weights.mean(1)  # over heads
-        received = w.sum(-2) * w.shape[-1] / w.shape[-2]
+        received = w.sum(-2) * (w.shape[-1] - 2 * (self.form == "padded")) / w.shape[-2]
         if self.layout == "spatial":
             return received.reshape(B, TOKENS)
         if self.layout == "temporal":
@@ -144,6 +148,13 @@ def test_every_form_and_layout(form, layout):
 @pytest.mark.parametrize("form", FORMS)
 def test_text_beside_the_video(form, first):
     model = Video(form, "full", text=4, first=first)
+    (value,), _, _ = emitted(model, *call())
+    model(*call())
+    torch.testing.assert_close(value, model.expected(), rtol=1e-4, atol=1e-5)
+
+
+def test_padding_does_not_lower_the_mean():
+    model = Video("padded", "full", text=4)
     (value,), _, _ = emitted(model, *call())
     model(*call())
     torch.testing.assert_close(value, model.expected(), rtol=1e-4, atol=1e-5)
@@ -207,7 +218,7 @@ def test_the_graph_says_what_is_emitted():
         "\n".join(lines),
         """\
 %41 = vdcache.attention_received(%37, %38, None, False, 1.5) : f32[8,2,3]
-%47 = emit(%46, 'scaled_dot_product_attention') : f32[2,12]""",
+%52 = emit(%51, 'scaled_dot_product_attention') : f32[2,12]""",
     )
     assert library.attention_received is not None and mark.args[0].meta["val"].shape == (B, TOKENS)
 

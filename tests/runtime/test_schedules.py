@@ -102,6 +102,13 @@ def test_lists_are_taken_as_they_are_or_scaled():
         (lambda: Intervals(30, 4, 2).computed(30), "warm-up of 30 steps leaves nothing to reuse in a generation of 30"),
         (lambda: Scheduled(Listed((0,)), ()), "at least one group"),
         (lambda: Scheduled(Listed((0,)), ("a",), "often"), "no turn 'often'"),
+        (lambda: Scheduled((0, 2.5)), r"the computed steps is a list of whole numbers; got \(0, 2.5\)"),
+        (lambda: Scheduled((0,), "all"), r"groups is a list of names; got 'all'"),
+        (lambda: Listed("024"), "list of whole numbers"),
+        (lambda: Listed(3), "list of whole numbers"),
+        (lambda: Listed((True, False)), "list of whole numbers"),
+        (lambda: Intervals("6", 4, 2), "warm_up of the intervals is a number of steps; got '6'"),
+        (lambda: Intervals(6, None, 2), "t_max of the intervals is a number of steps; got None"),
         (lambda: Together(()), "at least one"),
         (lambda: Together((EveryN(2), EveryN(3))), "reuse the group 'all'"),
     ],
@@ -168,6 +175,8 @@ def test_presets_scale_to_other_steps_and_say_so(name):
     scaled = recipe(name).for_steps(30, said.append)
     assert len(said) == 1 and "made for 50 steps and is scaled to 30" in said[0]
     assert recipe(name).for_steps(50, said.append) == recipe(name) and len(said) == 1
+    recipe(name).for_steps(4, said.append)
+    assert "scaled to 4: computed are" in said[-1]
     found = plans(scaled.policy, 30)
     assert len(found) == 30 and found[:4] == ["recompute"] * 4
 
@@ -203,12 +212,55 @@ def test_presets_round_trip(name):
         (lambda: profilingdit([1], of="triple"), "of must be 'single' or 'double'"),
         (lambda: profilingdit([1], span="all"), "span must be 'run' or 'block'"),
         (lambda: profilingdit([1], when=[]), "at least one step"),
+        (lambda: profilingdit([1], when="every-3"), "the computed steps is a list of whole numbers; got 'every-3'"),
+        (lambda: profilingdit([1], when=3), "list of whole numbers; got 3"),
+        (lambda: profilingdit("0,4"), "background is a list of whole numbers; got '0,4'"),
+        (lambda: profilingdit([True, False]), "list of whole numbers"),
+        (lambda: profilingdit([0.0, 4]), "list of whole numbers"),
         (lambda: recipe("profilingdit"), r"vdcache.profilingdit\(vdcache.profile\(model, run\)\)"),
     ],
 )
 def test_bad_recipes(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+@pytest.mark.parametrize("kind", [list, range, torch.tensor, __import__("numpy").array])
+def test_lists_of_any_kind_become_numbers(kind):
+    steps = range(0, 10, 5) if kind is range else kind([0, 5])
+    made = profilingdit(kind(4) if kind is range else kind([0, 1, 2, 3]), when=steps)
+    assert made == profilingdit((0, 1, 2, 3), when=(0, 5)) == Recipe.from_json(made.to_json())
+    with pytest.raises(ConfigError, match="block 0 is in the foreground"):
+        profilingdit(torch.tensor([0, 4]), torch.tensor([0, 1]))
+
+
+def test_files_that_are_no_recipe(tmp_path):
+    recipe("every-3").to_json(tmp_path / "r.json")
+    with pytest.raises(ConfigError, match=r"a file is given as pathlib\.Path"):
+        Recipe.from_json(str(tmp_path / "r.json"))
+    with pytest.raises(ConfigError, match="no recipe"):
+        Recipe.from_json('{"vdcache profile": 1}')
+
+    class Own(EveryN):
+        pass
+
+    with pytest.raises(ConfigError, match="Own is none of vdcache's own policies"):
+        Recipe("own", Own(3)).to_json()
+
+
+def test_a_policy_and_a_scope_of_different_groups_are_an_error():
+    torch._dynamo.reset()
+    never = Recipe("never", Scheduled((0, 2)), (MarkBranches(group="background"), MergeSlots(group="background")))
+    compiled = vdcache.compile(TinyDiT(), never, num_steps=4, inner="eager")
+    with (
+        torch.no_grad(),
+        pytest.raises(
+            ConfigError, match="'never' never reuses what it guards: its policy reuses all, its slots belong to background"
+        ),
+    ):
+        compiled(latent(0), time_of(0), latent(9, 1, 3, 4))
+    report = vdcache.explain(TinyDiT(), latent(0), time_of(0), latent(9, 1, 3, 4), recipe=never)
+    assert "never reuses what it guards" in report.nothing
 
 
 def test_a_policy_that_cannot_run_is_an_error_at_once():

@@ -44,8 +44,10 @@ class Backend:
 
     def __init__(self, settings: Settings, mode: str | None = None) -> None:
         self.settings, self.mode = settings, mode
+        self.called = False  # Dynamo has handed over a graph
 
     def __call__(self, graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        self.called = True
         return compile_graph(graph, example_inputs, self.settings, self.mode)
 
     def __repr__(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from vdcache.ir.capture import Captured
 from vdcache.ir.dialect import group_of
 from vdcache.ir.edit import copy_graph
 from vdcache.ir.edit import inputs as graph_inputs
+from vdcache.ir.errors import ConfigError
 from vdcache.ir.sizes import Bindings
 from vdcache.passes import DeadCode, Pipeline, Refusal, Specialise, Step, VariantIO, variant_io
 from vdcache.passes.canonicalise import Canonicalise
@@ -60,6 +62,11 @@ class Program:
         self.activations = tuple(i for i in range(len(names)) if i not in captured.signature.static)
         self._context = Context()
         self._graphs: dict[Plan, tuple[fx.GraphModule, VariantIO]] = {}
+        if self.slots and not any(self.plans) and (wanted := {g for p in settings.recipe.policy.plans() for g in p.reuse}):
+            raise ConfigError(
+                f"the recipe '{settings.recipe.name}' never reuses what it guards: its policy reuses {', '.join(sorted(wanted))}, its slots "
+                f"belong to {', '.join(sorted(self._groups))}; give both the same group"
+            )
         self._needs_of: dict[Plan, Needs] = {}
         self._compiled: dict[tuple[Plan, Hashable], Compiled] = {}
         self._by_size: set[Plan] = set()  # plans whose variant is good for one size only
@@ -191,7 +198,9 @@ class Program:
         session.adopt(self)
         ticket = session.enter(self, inputs)
         plan = ticket.plan
+        asked = time.perf_counter()
         run = self._variant(plan, inputs)
+        ticket.began += time.perf_counter() - asked  # making a variant is not what a step takes
         io = self._specialised(plan)[1]
         before = self._zeros(io.before_values, inputs) if ticket.before is None else ticket.before
         previous = self._zeros(io.previous_values, inputs) if ticket.previous is None else ticket.previous

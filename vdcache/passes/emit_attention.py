@@ -4,7 +4,7 @@
 
 One value for every self- or joint-attention over video tokens: the column sums of its weights, mean over heads, float32
 [B, frames · S] with frames outermost (ProfilingDiT, arXiv 2504.03140, equation 5). It is the sum over the queries of a sequence
-divided by what uniform attention would give, so that 1 is the mean of all tokens of the sequence. Nothing of the model reads it.
+divided by its mean over all keys that any query may attend to (masked ones are left out). Nothing of the model reads it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from vdcache.ir import dialect, library
+from vdcache.ir.checks import whole_numbers
 from vdcache.ir.edit import call
 from vdcache.ir.errors import ConfigError
 from vdcache.ir.facts import Fact
@@ -45,6 +46,7 @@ class EmitAttention(Pass):
     grid: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "grid", whole_numbers(self.grid, f"{self.name}: grid"))
         if self.grid and (len(self.grid) != 3 or min(self.grid) < 1):
             raise ConfigError(f"{self.name}: grid is (frames, height, width) of the video tokens, got {self.grid}")
 
@@ -94,10 +96,12 @@ class EmitAttention(Pass):
             sequences = {"full": 1, "spatial": grid.frames, "temporal": space}[layout] * batch
             if rows % sequences:
                 raise _NotEmitted(f"{rows} rows of weights are not a multiple of {sequences} sequences")
-            queries = attention.q_len or keys
             value = op(aten.reshape.default, received, [batch, sequences // batch, rows // sequences, keys])
             value = op(aten.mean.dim, value, [2])
-            value = op(aten.mul.Tensor, value, keys / queries)
+            # Over the keys that any query may attend to: padding of a text would lower the mean of all others.
+            there = op(aten.sum.dim_IntList, op(aten.gt.Scalar, value, 0), [-1], True)
+            mean = op(aten.div.Tensor, op(aten.sum.dim_IntList, value, [-1], True), op(aten.clamp.default, there, 1))
+            value = op(aten.div.Tensor, value, mean)
             if (start, stop) != (0, keys):
                 value = op(aten.slice.Tensor, value, 2, start, stop)
             if layout == "temporal":
@@ -146,6 +150,9 @@ def _video(attention: Attention, keys: int, grid: Grid) -> tuple[int, int]:
         return latent[0].start, latent[0].stop
     if not attention.spans and keys in sizes:
         return 0, keys
+    if attention.spans:
+        held = ", ".join(f"{s.stop - s.start} {s.role}" for s in attention.spans)
+        raise _NotEmitted(f"its {keys} keys are {held}, and the grid has {grid.tokens} video tokens")
     raise _NotEmitted(f"{keys} keys are not the {grid.tokens} video tokens, and the graph does not show which of them are")
 
 

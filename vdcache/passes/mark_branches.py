@@ -15,6 +15,7 @@ from typing import ClassVar
 from torch import fx
 
 from vdcache.ir import dialect
+from vdcache.ir.checks import whole_numbers
 from vdcache.ir.errors import ConfigError
 from vdcache.ir.facts import Fact
 from vdcache.ir.ops import same_type
@@ -58,6 +59,7 @@ class MarkBranches(Pass):
         if self.of not in ("", "single", "double"):
             raise ConfigError(f"{self.name}: of must be 'single' or 'double' (or empty for all blocks), got {self.of!r}")
         if self.blocks is not None:
+            object.__setattr__(self, "blocks", whole_numbers(self.blocks, f"{self.name}: blocks"))
             if not self.blocks:
                 raise ConfigError(f"{self.name}: the list of blocks is empty, so there is nothing to reuse")
             if twice := [b for b in self.blocks if self.blocks.count(b) > 1]:

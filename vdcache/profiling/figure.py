@@ -46,6 +46,8 @@ def draw(profile: Profile, path: str | Path | None = None) -> Any:
             if block is None:
                 at = frame * profile.picture.shape[0] // profile.grid[0]
                 axis.imshow(pictures[at], extent=extent, interpolation="nearest")
+                shade = np.where(profile.mask[frame][..., None], 0.0, [0.0, 0.0, 0.0, 0.45])  # the background lies in the dark
+                axis.imshow(shade, extent=extent, interpolation="nearest")
             else:
                 values = seen[0 if block == most else 1][frame]
                 drawn = axis.imshow(values, extent=extent, cmap="magma", vmin=0, vmax=high, interpolation="nearest")
@@ -80,7 +82,7 @@ def draw(profile: Profile, path: str | Path | None = None) -> Any:
         color=[FRONT if b in profile.foreground else BACK for b in blocks],
         error_kw={"elinewidth": 0.8, "ecolor": LINE},
     )
-    chance = profile.by_block(profile.shares).mean((0, 1))
+    chance = np.nanmean(profile.by_block(profile.shares), (0, 1))
     bars.plot(chance, range(len(blocks)), color=LINE, marker="|", linestyle="none", markersize=9, label="share of all tokens")
     bars.axvline(profile.threshold, color=LINE, linewidth=0.9, linestyle="--", label=f"τ = {profile.threshold:.2f}")
     bars.set(xlabel="R (± over prompts)", xlim=(0, 1))
@@ -91,10 +93,10 @@ def draw(profile: Profile, path: str | Path | None = None) -> Any:
     distances = profile.distances
     if distances.size:
         at = np.arange(1, distances.shape[1] + 1)
-        middle = np.median(distances, 0)
+        middle = np.nanmedian(distances, 0)
         steps.plot(at, middle, color=LINE, marker="o", markersize=3)
         if len(profile.series) > 1:
-            low, up = np.quantile(distances, (0.1, 0.9), 0)
+            low, up = np.nanquantile(distances, (0.1, 0.9), 0)
             steps.fill_between(at, low, up, color=LINE, alpha=0.2, linewidth=0)
         steps.set_ylim(bottom=0)
     steps.set(xlabel="denoising step", ylabel="‖v now − v before‖₁ / ‖v before‖₁", title="change of the prediction")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,12 +13,14 @@ import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from vdcache.api import compile
+from vdcache.api import compile, original
+from vdcache.ir.checks import number
 from vdcache.ir.errors import CacheStateError, ConfigError
 from vdcache.passes import EmitAttention
 from vdcache.passes.emit_attention import denoising_attentions
-from vdcache.patterns import Grid
-from vdcache.profiling.result import Profile, Site
+from vdcache.patterns import Attention, Grid
+from vdcache.patterns.attention import layout_of
+from vdcache.profiling.result import Profile, Site, check_threshold
 from vdcache.profiling.segment import Otsu, Segmenter, principal_picture
 from vdcache.recipe import Recipe
 from vdcache.runtime import Always
@@ -63,28 +66,39 @@ def profile(
 
     Raises:
         ConfigError: no attention of the model can be read (the message says why), a mask of the wrong shape, or no foreground anywhere.
+        CaptureError: vdcache cannot read the model, or it runs with gradients; the message says what to do.
         CacheStateError: `run` did not call the model.
     """
-    if not token_threshold > 0:
+    if not number(token_threshold, "token_threshold is a multiple of the mean attention") > 0:
         raise ConfigError(f"token_threshold is a multiple of the mean attention, above 0; got {token_threshold}")
-    if block_threshold is not None and not 0 <= block_threshold <= 1:
-        raise ConfigError(f"block_threshold is a share of the foreground, 0 to 1; got {block_threshold}")
+    check_threshold(block_threshold)
+    if isinstance(prompts, (str, bytes)) or (prompts is not None and not isinstance(prompts, Iterable)):
+        raise ConfigError(f"prompts is a list of prompts; got {prompts!r}: give [{prompts!r}]")
+    if prompts is not None and not (prompts := list(prompts)):
+        raise ConfigError("prompts is empty, so there is nothing to profile")
     recipe = Recipe("profile", Always(), (EmitAttention(grid=tuple(grid or ())),))
-    watched = compile(model, recipe, inner=inner, dynamic=False)  # symbols would hide which tokens are the video's
-    collector = _Collector(Otsu() if foreground is None else foreground, token_threshold, grid)
+    model = original(model)
+    foreground = _checked(Otsu() if foreground is None else foreground)
+    # Symbols would hide which tokens are the video's. What cannot be read is an error: there is nothing else to do here.
+    watched = compile(model, recipe, inner=inner, dynamic=False, strict=True)
+    collector = _Collector(foreground, token_threshold, grid)
     session = watched.vdcache
     session.listeners.append(collector.take)
-    if prompts is None:
-        run(watched)
-    else:
-        for prompt in prompts:
-            session.begin()
-            run(watched, prompt)
+    measured, forget = _until_forgotten(watched, model)
+    try:
+        if prompts is None:
+            run(measured)
+        else:
+            for prompt in prompts:
+                session.begin()
+                run(measured, prompt)
+    finally:
+        forget()  # a pipeline may hold what it was given: from here on it is the plain model
+    collector.finish()
     name = type(model).__name__ if isinstance(model, torch.nn.Module) else getattr(model, "__name__", "model")
     if not len(session.history):
         raise CacheStateError(
-            "profile: run(model) did not call the model that it was given (or nothing in it was compiled): use its argument, as in "
-            "`lambda model: sample(model)`"
+            "profile: run(model) did not call the model that it was given: use its argument, as in `lambda model: sample(model)`"
         )
     if not collector.sites:
         reasons = {why for graph in session.graphs for r in graph.refusals for why in r.reasons}  # type: ignore[attr-defined]
@@ -96,6 +110,32 @@ def profile(
             )
         )
     return collector.profile(name, block_threshold)
+
+
+def _until_forgotten(watched: Any, model: Any) -> tuple[Any, Callable[[], None]]:
+    """What `run` is given, and what turns it into the plain model."""
+    if isinstance(watched, torch.nn.Module):
+        return watched, lambda: watched.__dict__.__setitem__("forward", model)
+    now = [watched]
+
+    def measured(*args: Any, **kwargs: Any) -> Any:
+        return now[0](*args, **kwargs)
+
+    measured.vdcache = watched.vdcache  # type: ignore[attr-defined]
+    return measured, lambda: now.__setitem__(0, model)
+
+
+def _checked(foreground: Any) -> Any:
+    """A segmenter, a mask, or a list of masks; arrays become tensors."""
+    if isinstance(foreground, (list, tuple)):
+        return [_checked(f) for f in foreground]
+    if isinstance(foreground, np.ndarray):
+        return torch.from_numpy(foreground)
+    if isinstance(foreground, Tensor) or (callable(foreground) and not isinstance(foreground, type)):
+        return foreground
+    raise ConfigError(
+        f"foreground is a segmenter (vdcache.Otsu(), vdcache.Sam2(model), a function), a bool mask or a list of masks; got {foreground!r}"
+    )
 
 
 @dataclass
@@ -117,6 +157,7 @@ class _Collector:
         self.sites: tuple[Site, ...] = ()
         self.series: dict[str, _Series] = {}
         self._before: dict[tuple[Any, ...], Tensor] = {}
+        self._generations = 0
         self._received: Tensor | None = None  # summed over the steps of the first series
         self._seen: list[tuple[Tensor, Tensor]] = []  # mask and picture of the first series, step by step
 
@@ -124,6 +165,11 @@ class _Collector:
     def take(self, record: Record, emitted: Sequence[Emitted], result: Any) -> None:
         """One call: score every site and sample, and go on."""
         values = {(i, name): value for i, (_, own) in enumerate(emitted) for name, value in own.items()}
+        if record.step < 0:
+            raise ConfigError(
+                "profile: no timestep is seen in the model, so its steps cannot be told. A timestep is a tensor that reaches a sine or cosine "
+                "and then a layer (a Python float reaches none: pass a tensor); else say model.vdcache.begin() and .step() in run"
+            )
         if not values:
             return
         sites = self._sites_of(emitted)
@@ -171,17 +217,30 @@ class _Collector:
             for branch, attention in denoising_attentions(anatomy):
                 if attention.node in values:
                     of = "single" if branch.block in single else "double"
-                    found.append(
-                        Site(number[branch.block], of, attention.kind, attention.layout, attention.form, branch.module)
-                    )
+                    kind = "joint" if len(attention.spans) > 1 else attention.kind
+                    layout = attention.layout if attention.layout != "unknown" else self._layout(attention)
+                    found.append(Site(number[branch.block], of, kind, layout, attention.form, branch.module))
             first += len(number)
         return tuple(found)
+
+    def _layout(self, attention: Attention) -> str:
+        assert self.grid is not None  # something was emitted
+        own = [s.stop - s.start for s in attention.spans if s.role == "latent"]
+        return layout_of(own[0] if own else attention.kv_len or 0, self.grid)
+
+    def finish(self) -> None:
+        """Say what was given and not used."""
+        if isinstance(self.foreground, list) and self.series and len(self.foreground) > self._generations:
+            raise ConfigError(
+                f"profile: {len(self.foreground)} masks were given for {self._generations} generations; give one for each"
+            )
 
     def _mask_of(self, generation: int, sample: int, predictions: Tensor) -> Tensor:
         """The foreground of one sample, bool [frames, height, width] of the video tokens."""
         assert self.grid is not None
         known = self.foreground
-        if isinstance(known, (list, tuple)):
+        self._generations = max(self._generations, generation + 1)
+        if isinstance(known, list):
             if generation >= len(known):
                 raise ConfigError(f"profile: {len(known)} masks were given, and generation {generation} (counted from 0) began")
             known = known[generation]
@@ -193,7 +252,12 @@ class _Collector:
                     )
                 known = known[sample % known.shape[0]]  # with guidance in one batch, both halves show the same
             return to_tokens(known, self.grid)
-        return to_tokens(known(principal_picture(predictions[sample])), self.grid)
+        found = known(principal_picture(predictions[sample]))
+        if isinstance(found, np.ndarray):
+            found = torch.from_numpy(found)
+        if not isinstance(found, Tensor):
+            raise ConfigError(f"a segmenter returns a bool mask [F, H, W]; {known!r} returned {found!r}")
+        return to_tokens(found, self.grid)
 
     def profile(self, name: str, block_threshold: float | None) -> Profile:
         assert self.grid is not None and self._received is not None  # something was taken in
@@ -202,7 +266,12 @@ class _Collector:
             raise ConfigError(
                 "profile: no step of any generation shows a foreground, so no block can be said to look at it; look at the mask"
             )
-        steps = min(len(s.scores) for s in every)
+        if not any(any(map(any, s.shares)) for s in every):
+            raise ConfigError(
+                f"profile: no token ever receives {self.token_threshold:g} times the mean attention, so no block looks anywhere; lower token_threshold"
+            )
+        steps = max(len(s.scores) for s in every)  # a lane that ends early is known up to there
+        nowhere = [math.nan] * len(self.sites)
         mask, picture = self._seen[2 * len(self._seen) // 3]  # early steps show noise, the last ones little else again
         shape = (len(self.sites), self.grid.frames, self.grid.height, self.grid.width)
         return Profile(
@@ -210,16 +279,25 @@ class _Collector:
             grid=(self.grid.frames, self.grid.height, self.grid.width),
             sites=self.sites,
             series=tuple(self.series),
-            scores=np.array([s.scores[:steps] for s in every]),
-            shares=np.array([s.shares[:steps] for s in every]),
-            covered=np.array([s.covered[:steps] for s in every]),
-            distances=np.array([s.distances[: steps - 1] for s in every]).reshape(len(every), -1),
-            received=(self._received / len(self._seen)).reshape(shape).numpy(),
+            scores=_rounded([_to_length(s.scores, steps, nowhere) for s in every]),
+            shares=_rounded([_to_length(s.shares, steps, nowhere) for s in every]),
+            covered=_rounded([_to_length(s.covered, steps, math.nan) for s in every]),
+            distances=_rounded([_to_length(s.distances, steps - 1, math.nan) for s in every]).reshape(len(every), -1),
+            received=_rounded((self._received / len(self._seen)).reshape(shape).numpy()),
             mask=mask.numpy(),
-            picture=picture.float().numpy(),
+            picture=_rounded(picture.float().numpy()),
             token_threshold=self.token_threshold,
             block_threshold=block_threshold,
         )
+
+
+def _to_length(values: list[Any], steps: int, nothing: Any) -> list[Any]:
+    return values + [nothing] * (steps - len(values))
+
+
+def _rounded(values: Any) -> Any:
+    """Five digits, as a file keeps them: what is read back gives the same lists."""
+    return np.round(np.array(values, dtype=float), 5)
 
 
 def _shares(high: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vdcache.ir.checks import number
 from vdcache.ir.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["BACKGROUND_SHARE", "Profile", "Site"]
+__all__ = ["BACKGROUND_SHARE", "Profile", "Site", "check_threshold"]
 
 Array = NDArray[Any]
 BACKGROUND_SHARE = 0.6  # 24 of the 40 single blocks of HunyuanVideo are in the published background list
@@ -50,7 +51,7 @@ class Profile:
 
     Args:
         scores: float [N, S, A], R_attn: the share of the foreground's tokens that have high attention (equation 6). NaN where a
-            step showed no foreground.
+            step showed no foreground, or where a series had ended already.
         shares: float [N, S, A], the share of all tokens that have high attention: R of a block without any preference.
         covered: float [N, S], the share of the tokens that are foreground.
         distances: float [N, S − 1], ‖v_s − v_{s−1}‖₁ / ‖v_{s−1}‖₁ between consecutive predictions (figure 4).
@@ -100,7 +101,9 @@ class Profile:
         """R from which on a block looks at the foreground (τ)."""
         if self.block_threshold is not None:
             return self.block_threshold
-        return float(np.nanquantile(list(self.block_scores.values()), BACKGROUND_SHARE))
+        scores = sorted(self.block_scores.values())
+        below = min(len(scores) - 1, round(BACKGROUND_SHARE * len(scores)))  # so many blocks are background
+        return (scores[below - 1] + scores[below]) / 2 if below else scores[0]
 
     @property
     def foreground(self) -> tuple[int, ...]:
@@ -113,7 +116,12 @@ class Profile:
         return tuple(b for b in self.blocks if b not in self.foreground)
 
     def with_threshold(self, block_threshold: float | None) -> Profile:
-        """The same measurements with another τ."""
+        """The same measurements with another τ; None for the one of its own.
+
+        Raises:
+            ConfigError: no share, 0 to 1.
+        """
+        check_threshold(block_threshold)
         return replace(self, block_threshold=block_threshold)
 
     def only(self, of: str) -> Profile:
@@ -164,6 +172,11 @@ class Profile:
 
     # ---- for people ------------------------------------------------------------------------------------------------
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Profile) and self.to_json() == other.to_json()
+
+    __hash__ = None  # type: ignore[assignment]
+
     def __repr__(self) -> str:
         return (
             f"<Profile of {self.model}: {len(self.blocks)} {self.of} blocks, {self.scores.shape[1]} steps, {len(self.series)} series; "
@@ -187,8 +200,8 @@ class Profile:
             f"{frames} × {height} × {width} tokens, {self.scores.shape[1]} steps, {len(self.series)} series",
             title_justify="left",
             caption=f"foreground {_ranges(self.foreground)}\nbackground {_ranges(self.background)}\n"
-            f"R: share of the foreground with high attention; τ = {self.threshold:.3f}; ±: over steps, over prompts; "
-            f"preference: R over the share of all tokens that are high; foreground: {100 * float(np.mean(self.covered)):.0f} % of the tokens",
+            f"R: share of the foreground with high attention; τ = {self.threshold:.3f}; ±: over steps, over prompts; agrees: steps in which R is on the "
+            f"block's side of τ; preference: R over the share of all tokens that are high; foreground: {100 * float(_mean(self.covered, (0, 1))):.0f} % of the tokens",
             caption_justify="left",
             box=None,
             pad_edge=False,
@@ -214,10 +227,10 @@ class Profile:
                 ", ".join(dict.fromkeys(f"{s.layout} {s.kind}" for s in own)),
                 f"{r:.3f}",
                 f"{steps[block]:.3f}",
-                f"{series[block]:.3f}",
+                f"{series[block]:.3f}" if len(self.series) > 1 else "–",
                 f"{100 * agreement[block]:.0f} %",
                 f"{preference[block]:.2f}",
-                ("█" if front else "░") * round(20 * min(1.0, r)) if r == r else "",
+                ("█" if front else "░") * round(10 * min(1.0, r)) if r == r else "",
                 "[bold]foreground[/bold]" if front else "[dim]background[/dim]",
             )
         return table
@@ -279,6 +292,12 @@ class Profile:
                 value = tuple(Site(**s) for s in value)
             values[name] = tuple(value) if isinstance(value, list) else value
         return Profile(**values)
+
+
+def check_threshold(block_threshold: Any) -> None:
+    """Raises ConfigError for a τ that no R can be compared with."""
+    if block_threshold is not None and not 0 <= number(block_threshold, "block_threshold is a share of the foreground") <= 1:
+        raise ConfigError(f"block_threshold is a share of the foreground, 0 to 1; got {block_threshold}")
 
 
 def _mean(values: Array, axis: Any) -> Array:

@@ -142,17 +142,15 @@ class Sam2:
 
     def __post_init__(self) -> None:
         config = getattr(self.model, "config", None)
-        needed = {
-            "be a torch module": isinstance(self.model, torch.nn.Module),
-            "have config.vision_config": hasattr(config, "vision_config"),
-            "have config.prompt_encoder_config.image_size": hasattr(
-                getattr(config, "prompt_encoder_config", None), "image_size"
-            ),
-        }
-        missing = [what for what, there in needed.items() if not there]
-        if missing:
+        prompts = getattr(config, "prompt_encoder_config", None)
+        if (
+            not isinstance(self.model, torch.nn.Module)
+            or not hasattr(config, "vision_config")
+            or not hasattr(prompts, "image_size")
+        ):
             raise ConfigError(
-                f"Sam2 needs a transformers Sam2Model; the {type(self.model).__name__} that it got does not {' or '.join(missing)}"
+                f"Sam2 takes a transformers.Sam2Model, with its vision_config and prompt_encoder_config; got {self.model!r:.80}. "
+                'Load one first: Sam2(Sam2Model.from_pretrained("facebook/sam2.1-hiera-tiny"))'
             )
 
     def __call__(self, picture: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from vdcache.ir.checks import number, whole_numbers
 from vdcache.ir.errors import ConfigError
 from vdcache.runtime.measures import Measured
 from vdcache.runtime.plan import RECOMPUTE, Plan
@@ -35,6 +36,7 @@ class Listed:
     of_steps: int = 0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "steps", whole_numbers(self.steps, "the computed steps"))
         if not self.steps:
             raise ConfigError("a list of computed steps holds at least one step")
         if self.steps[0] < 0 or any(not a < b for a, b in itertools.pairwise(self.steps)):
@@ -91,8 +93,10 @@ class Intervals:
     of_steps: int = 0
 
     def __post_init__(self) -> None:
-        if self.warm_up < 0:
-            raise ConfigError(f"warm_up is a number of steps, at least 0; got {self.warm_up}")
+        for name in ("warm_up", "t_max", "t_min"):
+            number(getattr(self, name), f"{name} of the intervals is a number of steps")
+        if self.warm_up < 0 or self.warm_up != int(self.warm_up):
+            raise ConfigError(f"warm_up is a whole number of steps, at least 0; got {self.warm_up}")
         if not self.t_min >= 1:
             raise ConfigError(f"t_min is an interval in steps, at least 1; got {self.t_min}")
         if not self.t_max >= self.t_min or math.isinf(self.t_max):
@@ -144,7 +148,7 @@ class Scheduled:
     """A policy that follows a schedule: computed at its steps, reused in between.
 
     Args:
-        when: the computed steps.
+        when: the computed steps; a list of steps becomes `Listed`.
         groups: the groups of slots that are reused. Of several, one has its turn at a time (the others are computed).
         turn: "alternate", the next one after every computed step; "split", each for an equal share of the run after the
             warm-up (ProfilingDiT table 3).
@@ -158,6 +162,10 @@ class Scheduled:
     turn: str = "alternate"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.when, (Listed, Intervals)):
+            object.__setattr__(self, "when", Listed(self.when))
+        if isinstance(self.groups, str):
+            raise ConfigError(f"groups is a list of names; got {self.groups!r}: ({self.groups!r},)")
         if not self.groups:
             raise ConfigError("a scheduled policy reuses at least one group of slots")
         if self.turn not in TURNS:
@@ -238,7 +246,8 @@ def scaled_to(policy: Policy, num_steps: int) -> tuple[Policy, str]:
         return Together(tuple(p for p, _ in each)), "; ".join(dict.fromkeys(said for _, said in each if said))
     if isinstance(policy, Scheduled) and policy.when.of_steps not in (0, num_steps):
         when = policy.when.scaled(num_steps)
-        steps = ", ".join(map(str, when.computed(num_steps)))
+        computed = when.computed(num_steps)
+        steps = ", ".join(map(str, computed)) if len(computed) < num_steps else "all, so nothing is reused"
         said = f"its schedule was made for {policy.when.of_steps} steps and is scaled to {num_steps}: computed are {steps}"
         return replace(policy, when=when), said
     return policy, ""

@@ -1,0 +1,43 @@
+"""Arguments that people give, brought into one form or refused with what was expected and what was got."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from numbers import Real
+from typing import Any
+
+from vdcache.ir.errors import ConfigError
+
+__all__ = ["number", "whole_numbers"]
+
+
+def whole_numbers(values: Any, what: str) -> tuple[int, ...]:
+    """Whole numbers as a tuple: from a list, a range, an array or a tensor.
+
+    Raises:
+        ConfigError: anything else: text, booleans, fractions.
+    """
+    message = f"{what} is a list of whole numbers; got {values!r}"
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise ConfigError(message)
+    found = []
+    for value in values:
+        if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
+            raise ConfigError(message)
+        try:
+            found.append(operator.index(value))
+        except TypeError as error:
+            raise ConfigError(message) from error
+    return tuple(found)
+
+
+def number(value: Any, what: str) -> float:
+    """A real number.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ConfigError(f"{what}; got {value!r}")
+    return float(value)
