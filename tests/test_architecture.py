@@ -21,7 +21,7 @@ ALLOWED = {
     "backends": {"ir", "patterns", "passes", "runtime", "backends", "recipe"},
     "recipe": {"ir", "passes", "runtime"},
     "report": {"runtime"},
-    "profiling": {"ir", "patterns", "passes", "runtime", "recipe", "api", "profiling"},
+    "profiling": {"ir", "patterns", "passes", "runtime", "backends", "recipe", "api", "profiling"},
     "explanation": {"ir", "patterns", "passes", "runtime", "backends", "recipe", "explanation"},
 }
 FILES = sorted(ROOT.rglob("*.py"))

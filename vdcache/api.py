@@ -16,7 +16,7 @@ from vdcache.ir.errors import CaptureError, ConfigError, VdcacheError
 from vdcache.recipe import Recipe
 from vdcache.runtime import registry
 
-__all__ = ["compile", "original"]
+__all__ = ["compile", "compile_with", "original"]
 
 _TORCH_COMPILE = ("fullgraph", "dynamic", "mode")
 
@@ -61,6 +61,11 @@ def compile(
         raise ConfigError(f"unknown argument {unknown[0]!r}{hint} There are {', '.join([*own, *_TORCH_COMPILE])}.")
     options = {"recipe": recipe, "num_steps": num_steps, "inner": inner, "strict": strict, "inductor": inductor}
     settings = Settings.of(options)
+    return compile_with(model, settings, **torch_compile)
+
+
+def compile_with(model: Callable[..., Any], settings: Settings, **torch_compile: Any) -> Any:
+    """`compile` with settings that are made already."""
     session = settings.new_session()
     model = original(model)
     backend = Backend(settings, torch_compile.pop("mode", None))

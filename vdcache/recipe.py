@@ -241,6 +241,11 @@ def profilingdit(
     if isinstance(background, SupportsBlocks):
         if len(foreground):
             raise ConfigError("profilingdit: a profile knows both lists; give either a profile or lists")
+        if background.graphs > 1:
+            raise ConfigError(
+                f"profilingdit: the profiled model breaks into graphs, and its blocks lie in {background.graphs} of them; lists of blocks are for "
+                "models of one graph (vdcache.explain says where this one breaks)"
+            )
         if of and background.of not in ("", of):
             raise ConfigError(f"profilingdit: the profile speaks of {background.of} blocks, and of={of!r} was asked for")
         chosen = background.only(of) if of and not background.of else background
@@ -277,6 +282,8 @@ class SupportsBlocks(Protocol):
     def foreground(self) -> tuple[int, ...]: ...
     @property
     def of(self) -> str: ...
+    @property
+    def graphs(self) -> int: ...
     def only(self, of: str) -> SupportsBlocks: ...
 
 

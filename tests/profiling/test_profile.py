@@ -279,11 +279,13 @@ def test_models_that_cannot_be_profiled_say_why():
         with torch.no_grad():
             m(latent(0), time_of(0), latent(1, 1, 3, 4))
 
-    with pytest.raises(vdcache.CaptureError, match=r"give grid=\(frames, height, width\)"):
+    with pytest.raises(
+        ConfigError, match=r"no attention over video tokens can be read in TinyDiT: .*give grid=\(frames, height, width\)"
+    ):
         vdcache.profile(TinyDiT(), run)
 
     model = Stack(False).requires_grad_(True)
-    with pytest.raises(vdcache.CaptureError, match="gradients are enabled"):
+    with pytest.raises(ConfigError, match="gradients are enabled"):
         vdcache.profile(model, lambda m: m(*call(0)))
 
     class Float(Stack):
@@ -335,6 +337,28 @@ def test_what_a_pipeline_keeps_is_the_plain_model_afterwards(kind):
     again = vdcache.compile(held[0], "every-2", num_steps=STEPS, inner="eager")
     generate(again)
     assert again.vdcache.history.computed_steps() == [0, 2, 4, 5]
+
+
+def test_a_model_that_breaks_is_profiled_but_has_no_lists():
+    class Broken(Stack):
+        def forward(self, x, timestep, text):
+            streams = self.start(x, timestep, text)
+            for i in range(3):
+                streams = self.block(i, streams)
+            torch._dynamo.graph_break()
+            for i in range(3, BLOCKS):
+                streams = self.block(i, streams)
+            return self.end(streams, x)
+
+    with pytest.warns(vdcache.VdcacheWarning, match="3 attentions of Broken are left out: .*give grid="):
+        half = vdcache.profile(Broken(False), generate, foreground=MASK)
+    assert half.blocks == (0, 1, 2)
+    torch._dynamo.reset()
+    found = vdcache.profile(Broken(False), generate, foreground=MASK, grid=GRID)
+    assert found.graphs > 1 and found.blocks == tuple(range(BLOCKS))
+    np.testing.assert_array_equal(found.scores, profiled(prompts=(0,)).scores)
+    with pytest.raises(ConfigError, match=f"its blocks lie in {found.graphs} of them"):
+        vdcache.profilingdit(found)
 
 
 def test_series_of_unequal_length_keep_what_they_know():

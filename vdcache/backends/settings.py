@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -37,6 +37,7 @@ class Settings:
     strict: bool = False
     inductor: tuple[tuple[str, Any], ...] = ()
     session: Session | None = field(default=None, compare=False)
+    hears: Callable[[str], None] | None = field(default=None, compare=False)  # is told what would be a warning
     programs: list[Any] = field(default_factory=list, compare=False, repr=False)
     _said: set[str] = field(default_factory=set, compare=False, repr=False)
 
@@ -72,4 +73,7 @@ class Settings:
         return self.recipe.for_steps(num_steps, lambda message: self.say_once(f"steps {num_steps}", message)).policy
 
     def say_once(self, key: str, message: str) -> None:
-        warn_once(self._said, message, key=key)
+        if self.hears is not None:
+            self.hears(message)
+        else:
+            warn_once(self._said, message, key=key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,9 +14,10 @@ import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from vdcache.api import compile, original
+from vdcache.api import compile_with, original
+from vdcache.backends import Settings
 from vdcache.ir.checks import number
-from vdcache.ir.errors import CacheStateError, ConfigError
+from vdcache.ir.errors import CacheStateError, ConfigError, VdcacheWarning
 from vdcache.passes import EmitAttention
 from vdcache.passes.emit_attention import denoising_attentions
 from vdcache.patterns import Attention, Grid
@@ -65,8 +67,7 @@ def profile(
         inner: "eager", or "inductor" where compiling pays.
 
     Raises:
-        ConfigError: no attention of the model can be read (the message says why), a mask of the wrong shape, or no foreground anywhere.
-        CaptureError: vdcache cannot read the model, or it runs with gradients; the message says what to do.
+        ConfigError: no attention of the model can be read (the message says why: gradients, no grid, another form), a mask of the wrong shape, or no foreground anywhere.
         CacheStateError: `run` did not call the model.
     """
     if not number(token_threshold, "token_threshold is a multiple of the mean attention") > 0:
@@ -79,8 +80,9 @@ def profile(
     recipe = Recipe("profile", Always(), (EmitAttention(grid=tuple(grid or ())),))
     model = original(model)
     foreground = _checked(Otsu() if foreground is None else foreground)
-    # Symbols would hide which tokens are the video's. What cannot be read is an error: there is nothing else to do here.
-    watched = compile(model, recipe, inner=inner, dynamic=False, strict=True)
+    heard: list[str] = []
+    settings = Settings(recipe, inner=inner, hears=heard.append)
+    watched = compile_with(model, settings, dynamic=False)  # symbols would hide which tokens are the video's
     collector = _Collector(foreground, token_threshold, grid)
     session = watched.vdcache
     session.listeners.append(collector.take)
@@ -96,18 +98,25 @@ def profile(
         forget()  # a pipeline may hold what it was given: from here on it is the plain model
     collector.finish()
     name = type(model).__name__ if isinstance(model, torch.nn.Module) else getattr(model, "__name__", "model")
-    if not len(session.history):
+    if not len(session.history) and not heard:
         raise CacheStateError(
             "profile: run(model) did not call the model that it was given: use its argument, as in `lambda model: sample(model)`"
         )
+    left_out = [r for graph in session.graphs for r in graph.refusals]  # type: ignore[attr-defined]
+    reasons = {why for r in left_out for why in r.reasons} or set(heard)
     if not collector.sites:
-        reasons = {why for graph in session.graphs for r in graph.refusals for why in r.reasons}  # type: ignore[attr-defined]
         raise ConfigError(
             f"profile: no attention over video tokens can be read in {name}: "
             + (
                 "; ".join(sorted(reasons))
                 or "the model has no self- or joint-attention on a residual stream that vdcache finds"
             )
+        )
+    if left_out:
+        warnings.warn(
+            f"profile: {len(left_out)} attentions of {name} are left out: {'; '.join(sorted(reasons))}",
+            VdcacheWarning,
+            stacklevel=2,
         )
     return collector.profile(name, block_threshold)
 
@@ -208,7 +217,7 @@ class _Collector:
         """Which attention each emitted value belongs to; blocks are numbered over all graphs of the forward."""
         found: list[Site] = []
         first = 0
-        for graph, values in emitted:
+        for at, (graph, values) in enumerate(emitted):
             anatomy = graph.anatomy  # type: ignore[attr-defined]
             if self.grid is None:
                 self.grid = anatomy.grid
@@ -219,7 +228,7 @@ class _Collector:
                     of = "single" if branch.block in single else "double"
                     kind = "joint" if len(attention.spans) > 1 else attention.kind
                     layout = attention.layout if attention.layout != "unknown" else self._layout(attention)
-                    found.append(Site(number[branch.block], of, kind, layout, attention.form, branch.module))
+                    found.append(Site(number[branch.block], of, kind, layout, attention.form, branch.module, at))
             first += len(number)
         return tuple(found)
 

@@ -33,6 +33,7 @@ class Site:
         of: "single" or "double": the kind of block (`Anatomy.denoising_blocks`).
         kind, layout, form: as in `patterns.Attention`.
         module: where it stands in the user's model; for messages only.
+        graph: in which graph of the forward, counted from 0: Dynamo makes several where the model breaks.
     """
 
     block: int
@@ -41,6 +42,7 @@ class Site:
     layout: str
     form: str
     module: str = ""
+    graph: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +86,11 @@ class Profile:
     def blocks(self) -> tuple[int, ...]:
         """The blocks, in order."""
         return tuple(dict.fromkeys(s.block for s in self.sites))
+
+    @property
+    def graphs(self) -> int:
+        """How many graphs of the forward hold these blocks."""
+        return len({s.graph for s in self.sites})
 
     def by_block(self, values: Array) -> Array:
         """Values [..., A] of sites as values [..., blocks]: the mean over the sites of a block."""
