@@ -16,6 +16,8 @@ from statistics import mean, median, stdev
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -102,6 +104,8 @@ def main() -> None:
     reference = tables(bench, model, profile, conditions, args.rounds)
     why(bench, model, profile, conditions[:8], reference[:8])
     bench.write(args.json)
+    Console().print(as_table(bench.rows))
+    draw_tables(bench.rows, args.picture.with_name("profilingdit.png"))
 
 
 # ---- the tables ----------------------------------------------------------------------------------------------------
@@ -174,6 +178,69 @@ def tables(
     run, block = (videos[f"background reuse, stepwise{x}"] for x in ("", ", one delta a block"))
     bench.row("largest difference of a video, one delta a run against one a block", (run - block).abs().max().item(), "", None)
     return reference
+
+
+def as_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """The paper's tables 3 and 4 for this model, and the rivals."""
+    table = Table(box=None, pad_edge=False, title="ProfilingDiT on the shipped model", title_justify="left")
+    table.add_column("what is reused, at which intervals")
+    for name in ("PSNR", "SSIM", "LPIPS", "×", "computed", "MiB"):
+        table.add_column(name, justify="right")
+    for r in rows:
+        if "speedup" in r:
+            shown = (f"{r['value']:.1f}", f"{r['ssim']:.3f}", "–", f"{r['speedup']:.2f}", f"{r['computed']:g}/{r['steps']}")
+            table.add_row(r["case"], *shown, f"{r['cache_mib']:.2f}")
+    return table
+
+
+def draw_tables(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Quality against speed of every way, and what reusing each block alone costs against its R."""
+    import matplotlib
+
+    matplotlib.use("Agg", force=False)
+    import matplotlib.pyplot as plt
+
+    kinds = {  # beginning of a row's name -> (label, colour, marker)
+        "background reuse": ("background blocks reused", "#2b6cb0", "o"),
+        "foreground reuse": ("foreground blocks reused", "#c05621", "o"),
+        "background + foreground": ("both in turn", "#805ad5", "o"),
+        "every block": ("every block, same steps", "#718096", "D"),
+        "whole trunk": ("every block, more steps", "#2f855a", "D"),
+        "AdaCache": ("AdaCache", "#b83280", "s"),
+        "plain": ("plain, fewer steps", "black", "x"),
+    }
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=(1.7, 1), layout="constrained")
+    named = set()
+    for r in rows:
+        kind = next((k for k in kinds if r["case"].startswith(k)), None)
+        if kind is None or "speedup" not in r or "a block" in r["case"]:
+            continue
+        label, colour, marker = kinds[kind]
+        left.scatter(r["speedup"], r["value"], color=colour, marker=marker, s=45, label=label if kind not in named else None)
+        named.add(kind)
+        detail = {
+            "stepwise": "decreasing",
+            "inverse": "increasing",
+            "average": "even",
+            "split": "split",
+            "alternate": "alternate",
+        }
+        word = next(
+            (v for k, v in detail.items() if k in r["case"]),
+            "TeaCache's steps" if "Tea" in r["case"] else "even" if "evenly" in r["case"] else "",
+        )
+        left.annotate(word, (r["speedup"], r["value"]), xytext=(6, -3), textcoords="offset points", fontsize=7.5)
+    left.set(xlabel="speed over plain torch.compile", ylabel="PSNR (dB)", title="quality against speed, 32 videos")
+    left.legend(fontsize=8, frameon=False)
+    alone = [r for r in rows if r["case"].endswith("alone") and "r" in r]
+    right.scatter([r["r"] for r in alone], [r["value"] for r in alone], color="#4a5568")
+    for r in alone:
+        right.annotate(r["case"].split()[2], (r["r"], r["value"]), xytext=(5, 3), textcoords="offset points", fontsize=8)
+    right.set(xlabel="R of the block", ylabel="PSNR (dB)", title="reusing one block alone")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
 
 
 def _pair(plain: Way, way: Way, conditions: Sequence[Condition]) -> float:
