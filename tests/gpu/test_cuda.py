@@ -63,3 +63,42 @@ def test_demo_runs(tmp_path):
 
     rows = run_demo(tmp_path, rounds=1)
     assert {r.recipe for r in rows} >= {"eager", "torch.compile", "adacache-fast"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_predictions_take_their_times_from_the_host(inner):
+    from tests.runtime.test_predictors import Drift
+    from vdcache.passes import MarkBranches, MergeSlots
+
+    model = Drift(1).cuda()
+    recipe = vdcache.Recipe(
+        "line", vdcache.Scheduled(vdcache.Listed((1, 3))), (MarkBranches(), MergeSlots()), predictor=vdcache.Taylor(1)
+    )
+    compiled = vdcache.compile(model, recipe, num_steps=6, inner=inner)
+    for step in range(6):
+        x, t, words = latent(step, 1, 4, 4).cuda(), time_of(step).cuda(), torch.ones(1, 1, 4).cuda()
+        torch.testing.assert_close(compiled(x, t, words), model(x, t, words), rtol=1e-3, atol=1e-3)
+    assert compiled.vdcache.history.computed_steps() == [0, 1, 3]
+
+
+@torch.no_grad()
+def test_profiles_and_block_lists():
+    from tests.passes.test_block_lists import STEPS, ByHand, Stack, call
+
+    model = Stack(True).cuda()
+
+    def generate(m):
+        return [m(*(t.cuda() for t in call(step)))[0] for step in range(STEPS)]
+
+    mask = torch.zeros(2, 2, 3, dtype=torch.bool)
+    mask[:, 0] = True
+    there = vdcache.profile(model, generate, foreground=mask)
+    here = vdcache.profile(Stack(True), lambda m: [m(*call(step)) for step in range(STEPS)], foreground=mask)
+    assert abs(there.scores - here.scores).mean() < 0.05  # a token at the threshold may fall to the other side
+    compiled = vdcache.compile(model, vdcache.profilingdit([1, 2, 4], when=[0, 3]), num_steps=STEPS, inner="eager")
+    hand = ByHand(model)
+    for step in range(STEPS):
+        args = [t.cuda() for t in call(step)]
+        for a, b in zip(compiled(*args), hand(*args, set() if step in (0, 3) else {1, 2, 4}), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
