@@ -656,3 +656,17 @@ def test_compiling_what_is_compiled_starts_from_the_model():
         for step in range(4):
             nested(latent(step), time_of(step), text)
         assert nested.vdcache.history.computed_steps() == [0, 3]
+
+
+@torch.no_grad()
+def test_warnings_point_at_the_users_line():
+    import warnings
+
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        compiled = vdcache.compile(TinyDiT(), "every-2", inner="eager")
+        for _ in range(2):
+            for step in range(3):
+                compiled(latent(step), time_of(step), latent(9, 1, 3, 4))
+    own = [w for w in heard if issubclass(w.category, vdcache.VdcacheWarning)]
+    assert own and all("/tests/" in w.filename for w in own)  # the model's line, or the one that calls it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 
 __all__ = [
@@ -43,4 +44,16 @@ def warn_once(said: set[str], message: str, *, key: str | None = None) -> None:
     """Warn, unless `said` (owned by the session or program that speaks) holds this message's key already."""
     if (key or message) not in said:
         said.add(key or message)
-        warnings.warn(message, VdcacheWarning, stacklevel=3)
+        warnings.warn(message, VdcacheWarning, stacklevel=_users_level())
+
+
+def _users_level() -> int:
+    """The `stacklevel` of the line outside vdcache and torch that a warning is about; the caller's caller where there is none."""
+    torch = sys.modules.get("torch")
+    own = (__file__.rpartition("/ir/")[0], *getattr(torch, "__path__", ()), "<")
+    frame, level = sys._getframe(1), 1
+    while frame is not None:
+        if not frame.f_code.co_filename.startswith(own):
+            return level
+        frame, level = frame.f_back, level + 1  # type: ignore[assignment]
+    return 3
