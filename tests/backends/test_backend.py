@@ -670,3 +670,24 @@ def test_warnings_point_at_the_users_line():
                 compiled(latent(step), time_of(step), latent(9, 1, 3, 4))
     own = [w for w in heard if issubclass(w.category, vdcache.VdcacheWarning)]
     assert own and all("/tests/" in w.filename for w in own)  # the model's line, or the one that calls it
+
+
+@torch.no_grad()
+def test_a_recipe_that_never_hits_says_so_once():
+    def run(compiled, steps, times=2):
+        import warnings
+
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            for _ in range(times):
+                for step in range(steps):
+                    compiled(latent(step), time_of(step), latent(9, 1, 3, 4))
+        return [str(w.message) for w in heard if "reused nothing" in str(w.message)]
+
+    never = vdcache.adacache([(1e-9, 6), (1.0, 1)])
+    (said,) = run(vdcache.compile(TinyDiT(), never, num_steps=8, inner="eager"), 8)
+    assert "'adacache-custom' reused nothing in a generation of 8 steps; what it observes changed by" in said
+    (few,) = run(vdcache.compile(TinyDiT(), "every-2", num_steps=2, inner="eager"), 2)
+    assert "Few steps leave little to skip" in few
+    assert run(vdcache.compile(TinyDiT(), "every-2", num_steps=6, inner="eager"), 6) == []
+    assert run(vdcache.compile(TinyDiT(), "always", num_steps=6, inner="eager"), 6) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -156,6 +157,7 @@ class Session:
         self._state: Any = None
         self._plan, self._why = RECOMPUTE, ""
         self._step, self._generation = -1, -1
+        self._hit = False  # something was reused in this generation
         self._lane: int | str = 0
         self._timestep: float | None = None
         self._latent: _Latent | None = None
@@ -332,7 +334,28 @@ class Session:
         ticket.record.seconds = time.perf_counter() - ticket.began
         self.history.add(ticket.record)
         tell(ticket.record)
+        self._hit = self._hit or bool(ticket.record.reused)
+        if self._last() and self._skips and not self._hit:
+            self._say_no_hit()
         self._step_records.append(ticket.record)
+
+    def _say_no_hit(self) -> None:
+        """A whole generation in which nothing was reused: nobody should have to look for that."""
+        records = self.history.generation()
+        reasons = Counter(r.why for r in records if r.why).most_common(1)
+        changes = [m.change for r in records for m in r.measures]
+        warn_once(
+            self._said,
+            f"vdcache: '{self.name}' reused nothing in a generation of {self.num_steps} steps"
+            + (f": {reasons[0][0]}" if reasons else "")
+            + (
+                f"; what it observes changed by {min(changes):.3g} to {max(changes):.3g} between computed steps"
+                if changes
+                else ""
+            )
+            + ". Few steps leave little to skip; with many, other thresholds or another recipe may (session.summary() shows every step).",
+            key="no hit",
+        )
 
     def _times(self, key: Hashable, group: str) -> tuple[int, int]:
         """Steps since a group was last computed, and how often it was in this generation; 1 and 0 where it never was."""
@@ -488,7 +511,7 @@ class Session:
         self._pending.clear()
         self._step_records = []
         self._latent = None
-        self._step, self._generation = -1, self._generation + 1
+        self._step, self._generation, self._hit = -1, self._generation + 1, False
         self._plan, self._why = RECOMPUTE, ""
         if self.num_steps is None:
             return
