@@ -317,6 +317,9 @@ def _profilingdit_wan() -> Recipe:
     )
 
 
+_FIRST_ENHANCE = 3  # steps that TaylorSeer's code computes before it skips any
+
+
 def recipes() -> dict[str, str]:
     """The named presets, each with one line on what it does."""
     return {
@@ -326,6 +329,8 @@ def recipes() -> dict[str, str]:
         "adacache-fast": "AdaCache with the published fast codebook",
         "adacache-fast+moreg": "the fast codebook with motion regularisation",
         "adacache-slow+moreg": "the slow codebook with motion regularisation",
+        "fora-N": "FORA (arXiv 2407.01425): recompute every N-th step and the last; the kept values meet the gates of each step",
+        "taylorseer-N-O": "TaylorSeer (arXiv 2503.06923): compute three steps and then every N-th; in between a Taylor expansion of order O",
         "profilingdit-hunyuanvideo": "ProfilingDiT with the published lists for HunyuanVideo (arXiv 2504.03140): 20 double and 40 single blocks",
         "profilingdit-wan2.1": "ProfilingDiT with the published list for Wan 2.1 14B: 40 blocks",
     }
@@ -346,6 +351,12 @@ def recipe(name: str | Recipe | None = None) -> Recipe:
         return Recipe("always", Always(), ())
     if match := re.fullmatch(r"every-(-?\d+)", name):
         return Recipe(name, EveryN(int(match[1])))
+    if match := re.fullmatch(r"fora-(-?\d+)", name):
+        return Recipe(name, EveryN(int(match[1])), (MarkBranches(gate="pre"),), "arXiv 2407.01425")
+    if match := re.fullmatch(r"taylorseer-(-?\d+)-(-?\d+)", name):
+        every, order = int(match[1]), int(match[2])
+        when = Intervals(warm_up=_FIRST_ENHANCE - 1, t_max=every, t_min=every)
+        return Recipe(name, Scheduled(when), (MarkBranches(gate="pre"),), "arXiv 2503.06923", predictor=Taylor(order))
     if match := re.fullmatch(r"adacache-(fast|slow)(\+moreg)?", name):
         return adacache(match[1], moreg=bool(match[2]))
     if name in (

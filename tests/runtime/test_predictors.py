@@ -227,3 +227,60 @@ def test_bad_predictors(make):
 def test_predictors_are_kept_with_their_recipe(predictor):
     made = Recipe("x", Scheduled(Listed((0, 3))), (MarkBranches(),), predictor=predictor)
     assert Recipe.from_json(made.to_json()) == made
+
+
+class Gated:
+    """FORA and TaylorSeer by hand on TinyDiT with one block: what is kept lies before the gate, and every step applies its own."""
+
+    def __init__(self, model, predictor):
+        self.model, self.predictor, self.kept, self.count, self.last = model, predictor, {}, 0, -1
+
+    def __call__(self, x, timestep, text, step, computed):
+        m = self.model
+        gates = m.time(m.waves(timestep, x.dtype))[:, None].chunk(2, -1)
+        h = m.inp(x) + m.text(text).mean(1, keepdim=True)
+        for kind in ("attention", "mlp"):
+            if computed:
+                if kind == "attention":
+                    q, k, v = m.qkv[0](h).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+                    value = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+                else:
+                    value = m.mlp[0](h)
+                before = self.kept.get(kind, [0.0] * self.predictor.tensors)
+                self.kept[kind] = self.predictor.keep(value, before, number(step - self.last), number(self.count))
+            else:
+                value = self.predictor.predict(self.kept[kind], number(step - self.last), number(self.count))
+            h = h + gates[kind == "mlp"] * value
+        if computed:
+            self.last, self.count = step, self.count + 1
+        return m.out(h)
+
+
+@pytest.mark.parametrize(
+    ("name", "computed", "predictor"),
+    [
+        ("fora-3", [0, 3, 6, 9], LastValue()),
+        ("fora-4", [0, 4, 8, 9], LastValue()),
+        ("taylorseer-3-1", [0, 1, 2, 5, 8], Taylor(1)),
+        ("taylorseer-4-2", [0, 1, 2, 6], Taylor(2)),
+    ],
+)
+@torch.no_grad()
+def test_published_recipes_before_the_gate(name, computed, predictor):
+    torch._dynamo.reset()
+    model, text = TinyDiT(blocks=1), latent(9, 1, 3, 4)
+    compiled = vdcache.compile(model, name, num_steps=10, inner="eager", strict=True)
+    hand = Gated(model, predictor)
+    for step in range(10):
+        x = latent(0) + 0.1 * step * latent(1)
+        want = hand(x, time_of(step), text, step, step in computed)
+        torch.testing.assert_close(compiled(x, time_of(step), text), want, rtol=1e-3, atol=1e-3)
+    assert compiled.vdcache.history.computed_steps() == computed
+    (graph,) = compiled.vdcache.graphs
+    assert len(graph.slots) == 2 and compiled.vdcache.store.peak_bytes == graph.cache_bytes()
+
+
+@pytest.mark.parametrize("name", ["fora-0", "taylorseer-0-1", "taylorseer-4-9", "taylorseer-4--1"])
+def test_published_recipes_refuse_what_cannot_be(name):
+    with pytest.raises(ConfigError):
+        vdcache.recipe.recipe(name)
