@@ -24,7 +24,7 @@ def play(policy, num_steps, changes, motions=None, before=None):
         measures = None
         if plan == RECOMPUTE:
             motion = None if motions is None else motions[step]
-            measures = (Measured("x", changes[step], changes[step], motion, motion),) if computed else None
+            measures = (Measured("x", changes[step], changes[step], motion=motion, motion_absolute=motion),) if computed else None
             computed.append(step)
         state = policy.observe(state, step, plan, measures)
     return computed, state

@@ -18,22 +18,84 @@ from vdcache.ir.dialect import group_of
 from vdcache.ir.edit import copy_graph
 from vdcache.ir.edit import inputs as graph_inputs
 from vdcache.ir.errors import ConfigError
+from vdcache.ir.facts import Fact
 from vdcache.ir.sizes import Bindings
-from vdcache.passes import DeadCode, Pipeline, Refusal, Specialise, Step, VariantIO, variant_io
+from vdcache.passes import DeadCode, Pipeline, Refusal, Specialise, SplitAtProbe, Step, VariantIO, head_io, variant_io
 from vdcache.passes.canonicalise import Canonicalise
 from vdcache.patterns import Anatomy, anatomy
 from vdcache.runtime import registry
 from vdcache.runtime.measures import Layout
 from vdcache.runtime.plan import RECOMPUTE, Plan
-from vdcache.runtime.session import Needs
+from vdcache.runtime.session import Look, Needs, Probed
 
-__all__ = ["Program"]
+__all__ = ["Part", "Program"]
+
+
+class Part:
+    """One graph of a program, compiled when it is first needed.
+
+    Args:
+        graph: not to be changed.
+        added: fake values of the inputs that it has after the model's and after `carried`.
+        of: the program, whose settings and tracing context compile it.
+        carried: fake values of what the head hands over.
+    """
+
+    def __init__(self, graph: fx.GraphModule, added: Sequence[Tensor], of: Program, carried: Sequence[Tensor] = ()) -> None:
+        self.graph, self.added, self.carried = graph, tuple(added), tuple(carried)
+        self._of = of
+        self._compiled: dict[Hashable, Compiled] = {}
+        self._by_size = False  # good for one size only
+
+    def compile_now(self, inputs: Sequence[Any]) -> None:
+        """Compile inside the backend call.
+
+        Args:
+            inputs: the model's, and what is carried.
+        """
+        self._compiled[()] = self._compile([*inputs, *self.added])
+
+    def ready(self, inputs: Sequence[Any] | None) -> Compiled:
+        """The compiled graph for these inputs (the model's, and what is carried)."""
+        if not self._by_size and (found := self._compiled.get(())) is not None:
+            return found
+        size: Hashable = self._of.bindings.sizes(inputs) if self._by_size and inputs is not None else ()
+        if (found := self._compiled.get(size)) is not None:
+            return found
+        if size:
+            found = self._for_one_size(inputs or ())
+        else:
+            context = self._of.context
+            before = context.guards()
+            with context.again():
+                found = self._compile([*self._of.fakes, *self.carried, *self.added])
+            if context.guards() > before:
+                # A guard that Dynamo will never check: this variant is only good for sizes that it was made for.
+                self._by_size = True
+                return self.ready(inputs) if inputs is not None else found
+        self._compiled[size] = found
+        return found
+
+    def _for_one_size(self, inputs: Sequence[Any]) -> Compiled:
+        shape = self._of.bindings.shape
+        examples = [torch.empty(shape(v, inputs), dtype=v.dtype, device=v.device) for v in self.added]
+        with torch.inference_mode(False), torch.no_grad():
+            return self._compile([*inputs, *examples])
+
+    def _compile(self, inputs: Sequence[Any]) -> Compiled:
+        settings = self._of.settings
+        if settings.inner == "eager":
+            return run_eagerly(self.graph)
+        # Inductor takes possession of what it compiles; the saved graph must stay for other sizes.
+        with no_autocast():
+            return compile_now(copy_graph(self.graph), inputs, dict(settings.inductor))
 
 
 class Program:
     """A graph that chooses its variant at every call.
 
-    Holds no state of any model: Dynamo runs one program for all instances of a class, so the session is looked up each time.
+    Where the recipe probes, the graph is split: the head runs first, the policy decides, and a variant of the tail follows. Holds no state of any model:
+    Dynamo runs one program for all instances of a class, so the session is looked up each time.
 
     Args:
         captured: the graph as it came in.
@@ -47,20 +109,23 @@ class Program:
         pipeline = settings.recipe.pipeline
         self.guarded, self.steps = self._guard(pipeline)
         self.anatomy: Anatomy = anatomy(self.guarded)
-        self.slots = tuple(str(n.args[1]) for n in dialect.guards(self.guarded.graph))
-        self.emits = tuple(str(n.args[1]) for n in dialect.emissions(self.guarded.graph))
-        self._groups = frozenset(map(group_of, self.slots))
-        self.plans = tuple(dict.fromkeys(self.narrow(p) for p in settings.recipe.policy.plans()))
 
         given = graph_inputs(captured.graph.graph)
         names = [n.name for n in given]
-        self._fakes = [n.meta.get("val") for n in given]
-        self._bindings = Bindings(self._fakes)
+        self.fakes = [n.meta.get("val") for n in given]
+        self.bindings = Bindings(self.fakes)
         self.clocks = tuple(names.index(c) for c in self.anatomy.clocks)
         self.latent = names.index(self.anatomy.latent) if self.anatomy.latent else None
         self.static = tuple(sorted(captured.signature.static))
         self.activations = tuple(i for i in range(len(names)) if i not in captured.signature.static)
-        self._context = Context()
+        self.context = Context()
+
+        self._carried: tuple[Tensor, ...] = ()
+        self._head, self._body, self.probes = self._split()
+        self.slots = tuple(str(n.args[1]) for n in dialect.guards(self._body.graph))
+        self.emits = tuple(str(n.args[1]) for n in dialect.emissions(self._body.graph))
+        self._groups = frozenset(map(group_of, self.slots))
+        self.plans = tuple(dict.fromkeys(self.narrow(p) for p in settings.recipe.policy.plans()))
         self._graphs: dict[Plan, tuple[fx.GraphModule, VariantIO]] = {}
         if self.slots and not any(self.plans) and (wanted := {g for p in settings.recipe.policy.plans() for g in p.reuse}):
             raise ConfigError(
@@ -68,11 +133,10 @@ class Program:
                 f"belong to {', '.join(sorted(self._groups))}; give both the same group"
             )
         self._needs_of: dict[Plan, Needs] = {}
-        self._compiled: dict[tuple[Plan, Hashable], Compiled] = {}
-        self._by_size: set[Plan] = set()  # plans whose variant is good for one size only
+        self._parts: dict[Plan, Part] = {}
         self._needed = self._read_by_some_plan()
         self._io = self._specialised(RECOMPUTE)[1]
-        self._frames: dict[str, Any] = {str(n.args[1]): n.args[4] for n in dialect.observations(self.guarded.graph)}
+        self._frames: dict[str, Any] = {str(n.args[1]): n.args[4] for n in dialect.observations(self._body.graph)}
 
     # ---- what there is -------------------------------------------------------------------------------------------
 
@@ -85,6 +149,24 @@ class Program:
         given = frozenset().union(*(p.ensures for p in pipeline.passes[:1]), pipeline.given)
         guarded, later = Pipeline(rest, given=given).run(graph, copied=True)
         return guarded, (*first, *later)
+
+    def _split(self) -> tuple[Part | None, fx.GraphModule, tuple[Probed, ...]]:
+        """The head where the recipe probes something, the rest, and what is probed."""
+        if not dialect.probes(self.guarded.graph):
+            return None, self.guarded, ()
+        given = self._facts | SplitAtProbe.requires
+        head, _ = Pipeline((SplitAtProbe("head"),), given=given).run(self.guarded)
+        tail, steps = Pipeline((SplitAtProbe("tail"),), given=given).run(self.guarded)
+        self.steps = (*self.steps, *steps)
+        io = head_io(head)
+        self._carried = io.carried_values
+        probes = tuple(Probed(Layout(name, distance), since) for name, distance, since in io.probes)
+        return Part(head, io.previous_values, self), tail, probes
+
+    @property
+    def _facts(self) -> frozenset[Fact]:
+        passes = self.settings.recipe.pipeline
+        return frozenset().union(*(p.ensures for p in passes), Pipeline(()).given)
 
     def narrow(self, plan: Plan) -> Plan:
         """What of a plan concerns this graph: groups without a slot in it make no variant of their own."""
@@ -116,7 +198,8 @@ class Program:
         for plan in self.plans:
             io = self._specialised(plan)[1]
             kept.update(zip(io.reads, io.read_values, strict=True))
-        return [*kept.values(), *self._io.previous_values]
+        probed = self._head.added if self._head is not None else ()
+        return [*kept.values(), *self._io.previous_values, *probed]
 
     def needs(self, plan: Plan) -> Needs:
         """What the plan's variant takes besides the model's inputs."""
@@ -138,54 +221,32 @@ class Program:
 
     def _specialise(self, plan: Plan, save: str, slots: tuple[str, ...] = ()) -> tuple[fx.GraphModule, VariantIO]:
         specialise = Specialise(reuse=plan.reuse, save=save, slots=slots, predictor=self.settings.recipe.predictor)
-        given = frozenset().union(*(p.ensures for p in self.settings.recipe.pipeline), Pipeline(()).given)
-        given |= Specialise.requires
-        graph, _ = Pipeline((specialise, DeadCode()), given=given).run(self.guarded)
+        graph, _ = Pipeline((specialise, DeadCode()), given=self._facts | Specialise.requires).run(self._body)
         return graph, variant_io(graph)
 
     # ---- compiling -----------------------------------------------------------------------------------------------
 
     def compile_first(self, example_inputs: Sequence[Any]) -> None:
-        """Compile the variant that every run begins with, inside the backend call."""
-        graph, io = self._specialised(RECOMPUTE)
-        self._compiled[RECOMPUTE, ()] = self._compile(graph, [*example_inputs, *io.added_values])
+        """Compile what every run begins with, inside the backend call."""
+        if self._head is not None:
+            self._head.compile_now(example_inputs)
+        self._part(RECOMPUTE).compile_now([*example_inputs, *self._carried])
 
     def warm_up(self) -> None:
         """Compile every variant that can be compiled without knowing more sizes."""
-        for plan in self.plans:
-            self._variant(plan, None)
+        for part in (*([self._head] if self._head is not None else []), *map(self._part, self.plans)):
+            part.ready(None)
 
-    def _compile(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
-        if self.settings.inner == "eager":
-            return run_eagerly(graph)
-        # Inductor takes possession of what it compiles; the saved graph must stay for other sizes.
-        with no_autocast():
-            return compile_now(copy_graph(graph), inputs, dict(self.settings.inductor))
+    @property
+    def variants(self) -> int:
+        """How many graphs there are to compile, the head among them."""
+        return len(self.plans) + (self._head is not None)
 
-    def _variant(self, plan: Plan, inputs: Sequence[Any] | None) -> Compiled:
-        """The compiled variant of a plan; compiled now if this is its first call."""
-        size: Hashable = self._bindings.sizes(inputs) if plan in self._by_size and inputs is not None else ()
-        if (found := self._compiled.get((plan, size))) is not None:
-            return found
-        graph, io = self._specialised(plan)
-        extra = io.added_values
-        if size:
-            found = self._for_one_size(graph, inputs or (), extra)
-        else:
-            before = self._context.guards()
-            with self._context.again():
-                found = self._compile(graph, [*self._fakes, *extra])
-            if self._context.guards() > before:
-                # A guard that Dynamo will never check: this variant is only good for sizes that it was made for.
-                self._by_size.add(plan)
-                return self._variant(plan, inputs) if inputs is not None else found
-        self._compiled[plan, size] = found
-        return found
-
-    def _for_one_size(self, graph: fx.GraphModule, inputs: Sequence[Any], extra: Sequence[Tensor]) -> Compiled:
-        examples = [torch.empty(self._bindings.shape(v, inputs), dtype=v.dtype, device=v.device) for v in extra]
-        with torch.inference_mode(False), torch.no_grad():
-            return self._compile(graph, [*inputs, *examples])
+    def _part(self, plan: Plan) -> Part:
+        if plan not in self._parts:
+            graph, io = self._specialised(plan)
+            self._parts[plan] = Part(graph, io.added_values, self, self._carried)
+        return self._parts[plan]
 
     # ---- running -------------------------------------------------------------------------------------------------
 
@@ -196,16 +257,26 @@ class Program:
         if session is None:
             return self._alone(inputs)
         session.adopt(self)
-        ticket = session.enter(self, inputs)
-        plan = ticket.plan
+        making = 0.0
+
+        def look(previous: list[Tensor] | None) -> Look:
+            nonlocal making
+            asked = time.perf_counter()
+            assert self._head is not None
+            self._head.ready(inputs)
+            making += time.perf_counter() - asked
+            return self._look(inputs, previous)
+
+        ticket = session.enter(self, inputs, look)
+        plan, carried = ticket.plan, ticket.look.carried
         asked = time.perf_counter()
-        run = self._variant(plan, inputs)
-        ticket.began += time.perf_counter() - asked  # making a variant is not what a step takes
+        run = self._part(plan).ready([*inputs, *carried])
+        ticket.began += time.perf_counter() - asked + making  # making a variant is not what a step takes
         io = self._specialised(plan)[1]
         before = self._zeros(io.before_values, inputs) if ticket.before is None else ticket.before
         previous = self._zeros(io.previous_values, inputs) if ticket.previous is None else ticket.previous
         with no_autocast():
-            outputs = run(*inputs, *ticket.reads, *before, *previous, *ticket.times)
+            outputs = run(*inputs, *carried, *ticket.reads, *before, *previous, *ticket.times)
         results, rest = outputs[: self._results], outputs[self._results :]
         saved = dict(zip(io.saves, rest, strict=False))
         observed = dict(zip(io.previous, rest[len(io.saves) :], strict=False))
@@ -213,6 +284,16 @@ class Program:
             session.emit(self, dict(zip(io.emits, rest[len(io.saves) + len(io.previous) :], strict=False)))
         session.leave(ticket, inputs, results, saved, observed, rest[-1] if io.measures else None)
         return results
+
+    def _look(self, inputs: Sequence[Any], previous: Sequence[Tensor] | None) -> Look:
+        """Run the head."""
+        if self._head is None:
+            return Look()
+        before = self._zeros(self._head.added, inputs) if previous is None else previous
+        with no_autocast():
+            outputs = self._head.ready(inputs)(*inputs, *before)
+        at = len(self._carried)
+        return Look(tuple(outputs[at:-1]), outputs[-1], tuple(outputs[:at]))
 
     @property
     def _results(self) -> int:
@@ -226,9 +307,11 @@ class Program:
             "that reaches a sine or cosine and then a layer (a Python float reaches none: pass a tensor). If the model embeds its time otherwise, or "
             "breaks into several graphs, use model = vdcache.compile(model); model.vdcache.begin(steps) and .step() then say the step.",
         )
+        carried = self._look(inputs, None).carried
         zeros = self._zeros(self._io.added_values, inputs)
+        run = self._part(RECOMPUTE).ready([*inputs, *carried])
         with no_autocast():
-            return self._variant(RECOMPUTE, inputs)(*inputs, *zeros)[: self._results]
+            return run(*inputs, *carried, *zeros)[: self._results]
 
     def _zeros(self, values: Sequence[Tensor], inputs: Sequence[Any]) -> list[Tensor]:
-        return [torch.zeros(self._bindings.shape(v, inputs), dtype=v.dtype, device=v.device) for v in values]
+        return [torch.zeros(self.bindings.shape(v, inputs), dtype=v.dtype, device=v.device) for v in values]

@@ -242,9 +242,11 @@ def _cheapest(recipe: Recipe, steps: int) -> tuple[tuple[str, ...], ...]:
     policy = recipe.policy
     state = policy.start(steps)
     plans = []
-    still = Measured("", 0.0, 0.0, 0.0, 0.0)
+    still = Measured("", 0.0, 0.0, motion=0.0, motion_absolute=0.0)
     for step in range(steps):
         plan = policy.plan(state, step)
+        if plan is None:  # only policies that decide by a probe leave it open
+            state, plan = policy.decide(state, step, [still])  # type: ignore[attr-defined]
         state = policy.observe(state, step, plan, [still] if not plan else None)
         plans.append(tuple(sorted(plan.reuse)))
     return tuple(plans)

@@ -9,9 +9,24 @@ from __future__ import annotations
 
 from torch import Tensor, fx
 
-__all__ = ["DISTANCES", "emissions", "emit", "group_of", "guard", "guarded", "guards", "is_dialect", "observations", "observe"]
+__all__ = [
+    "DISTANCES",
+    "SINCE",
+    "emissions",
+    "emit",
+    "group_of",
+    "guard",
+    "guarded",
+    "guards",
+    "is_dialect",
+    "observations",
+    "observe",
+    "probe",
+    "probes",
+]
 
-DISTANCES = ("l1", "l2", "cosine")
+DISTANCES = ("l1", "l2", "cosine", "magnitude")
+SINCE = ("step", "computed")
 
 
 def guard(fresh: Tensor, slot: str, base: Tensor | None = None) -> Tensor:
@@ -35,7 +50,7 @@ def observe(value: Tensor, slot: str, distance: str, strides: tuple[int, ...] = 
     Args:
         slot: "group/name"; its previous value is kept in the store under this name. It is measured in the steps that compute the
             group.
-        distance: "l1", "l2" or "cosine".
+        distance: one of `DISTANCES`.
         strides: frame distances of the motion score (AdaCache equation 7); none when no motion is asked for.
         frames: latent frames; `value` is then [B, frames * S, C] with frames outermost, or has `frames` as dimension 1.
     """
@@ -51,8 +66,21 @@ def emit(value: Tensor, name: str) -> Tensor:
     return value
 
 
+def probe(value: Tensor, name: str, distance: str, since: str) -> Tensor:
+    """The value `value`, whose change the policy must know before it can choose the plan of this very step.
+
+    The graph is split where it stands (`split-at-probe`): what it needs runs first, the plan is chosen, and a variant of the rest runs.
+
+    Args:
+        name: "group/name"; its previous value is kept in the store under this name.
+        distance: one of `DISTANCES`.
+        since: what it is compared with: its value at the "step" before, or at the last step that was "computed".
+    """
+    return value
+
+
 def is_dialect(node: fx.Node) -> bool:
-    return node.op == "call_function" and node.target in (guard, observe, emit)
+    return node.op == "call_function" and node.target in (guard, observe, emit, probe)
 
 
 def guards(graph: fx.Graph) -> list[fx.Node]:
@@ -68,6 +96,11 @@ def guarded(node: fx.Node) -> fx.Node:
 def observations(graph: fx.Graph) -> list[fx.Node]:
     """The observe nodes of a graph, in order."""
     return graph.find_nodes(op="call_function", target=observe)
+
+
+def probes(graph: fx.Graph) -> list[fx.Node]:
+    """The probe nodes of a graph, in order."""
+    return graph.find_nodes(op="call_function", target=probe)
 
 
 def emissions(graph: fx.Graph) -> list[fx.Node]:

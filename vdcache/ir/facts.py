@@ -22,6 +22,7 @@ class Fact(enum.Enum):
     CANONICAL = "canonical"  # no dropouts, aliases or casts that do nothing
     GUARDED = "guarded"  # every guard has a slot of its own, named "group/name"
     OBSERVED = "observed"  # every observation has a name of its own and a known distance
+    PROBED = "probed"  # every probe has a name of its own and a known distance, and nothing reads it
     PLAIN = "plain"  # no dialect node is left
 
 
@@ -85,6 +86,18 @@ def _observed(graph: fx.Graph) -> _Problem:
     return _unique_slots(dialect.observations(graph))
 
 
+def _probed(graph: fx.Graph) -> _Problem:
+    for node in dialect.probes(graph):
+        if node.args[2] not in dialect.DISTANCES or node.args[3] not in dialect.SINCE:
+            return (
+                node,
+                f"measures {node.args[2]!r} since {node.args[3]!r}; known are {', '.join((*dialect.DISTANCES, *dialect.SINCE))}",
+            )
+        if node.users:
+            return node, f"is read by '{next(iter(node.users)).name}'; a probe is a side value"
+    return _unique_slots(dialect.probes(graph))
+
+
 def _plain(graph: fx.Graph) -> _Problem:
     return next(((n, f"is a dialect node ({n.target})") for n in graph.nodes if dialect.is_dialect(n)), None)
 
@@ -95,5 +108,6 @@ _CHECKS: dict[Fact, Callable[[fx.Graph], _Problem]] = {
     Fact.CANONICAL: _canonical,
     Fact.GUARDED: _guarded,
     Fact.OBSERVED: _observed,
+    Fact.PROBED: _probed,
     Fact.PLAIN: _plain,
 }

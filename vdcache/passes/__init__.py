@@ -5,12 +5,27 @@ from vdcache.passes.canonicalise import Canonicalise
 from vdcache.passes.dead_code import DeadCode
 from vdcache.passes.emit_attention import EmitAttention
 from vdcache.passes.mark_branches import MarkBranches
+from vdcache.passes.mark_output import MarkOutput
 from vdcache.passes.merge_slots import MergeSlots
 from vdcache.passes.observe import Observe
+from vdcache.passes.probe import Probe
 from vdcache.passes.specialise import Specialise, VariantIO, variant_io
+from vdcache.passes.split_at_probe import HeadIO, SplitAtProbe, head_io
 
 PASSES: dict[str, type[Pass]] = {
-    p.name: p for p in (Canonicalise, MarkBranches, MergeSlots, Observe, EmitAttention, Specialise, DeadCode)
+    p.name: p
+    for p in (
+        Canonicalise,
+        MarkBranches,
+        MarkOutput,
+        MergeSlots,
+        Observe,
+        Probe,
+        EmitAttention,
+        SplitAtProbe,
+        Specialise,
+        DeadCode,
+    )
 }
 
 __all__ = [
@@ -18,15 +33,20 @@ __all__ = [
     "Canonicalise",
     "DeadCode",
     "EmitAttention",
+    "HeadIO",
     "MarkBranches",
+    "MarkOutput",
     "MergeSlots",
     "Observe",
     "Pass",
     "PassResult",
     "Pipeline",
+    "Probe",
     "Refusal",
     "Specialise",
+    "SplitAtProbe",
     "Step",
     "VariantIO",
+    "head_io",
     "variant_io",
 ]

@@ -22,6 +22,8 @@ from vdcache.ir.ops import same_type
 from vdcache.passes.base import Pass, PassResult, Refusal, tag
 from vdcache.patterns import KINDS, Anatomy, Branch, anatomy
 
+LAYOUTS = ("spatial", "temporal", "full", "unknown")
+
 
 @dataclass(frozen=True)
 class MarkBranches(Pass):
@@ -33,11 +35,15 @@ class MarkBranches(Pass):
         gate: "post" keeps the contribution as it is added; "pre" keeps the value before the gate, so that every step
             applies its own gate (FORA, TaylorSeer), where the branch has one.
         blocks: in which blocks, counted from 0 among those that attend over video tokens; None for everywhere.
+        start, stop: the same as a slice of these blocks, as Python's: start=1 leaves the first one out, stop=-2 the last two.
+        layouts: only branches whose attention runs over these ("spatial", "temporal", "full"); empty for all branches.
+        apart: every block and kind is a group of its own, "b3.mlp", instead of `group`: for tables of layers and steps.
         of: count only the "single" or the "double" blocks of an MMDiT (`Anatomy.denoising_blocks`); empty for both.
         out_of: how many blocks there must be, where the list belongs to one model; 0 for any number.
 
     Raises:
-        ConfigError: an unknown kind or gate; a list of blocks that is empty, names one twice, or names one that the graph does not have.
+        ConfigError: an unknown kind, layout or gate; a list of blocks that is empty, names one twice, or names one that the graph does not have;
+            a list and a slice.
     """
 
     name: ClassVar[str] = "mark-branches"
@@ -50,6 +56,10 @@ class MarkBranches(Pass):
     blocks: tuple[int, ...] | None = None
     of: str = ""
     out_of: int = 0
+    start: int = 0
+    stop: int | None = None
+    layouts: tuple[str, ...] = ()
+    apart: bool = False
 
     def __post_init__(self) -> None:
         if unknown := [k for k in self.kinds if k not in KINDS]:
@@ -58,6 +68,10 @@ class MarkBranches(Pass):
             raise ConfigError(f"{self.name}: gate must be 'post' or 'pre', got {self.gate!r}")
         if self.of not in ("", "single", "double"):
             raise ConfigError(f"{self.name}: of must be 'single' or 'double' (or empty for all blocks), got {self.of!r}")
+        if unknown := [w for w in self.layouts if w not in LAYOUTS]:
+            raise ConfigError(f"{self.name}: no attention layout {unknown[0]!r}; there are {', '.join(LAYOUTS)}")
+        if self.blocks is not None and (self.start or self.stop is not None):
+            raise ConfigError(f"{self.name}: blocks are given as a list or as a slice (start, stop), not both")
         if self.blocks is not None:
             object.__setattr__(self, "blocks", whole_numbers(self.blocks, f"{self.name}: blocks"))
             if not self.blocks:
@@ -68,17 +82,27 @@ class MarkBranches(Pass):
     def run(self, graph: fx.GraphModule) -> PassResult:
         found = anatomy(graph)
         chosen = self._chosen(found)
+        number = {b.index: i for i, b in enumerate(found.denoising_blocks(self.of))}
         nodes = {n.name: n for n in graph.graph.nodes}
         used = {str(n.args[1]) for n in dialect.guards(graph.graph)}
         rewrites, refusals = 0, [Refusal(r.node, (r.reason,)) for r in found.refusals]
         for branch in found:
             if chosen is not None and branch.block not in chosen:
-                refusals.append(Refusal(branch.join, (f"block {branch.block} is not in the list",)))
+                refusals.append(Refusal(branch.join, (f"block {branch.block} is not among those that were asked for",)))
                 continue
             if self.kinds and branch.kind not in self.kinds:
                 refusals.append(Refusal(branch.join, (f"it is {branch.kind}, which was not asked for",)))
                 continue
-            slot = _free(f"{self.group}/{branch.name}", used)
+            if self.layouts and branch.layout not in self.layouts:
+                refusals.append(
+                    Refusal(branch.join, (f"its attention is {branch.layout or 'none'}, not {' or '.join(self.layouts)}",))
+                )
+                continue
+            if self.apart and branch.block not in number:
+                refusals.append(Refusal(branch.join, ("it is in no block that attends over video tokens",)))
+                continue
+            group = f"b{number[branch.block]}.{branch.kind}" if self.apart else self.group
+            slot = _free(f"{group}/{branch.name}", used)
             if reason := self._guard(graph.graph, branch, nodes, slot):
                 refusals.append(Refusal(branch.join, (reason,)))
                 continue
@@ -88,7 +112,7 @@ class MarkBranches(Pass):
 
     def _chosen(self, found: Anatomy) -> set[int] | None:
         """The numbers that the blocks of the list have in the graph; None where every branch is meant."""
-        if self.blocks is None and not self.of:
+        if self.blocks is None and not self.of and not self.start and self.stop is None:
             return None
         there = found.denoising_blocks(self.of)
         if self.out_of not in (0, len(there)):
@@ -97,7 +121,7 @@ class MarkBranches(Pass):
                 f"{len(there)}: profile the model (vdcache.profile) for a list of its own"
             )
         if self.blocks is None:
-            return {b.index for b in there}
+            return {b.index for b in there[self.start : self.stop]}
         if wrong := [b for b in self.blocks if not 0 <= b < len(there)]:
             having = f"{len(there)} (0 to {len(there) - 1})" if there else "none"
             raise ConfigError(f"{self.name}: there is no block {wrong[0]}: of {self._called} this graph has {having}")

@@ -1,4 +1,4 @@
-"""observe: measure how much one branch changes from one computed step to the next.
+"""observe: measure how much one branch, or another value, changes from one computed step to the next.
 
     add(x, f(x))   -->   add(x, f(x)); observe(f(x), slot, distance)
 
@@ -21,9 +21,11 @@ from vdcache.ir.edit import call
 from vdcache.ir.errors import ConfigError
 from vdcache.ir.facts import Fact
 from vdcache.passes.base import Pass, PassResult, Refusal, tag
-from vdcache.patterns import KINDS, Anatomy, Branch, anatomy
+from vdcache.passes.values import find
+from vdcache.patterns import KINDS, Anatomy, Branch, NoMatch, anatomy
 
 aten = torch.ops.aten
+_PLACES = ("input", "output", "residual")
 _ATTENDS = ("self-attention", "joint-attention", "fused")
 
 
@@ -32,9 +34,10 @@ class Observe(Pass):
     """Observe one branch, or the same kind of branch in several blocks.
 
     Args:
-        kind: kind of the branch, "temporal-attention" or "spatial-attention"; empty for AdaCache's choice.
+        kind: kind of the branch, "temporal-attention" or "spatial-attention"; empty for AdaCache's choice. Or "input", "output", "residual" (what all
+            blocks together add), which are no branches: `passes.values`.
         blocks: which blocks among those that have such a branch, counted from 0; empty for the middle one.
-        distance: "l1", "l2" or "cosine".
+        distance: one of `dialect.DISTANCES`.
         strides: frame distances of the motion score; empty for none. Needs a graph that shows its latent frames.
         frames: latent frames, 0 to read them off the graph.
         group: the group of slots that the observation is for: it is measured in the steps that compute the group.
@@ -55,7 +58,7 @@ class Observe(Pass):
     group: str = "all"
 
     def __post_init__(self) -> None:
-        kinds = (*KINDS, "temporal-attention", "spatial-attention")
+        kinds = (*KINDS, "temporal-attention", "spatial-attention", *_PLACES)
         if self.kind and self.kind not in kinds:
             raise ConfigError(f"{self.name}: no branch kind {self.kind!r}; there are {', '.join(kinds)}")
         if self.distance not in dialect.DISTANCES:
@@ -67,6 +70,8 @@ class Observe(Pass):
         found = anatomy(graph)
         if not found.branches:
             return PassResult(graph, 0, (Refusal("output", ("the graph has no residual branch to observe",)),))
+        if self.kind in _PLACES:
+            return self._place(graph)
         nodes = {n.name: n for n in graph.graph.nodes}
         rewrites, refusals = 0, []
         for branch in self._choose(found, nodes):
@@ -85,6 +90,17 @@ class Observe(Pass):
             tag(mark, str(self), value)
             rewrites += 1
         return PassResult(graph, rewrites, tuple(refusals))
+
+    def _place(self, graph: fx.GraphModule) -> PassResult:
+        """Observe a value that is no branch."""
+        value = find(graph, self.kind, made_by=str(self))
+        if isinstance(value, NoMatch):
+            return PassResult(graph, 0, (Refusal(value.node, (value.reason,)),))
+        g = graph.graph
+        with g.inserting_before(g.output_node()):
+            mark = g.call_function(dialect.observe, (value, f"{self.group}/observed.{self.kind}", self.distance, (), 0))
+        tag(mark, str(self), value)
+        return PassResult(graph, 1)
 
     def _choose(self, found: Anatomy, nodes: dict[str, fx.Node]) -> list[Branch]:
         candidates = self._candidates(found, nodes)

@@ -26,11 +26,11 @@ from vdcache.ir.facts import Fact
 from vdcache.ir.ops import is_effectful
 from vdcache.passes.base import Pass, PassResult, drop_dead_code
 from vdcache.passes.predictors import LAST, Predictor
+from vdcache.passes.sums import sums_of
 
-__all__ = ["SUMS", "Specialise", "VariantIO", "variant_io"]
+__all__ = ["Specialise", "VariantIO", "dense", "variant_io"]
 
 aten = torch.ops.aten
-SUMS = {"l1": 2, "l2": 2, "cosine": 3}  # how many sums a distance is made of
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,8 @@ class Specialise(Pass):
             if self.save != "none" and value in wanted and group_of(slot) not in self.reuse:
                 seen[slot] = dense(g, value, mark, str(self))  # type: ignore[arg-type]
                 before = added.input("previous", slot, value.meta["val"])  # type: ignore[union-attr]
-                sums += self._sums(g, seen[slot], before, str(distance), strides, frames, mark)  # type: ignore[arg-type]
+                with g.inserting_before(mark):
+                    sums += sums_of(g, seen[slot], before, str(distance), strides, frames, made_by=str(self))  # type: ignore[arg-type]
                 measures.append((slot, str(distance), tuple(strides)))  # type: ignore[arg-type]
             g.erase_node(mark)
         emitted: dict[str, fx.Node] = {}
@@ -243,48 +244,6 @@ class Specialise(Pass):
     def _kept_form(self, like: torch.Tensor) -> torch.Tensor:
         """The form of a kept tensor: the value's own, float32 where differences are kept."""
         return like.float() if self.predictor.tensors > 1 and like.dtype != torch.float32 else like
-
-    def _sums(
-        self,
-        g: fx.Graph,
-        value: fx.Node,
-        previous: fx.Node,
-        distance: str,
-        strides: tuple[int, ...],
-        frames: int,
-        mark: fx.Node,
-    ) -> list[fx.Node]:
-        """The sums that distance and motion are made of, each float32 and 0-d (`runtime.measures` divides them)."""
-
-        def op(target: object, *args: object, **kwargs: object) -> fx.Node:
-            return call(g, target, *args, made_by=str(self), **kwargs)
-
-        def total(node: fx.Node) -> fx.Node:
-            return op(aten.sum.default, node)
-
-        with g.inserting_before(mark):
-            now = op(aten._to_copy.default, value, dtype=torch.float32)
-            then = op(aten._to_copy.default, previous, dtype=torch.float32)
-            if distance == "cosine":
-                sums = [total(op(aten.mul.Tensor, a, b)) for a, b in ((then, now), (then, then), (now, now))]
-            else:
-                size = aten.abs.default if distance == "l1" else aten.square.default
-                sums = [total(op(size, op(aten.sub.Tensor, then, now))), total(op(size, then))]
-            if strides:
-                # [B, frames * S, C] -> [B, frames, S * C]: one row a frame
-                rows = op(aten.reshape.default, now, [-1, frames, _row(value, frames)])
-                for i in strides:
-                    late = op(aten.slice.Tensor, rows, 1, i, frames)
-                    early = op(aten.slice.Tensor, rows, 1, 0, frames - i)
-                    sums.append(total(op(aten.abs.default, op(aten.sub.Tensor, late, early))))
-                    sums.append(total(op(aten.abs.default, late)))
-                    sums.append(total(op(aten.abs.default, early)))
-        return sums
-
-
-def _row(value: fx.Node, frames: int) -> int:
-    tokens, width = value.meta["val"].shape[1:]
-    return int(tokens) // frames * int(width)
 
 
 def dense(g: fx.Graph, value: fx.Node, before: fx.Node, made_by: str) -> fx.Node:

@@ -29,6 +29,7 @@ class Record:
         seconds: host time of the call. A GPU may still be working when it ends.
         why: the reason for recomputing where the plan says reuse, or for a plan that the policy did not choose.
         syncs: how many times the call waited for a device value.
+        probe: what was measured at this step before its plan was chosen, by policies that decide so.
     """
 
     generation: int
@@ -41,6 +42,7 @@ class Record:
     seconds: float = 0.0
     why: str = ""
     syncs: int = 0
+    probe: tuple[Measured, ...] = ()
 
     @property
     def computed(self) -> bool:
@@ -83,7 +85,15 @@ class History:
 
     def rows(self) -> list[dict[str, Any]]:
         """Plain records, as `to_json` writes them."""
-        return [{**asdict(r), "plan": sorted(r.plan.reuse), "measures": [asdict(m) for m in r.measures]} for r in self.records]
+        return [
+            {
+                **asdict(r),
+                "plan": sorted(r.plan.reuse),
+                "measures": [asdict(m) for m in r.measures],
+                "probe": [asdict(m) for m in r.probe],
+            }
+            for r in self.records
+        ]
 
     def to_json(self, path: str | Path) -> None:
         Path(path).write_text(json.dumps(self.rows(), indent=1))
@@ -93,7 +103,8 @@ class History:
         records = []
         for row in json.loads(Path(path).read_text()):
             row["plan"] = Plan.of(row["plan"]) if row["plan"] else RECOMPUTE
-            row["measures"] = tuple(Measured(**m) for m in row["measures"])
+            for kind in ("measures", "probe"):
+                row[kind] = tuple(Measured(**m) for m in row.get(kind, ()))
             row["reused"] = tuple(row["reused"])
             records.append(Record(**row))
         return History(records)

@@ -28,8 +28,9 @@ class Measured:
     """What was observed of one branch at one computed step, P its residual at the computed step before, R now.
 
     Args:
-        change: ‖P − R‖ / ‖P‖ (L1, L2), or 1 − cos(P, R).
-        change_absolute: mean |P − R| (L1), root mean square (L2), or 1 − cos.
+        change: ‖P − R‖ / ‖P‖ (L1, L2), 1 − cos(P, R), or |1 − ratio| of magnitudes.
+        change_absolute: mean |P − R| (L1), root mean square (L2), else as `change`.
+        size: mean |R| (L1), root mean square (L2, cosine); mean over tokens of ‖R‖ / ‖P‖ (magnitude).
         motion: mean over strides i of ‖R[i:] − R[:−i]‖₁ / (‖R[i:]‖₁ + ‖R[:−i]‖₁) over latent frames; None if not asked for.
         motion_absolute: mean over strides of mean |R[i:] − R[:−i]|.
     """
@@ -37,42 +38,45 @@ class Measured:
     name: str
     change: float
     change_absolute: float
+    size: float = 0.0
     motion: float | None = None
     motion_absolute: float | None = None
 
 
 def count_of(layout: Layout) -> int:
     """How many sums an observation has."""
-    return (3 if layout.distance == "cosine" else 2) + 3 * len(layout.strides)
+    return 3 + 3 * len(layout.strides)
 
 
 def measured(layout: Layout, sums: Sequence[float], elements: int) -> Measured:
     """The measures of one observation.
 
     Args:
-        sums: as `specialise` lays them out, added over lanes. L1: Σ|P−R|, Σ|P|. L2: the same squared. Cosine: Σ P·R, Σ P², Σ R².
-            Then for each stride Σ|R[i:]−R[:−i]|, Σ|R[i:]|, Σ|R[:−i]|.
-        elements: how many numbers the residual has, over all lanes.
+        sums: as `passes.sums` lays them out, added over lanes.
+        elements: how many numbers the value has, over all lanes.
     """
+    first, second, third = sums[:3]
+    rest = sums[3:]
     if layout.distance == "cosine":
-        dot, then, now = sums[:3]
-        change = absolute = 1 - _ratio(dot, math.sqrt(then * now)) if then * now > 0 else _ratio(then + now, then * now)
-        rest = sums[3:]
+        known = second * third > 0
+        change = absolute = 1 - _ratio(first, math.sqrt(second * third)) if known else _ratio(second + third, second * third)
+        size = math.sqrt(third / elements)
+    elif layout.distance == "magnitude":
+        size = _ratio(first, third)
+        change = absolute = abs(1 - size)
     else:
-        difference, size = sums[:2]
         root = math.sqrt if layout.distance == "l2" else float
-        change = _ratio(root(difference), root(size))
-        absolute = root(difference / elements)
-        rest = sums[2:]
+        change = _ratio(root(first), root(second))
+        absolute, size = root(first / elements), root(third / elements)
     if not layout.strides:
-        return Measured(layout.name, change, absolute)
+        return Measured(layout.name, change, absolute, size)
     relative, means = [], []
     for at, stride in enumerate(layout.strides):
         difference, late, early = rest[3 * at : 3 * at + 3]
         relative.append(_ratio(difference, late + early))
         means.append(difference / (elements * (layout.frames - stride) / layout.frames))
     n = len(layout.strides)
-    return Measured(layout.name, change, absolute, sum(relative) / n, sum(means) / n)
+    return Measured(layout.name, change, absolute, size, sum(relative) / n, sum(means) / n)
 
 
 def _ratio(a: float, b: float) -> float:

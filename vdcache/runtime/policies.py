@@ -16,14 +16,15 @@ from vdcache.ir.errors import ConfigError
 from vdcache.runtime.measures import Measured
 from vdcache.runtime.plan import RECOMPUTE, Plan
 
-__all__ = ["AdaCache", "AdaState", "Always", "Codebook", "EveryN", "MoReg", "Policy", "scaled"]
+__all__ = ["AdaCache", "AdaState", "Always", "Codebook", "Deciding", "EveryN", "MoReg", "Policy", "scaled"]
 
 
 @runtime_checkable
 class Policy(Protocol):
     """Chooses the plan of every step.
 
-    `plans()` lists every plan that `plan` can return, so the number of variants is known before a run.
+    `plans()` lists every plan that `plan` can return, so the number of variants is known before a run. A policy that needs to see something
+    of the step itself has a further method, `decide` (`Deciding`).
     """
 
     def plans(self) -> tuple[Plan, ...]: ...
@@ -31,11 +32,23 @@ class Policy(Protocol):
     def start(self, num_steps: int, before: Any = None) -> Any:
         """The state at the beginning of a generation; `before` is the final state of the generation before, if any."""
 
-    def plan(self, state: Any, step: int) -> Plan:
-        """The plan of `step`, from what was observed up to the step before."""
+    def plan(self, state: Any, step: int, timestep: float | None = None) -> Plan | None:
+        """The plan of `step`, from what was observed up to the step before; None to `decide` when the probe is known.
+
+        Args:
+            timestep: as the model is given it (the largest one of a batch); None under explicit control, where nothing is read.
+        """
 
     def observe(self, state: Any, step: int, plan: Plan, measures: Sequence[Measured] | None) -> Any:
         """The state after `step` ran with `plan`; `measures` is None where nothing comparable was computed."""
+
+
+@runtime_checkable
+class Deciding(Policy, Protocol):
+    """A policy that decides inside a step, when the probe of the graph has run."""
+
+    def decide(self, state: Any, step: int, probe: Sequence[Measured] | None) -> tuple[Any, Plan]:
+        """The state and the plan, given what the probe measured; None where there is nothing to compare with."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +61,7 @@ class Always:
     def start(self, num_steps: int, before: Any = None) -> int:
         return num_steps
 
-    def plan(self, state: int, step: int) -> Plan:
+    def plan(self, state: int, step: int, timestep: float | None = None) -> Plan:
         return RECOMPUTE
 
     def observe(self, state: int, step: int, plan: Plan, measures: Sequence[Measured] | None) -> int:
@@ -75,7 +88,7 @@ class EveryN:
     def start(self, num_steps: int, before: Any = None) -> int:
         return num_steps
 
-    def plan(self, state: int, step: int) -> Plan:
+    def plan(self, state: int, step: int, timestep: float | None = None) -> Plan:
         return RECOMPUTE if step % self.n == 0 or step >= state - 1 else Plan.of([self.group])
 
     def observe(self, state: int, step: int, plan: Plan, measures: Sequence[Measured] | None) -> int:
@@ -216,7 +229,7 @@ class AdaCache:
             return AdaState(num_steps, motion=before.motion, seen_motion=before.seen_motion)
         return AdaState(num_steps)
 
-    def plan(self, state: AdaState, step: int) -> Plan:
+    def plan(self, state: AdaState, step: int, timestep: float | None = None) -> Plan:
         if state.last is None or step < self.first or step >= state.num_steps - self.last:
             return RECOMPUTE
         passed = step - state.last

@@ -15,7 +15,7 @@ from vdcache.ir.checks import number, whole_numbers
 from vdcache.ir.errors import ConfigError
 from vdcache.runtime.measures import Measured
 from vdcache.runtime.plan import RECOMPUTE, Plan
-from vdcache.runtime.policies import Policy
+from vdcache.runtime.policies import Deciding, Policy
 
 __all__ = ["Intervals", "Listed", "Scheduled", "Together", "scaled_to"]
 
@@ -191,7 +191,7 @@ class Scheduled:
             plans.append(Plan.of([self.groups[at]]))
         return tuple(plans)
 
-    def plan(self, state: tuple[Plan, ...], step: int) -> Plan:
+    def plan(self, state: tuple[Plan, ...], step: int, timestep: float | None = None) -> Plan:
         return state[step]
 
     def observe(self, state: Any, step: int, plan: Plan, measures: Sequence[Measured] | None) -> Any:
@@ -211,6 +211,8 @@ class Together:
     def __post_init__(self) -> None:
         if not self.policies:
             raise ConfigError("policies side by side are at least one")
+        if wrong := [p for p in self.policies if isinstance(p, Deciding)]:
+            raise ConfigError(f"{type(wrong[0]).__name__} decides by a probe, and such a policy cannot stand beside others")
         groups = [g for p in self.policies for g in _groups(p)]
         if twice := [g for g in groups if groups.count(g) > 1]:
             raise ConfigError(f"two policies reuse the group {twice[0]!r}; give each its own group of slots")
@@ -222,8 +224,9 @@ class Together:
         known = before or (None,) * len(self.policies)
         return tuple(p.start(num_steps, b) for p, b in zip(self.policies, known, strict=True))
 
-    def plan(self, state: tuple[Any, ...], step: int) -> Plan:
-        return _union(p.plan(s, step) for p, s in zip(self.policies, state, strict=True))
+    def plan(self, state: tuple[Any, ...], step: int, timestep: float | None = None) -> Plan:
+        plans = [p.plan(s, step, timestep) for p, s in zip(self.policies, state, strict=True)]
+        return _union(p for p in plans if p is not None)
 
     def observe(self, state: tuple[Any, ...], step: int, plan: Plan, measures: Sequence[Measured] | None) -> tuple[Any, ...]:
         return tuple(

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from vdcache.ir.dialect import group_of
 from vdcache.ir.errors import CacheStateError, ConfigError, warn_once
 from vdcache.runtime.clock import Clock, Reading, Tick
 from vdcache.runtime.history import History, Record, tell
@@ -21,7 +22,7 @@ from vdcache.runtime.policies import Always, Policy
 from vdcache.runtime.read import read
 from vdcache.runtime.store import Store
 
-__all__ = ["CompiledGraph", "Emitted", "Needs", "Session", "Ticket"]
+__all__ = ["CompiledGraph", "Emitted", "Look", "Needs", "Probed", "Session", "Ticket"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,28 @@ class Needs:
     slots: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Probed:
+    """A value that is measured before a step's plan is chosen.
+
+    Args:
+        layout: its name and distance.
+        since: compared with its value at the "step" before, or at the last "computed" one.
+    """
+
+    layout: Layout
+    since: str
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the head of a graph found out: the values of its probes, the sums of their changes, and what the rest of the graph takes."""
+
+    values: tuple[Tensor, ...] = ()
+    sums: Tensor | None = None
+    carried: tuple[Tensor, ...] = ()
+
+
 class CompiledGraph(Protocol):
     """What a session must know of a graph that runs under it. Positions count the graph's inputs."""
 
@@ -58,6 +81,8 @@ class CompiledGraph(Protocol):
     def activations(self) -> tuple[int, ...]: ...
     @property
     def static(self) -> tuple[int, ...]: ...  # parameters and buffers
+    @property
+    def probes(self) -> tuple[Probed, ...]: ...  # what a policy may ask for before it chooses
 
     def narrow(self, plan: Plan) -> Plan:
         """What of a plan concerns this graph."""
@@ -87,6 +112,7 @@ class Ticket:
     times: list[Tensor]
     record: Record
     began: float
+    look: Look
     keep: bool = True
 
 
@@ -156,6 +182,8 @@ class Session:
         self._said: set[str] = set()
         self._state: Any = None
         self._plan, self._why = RECOMPUTE, ""
+        self._undecided = False  # the plan of this step waits for a probe
+        self._probe: tuple[Measured, ...] | None = None  # what was probed at this step
         self._step, self._generation = -1, -1
         self._hit = False  # something was reused in this generation
         self._lane: int | str = 0
@@ -261,17 +289,31 @@ class Session:
 
     # ---- what happens around a call --------------------------------------------------------------------------------
 
-    def enter(self, graph: CompiledGraph, inputs: Sequence[Any]) -> Ticket:
-        """Place a call in the run and say what it reuses."""
+    def enter(
+        self, graph: CompiledGraph, inputs: Sequence[Any], look: Callable[[list[Tensor] | None], Look] = lambda previous: Look()
+    ) -> Ticket:
+        """Place a call in the run and say what it reuses.
+
+        Args:
+            look: runs the graph's head, given the previous values of its probes; called once, where the graph has probes.
+        """
         began = time.perf_counter()
         self._entered += 1
         self._syncs = 0
         # One graph may serve several blocks (regional compilation) or be called again with the same weights.
         who = (graph, next((id(inputs[i]) for i in graph.static), 0))
         follows = self._place(graph, inputs, who)
-        plan, why = (graph.narrow(self._plan), self._why) if follows else (RECOMPUTE, "the graph runs before the clock")
         call = self._calls[who] = self._calls.get(who, -1) + 1
         key = (who, call, self._lane, _forms(inputs, graph.activations))
+        seen = Look()
+        if graph.probes:
+            earlier = self.store.get(key, [p.layout.name for p in graph.probes])
+            seen = look(earlier)
+            if follows and self._undecided:
+                self._decide(graph, seen, comparable=earlier is not None)
+        plan, why = (graph.narrow(self._plan), self._why) if follows else (RECOMPUTE, "the graph runs before the clock")
+        if follows and self._undecided:
+            plan, why = RECOMPUTE, "it runs before the policy can decide"
         reads: list[Tensor] = []
         if plan:
             found = self.store.get(key, graph.needs(plan).reads)
@@ -293,6 +335,7 @@ class Session:
             reused=needs.slots,
             why=why,
             syncs=self._syncs,
+            probe=self._probe or (),
         )
         return Ticket(
             graph,
@@ -305,6 +348,7 @@ class Session:
             [torch.tensor(float(n)) for group in needs.times for n in self._times(key, group)],
             record,
             began,
+            seen,
             keep=follows and self.num_steps is not None and not self._last(),
         )
 
@@ -320,6 +364,10 @@ class Session:
         """Keep what a call computed for later steps."""
         if ticket.keep:
             names, values = [*saved, *observed], [*saved.values(), *observed.values()]
+            for probe, value in zip(ticket.graph.probes, ticket.look.values, strict=True):
+                if probe.since == "step" or group_of(probe.layout.name) not in ticket.plan.reuse:
+                    names.append(probe.layout.name)
+                    values.append(value)
             self.store.put(ticket.key, names, values, [*inputs, *results])
             own = self._computed.setdefault(ticket.key, {})
             for group in ticket.needs.computes:
@@ -339,11 +387,31 @@ class Session:
             self._say_no_hit()
         self._step_records.append(ticket.record)
 
+    def _decide(self, graph: CompiledGraph, seen: Look, comparable: bool) -> None:
+        """Choose the plan of the step by what was probed."""
+        self._undecided = False
+        measures = None
+        if comparable and seen.sums is not None:
+            numbers, syncs = read([seen.sums])
+            self._syncs += syncs
+            sizes = [v.numel() for v in seen.values]
+            layouts = [p.layout for p in graph.probes]
+            at, found = 0, []
+            for layout, elements in zip(layouts, sizes, strict=True):
+                count = count_of(layout)
+                found.append(measured(layout, numbers[0][at : at + count], elements))
+                at += count
+            measures = tuple(found)
+        self._probe = measures
+        self._state, self._plan = self.policy.decide(self._state, self._step, measures)  # type: ignore[attr-defined]
+        if not self._plan and measures and not all(math.isfinite(m.change) for m in measures):
+            self._why = "what was probed is not a number"
+
     def _say_no_hit(self) -> None:
         """A whole generation in which nothing was reused: nobody should have to look for that."""
         records = self.history.generation()
         reasons = Counter(r.why for r in records if r.why).most_common(1)
-        changes = [m.change for r in records for m in r.measures]
+        changes = [m.change for r in records for m in (*r.measures, *r.probe)]
         warn_once(
             self._said,
             f"vdcache: '{self.name}' reused nothing in a generation of {self.num_steps} steps"
@@ -512,7 +580,7 @@ class Session:
         self._step_records = []
         self._latent = None
         self._step, self._generation, self._hit = -1, self._generation + 1, False
-        self._plan, self._why = RECOMPUTE, ""
+        self._plan, self._why, self._undecided, self._probe = RECOMPUTE, "", False, None
         if self.num_steps is None:
             return
         if self.prepare is not None:
@@ -536,6 +604,7 @@ class Session:
             if self._state is not None:
                 self._state = self.policy.observe(self._state, self._step, self._ran(), measures)
         self._step_records = []
+        self._undecided, self._probe = False, None
         self._driver, self._lanes = None, 0
         self._calls.clear()
         self._step += 1
@@ -551,7 +620,8 @@ class Session:
                     key="long",
                 )
         else:
-            self._plan, self._why = self.policy.plan(self._state, self._step), ""
+            plan = self.policy.plan(self._state, self._step, self._timestep)
+            self._plan, self._why, self._undecided = plan or RECOMPUTE, "", plan is None
 
     def _ran(self) -> Plan:
         """The plan that the step before really followed: reuse only if some call reused."""

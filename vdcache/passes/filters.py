@@ -1,0 +1,78 @@
+"""Filters that a value goes through before its change is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, fx
+
+from vdcache.ir.edit import inline
+from vdcache.ir.ops import tensor_of
+from vdcache.patterns import NoMatch, anatomy
+
+__all__ = ["FILTERS", "filtered", "wiener"]
+
+
+def filtered(graph: fx.GraphModule, value: fx.Node, name: str, *, made_by: str) -> fx.Node | NoMatch:
+    """A filtered value, added to the graph after it.
+
+    The value is the latent, [B, C, T, H, W] or [B, C, H, W], or tokens [B, N, C] of a grid that the graph shows.
+    """
+    found = anatomy(graph)
+    nodes = {n.name: n for n in graph.graph.nodes}
+    tensor = tensor_of(value)
+    if tensor is None or not all(isinstance(s, int) for s in tensor.shape):
+        return NoMatch(value.name, "a filter over frequencies needs sizes that are known when the model is compiled")
+    if not found.clocks:
+        return NoMatch(value.name, "the filter follows the noise level, and no timestep was found")
+    clock = nodes[found.clocks[0]]
+    if tensor_of(clock) is None:
+        return NoMatch(clock.name, "the timestep is no tensor")
+    shape = tuple(tensor.shape)
+    if tensor.ndim in (4, 5):
+        axes: tuple[int, ...] = tuple(range(2, tensor.ndim))
+    elif tensor.ndim == 3 and found.grid is not None and found.grid.tokens == shape[1]:
+        shape = (shape[0], found.grid.frames, found.grid.height, found.grid.width, shape[2])
+        axes = (1, 2, 3)
+    else:
+        return NoMatch(value.name, "the graph does not show the grid of its tokens, which the filter runs over")
+    given = [n for n in graph.graph.nodes if n.op == "placeholder"]
+    with graph.graph.inserting_after(value if value.op == "call_function" else given[-1]):
+        mark = graph.graph.call_function(torch.ops.aten.alias.default, (value,))
+
+    def run(x: Tensor, timestep: Tensor) -> Tensor:
+        time = timestep.float().amax()
+        return FILTERS[name](x.float().reshape(shape), torch.where(time > 1, time / 1000, time), axes).reshape(tensor.shape)
+
+    with graph.graph.inserting_before(mark):
+        result = inline(graph.graph, run, (value, clock), made_by=made_by)
+    graph.graph.erase_node(mark)
+    return result
+
+
+def wiener(x: Tensor, sigma: Tensor, axes: Sequence[int], power: float = 3.0) -> Tensor:
+    """The filter of SeaCache (arXiv 2602.18993): the best linear estimate of the clean signal at noise level `sigma`.
+
+    With x = (1 − σ) s + σ n, white noise n and a signal whose power falls as P(f) = f^−power along each axis, the gain of an axis is
+    (1 − σ) P / ((1 − σ)² P + σ²). Gains of the axes are multiplied, and scaled to a mean of 1 (equation 7), so that distances of different
+    steps compare.
+
+    Args:
+        x: real, of any shape.
+        sigma: 0-d, 0 (clean) to 1 (noise).
+        axes: frames, height and width.
+    """
+    sigma = sigma.clamp(1e-6, 1 - 1e-6)
+    gain = x.new_ones((1,) * x.ndim)
+    for axis in axes:
+        n = x.shape[axis]
+        k = x.new_ones(n).cumsum(0) - 1
+        frequency = torch.minimum(k, n - k) / n
+        clean = 1 / (frequency**power + 1e-16)
+        along = (1 - sigma) * clean / ((1 - sigma) ** 2 * clean + sigma**2 + 1e-16)
+        gain = gain * along.reshape([n if i == axis else 1 for i in range(x.ndim)])
+    return torch.fft.ifftn(torch.fft.fftn(x, dim=list(axes)) * (gain / gain.mean()), dim=list(axes)).real
+
+
+FILTERS: dict[str, Callable[[Tensor, Tensor, Sequence[int]], Tensor]] = {"wiener": wiener}

@@ -1,0 +1,75 @@
+"""mark-output: put a guard on what the model returns.
+
+    return y   -->   return guard(y, slot, x)
+
+The scope of methods that skip the whole model: a reused step is one addition. With the latent as the base, what is kept is the difference of output and
+input (EasyCache, arXiv 2507.02860). Bit-exact.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from vdcache.ir import dialect
+from vdcache.ir.edit import outputs, set_outputs
+from vdcache.ir.errors import ConfigError
+from vdcache.ir.facts import Fact
+from vdcache.ir.ops import same_type
+from vdcache.passes.base import Pass, PassResult, Refusal, tag
+from vdcache.passes.values import find, output
+from vdcache.patterns import NoMatch, anatomy
+
+
+@dataclass(frozen=True)
+class MarkOutput(Pass):
+    """Guard the output that belongs to the latent.
+
+    Args:
+        base: "input" keeps output − latent; "none" the output itself, as is also done, with a refusal, where the two are not of one shape and type.
+        group: the group that the slot belongs to.
+
+    Raises:
+        ConfigError: another base.
+    """
+
+    name: ClassVar[str] = "mark-output"
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.FUNCTIONAL, Fact.TYPED, Fact.CANONICAL})
+    ensures: ClassVar[frozenset[Fact]] = frozenset({Fact.GUARDED})
+
+    base: str = "input"
+    group: str = "all"
+
+    def __post_init__(self) -> None:
+        if self.base not in ("input", "none"):
+            raise ConfigError(f"{self.name}: base is 'input' or 'none', got {self.base!r}")
+
+    def run(self, graph: fx.GraphModule) -> PassResult:
+        g = graph.graph
+        found = anatomy(graph)
+        place = output(graph, found, {n.name: n for n in g.nodes})
+        if isinstance(place, NoMatch):
+            return PassResult(graph, 0, (Refusal(place.node, (place.reason,)),))
+        value, position = place
+        if not found.branches:
+            return PassResult(graph, 0, (Refusal(value.name, ("no residual stream leads to it",)),))
+        refusals = []
+        base: tuple[fx.Node, ...] = ()
+        if self.base == "input":
+            latent = find(graph, "input", made_by=str(self))
+            if isinstance(latent, NoMatch):
+                refusals.append(Refusal(latent.node, (latent.reason,)))
+            elif not same_type(latent, value):
+                a, b = latent.meta["val"], value.meta["val"]
+                reason = f"the output is {tuple(b.shape)} {b.dtype}, the latent {tuple(a.shape)} {a.dtype}: the output itself is kept"
+                refusals.append(Refusal(value.name, (reason,)))
+            else:
+                base = (latent,)
+        with g.inserting_before(g.output_node()):
+            marked = tag(g.call_function(dialect.guard, (value, f"{self.group}/output", *base)), str(self), value)
+        results = outputs(g)
+        results[position] = marked
+        set_outputs(g, results)
+        return PassResult(graph, 1, tuple(refusals))

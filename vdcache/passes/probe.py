@@ -1,0 +1,78 @@
+"""probe: mark the value whose change decides, within a step, whether the step is computed.
+
+    h = block_0(x); …   -->   h = block_0(x); probe(h − x, name, distance, since); …
+
+A probe is a side value, so the pass is bit-exact. The graph is split at it later (`split-at-probe`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from vdcache.ir import dialect
+from vdcache.ir.errors import ConfigError
+from vdcache.ir.facts import Fact
+from vdcache.passes.base import Pass, PassResult, Refusal, tag
+from vdcache.passes.filters import FILTERS, filtered
+from vdcache.passes.values import PLACES, find
+from vdcache.patterns import NoMatch
+
+
+@dataclass(frozen=True)
+class Probe(Pass):
+    """Probe one value.
+
+    Args:
+        at: "input", "residual" (of the first `blocks` denoising blocks), "modulated" or "timestep": `passes.values`.
+        blocks: how many blocks the residual is of.
+        distance: how the change is measured (`dialect.DISTANCES`).
+        since: compare with the "step" before, or with the last step that was "computed".
+        filter: what is applied to the value first: "wiener" for the filter of SeaCache, which needs the grid of tokens; empty for nothing.
+        group: the group of slots that the probe decides on.
+
+    Raises:
+        ConfigError: an unknown place, distance, filter, or no block.
+    """
+
+    name: ClassVar[str] = "probe"
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.FUNCTIONAL, Fact.TYPED, Fact.CANONICAL})
+    ensures: ClassVar[frozenset[Fact]] = frozenset({Fact.PROBED})
+
+    at: str = "residual"
+    blocks: int = 1
+    distance: str = "l1"
+    since: str = "computed"
+    filter: str = ""
+    group: str = "all"
+
+    def __post_init__(self) -> None:
+        for what, value, known in (
+            ("place", self.at, [p for p in PLACES if p != "output"]),
+            ("distance", self.distance, dialect.DISTANCES),
+            ("since", self.since, dialect.SINCE),
+            ("filter", self.filter, ("", *FILTERS)),
+        ):
+            if value not in known:
+                raise ConfigError(f"{self.name}: no {what} {value!r}; there are {', '.join(k or repr('') for k in known)}")
+        if not isinstance(self.blocks, int) or self.blocks < 1:
+            raise ConfigError(f"{self.name}: the residual is of at least one block; got blocks={self.blocks!r}")
+
+    def run(self, graph: fx.GraphModule) -> PassResult:
+        value = find(graph, self.at, self.blocks, made_by=str(self))
+        if isinstance(value, NoMatch):
+            return PassResult(graph, 0, (Refusal(value.node, (value.reason,)),))
+        if self.filter:
+            value = filtered(graph, value, self.filter, made_by=str(self))
+            if isinstance(value, NoMatch):
+                return PassResult(graph, 0, (Refusal(value.node, (value.reason,)),))
+        name = f"{self.group}/probe.{self.at}{self.blocks if self.at == 'residual' else ''}"
+        anchor = value
+        if value.op == "placeholder":
+            anchor = [n for n in graph.graph.nodes if n.op == "placeholder"][-1]
+        with graph.graph.inserting_after(anchor):
+            mark = graph.graph.call_function(dialect.probe, (value, name, self.distance, self.since))
+        tag(mark, str(self), value)
+        return PassResult(graph, 1)

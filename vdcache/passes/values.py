@@ -1,0 +1,146 @@
+"""Values of a model that passes measure or guard, by what they are: its input, its output, what its blocks add, what they read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from vdcache.ir import dialect
+from vdcache.ir.capture import signature
+from vdcache.ir.edit import call, inputs, outputs
+from vdcache.ir.ops import SLICES, VIEWS, is_work, tensor_of
+from vdcache.patterns import Anatomy, Block, Branch, NoMatch, anatomy
+
+__all__ = ["PLACES", "find", "output"]
+
+aten = torch.ops.aten
+PLACES = ("input", "output", "residual", "modulated", "timestep")
+_SEEN = ("latent", "joint")  # streams that hold the tokens to be denoised
+
+
+def find(graph: fx.GraphModule, at: str, blocks: int = 0, *, made_by: str) -> fx.Node | NoMatch:
+    """The node of a value; subtractions and slices that it takes are added to the graph.
+
+    Args:
+        at: "input", the latent (the leading channels where the model returns fewer of them); "output", what the model returns for
+            it; "residual", what the first `blocks` denoising blocks add to the latent tokens (0: all of them); "modulated", what the first layers of the first
+            denoising block read: normalised and, where the model does so, modulated by the timestep; "timestep", the embedding of the timestep.
+    """
+    found = anatomy(graph)
+    nodes = {n.name: n for n in graph.graph.nodes}
+    if at == "input":
+        return _input(graph, found, nodes, made_by)
+    if at == "output":
+        place = output(graph, found, nodes)
+        return place if isinstance(place, NoMatch) else place[0]
+    if at == "timestep":
+        return _timestep(found, nodes)
+    there = found.denoising_blocks()
+    if not there:
+        return NoMatch("output", "no block attends over video tokens")
+    if at == "modulated":
+        return _modulated(found, there[0], nodes)
+    if blocks > len(there):
+        return NoMatch("output", f"there are {len(there)} denoising blocks, and {blocks} were asked for")
+    return _residual(graph.graph, found, there[: blocks or None], nodes, made_by)
+
+
+def output(graph: fx.GraphModule, found: Anatomy, nodes: dict[str, fx.Node]) -> tuple[fx.Node, int] | NoMatch:
+    """What the model returns for the latent, and its position among the graph's outputs."""
+    results = outputs(graph.graph)
+    latent = tensor_of(nodes[found.latent]) if found.latent else None
+    skip = len(signature(graph).mutations)
+    tensors = [(n, i) for i, n in enumerate(results) if i >= skip and tensor_of(n) is not None]
+    if not tensors:
+        return NoMatch("output", "the graph returns no tensor")
+    if latent is None:
+        return NoMatch("output", "no input was found that the model returns an update of")
+    for node, i in tensors:
+        if _sizes(tensor_of(node)) == _sizes(latent):
+            return node, i
+    like = [(n, i) for n, i in tensors if tensor_of(n).ndim == latent.ndim]  # type: ignore[union-attr]
+    return like[0] if like else tensors[0]
+
+
+def _input(graph: fx.GraphModule, found: Anatomy, nodes: dict[str, fx.Node], made_by: str) -> fx.Node | NoMatch:
+    if not found.latent:
+        return NoMatch("output", "no input was found that the model returns an update of")
+    latent = nodes[found.latent]
+    place = output(graph, found, nodes)
+    if isinstance(place, NoMatch):
+        return latent
+    have, want = _sizes(tensor_of(latent)), _sizes(tensor_of(place[0]))
+    few = [i for i, (a, b) in enumerate(zip(have, want, strict=False)) if a != b]
+    if len(have) == len(want) and len(few) == 1 and _less(want[few[0]], have[few[0]]):
+        last = inputs(graph.graph)[-1]
+        with graph.graph.inserting_after(last):  # conditions that were joined to the latent never change
+            return call(graph.graph, aten.slice.Tensor, latent, few[0], 0, want[few[0]], made_by=made_by)
+    return latent
+
+
+def _residual(
+    g: fx.Graph, found: Anatomy, blocks: Sequence[Block], nodes: dict[str, fx.Node], made_by: str
+) -> fx.Node | NoMatch:
+    """The latent tokens after these blocks, less those before."""
+    numbers = {b.index for b in blocks}
+    own = [b for b in found if b.block in numbers and found.streams[b.stream].role in _SEEN]
+    if not own:
+        return NoMatch("output", "no stream of latent tokens runs through the blocks")
+    end = nodes[own[-1].join]
+    with g.inserting_after(end if not end.users else dialect.guarded(end)):
+        mark = g.call_function(dialect.emit, ())  # a place to insert before
+    with g.inserting_before(mark):
+        after = _latent_part(g, found, own[-1], end, made_by)
+        before = _latent_part(g, found, own[0], nodes[own[0].base], made_by)
+        same = _sizes(tensor_of(after)) == _sizes(tensor_of(before))
+        value: fx.Node | NoMatch
+        if same:
+            value = call(g, aten.sub.Tensor, after, before, made_by=made_by)
+        else:
+            value = NoMatch(
+                own[-1].join, f"the latent tokens are {_sizes(tensor_of(after))} here and were {_sizes(tensor_of(before))}"
+            )
+    g.erase_node(mark)
+    return value
+
+
+def _latent_part(g: fx.Graph, found: Anatomy, branch: Branch, value: fx.Node, made_by: str) -> fx.Node:
+    stream = found.streams[branch.stream]
+    span = next((s for s in stream.spans if s.role == "latent"), None)
+    if stream.role != "joint" or span is None:
+        return value
+    return call(g, aten.slice.Tensor, value, 1, span.start, span.stop, made_by=made_by)
+
+
+def _modulated(found: Anatomy, block: Block, nodes: dict[str, fx.Node]) -> fx.Node | NoMatch:
+    for branch in found:
+        attends = any(a.kind != "cross" for a in branch.attentions)
+        if branch.block != block.index or not attends or found.streams[branch.stream].role not in _SEEN:
+            continue
+        inside = {*branch.nodes, branch.source}
+        for name in branch.nodes:
+            if is_work(nodes[name]):
+                read = next((p for p in nodes[name].all_input_nodes if p.name in inside), None)
+                while read is not None and (read.target in VIEWS or read.target in SLICES):
+                    read = read.args[0] if isinstance(read.args[0], fx.Node) else None
+                if read is not None:
+                    return read
+    return NoMatch(block.branches[0], "the first denoising block has no attention whose input could be read")
+
+
+def _timestep(found: Anatomy, nodes: dict[str, fx.Node]) -> fx.Node | NoMatch:
+    """The second layer on the way from the timestep, where the embedding of nearly every model ends."""
+    layers = [nodes[n] for n in found.conditioning.timestep if is_work(nodes[n])]
+    if not layers:
+        return NoMatch("output", "no layer depends on the timestep alone")
+    return layers[min(1, len(layers) - 1)]
+
+
+def _sizes(value: torch.Tensor | None) -> tuple[object, ...]:
+    return () if value is None else tuple(s if isinstance(s, int) else str(s) for s in value.shape)
+
+
+def _less(a: object, b: object) -> bool:
+    return isinstance(a, int) and isinstance(b, int) and a < b
