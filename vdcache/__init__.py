@@ -36,8 +36,8 @@ _PUBLIC = {
     "Policy": "vdcache.runtime.policies",
     "Codebook": "vdcache.runtime.policies",
     "MoReg": "vdcache.runtime.policies",
-    "Intervals": "vdcache.runtime.schedules",
-    "Listed": "vdcache.runtime.schedules",
+    "Intervals": "vdcache.runtime.steps",
+    "Listed": "vdcache.runtime.steps",
     "Scheduled": "vdcache.runtime.schedules",
     "Together": "vdcache.runtime.schedules",
     "Predictor": "vdcache.passes.predictors",
@@ -73,8 +73,9 @@ if TYPE_CHECKING:
     from vdcache.runtime.history import History, record
     from vdcache.runtime.plan import Plan
     from vdcache.runtime.policies import Codebook, MoReg, Policy
-    from vdcache.runtime.schedules import Intervals, Listed, Scheduled, Together
+    from vdcache.runtime.schedules import Scheduled, Together
     from vdcache.runtime.session import Session
+    from vdcache.runtime.steps import Intervals, Listed
 
 
 def __getattr__(name: str) -> Any:

@@ -18,7 +18,8 @@ from vdcache.ir.errors import ConfigError
 from vdcache.passes import Canonicalise, MarkBranches, MergeSlots, Observe, Pass, Pipeline
 from vdcache.passes.predictors import LAST, LastValue, Predictor, Scaled, Taylor
 from vdcache.runtime.policies import AdaCache, Always, Codebook, EveryN, MoReg, Policy, scaled
-from vdcache.runtime.schedules import Intervals, Listed, Scheduled, Together, scaled_to
+from vdcache.runtime.schedules import Scheduled, Together, scaled_to
+from vdcache.runtime.steps import Intervals, Listed
 
 __all__ = ["ADACACHE_CODEBOOKS", "PROFILINGDIT_LISTS", "Recipe", "adacache", "profilingdit", "recipe", "recipes"]
 

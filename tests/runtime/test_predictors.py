@@ -14,6 +14,7 @@ import vdcache
 from tests.support import TinyDiT, latent, time_of
 from vdcache import ConfigError, LastValue, Recipe, Scaled, Taylor
 from vdcache.passes import MarkBranches, MergeSlots
+from vdcache.passes.predictors import When
 from vdcache.runtime import Listed, Scheduled, Together
 
 
@@ -26,9 +27,9 @@ def play(predictor, values, steps):
     kept = [torch.zeros(()) for _ in range(predictor.tensors)]
     before = steps[0] - 1
     for count, (step, value) in enumerate(zip(steps, values, strict=True)):
-        kept = list(predictor.keep(value, kept, number(step - before), number(count)))
+        kept = list(predictor.keep(value, kept, When(number(step - before), number(count), number(step))))
         before = step
-    return lambda step: predictor.predict(kept, number(step - before), number(len(steps)))
+    return lambda step: predictor.predict(kept, When(number(step - before), number(len(steps)), number(step)))
 
 
 @given(st.integers(1, 4), st.floats(-2, 2), st.floats(-2, 2), st.integers(1, 4), st.integers(1, 6))
@@ -148,10 +149,10 @@ def test_any_schedule_against_the_recursion_by_hand(steps, order):
         out = compiled(x, time_of(step), text)
         if step in when.computed(8):
             assert torch.equal(out, model(x, time_of(step), text))
-            kept = Taylor(order).keep(model.branches(x, time_of(step), text), kept, number(step - last), number(count))
+            kept = Taylor(order).keep(model.branches(x, time_of(step), text), kept, When(number(step - last), number(count), number(step)))
             last, count = step, count + 1
         else:
-            total = Taylor(order).predict(kept, number(step - last), number(count))
+            total = Taylor(order).predict(kept, When(number(step - last), number(count), number(step)))
             torch.testing.assert_close(out, model.with_branches(x, text, total), rtol=1e-3, atol=1e-3)
 
 
@@ -195,10 +196,10 @@ def test_a_predictor_of_ones_own():
 
         tensors = 2
 
-        def keep(self, fresh, before, elapsed, count):
-            return fresh, torch.where(count > 0, before[0], fresh)
+        def keep(self, fresh, before, when):
+            return fresh, torch.where(when.computed > 0, before[0], fresh)
 
-        def predict(self, kept, elapsed, count):
+        def predict(self, kept, when):
             return (kept[0] + kept[1]) / 2
 
     torch._dynamo.reset()
@@ -247,9 +248,9 @@ class Gated:
                 else:
                     value = m.mlp[0](h)
                 before = self.kept.get(kind, [0.0] * self.predictor.tensors)
-                self.kept[kind] = self.predictor.keep(value, before, number(step - self.last), number(self.count))
+                self.kept[kind] = self.predictor.keep(value, before, When(number(step - self.last), number(self.count), number(step)))
             else:
-                value = self.predictor.predict(self.kept[kind], number(step - self.last), number(self.count))
+                value = self.predictor.predict(self.kept[kind], When(number(step - self.last), number(self.count), number(step)))
             h = h + gates[kind == "mlp"] * value
         if computed:
             self.last, self.count = step, self.count + 1

@@ -153,7 +153,7 @@ def test_policies_side_by_side_each_see_their_own_plan():
         plan = both.plan(state, step)
         own = ada.plan(alone, step)
         assert plan.reuse == own.reuse | EveryN(2, group="two").plan(12, step).reuse
-        measures = None if own or step == 0 else (Measured("x", 0.1, 0.1),)
+        measures = None if own or step == 0 else (Measured("one/x", 0.1, 0.1),)
         state, alone = both.observe(state, step, plan, measures), ada.observe(alone, step, own, measures)
         assert state[0] == alone
 

@@ -7,41 +7,51 @@ one puts in the place of the value. Both become part of the compiled graph, so a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from vdcache.ir.checks import number
 from vdcache.ir.errors import ConfigError
 
-__all__ = ["LAST", "LastValue", "Predictor", "Scaled", "Taylor"]
+__all__ = ["LAST", "Blended", "ByGroup", "Extrapolated", "LastValue", "Predictor", "Scaled", "Taylor", "When", "predictor_of"]
+
+
+class When(NamedTuple):
+    """Where a step stands, as float32, 0-d tensors, so that no step compiles anything.
+
+    Args:
+        elapsed: steps since the group was last computed (in `keep`: from that step to this one).
+        computed: how many steps of this generation computed it before.
+        step: the number of the step, counted from 0.
+    """
+
+    elapsed: Tensor
+    computed: Tensor
+    step: Tensor
 
 
 @runtime_checkable
 class Predictor(Protocol):
-    """How the value of a reused slot follows from those of computed steps.
-
-    `elapsed` and `count` are float32, 0-d tensors, so that no step compiles anything: steps since the last computed one, and how many were
-    computed in this generation before.
-    """
+    """How the value of a reused slot follows from those of computed steps."""
 
     @property
     def tensors(self) -> int:
         """How many tensors a slot keeps."""
 
-    def keep(self, fresh: Tensor, before: Sequence[Tensor], elapsed: Tensor, count: Tensor) -> Sequence[Tensor]:
+    def keep(self, fresh: Tensor, before: Sequence[Tensor], when: When) -> Sequence[Tensor]:
         """What a computed step leaves behind, `tensors` tensors of the shape of `fresh`.
 
         Args:
             fresh: the value of this step.
-            before: what the computed step before left, as many tensors; zeros where there was none (`count` is 0 then).
-            elapsed: steps from that one to this.
+            before: what the computed step before left, as many tensors; zeros where there was none (`when.computed` is 0 then).
         """
 
-    def predict(self, kept: Sequence[Tensor], elapsed: Tensor, count: Tensor) -> Tensor:
-        """The value of a step that comes `elapsed` steps after the last computed one, from what that one left."""
+    def predict(self, kept: Sequence[Tensor], when: When) -> Tensor:
+        """The value of a reused step, from what the last computed one left."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +60,10 @@ class LastValue:
 
     tensors = 1
 
-    def keep(self, fresh: Tensor, before: Sequence[Tensor], elapsed: Tensor, count: Tensor) -> tuple[Tensor]:
+    def keep(self, fresh: Tensor, before: Sequence[Tensor], when: When) -> tuple[Tensor]:
         return (fresh,)
 
-    def predict(self, kept: Sequence[Tensor], elapsed: Tensor, count: Tensor) -> Tensor:
+    def predict(self, kept: Sequence[Tensor], when: When) -> Tensor:
         return kept[0]
 
     def __str__(self) -> str:
@@ -87,17 +97,19 @@ class Taylor:
     def tensors(self) -> int:
         return self.order + 1
 
-    def keep(self, fresh: Tensor, before: Sequence[Tensor], elapsed: Tensor, count: Tensor) -> list[Tensor]:
+    def keep(self, fresh: Tensor, before: Sequence[Tensor], when: When) -> list[Tensor]:
         kept = [fresh.float()]
         for i in range(self.order):
             # where too few steps were computed the order is left out, whatever zeros went in
-            kept.append((kept[i] - before[i]) * torch.where(count > i, 1 / elapsed, torch.zeros_like(elapsed)))
+            kept.append(
+                (kept[i] - before[i]) * torch.where(when.computed > i, 1 / when.elapsed, torch.zeros_like(when.elapsed))
+            )
         return kept
 
-    def predict(self, kept: Sequence[Tensor], elapsed: Tensor, count: Tensor) -> Tensor:
+    def predict(self, kept: Sequence[Tensor], when: When) -> Tensor:
         value = kept[-1] * (1 / math.factorial(self.order))
         for i in reversed(range(self.order)):
-            value = value * elapsed + kept[i] * (1 / math.factorial(i))
+            value = value * when.elapsed + kept[i] * (1 / math.factorial(i))
         return value
 
     def __str__(self) -> str:
@@ -123,11 +135,102 @@ class Scaled:
         if not 0 < self.factor < math.inf:
             raise ConfigError(f"a value is scaled by a factor above 0; got {self.factor}")
 
-    def keep(self, fresh: Tensor, before: Sequence[Tensor], elapsed: Tensor, count: Tensor) -> tuple[Tensor]:
+    def keep(self, fresh: Tensor, before: Sequence[Tensor], when: When) -> tuple[Tensor]:
         return (fresh,)
 
-    def predict(self, kept: Sequence[Tensor], elapsed: Tensor, count: Tensor) -> Tensor:
-        return kept[0] * self.factor**elapsed
+    def predict(self, kept: Sequence[Tensor], when: When) -> Tensor:
+        return kept[0] * self.factor**when.elapsed
 
     def __str__(self) -> str:
         return f"scaled({self.factor:g})"
+
+
+@dataclass(frozen=True)
+class Extrapolated:
+    """The last computed value and a share of its difference to the one before: a₁ + (a₁ − a₂) · w (FasterCache, arXiv 2410.19355, equation 4).
+
+    Args:
+        weight: w where `ramp` is 0; else w = weight · (step − start) / ramp, which may grow over the run.
+        start, ramp: steps, counted from 0.
+
+    Raises:
+        ConfigError: numbers that are none, or a negative ramp.
+    """
+
+    weight: float = 0.5
+    start: int = 0
+    ramp: int = 0
+
+    tensors = 2
+
+    def __post_init__(self) -> None:
+        number(self.weight, "the weight of an extrapolation is a number")
+        if not isinstance(self.ramp, int) or self.ramp < 0:
+            raise ConfigError(f"an extrapolation grows over a number of steps, at least 0; got ramp={self.ramp!r}")
+
+    def keep(self, fresh: Tensor, before: Sequence[Tensor], when: When) -> list[Tensor]:
+        fresh = fresh.float()
+        return [fresh, torch.where(when.computed > 0, before[0], fresh)]
+
+    def predict(self, kept: Sequence[Tensor], when: When) -> Tensor:
+        weight: Tensor | float = self.weight
+        if self.ramp:
+            weight = self.weight * (when.step - self.start) / self.ramp
+        return kept[0] + (kept[0] - kept[1]) * weight
+
+    def __str__(self) -> str:
+        return f"extrapolated({self.weight:g}{f', {self.start}, {self.ramp}' if self.ramp else ''})"
+
+
+@dataclass(frozen=True)
+class Blended:
+    """A function of the values of the last computed steps: for methods that mix several of them.
+
+    Args:
+        blend: blend(values, when) with the newest value first; where fewer steps were computed than asked for, the oldest one is
+            repeated. Called once, when a variant is traced.
+        tensors: how many values are kept, 1 to 8.
+
+    Raises:
+        ConfigError: no function, or another number of values.
+    """
+
+    blend: Callable[[Sequence[Tensor], When], Tensor]
+    tensors: int = 2
+
+    def __post_init__(self) -> None:
+        if not callable(self.blend):
+            raise ConfigError(f"blend is a function of the values and of when; got {self.blend!r}")
+        if isinstance(self.tensors, bool) or not isinstance(self.tensors, int) or not 1 <= self.tensors <= 8:
+            raise ConfigError(f"1 to 8 values are blended; got {self.tensors!r}")
+
+    def keep(self, fresh: Tensor, before: Sequence[Tensor], when: When) -> list[Tensor]:
+        fresh = fresh.float() if self.tensors > 1 else fresh
+        return [fresh, *(torch.where(when.computed > 0, b, fresh) for b in before[: self.tensors - 1])]
+
+    def predict(self, kept: Sequence[Tensor], when: When) -> Tensor:
+        return self.blend(kept, when)
+
+    def __str__(self) -> str:
+        return f"blended({getattr(self.blend, '__name__', 'function')}, {self.tensors})"
+
+
+@dataclass(frozen=True)
+class ByGroup:
+    """A predictor for each of several groups, and one for the rest.
+
+    Args:
+        groups: (group, predictor) pairs.
+        other: of every other group.
+    """
+
+    groups: tuple[tuple[str, Predictor], ...]
+    other: Predictor = LAST
+
+    def __str__(self) -> str:
+        return ", ".join([*(f"{group}: {p}" for group, p in self.groups), f"else {self.other}"])
+
+
+def predictor_of(predictor: Predictor | ByGroup, group: str) -> Predictor:
+    """The predictor of a group's slots."""
+    return dict(predictor.groups).get(group, predictor.other) if isinstance(predictor, ByGroup) else predictor

@@ -23,9 +23,9 @@ from vdcache.ir.capture import signature
 from vdcache.ir.dialect import group_of
 from vdcache.ir.edit import add_input, call, inline, inputs, live_nodes, outputs, set_outputs
 from vdcache.ir.facts import Fact
-from vdcache.ir.ops import is_effectful
+from vdcache.ir.ops import is_effectful, is_work
 from vdcache.passes.base import Pass, PassResult, drop_dead_code
-from vdcache.passes.predictors import LAST, Predictor
+from vdcache.passes.predictors import LAST, ByGroup, Predictor, When, predictor_of
 from vdcache.passes.sums import sums_of
 
 __all__ = ["Specialise", "VariantIO", "dense", "variant_io"]
@@ -41,7 +41,7 @@ class VariantIO:
         reads: kept values that are inputs: a slot's name, with "#1", "#2" … where its predictor keeps several.
         before: values kept at the computed step before that are inputs (after `reads`): a predictor of higher order needs them.
         previous: observations whose previous values are inputs (after `before`).
-        times: groups whose elapsed steps and count of computed steps are inputs (after `previous`), two float32 0-d tensors each.
+        times: groups of which `predictors.When` is an input (after `previous`), three float32 0-d tensors each.
         saves: kept values that are outputs.
         observed: observations whose values are outputs (after `saves`); the same as `previous`.
         emits: names of the emitted values that are outputs (after `observed`).
@@ -83,21 +83,19 @@ class _Added:
     def __init__(self, graph: fx.Graph, made_by: str) -> None:
         self._graph, self._made_by = graph, made_by
         self._inputs: dict[str, dict[str, fx.Node]] = {"read": {}, "before": {}, "previous": {}}
-        self._times: dict[str, tuple[fx.Node, fx.Node]] = {}
+        self._times: dict[str, When] = {}
 
     def input(self, kind: str, name: str, like: torch.Tensor) -> fx.Node:
         own = self._inputs[kind]
         own[name] = add_input(self._graph, f"{kind}_{len(own)}", like, self._made_by)
         return own[name]
 
-    def time(self, group: str, like: torch.Tensor) -> tuple[fx.Node, fx.Node]:
-        """Elapsed steps and count of computed steps of a group. On the CPU, where they are known: a kernel takes them as numbers."""
+    def time(self, group: str, like: torch.Tensor) -> When:
+        """Where a group stands. On the CPU, where it is known: a kernel takes the numbers as they are."""
         if group not in self._times:
             number = like.new_empty((), dtype=torch.float32, device="cpu")
-            elapsed, count = (
-                add_input(self._graph, f"{n}_{len(self._times)}", number, self._made_by) for n in ("elapsed", "count")
-            )
-            self._times[group] = elapsed, count
+            nodes = [add_input(self._graph, f"{n}_{len(self._times)}", number, self._made_by) for n in When._fields]
+            self._times[group] = When(*nodes)  # type: ignore[arg-type]
         return self._times[group]
 
     def finish(self) -> dict[str, Any]:
@@ -106,12 +104,12 @@ class _Added:
             for name, node in list(own.items()):
                 if not node.users:
                     self._graph.erase_node(own.pop(name))
-        for group, pair in list(self._times.items()):
-            if not any(node.users for node in pair):
-                for node in self._times.pop(group):
-                    self._graph.erase_node(node)
+        for group, when in list(self._times.items()):
+            if not any(n.users for n in when):  # type: ignore[attr-defined]
+                for n in self._times.pop(group):
+                    self._graph.erase_node(n)  # type: ignore[arg-type]
         kinds = {kind: list(own.values()) for kind, own in self._inputs.items()}
-        kinds["time"] = [node for pair in self._times.values() for node in pair]
+        kinds["time"] = [node for when in self._times.values() for node in when]  # type: ignore[misc]
         last = [n for n in inputs(self._graph) if n not in {x for own in kinds.values() for x in own}]
         at = last[-1] if last else None
         for node in (x for own in kinds.values() for x in own):
@@ -146,7 +144,7 @@ class Specialise(Pass):
     reuse: frozenset[str] = frozenset()
     save: str = "all"
     slots: tuple[str, ...] = ()
-    predictor: Predictor = LAST
+    predictor: Predictor | ByGroup = LAST
 
     def run(self, graph: fx.GraphModule) -> PassResult:
         g = graph.graph
@@ -174,7 +172,7 @@ class Specialise(Pass):
         for mark in dialect.observations(g):
             value, name, distance, strides, frames = mark.args
             slot = str(name)
-            if self.save != "none" and value in wanted and group_of(slot) not in self.reuse:
+            if self.save != "none" and _there(value, wanted) and group_of(slot) not in self.reuse:
                 seen[slot] = dense(g, value, mark, str(self))  # type: ignore[arg-type]
                 before = added.input("previous", slot, value.meta["val"])  # type: ignore[union-attr]
                 with g.inserting_before(mark):
@@ -204,10 +202,11 @@ class Specialise(Pass):
         """Put what a predictor makes of new inputs in the place of a guarded value."""
         slot, like = str(guard.args[1]), guard.meta["val"]
         base = guard.args[2] if len(guard.args) > 2 else None
-        kept = [added.input("read", name, self._kept_form(like)) for name in self._names(slot)]
-        elapsed, count = added.time(group_of(slot), like)
+        predictor = predictor_of(self.predictor, group_of(slot))
+        kept = [added.input("read", name, _kept_form(predictor, like)) for name in _names(predictor, slot)]
+        when = added.time(group_of(slot), like)
         with g.inserting_before(guard):
-            value = inline(g, self.predictor.predict, (kept, elapsed, count), made_by=str(self))
+            value = inline(g, predictor.predict, (kept, when), made_by=str(self))
             if value.meta["val"].dtype != like.dtype:
                 value = call(g, aten._to_copy.default, value, dtype=like.dtype, made_by=str(self))
             if isinstance(base, fx.Node):
@@ -218,32 +217,42 @@ class Specialise(Pass):
     def _saved(self, g: fx.Graph, guard: fx.Node, added: _Added) -> dict[str, fx.Node]:
         """What a recomputed slot keeps, by name."""
         slot = str(guard.args[1])
+        predictor = predictor_of(self.predictor, group_of(slot))
         fresh, base = guard.args[0], guard.args[2] if len(guard.args) > 2 else None
         with g.inserting_after(guard):
             mark = g.call_function(dialect.guard, ())
         with g.inserting_before(mark):
             if isinstance(base, fx.Node):
-                if self.predictor.tensors > 1:  # differences of differences: formed in float32 from the start
+                if predictor.tensors > 1:  # differences of differences: formed in float32 from the start
                     fresh, base = (
                         call(g, aten._to_copy.default, x, dtype=torch.float32, made_by=str(self)) for x in (fresh, base)
                     )
                 fresh = call(g, aten.sub.Tensor, fresh, base, made_by=str(self))
             before: list[fx.Node] = []
-            if self.predictor.tensors > 1:
-                like = self._kept_form(guard.meta["val"])
-                before = [added.input("before", name, like) for name in self._names(slot)]
-            times = added.time(group_of(slot), guard.meta["val"])
-            values = inline(g, self.predictor.keep, (fresh, before, *times), made_by=str(self))
-        kept = {name: dense(g, v, mark, str(self)) for name, v in zip(self._names(slot), values, strict=True)}
+            if predictor.tensors > 1:
+                like = _kept_form(predictor, guard.meta["val"])
+                before = [added.input("before", name, like) for name in _names(predictor, slot)]
+            when = added.time(group_of(slot), guard.meta["val"])
+            values = inline(g, predictor.keep, (fresh, before, when), made_by=str(self))
+        kept = {name: dense(g, v, mark, str(self)) for name, v in zip(_names(predictor, slot), values, strict=True)}
         g.erase_node(mark)
         return kept
 
-    def _names(self, slot: str) -> list[str]:
-        return [slot, *(f"{slot}#{i}" for i in range(1, self.predictor.tensors))]
 
-    def _kept_form(self, like: torch.Tensor) -> torch.Tensor:
-        """The form of a kept tensor: the value's own, float32 where differences are kept."""
-        return like.float() if self.predictor.tensors > 1 and like.dtype != torch.float32 else like
+def _names(predictor: Predictor, slot: str) -> list[str]:
+    return [slot, *(f"{slot}#{i}" for i in range(1, predictor.tensors))]
+
+
+def _kept_form(predictor: Predictor, like: torch.Tensor) -> torch.Tensor:
+    """The form of a kept tensor: the value's own, float32 where differences are kept."""
+    return like.float() if predictor.tensors > 1 and like.dtype != torch.float32 else like
+
+
+def _there(value: Any, wanted: set[fx.Node]) -> bool:
+    """Whether a variant computes `value` anyway, or all but a difference, a slice or a cast of it."""
+    if value in wanted or value.op == "placeholder":
+        return True
+    return not is_work(value) and bool(value.all_input_nodes) and all(_there(p, wanted) for p in value.all_input_nodes)
 
 
 def dense(g: fx.Graph, value: fx.Node, before: fx.Node, made_by: str) -> fx.Node:

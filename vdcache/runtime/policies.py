@@ -32,11 +32,12 @@ class Policy(Protocol):
     def start(self, num_steps: int, before: Any = None) -> Any:
         """The state at the beginning of a generation; `before` is the final state of the generation before, if any."""
 
-    def plan(self, state: Any, step: int, timestep: float | None = None) -> Plan | None:
+    def plan(self, state: Any, step: int, times: Sequence[float] = ()) -> Plan | None:
         """The plan of `step`, from what was observed up to the step before; None to `decide` when the probe is known.
 
         Args:
-            timestep: as the model is given it (the largest one of a batch); None under explicit control, where nothing is read.
+            times: the timesteps of this generation as the model was given them (the largest one of a batch), that of `step` last; empty under explicit
+                control, where nothing is read.
         """
 
     def observe(self, state: Any, step: int, plan: Plan, measures: Sequence[Measured] | None) -> Any:
@@ -61,7 +62,7 @@ class Always:
     def start(self, num_steps: int, before: Any = None) -> int:
         return num_steps
 
-    def plan(self, state: int, step: int, timestep: float | None = None) -> Plan:
+    def plan(self, state: int, step: int, times: Sequence[float] = ()) -> Plan:
         return RECOMPUTE
 
     def observe(self, state: int, step: int, plan: Plan, measures: Sequence[Measured] | None) -> int:
@@ -88,7 +89,7 @@ class EveryN:
     def start(self, num_steps: int, before: Any = None) -> int:
         return num_steps
 
-    def plan(self, state: int, step: int, timestep: float | None = None) -> Plan:
+    def plan(self, state: int, step: int, times: Sequence[float] = ()) -> Plan:
         return RECOMPUTE if step % self.n == 0 or step >= state - 1 else Plan.of([self.group])
 
     def observe(self, state: int, step: int, plan: Plan, measures: Sequence[Measured] | None) -> int:
@@ -229,7 +230,7 @@ class AdaCache:
             return AdaState(num_steps, motion=before.motion, seen_motion=before.seen_motion)
         return AdaState(num_steps)
 
-    def plan(self, state: AdaState, step: int, timestep: float | None = None) -> Plan:
+    def plan(self, state: AdaState, step: int, times: Sequence[float] = ()) -> Plan:
         if state.last is None or step < self.first or step >= state.num_steps - self.last:
             return RECOMPUTE
         passed = step - state.last

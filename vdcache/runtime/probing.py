@@ -97,7 +97,7 @@ class Threshold:
     def start(self, num_steps: int, before: Any = None) -> ThresholdState:
         return ThresholdState(num_steps)
 
-    def plan(self, state: ThresholdState, step: int, timestep: float | None = None) -> Plan | None:
+    def plan(self, state: ThresholdState, step: int, times: Sequence[float] = ()) -> Plan | None:
         return RECOMPUTE if self.bounds.forces(step, state.num_steps, state.row, state.total) else None
 
     def decide(self, state: ThresholdState, step: int, probe: Sequence[Measured] | None) -> tuple[ThresholdState, Plan]:
@@ -163,7 +163,7 @@ class EasyCache:
     def start(self, num_steps: int, before: Any = None) -> EasyState:
         return EasyState(num_steps)
 
-    def plan(self, state: EasyState, step: int, timestep: float | None = None) -> Plan | None:
+    def plan(self, state: EasyState, step: int, times: Sequence[float] = ()) -> Plan | None:
         return RECOMPUTE if self.bounds.forces(step, state.num_steps, state.row, state.total) else None
 
     def decide(self, state: EasyState, step: int, probe: Sequence[Measured] | None) -> tuple[EasyState, Plan]:

@@ -1,7 +1,4 @@
-"""Schedules: which steps are computed, known before the run, and policies made of them. They measure nothing and never wait.
-
-The step intervals of ProfilingDiT (arXiv 2504.03140, section 3.3), lists of steps, and policies side by side.
-"""
+"""Policies that follow a schedule: what every step reuses is known before the run. They measure nothing and never wait."""
 
 from __future__ import annotations
 
@@ -11,136 +8,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vdcache.ir.checks import number, whole_numbers
+from vdcache.ir.checks import number
+from vdcache.ir.dialect import group_of
 from vdcache.ir.errors import ConfigError
 from vdcache.runtime.measures import Measured
 from vdcache.runtime.plan import RECOMPUTE, Plan
 from vdcache.runtime.policies import Deciding, Policy
+from vdcache.runtime.steps import Listed, Steps
 
-__all__ = ["Intervals", "Listed", "Scheduled", "Together", "scaled_to"]
+__all__ = ["MagCache", "Planned", "Scheduled", "Together", "scaled_to"]
 
-
-@dataclass(frozen=True)
-class Listed:
-    """Computed steps as a list, counted from 0. Every step before the first of them is computed as well (the warm-up).
-
-    Args:
-        steps: ascending.
-        of_steps: the number of steps that the list was made for, to which it is scaled in proportion; 0 to take it as it is.
-
-    Raises:
-        ConfigError: an empty list, steps that do not ascend or are negative.
-    """
-
-    steps: tuple[int, ...]
-    of_steps: int = 0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "steps", whole_numbers(self.steps, "the computed steps"))
-        if not self.steps:
-            raise ConfigError("a list of computed steps holds at least one step")
-        if self.steps[0] < 0 or any(not a < b for a, b in itertools.pairwise(self.steps)):
-            raise ConfigError(f"computed steps ascend and count from 0; got {list(self.steps)}")
-
-    def computed(self, num_steps: int) -> tuple[int, ...]:
-        """The computed steps of a generation.
-
-        Raises:
-            ConfigError: the list names a step that the generation does not have.
-        """
-        if self.of_steps and self.of_steps != num_steps:
-            return self.scaled(num_steps).computed(num_steps)
-        if self.steps[-1] >= num_steps:
-            raise ConfigError(
-                f"the schedule computes step {self.steps[-1]} (counted from 0), and the generation has {num_steps} steps: "
-                "give a list for this number of steps, or say of_steps=… so that it is scaled"
-            )
-        return (*range(self.steps[0]), *self.steps)
-
-    def scaled(self, num_steps: int) -> Listed:
-        """The same list for another number of steps."""
-        factor = num_steps / (self.of_steps or num_steps)
-        return Listed(tuple(sorted({min(num_steps - 1, round(s * factor)) for s in self.steps})), num_steps)
-
-
-ORDERS = ("decreasing", "increasing", "even")
-
-
-@dataclass(frozen=True)
-class Intervals:
-    """Intervals between computed steps that change linearly over the run (ProfilingDiT equations 11, 12 and 15).
-
-    After `warm_up` computed steps, step s₀ = warm_up is computed, and after a computed step s the next one is s + T(s), with
-    T(s) = T_max − (T_max − T_min)(s − s₀)/(S − s₀) rounded to the nearest whole number, halves up, and at least 1. S is the number of
-    steps.
-
-    Args:
-        warm_up: steps at the beginning that are all computed.
-        t_max, t_min: the interval at the first and towards the last step.
-        order: "decreasing", the paper's; "increasing", the same gaps in reverse order ("inverse" in its table 4);
-            "even", as many computed steps at equal distances ("average").
-        of_steps: the number of steps that the constants were chosen for, to which they are scaled in proportion; 0 to take
-            them as they are.
-
-    Raises:
-        ConfigError: an interval below 1, t_max below t_min, a negative warm-up, an unknown order.
-    """
-
-    warm_up: int
-    t_max: float
-    t_min: float
-    order: str = "decreasing"
-    of_steps: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("warm_up", "t_max", "t_min"):
-            number(getattr(self, name), f"{name} of the intervals is a number of steps")
-        if self.warm_up < 0 or self.warm_up != int(self.warm_up):
-            raise ConfigError(f"warm_up is a whole number of steps, at least 0; got {self.warm_up}")
-        if not self.t_min >= 1:
-            raise ConfigError(f"t_min is an interval in steps, at least 1; got {self.t_min}")
-        if not self.t_max >= self.t_min or math.isinf(self.t_max):
-            raise ConfigError(f"t_max is an interval in steps, at least t_min={self.t_min:g}; got {self.t_max}")
-        if self.order not in ORDERS:
-            raise ConfigError(f"intervals have no order {self.order!r}; there are {', '.join(ORDERS)}")
-
-    def interval(self, step: int, num_steps: int) -> int:
-        """T(step), rounded."""
-        exact = self.t_max - (self.t_max - self.t_min) * (step - self.warm_up) / (num_steps - self.warm_up)
-        return max(1, math.floor(exact + 0.5))
-
-    def computed(self, num_steps: int) -> tuple[int, ...]:
-        """The computed steps of a generation.
-
-        Raises:
-            ConfigError: the warm-up leaves no step.
-        """
-        if self.of_steps and self.of_steps != num_steps:
-            return self.scaled(num_steps).computed(num_steps)
-        if self.warm_up >= num_steps:
-            raise ConfigError(
-                f"a warm-up of {self.warm_up} steps leaves nothing to reuse in a generation of {num_steps}: give a smaller warm_up"
-            )
-        steps = [self.warm_up]
-        while (after := steps[-1] + self.interval(steps[-1], num_steps)) < num_steps:
-            steps.append(after)
-        if self.order == "increasing":
-            gaps = [b - a for a, b in itertools.pairwise([*steps, num_steps])]
-            steps = list(itertools.accumulate(reversed(gaps[1:]), initial=self.warm_up))
-        elif self.order == "even":
-            steps = [self.warm_up + i * (num_steps - self.warm_up) // len(steps) for i in range(len(steps))]
-        return (*range(self.warm_up), *steps)
-
-    def scaled(self, num_steps: int) -> Intervals:
-        """The same schedule for another number of steps."""
-        factor = num_steps / (self.of_steps or num_steps)
-        warm_up = min(num_steps - 1, round(self.warm_up * factor))
-        return replace(
-            self, warm_up=warm_up, t_max=max(1.0, self.t_max * factor), t_min=max(1.0, self.t_min * factor), of_steps=num_steps
-        )
-
-
-TURNS = ("alternate", "split")
+TURNS = ("alternate", "split", "together")
 
 
 @dataclass(frozen=True)
@@ -151,18 +29,20 @@ class Scheduled:
         when: the computed steps; a list of steps becomes `Listed`.
         groups: the groups of slots that are reused. Of several, one has its turn at a time (the others are computed).
         turn: "alternate", the next one after every computed step; "split", each for an equal share of the run after the
-            warm-up (ProfilingDiT table 3).
+            warm-up (ProfilingDiT table 3); "together", all of them in every reused step.
+        switch: for "split" of two groups, the share of the run after which the second one takes over; 0 for half of what follows the warm-up.
 
     Raises:
-        ConfigError: no group, or an unknown turn.
+        ConfigError: no group, an unknown turn, a share that is none.
     """
 
-    when: Listed | Intervals
+    when: Steps
     groups: tuple[str, ...] = ("all",)
     turn: str = "alternate"
+    switch: float = 0.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.when, (Listed, Intervals)):
+        if not isinstance(self.when, Steps):
             object.__setattr__(self, "when", Listed(self.when))
         if isinstance(self.groups, str):
             raise ConfigError(f"groups is a list of names; got {self.groups!r}: ({self.groups!r},)")
@@ -170,8 +50,13 @@ class Scheduled:
             raise ConfigError("a scheduled policy reuses at least one group of slots")
         if self.turn not in TURNS:
             raise ConfigError(f"groups have no turn {self.turn!r}; there are {', '.join(TURNS)}")
+        number(self.switch, "switch is a share of the run")
+        if not 0 <= self.switch <= 1 or (self.switch and (self.turn != "split" or len(self.groups) != 2)):
+            raise ConfigError(f"switch is a share of the run, 0 to 1, for two groups with turn='split'; got {self.switch!r}")
 
     def plans(self) -> tuple[Plan, ...]:
+        if self.turn == "together":
+            return (RECOMPUTE, Plan.of(self.groups))
         return (RECOMPUTE, *(Plan.of([g]) for g in self.groups))
 
     def start(self, num_steps: int, before: Any = None) -> tuple[Plan, ...]:
@@ -184,14 +69,117 @@ class Scheduled:
                 plans.append(RECOMPUTE)
                 continue
             segment += not plans or not plans[-1]
-            if self.turn == "split":
+            if self.turn == "together":
+                plans.append(Plan.of(self.groups))
+                continue
+            if self.switch:
+                at = int(step >= round(self.switch * num_steps))
+            elif self.turn == "split":
                 at = (step - warm_up) * len(self.groups) // (num_steps - warm_up)
             else:
                 at = segment % len(self.groups)
             plans.append(Plan.of([self.groups[at]]))
         return tuple(plans)
 
-    def plan(self, state: tuple[Plan, ...], step: int, timestep: float | None = None) -> Plan:
+    def plan(self, state: tuple[Plan, ...], step: int, times: Sequence[float] = ()) -> Plan:
+        return state[step]
+
+    def observe(self, state: Any, step: int, plan: Plan, measures: Sequence[Measured] | None) -> Any:
+        return state
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan for every step, known before the run: tables of layers and steps, schedules that were searched.
+
+    Args:
+        reuse: for each step the groups of slots that it reuses.
+
+    Raises:
+        ConfigError: no step, or a first step that reuses.
+    """
+
+    reuse: tuple[tuple[str, ...], ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reuse", tuple(tuple(groups) for groups in self.reuse))
+        if not self.reuse:
+            raise ConfigError("a table of plans has a row for every step; it is empty")
+        if self.reuse[0]:
+            raise ConfigError("the first step of a generation has nothing to reuse, and the table says that it reuses")
+
+    def plans(self) -> tuple[Plan, ...]:
+        return tuple(dict.fromkeys([RECOMPUTE, *map(Plan.of, self.reuse)]))
+
+    def start(self, num_steps: int, before: Any = None) -> int:
+        if num_steps != len(self.reuse):
+            raise ConfigError(f"the table of plans is for {len(self.reuse)} steps, and the generation has {num_steps}")
+        return num_steps
+
+    def plan(self, state: int, step: int, times: Sequence[float] = ()) -> Plan:
+        return Plan.of(self.reuse[step])
+
+    def observe(self, state: Any, step: int, plan: Plan, measures: Sequence[Measured] | None) -> Any:
+        return state
+
+
+@dataclass(frozen=True)
+class MagCache:
+    """Reuse while the magnitude of the residual is known to have changed little (MagCache, arXiv 2506.09045).
+
+    From a share of the run on, every step multiplies the ratio since the last computed step by its own γ, and adds |1 − ratio| to an error; it reuses while the
+    error is within the threshold and no more than so many steps in a row were reused.
+
+    Args:
+        ratios: γ of every step, ‖r_t‖ / ‖r_{t−1}‖ of an uncached run, 1 first. For another number of steps the nearest ones are taken.
+        threshold: largest error, inclusive.
+        in_a_row: most reused steps in a row (K).
+        retention: share of the run that is computed first, 0 to 1.
+        group: the group of slots that is reused.
+
+    Raises:
+        ConfigError: no ratios, or a number out of range.
+    """
+
+    ratios: tuple[float, ...]
+    threshold: float = 0.12
+    in_a_row: int = 4
+    retention: float = 0.2
+    group: str = "all"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ratios", tuple(number(r, "a ratio of magnitudes is a number") for r in self.ratios))
+        if not self.ratios or not all(0 < r < math.inf for r in self.ratios):
+            raise ConfigError(
+                "MagCache needs the ratios of magnitudes of every step, all above 0: vdcache.magnitudes(model, run) measures them"
+            )
+        if not number(self.threshold, "threshold is a number") >= 0:
+            raise ConfigError(f"threshold is at least 0; got {self.threshold}")
+        if isinstance(self.in_a_row, bool) or not isinstance(self.in_a_row, int) or self.in_a_row < 1:
+            raise ConfigError(f"in_a_row is a number of steps, at least 1; got {self.in_a_row!r}")
+        if not 0 <= number(self.retention, "retention is a share") <= 1:
+            raise ConfigError(f"retention is a share of the run, 0 to 1; got {self.retention}")
+
+    def plans(self) -> tuple[Plan, ...]:
+        return (RECOMPUTE, Plan.of([self.group]))
+
+    def start(self, num_steps: int, before: Any = None) -> tuple[Plan, ...]:
+        n, have = num_steps, len(self.ratios)
+        own = self.ratios if have == n else [self.ratios[round(s * (have - 1) / max(1, n - 1))] for s in range(n)]
+        retained = max(1, int(n * self.retention + 0.5))
+        plans, ratio, error, row = [], 1.0, 0.0, 0
+        for step in range(n):
+            ratio *= own[step]
+            error += abs(1 - ratio)
+            row += 1
+            if step >= retained and error <= self.threshold and row <= self.in_a_row:
+                plans.append(Plan.of([self.group]))
+            else:
+                plans.append(RECOMPUTE)
+                ratio, error, row = 1.0, 0.0, 0
+        return tuple(plans)
+
+    def plan(self, state: tuple[Plan, ...], step: int, times: Sequence[float] = ()) -> Plan:
         return state[step]
 
     def observe(self, state: Any, step: int, plan: Plan, measures: Sequence[Measured] | None) -> Any:
@@ -224,14 +212,17 @@ class Together:
         known = before or (None,) * len(self.policies)
         return tuple(p.start(num_steps, b) for p, b in zip(self.policies, known, strict=True))
 
-    def plan(self, state: tuple[Any, ...], step: int, timestep: float | None = None) -> Plan:
-        plans = [p.plan(s, step, timestep) for p, s in zip(self.policies, state, strict=True)]
+    def plan(self, state: tuple[Any, ...], step: int, times: Sequence[float] = ()) -> Plan:
+        plans = [p.plan(s, step, times) for p, s in zip(self.policies, state, strict=True)]
         return _union(p for p in plans if p is not None)
 
     def observe(self, state: tuple[Any, ...], step: int, plan: Plan, measures: Sequence[Measured] | None) -> tuple[Any, ...]:
-        return tuple(
-            p.observe(s, step, Plan(plan.reuse & _groups(p)), measures) for p, s in zip(self.policies, state, strict=True)
-        )
+        found = []
+        for policy, own in zip(self.policies, state, strict=True):
+            groups = _groups(policy)
+            seen = tuple(m for m in measures or () if group_of(m.name) in groups) or None
+            found.append(policy.observe(own, step, Plan(plan.reuse & groups), seen))
+        return tuple(found)
 
 
 def _union(plans: Iterable[Plan]) -> Plan:

@@ -33,7 +33,7 @@ class Needs:
         reads: names of kept values.
         before: names of values that the computed step before kept; zeros where there was none.
         layouts: what it measures, in order; each measure needs its previous value.
-        times: groups whose elapsed steps and number of computed steps it needs.
+        times: groups of which it must know the elapsed steps, the number of computed steps and the step.
         computes: groups that it computes.
         slots: slots that it reuses.
     """
@@ -188,6 +188,7 @@ class Session:
         self._hit = False  # something was reused in this generation
         self._lane: int | str = 0
         self._timestep: float | None = None
+        self._timesteps: list[float] = []  # of this generation
         self._latent: _Latent | None = None
         self._pending: list[_Pending] = []
         self._step_records: list[Record] = []
@@ -425,10 +426,10 @@ class Session:
             key="no hit",
         )
 
-    def _times(self, key: Hashable, group: str) -> tuple[int, int]:
-        """Steps since a group was last computed, and how often it was in this generation; 1 and 0 where it never was."""
+    def _times(self, key: Hashable, group: str) -> tuple[int, int, int]:
+        """Steps since a group was last computed, how often it was in this generation (1 and 0 where it never was), and the step."""
         last, count = self._computed.get(key, {}).get(group, (self._step - 1, 0))
-        return self._step - last, count
+        return self._step - last, count, self._step
 
     def _drop(self, key: Hashable) -> None:
         self.store.drop(key)
@@ -578,6 +579,7 @@ class Session:
         self._computed.clear()
         self._pending.clear()
         self._step_records = []
+        self._timesteps = []
         self._latent = None
         self._step, self._generation, self._hit = -1, self._generation + 1, False
         self._plan, self._why, self._undecided, self._probe = RECOMPUTE, "", False, None
@@ -605,6 +607,8 @@ class Session:
                 self._state = self.policy.observe(self._state, self._step, self._ran(), measures)
         self._step_records = []
         self._undecided, self._probe = False, None
+        if self._timestep is not None:
+            self._timesteps.append(self._timestep)
         self._driver, self._lanes = None, 0
         self._calls.clear()
         self._step += 1
@@ -620,7 +624,7 @@ class Session:
                     key="long",
                 )
         else:
-            plan = self.policy.plan(self._state, self._step, self._timestep)
+            plan = self.policy.plan(self._state, self._step, tuple(self._timesteps))
             self._plan, self._why, self._undecided = plan or RECOMPUTE, "", plan is None
 
     def _ran(self) -> Plan:

@@ -1,0 +1,111 @@
+"""Policies that go by the timestep: attention that is broadcast within a window of the noise level."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vdcache.ir.checks import number
+from vdcache.ir.errors import ConfigError
+from vdcache.runtime.measures import Measured
+from vdcache.runtime.plan import RECOMPUTE, Plan
+
+__all__ = ["Bursts", "Windowed"]
+
+
+@dataclass(frozen=True)
+class Windowed:
+    """Recompute every n-th step, and every step outside a window of timesteps (Pyramid Attention Broadcast, arXiv 2408.12588).
+
+    The grid counts from step 0, in and out of the window.
+
+    Args:
+        n: distance of computed steps within the window.
+        window: (low, high); a step may reuse where low < timestep < high. Timesteps count from 1000 (noise) to 0, and those of models that take
+            them from 1 to 0 are brought to that. Where no timestep is known (explicit control), steps are taken as equally long.
+        group: the group of slots that is reused.
+
+    Raises:
+        ConfigError: n below 1, or no window.
+    """
+
+    n: int
+    window: tuple[float, float] = (0, 1000)
+    group: str = "all"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.n, bool) or not isinstance(self.n, int) or self.n < 1:
+            raise ConfigError(f"n is a distance in steps, at least 1; got {self.n!r}")
+        _window(self.window)
+
+    def plans(self) -> tuple[Plan, ...]:
+        return (RECOMPUTE, Plan.of([self.group])) if self.n > 1 else (RECOMPUTE,)
+
+    def start(self, num_steps: int, before: Any = None) -> int:
+        return num_steps
+
+    def plan(self, state: int, step: int, times: Sequence[float] = ()) -> Plan:
+        low, high = self.window
+        inside = low < timesteps(times, step, state)[step] < high
+        return Plan.of([self.group]) if step % self.n and inside else RECOMPUTE
+
+    def observe(self, state: Any, step: int, plan: Plan, measures: Sequence[Measured] | None) -> Any:
+        return state
+
+
+@dataclass(frozen=True)
+class Bursts:
+    """Recompute everywhere but in the few steps after certain timesteps (the MLPs of Pyramid Attention Broadcast).
+
+    Args:
+        keys: timesteps, 1000 to 0. The first step at or below one is computed, and the `skip` steps after it reuse.
+        skip: how many.
+        group: the group of slots that is reused.
+
+    Raises:
+        ConfigError: no key, or skip below 1.
+    """
+
+    keys: tuple[float, ...]
+    skip: int = 2
+    group: str = "all"
+
+    def __post_init__(self) -> None:
+        if not self.keys or any(not 0 <= number(k, "a key is a timestep") <= 1000 for k in self.keys):
+            raise ConfigError(f"keys are timesteps between 0 and 1000; got {self.keys!r}")
+        if isinstance(self.skip, bool) or not isinstance(self.skip, int) or self.skip < 1:
+            raise ConfigError(f"skip is a number of steps, at least 1; got {self.skip!r}")
+
+    def plans(self) -> tuple[Plan, ...]:
+        return (RECOMPUTE, Plan.of([self.group]))
+
+    def start(self, num_steps: int, before: Any = None) -> int:
+        return num_steps
+
+    def plan(self, state: int, step: int, times: Sequence[float] = ()) -> Plan:
+        known = timesteps(times, step, state)
+        ends = [next((s for s, t in enumerate(known) if t <= key), None) for key in self.keys]
+        starts = [s for s in ends if s is not None]
+        reuse = step not in starts and any(s < step <= s + self.skip for s in starts)
+        return Plan.of([self.group]) if reuse else RECOMPUTE
+
+    def observe(self, state: Any, step: int, plan: Plan, measures: Sequence[Measured] | None) -> Any:
+        return state
+
+
+def timesteps(times: Sequence[float], step: int, num_steps: int) -> list[float]:
+    """The timesteps of steps 0 to `step`, from 1000 to 0; equally long steps where they are not known."""
+    if len(times) <= step:
+        return [1000 * (1 - s / num_steps) for s in range(step + 1)]
+    factor = 1000.0 if max(times) <= 1 else 1.0
+    return [t * factor for t in times]
+
+
+def _window(window: Any) -> None:
+    if (
+        not isinstance(window, tuple)
+        or len(window) != 2
+        or not number(window[0], "a window is (low, high)") < number(window[1], "a window is (low, high)")
+    ):
+        raise ConfigError(f"a window is (low, high) in timesteps; got {window!r}")
