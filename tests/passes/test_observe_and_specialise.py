@@ -68,23 +68,25 @@ def test_observing_a_branch():
 %8 = sum(%7) : f32[]
 %9 = abs(%5) : f32[1,6,4]
 %10 = sum(%9) : f32[]
-%11 = reshape(%4, [-1, 3, 8]) : f32[1,3,8]
-%12 = slice(%11, 1, 1, 3) : f32[1,2,8]
-%13 = slice(%11, 1, 0, 2) : f32[1,2,8]
-%14 = sub(%12, %13) : f32[1,2,8]
-%15 = abs(%14) : f32[1,2,8]
-%16 = sum(%15) : f32[]
-%17 = abs(%12) : f32[1,2,8]
+%11 = abs(%4) : f32[1,6,4]
+%12 = sum(%11) : f32[]
+%13 = reshape(%4, [-1, 3, 8]) : f32[1,3,8]
+%14 = slice(%13, 1, 1, 3) : f32[1,2,8]
+%15 = slice(%13, 1, 0, 2) : f32[1,2,8]
+%16 = sub(%14, %15) : f32[1,2,8]
+%17 = abs(%16) : f32[1,2,8]
 %18 = sum(%17) : f32[]
-%19 = abs(%13) : f32[1,2,8]
+%19 = abs(%14) : f32[1,2,8]
 %20 = sum(%19) : f32[]
-%21 = add(%0, %3) : f32[1,6,4]
-%22 = matmul(%21, %1) : f32[1,6,4]
-%23 = relu(%22) : f32[1,6,4]
-%24 = add(%21, %23) : f32[1,6,4]
-%25 = sub(%24, %0) : f32[1,6,4]
-%26 = stack([%8, %10, %16, %18, %20]) : f32[5]
-return (%24, %25, %3, %26)""",
+%21 = abs(%15) : f32[1,2,8]
+%22 = sum(%21) : f32[]
+%23 = add(%0, %3) : f32[1,6,4]
+%24 = matmul(%23, %1) : f32[1,6,4]
+%25 = relu(%24) : f32[1,6,4]
+%26 = add(%23, %25) : f32[1,6,4]
+%27 = sub(%26, %0) : f32[1,6,4]
+%28 = stack([%8, %10, %12, %18, %20, %22]) : f32[6]
+return (%26, %27, %3, %28)""",
     )
 
 
@@ -94,7 +96,7 @@ def test_a_reused_branch_is_not_observed():
     assert io.previous == () and io.measures == ()
 
 
-@pytest.mark.parametrize("distance", ["l1", "l2", "cosine"])
+@pytest.mark.parametrize("distance", ["l1", "l2", "cosine", "magnitude"])
 def test_sums_are_those_of_the_distance(distance):
     graph = guarded(net, X, W, more=(Observe(kind="other", blocks=(0,), distance=distance, strides=(1, 2), frames=3),))
     full = variant(graph)
@@ -102,9 +104,11 @@ def test_sums_are_those_of_the_distance(distance):
     *_, value, sums = run_variant(full, X, W, extra=[previous])
     torch.testing.assert_close(value, X @ W)
     rows = value.reshape(1, 3, -1)
+    ratio = value.norm(dim=-1) / previous.norm(dim=-1)
     want = {
-        "l1": [(previous - value).abs().sum(), previous.abs().sum()],
-        "l2": [(previous - value).square().sum(), previous.square().sum()],
+        "l1": [(previous - value).abs().sum(), previous.abs().sum(), value.abs().sum()],
+        "l2": [(previous - value).square().sum(), previous.square().sum(), value.square().sum()],
+        "magnitude": [ratio.sum(), ratio.square().sum(), torch.tensor(6.0)],
         "cosine": [(previous * value).sum(), previous.square().sum(), value.square().sum()],
     }[distance]
     for i in (1, 2):

@@ -41,28 +41,34 @@ def test_keys_do_not_meet():
     assert store.get("a", ["s"]) is None and store.bytes() == 0
 
 
-@pytest.mark.parametrize("distance", ["l1", "l2", "cosine"])
+@pytest.mark.parametrize("distance", ["l1", "l2", "cosine", "magnitude"])
 def test_lanes_add_up_to_one_batch(distance):
     p, r = torch.randn(2, 6, 4, dtype=torch.float64), torch.randn(2, 6, 4, dtype=torch.float64)
 
     def sums(p, r):
         if distance == "cosine":
             return [(p * r).sum(), (p * p).sum(), (r * r).sum()]
+        if distance == "magnitude":
+            ratio = r.norm(dim=-1) / p.norm(dim=-1)
+            return [ratio.sum(), ratio.square().sum(), torch.tensor(ratio.numel())]
         f = torch.abs if distance == "l1" else torch.square
-        return [f(p - r).sum(), f(p).sum()]
+        return [f(p - r).sum(), f(p).sum(), f(r).sum()]
 
     layout = Layout("x", distance)
     both = [float(s) for s in sums(p, r)]
     lanes = [float(a + b) for a, b in zip(sums(p[:1], r[:1]), sums(p[1:], r[1:]), strict=True)]
     assert measured(layout, both, 48).change == pytest.approx(measured(layout, lanes, 48).change)
     norm = {"l1": (p - r).abs().sum() / p.abs().sum(), "l2": (p - r).norm() / p.norm()}
+    norm["magnitude"] = ((r.norm(dim=-1) / p.norm(dim=-1)).mean() - 1).abs()
+    size = {"l1": r.abs().mean(), "magnitude": (r.norm(dim=-1) / p.norm(dim=-1)).mean()}
+    assert measured(layout, both, 48).size == pytest.approx(float(size.get(distance, r.square().mean().sqrt())))
     cosine = 1 - torch.nn.functional.cosine_similarity(p.flatten(), r.flatten(), dim=0)
     assert measured(layout, both, 48).change == pytest.approx(float(norm.get(distance, cosine)))
 
 
 def test_a_closed_gate_is_no_change():
-    assert measured(Layout("x", "l1"), [0.0, 0.0], 4).change == 0.0
-    assert measured(Layout("x", "l1"), [1.0, 0.0], 4).change == float("inf")
+    assert measured(Layout("x", "l1"), [0.0, 0.0, 0.0], 4).change == 0.0
+    assert measured(Layout("x", "l1"), [1.0, 0.0, 1.0], 4).change == float("inf")
 
 
 @torch.no_grad()
