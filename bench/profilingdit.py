@@ -434,8 +434,8 @@ def memory(bench: Bench) -> None:
 
     from diffusers import WanTransformer3DModel
 
+    from vdcache.methods import recipe
     from vdcache.passes import MergeSlots
-    from vdcache.recipe import recipe
 
     with torch.device("meta"):
         wan = (

@@ -18,11 +18,12 @@ ALLOWED = {
     "patterns": {"ir", "patterns"},
     "passes": {"ir", "patterns", "passes"},
     "runtime": {"ir", "runtime"},
-    "backends": {"ir", "patterns", "passes", "runtime", "backends", "recipe"},
+    "backends": {"ir", "patterns", "passes", "runtime", "backends", "recipe", "methods"},
     "recipe": {"ir", "passes", "runtime"},
+    "methods": {"ir", "passes", "runtime", "recipe", "methods"},
     "report": {"runtime"},
     "profiling": {"ir", "patterns", "passes", "runtime", "backends", "recipe", "api", "profiling"},
-    "explanation": {"ir", "patterns", "passes", "runtime", "backends", "recipe", "explanation"},
+    "explanation": {"ir", "patterns", "passes", "runtime", "backends", "recipe", "methods", "explanation"},
 }
 FILES = sorted(ROOT.rglob("*.py"))
 

@@ -26,9 +26,23 @@ _PUBLIC = {
     "trace": "vdcache.ir.capture",
     "dump": "vdcache.ir.dump",
     "Recipe": "vdcache.recipe",
-    "adacache": "vdcache.recipe",
-    "profilingdit": "vdcache.recipe",
-    "recipes": "vdcache.recipe",
+    "recipes": "vdcache.methods",
+    "adacache": "vdcache.methods",
+    "dbcache": "vdcache.methods",
+    "delta_dit": "vdcache.methods",
+    "easycache": "vdcache.methods",
+    "fastercache": "vdcache.methods",
+    "fbcache": "vdcache.methods",
+    "fora": "vdcache.methods",
+    "l2c": "vdcache.methods",
+    "magcache": "vdcache.methods",
+    "pab": "vdcache.methods",
+    "profilingdit": "vdcache.methods",
+    "seacache": "vdcache.methods",
+    "smoothcache": "vdcache.methods",
+    "taylorseer": "vdcache.methods",
+    "teacache": "vdcache.methods",
+    "tgate": "vdcache.methods",
     "Session": "vdcache.runtime.session",
     "History": "vdcache.runtime.history",
     "record": "vdcache.runtime.history",
@@ -40,10 +54,18 @@ _PUBLIC = {
     "Listed": "vdcache.runtime.steps",
     "Scheduled": "vdcache.runtime.schedules",
     "Together": "vdcache.runtime.schedules",
+    "Grid": "vdcache.runtime.steps",
+    "Planned": "vdcache.runtime.schedules",
+    "Windowed": "vdcache.runtime.windows",
+    "Threshold": "vdcache.runtime.probing",
+    "Bounds": "vdcache.runtime.probing",
     "Predictor": "vdcache.passes.predictors",
     "LastValue": "vdcache.passes.predictors",
     "Taylor": "vdcache.passes.predictors",
     "Scaled": "vdcache.passes.predictors",
+    "Extrapolated": "vdcache.passes.predictors",
+    "Blended": "vdcache.passes.predictors",
+    "ByGroup": "vdcache.passes.predictors",
     "Pass": "vdcache.passes.base",
     "PassResult": "vdcache.passes.base",
     "Pipeline": "vdcache.passes.base",
@@ -64,12 +86,31 @@ if TYPE_CHECKING:
     from vdcache.ir.capture import trace
     from vdcache.ir.dump import dump
     from vdcache.ir.errors import CacheStateError, CaptureError, ConfigError, ContractError, VdcacheError, VdcacheWarning
+    from vdcache.methods import (
+        adacache,
+        dbcache,
+        delta_dit,
+        easycache,
+        fastercache,
+        fbcache,
+        fora,
+        l2c,
+        magcache,
+        pab,
+        profilingdit,
+        recipes,
+        seacache,
+        smoothcache,
+        taylorseer,
+        teacache,
+        tgate,
+    )
     from vdcache.passes.base import Pass, PassResult, Pipeline
-    from vdcache.passes.predictors import LastValue, Predictor, Scaled, Taylor
+    from vdcache.passes.predictors import Blended, ByGroup, Extrapolated, LastValue, Predictor, Scaled, Taylor
     from vdcache.profiling.profiler import profile
     from vdcache.profiling.result import Profile
     from vdcache.profiling.segment import Otsu, Sam2
-    from vdcache.recipe import Recipe, adacache, profilingdit, recipes
+    from vdcache.recipe import Recipe
     from vdcache.runtime.history import History, record
     from vdcache.runtime.plan import Plan
     from vdcache.runtime.policies import Codebook, MoReg, Policy

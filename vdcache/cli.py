@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 app = typer.Typer(help="Diffusion transformers several times faster, by compiling.", no_args_is_help=True, add_completion=False)
 
@@ -84,15 +85,43 @@ def explain(
 
 
 @app.command()
-def recipes() -> None:
-    """List the named recipes."""
-    from vdcache.recipe import recipes as named
+def recipes(
+    name: Annotated[str, typer.Argument(help="Explain this one: scope, policy, predictor, constants, source.")] = "",
+) -> None:
+    """List the named recipes, or explain one."""
+    from vdcache.ir.errors import ConfigError
+    from vdcache.methods import describe
+    from vdcache.methods import recipes as named
 
-    table = Table(box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False, show_header=not name)
     table.add_column("recipe", style="bold", no_wrap=True)
     table.add_column("what it does")
-    for name, text in named().items():
-        table.add_row(name, text)
+    if not name:
+        for known, text in named().items():
+            table.add_row(known, text)
+        Console().print(table)
+        Console().print(
+            "N and D stand for numbers, MODEL for a model's constants: vdcache recipes NAME explains one.", style="dim"
+        )
+        return
+    try:
+        found = describe(name)
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from error
+    plans = ", ".join(found.plans) + (" (and the head, which runs first)" if found.probes else "")
+    rows = (
+        (found.name, found.summary),
+        ("scope", "\n".join(found.scope)),
+        ("policy", found.policy),
+        ("predictor", found.predictor),
+        ("plans", plans),
+        ("constants", found.constants or "none"),
+        ("models", ", ".join(found.models)),
+        ("source", found.source or "–"),
+    )
+    for title, text in rows:
+        if text:
+            table.add_row(title, Text(text))
     Console().print(table)
 
 

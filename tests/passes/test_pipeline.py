@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from vdcache.ir import ConfigError, ContractError, Fact, trace
+from vdcache.methods import recipe, recipes
 from vdcache.passes import Canonicalise, MarkBranches, MergeSlots, Observe, Pass, PassResult, Pipeline, Specialise
-from vdcache.recipe import recipe, recipes
 
 PASSES = (
     Canonicalise(),

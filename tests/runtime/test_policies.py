@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vdcache import ConfigError, adacache
-from vdcache.recipe import ADACACHE_CODEBOOKS, recipe
+from vdcache.methods import ADACACHE_CODEBOOKS, recipe
 from vdcache.runtime import RECOMPUTE, AdaCache, Codebook, EveryN, Measured, MoReg
 
 FAST = Codebook.of(ADACACHE_CODEBOOKS["fast"][30])
@@ -24,7 +24,9 @@ def play(policy, num_steps, changes, motions=None, before=None):
         measures = None
         if plan == RECOMPUTE:
             motion = None if motions is None else motions[step]
-            measures = (Measured("x", changes[step], changes[step], motion=motion, motion_absolute=motion),) if computed else None
+            measures = (
+                (Measured("x", changes[step], changes[step], motion=motion, motion_absolute=motion),) if computed else None
+            )
             computed.append(step)
         state = policy.observe(state, step, plan, measures)
     return computed, state

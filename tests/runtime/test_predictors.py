@@ -149,7 +149,9 @@ def test_any_schedule_against_the_recursion_by_hand(steps, order):
         out = compiled(x, time_of(step), text)
         if step in when.computed(8):
             assert torch.equal(out, model(x, time_of(step), text))
-            kept = Taylor(order).keep(model.branches(x, time_of(step), text), kept, When(number(step - last), number(count), number(step)))
+            kept = Taylor(order).keep(
+                model.branches(x, time_of(step), text), kept, When(number(step - last), number(count), number(step))
+            )
             last, count = step, count + 1
         else:
             total = Taylor(order).predict(kept, When(number(step - last), number(count), number(step)))
@@ -248,9 +250,13 @@ class Gated:
                 else:
                     value = m.mlp[0](h)
                 before = self.kept.get(kind, [0.0] * self.predictor.tensors)
-                self.kept[kind] = self.predictor.keep(value, before, When(number(step - self.last), number(self.count), number(step)))
+                self.kept[kind] = self.predictor.keep(
+                    value, before, When(number(step - self.last), number(self.count), number(step))
+                )
             else:
-                value = self.predictor.predict(self.kept[kind], When(number(step - self.last), number(self.count), number(step)))
+                value = self.predictor.predict(
+                    self.kept[kind], When(number(step - self.last), number(self.count), number(step))
+                )
             h = h + gates[kind == "mlp"] * value
         if computed:
             self.last, self.count = step, self.count + 1
@@ -284,4 +290,4 @@ def test_published_recipes_before_the_gate(name, computed, predictor):
 @pytest.mark.parametrize("name", ["fora-0", "taylorseer-0-1", "taylorseer-4-9", "taylorseer-4--1"])
 def test_published_recipes_refuse_what_cannot_be(name):
     with pytest.raises(ConfigError):
-        vdcache.recipe.recipe(name)
+        vdcache.methods.recipe(name)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 import vdcache
 from tests.support import TinyDiT, latent, time_of
 from vdcache import ConfigError, Recipe, profilingdit
+from vdcache.methods import PROFILINGDIT_LISTS, recipe
 from vdcache.passes import MarkBranches, MergeSlots
-from vdcache.recipe import PROFILINGDIT_LISTS, recipe
 from vdcache.runtime import RECOMPUTE, AdaCache, Codebook, EveryN, Intervals, Listed, Measured, Plan, Scheduled, Together
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from vdcache.ir.errors import ConfigError, warn_once
-from vdcache.recipe import Recipe, recipe
+from vdcache.methods import recipe
+from vdcache.recipe import Recipe
 from vdcache.runtime.session import Session
 
 __all__ = ["Settings"]

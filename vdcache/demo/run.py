@@ -86,7 +86,7 @@ def run_demo(
     out.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(weights, device)
-    chosen = [vdcache.recipe.recipe(r) for r in (default_recipes() if recipes is None else recipes)]
+    chosen = [vdcache.methods.recipe(r) for r in (default_recipes() if recipes is None else recipes)]
 
     def generate(
         velocity: Callable[..., Tensor], n: int = steps, tick: Callable[[], None] = lambda: None

@@ -15,10 +15,10 @@ from vdcache.ir import dialect
 from vdcache.ir.capture import Captured, Part, Parts, exported, parts
 from vdcache.ir.errors import CaptureError, ConfigError, VdcacheError
 from vdcache.ir.ops import tensor_of, unviewed
+from vdcache.methods import recipe as named
 from vdcache.passes import Canonicalise, MergeSlots, Pipeline
 from vdcache.patterns import Anatomy, Branch, NoMatch, anatomy, cost
 from vdcache.recipe import Recipe
-from vdcache.recipe import recipe as named
 from vdcache.runtime.measures import Measured
 from vdcache.runtime.plan import Plan
 

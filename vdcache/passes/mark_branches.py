@@ -22,6 +22,7 @@ from vdcache.ir.ops import same_type
 from vdcache.passes.base import Pass, PassResult, Refusal, tag
 from vdcache.patterns import KINDS, Anatomy, Branch, anatomy
 
+_ATTENDS = ("self-attention", "joint-attention", "fused")
 LAYOUTS = ("spatial", "temporal", "full", "unknown")
 
 
@@ -35,9 +36,10 @@ class MarkBranches(Pass):
         gate: "post" keeps the contribution as it is added; "pre" keeps the value before the gate, so that every step
             applies its own gate (FORA, TaylorSeer), where the branch has one.
         blocks: in which blocks, counted from 0 among those that attend over video tokens; None for everywhere.
-        start, stop: the same as a slice of these blocks, as Python's: start=1 leaves the first one out, stop=-2 the last two.
+        start, stop: the same as a slice of these blocks, as Python's: start=1 leaves the first one out, stop=-2 the last two. A fraction is a share of
+            the blocks: stop=0.5 is the first half.
         layouts: only branches whose attention runs over these ("spatial", "temporal", "full"); empty for all branches.
-        apart: every block and kind is a group of its own, "b3.mlp", instead of `group`: for tables of layers and steps.
+        apart: every block and kind is a group of its own, "b3.mlp" or "b3.attention" (self, joint or fused), instead of `group`: for tables of layers and steps.
         of: count only the "single" or the "double" blocks of an MMDiT (`Anatomy.denoising_blocks`); empty for both.
         out_of: how many blocks there must be, where the list belongs to one model; 0 for any number.
 
@@ -56,8 +58,8 @@ class MarkBranches(Pass):
     blocks: tuple[int, ...] | None = None
     of: str = ""
     out_of: int = 0
-    start: int = 0
-    stop: int | None = None
+    start: int | float = 0
+    stop: int | float | None = None
     layouts: tuple[str, ...] = ()
     apart: bool = False
 
@@ -70,6 +72,13 @@ class MarkBranches(Pass):
             raise ConfigError(f"{self.name}: of must be 'single' or 'double' (or empty for all blocks), got {self.of!r}")
         if unknown := [w for w in self.layouts if w not in LAYOUTS]:
             raise ConfigError(f"{self.name}: no attention layout {unknown[0]!r}; there are {', '.join(LAYOUTS)}")
+        for name in ("start", "stop"):
+            at = getattr(self, name)
+            whole = isinstance(at, int) and not isinstance(at, bool)
+            if not (whole or (at is None and name == "stop") or (isinstance(at, float) and -1 <= at <= 1)):
+                raise ConfigError(
+                    f"{self.name}: {name} is a number of blocks, or a share of them between -1.0 and 1.0; got {at!r}"
+                )
         if self.blocks is not None and (self.start or self.stop is not None):
             raise ConfigError(f"{self.name}: blocks are given as a list or as a slice (start, stop), not both")
         if self.blocks is not None:
@@ -101,7 +110,8 @@ class MarkBranches(Pass):
             if self.apart and branch.block not in number:
                 refusals.append(Refusal(branch.join, ("it is in no block that attends over video tokens",)))
                 continue
-            group = f"b{number[branch.block]}.{branch.kind}" if self.apart else self.group
+            kind = "attention" if branch.kind in _ATTENDS else branch.kind
+            group = f"b{number[branch.block]}.{kind}" if self.apart else self.group
             slot = _free(f"{group}/{branch.name}", used)
             if reason := self._guard(graph.graph, branch, nodes, slot):
                 refusals.append(Refusal(branch.join, (reason,)))
@@ -121,7 +131,8 @@ class MarkBranches(Pass):
                 f"{len(there)}: profile the model (vdcache.profile) for a list of its own"
             )
         if self.blocks is None:
-            return {b.index for b in there[self.start : self.stop]}
+            start, stop = (round(at * len(there)) if isinstance(at, float) else at for at in (self.start, self.stop))
+            return {b.index for b in there[start:stop]}
         if wrong := [b for b in self.blocks if not 0 <= b < len(there)]:
             having = f"{len(there)} (0 to {len(there) - 1})" if there else "none"
             raise ConfigError(f"{self.name}: there is no block {wrong[0]}: of {self._called} this graph has {having}")

@@ -41,6 +41,7 @@ class Observe(Pass):
         strides: frame distances of the motion score; empty for none. Needs a graph that shows its latent frames.
         frames: latent frames, 0 to read them off the graph.
         group: the group of slots that the observation is for: it is measured in the steps that compute the group.
+        within: the share of the blocks, (from, to) between 0 and 1, whose middle one is observed where `blocks` is empty.
 
     Raises:
         ConfigError: the branch does not exist.
@@ -56,6 +57,7 @@ class Observe(Pass):
     strides: tuple[int, ...] = ()
     frames: int = 0
     group: str = "all"
+    within: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
         kinds = (*KINDS, "temporal-attention", "spatial-attention", *_PLACES)
@@ -108,7 +110,9 @@ class Observe(Pass):
             there = ", ".join(f"{n} {k}" for k, n in found.count().items())
             raise ConfigError(f"no {self.kind or 'attention'} branch to observe; the graph has {there}")
         if not self.blocks:
-            return [candidates[(len(candidates) - 1) // 2]]
+            low, high = (round(share * len(candidates)) for share in self.within)
+            own = candidates[low:high] or candidates
+            return [own[(len(own) - 1) // 2]]
         if wrong := [i for i in self.blocks if not 0 <= i < len(candidates)]:
             raise ConfigError(
                 f"there is no block {wrong[0]} to observe: {len(candidates)} blocks (0 to {len(candidates) - 1}) have "

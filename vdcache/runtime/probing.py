@@ -26,6 +26,7 @@ class Bounds:
         first, last: steps at either end that are always computed. `first` is at least 1.
         in_a_row: longest run of reused steps; 0 for no limit.
         in_all: most reused steps of a generation; 0 for no limit.
+        mask: 1 for steps that are always computed, 0 for others; none past its end.
 
     Raises:
         ConfigError: no whole numbers, or fewer than one first step.
@@ -35,12 +36,15 @@ class Bounds:
     last: int = 1
     in_a_row: int = 0
     in_all: int = 0
+    mask: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("first", "last", "in_a_row", "in_all"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < (name == "first"):
                 raise ConfigError(f"'{name}' is a whole number of steps, at least {int(name == 'first')}; got {value!r}")
+        if wrong := [m for m in self.mask if m not in (0, 1)]:
+            raise ConfigError(f"a mask of steps holds 1 (computed) and 0; got {wrong[0]!r}")
 
     def forces(self, step: int, num_steps: int, row: int, total: int) -> bool:
         """Whether a step is computed whatever the probe says, after `row` reused steps in a row and `total` in all."""
@@ -49,6 +53,7 @@ class Bounds:
             or step >= num_steps - self.last
             or bool(self.in_a_row and row >= self.in_a_row)
             or bool(self.in_all and total >= self.in_all)
+            or (step < len(self.mask) and self.mask[step] == 1)
         )
 
 
@@ -60,6 +65,7 @@ class ThresholdState:
     change: float = 0.0
     row: int = 0
     total: int = 0
+    seen: float = 0.0
     trace: tuple[tuple[int, float], ...] = ()  # (step, change as compared)
 
 
@@ -75,6 +81,7 @@ class Threshold:
         accumulate: add up.
         polynomial: coefficients, the highest power first; empty for none.
         bounds: what is computed in any case.
+        limit: changes that were looked at, added up over the generation and never forgotten; from there on every step is computed. 0 for none.
         group: the group of slots that is reused.
 
     Raises:
@@ -85,10 +92,12 @@ class Threshold:
     accumulate: bool = False
     polynomial: tuple[float, ...] = ()
     bounds: Bounds = field(default_factory=Bounds)
+    limit: float = 0.0
     group: str = "all"
 
     def __post_init__(self) -> None:
         _at_least_zero(self.threshold, "threshold")
+        _at_least_zero(self.limit, "limit")
         object.__setattr__(self, "polynomial", tuple(number(c, "a coefficient of the polynomial") for c in self.polynomial))
 
     def plans(self) -> tuple[Plan, ...]:
@@ -98,6 +107,8 @@ class Threshold:
         return ThresholdState(num_steps)
 
     def plan(self, state: ThresholdState, step: int, times: Sequence[float] = ()) -> Plan | None:
+        if self.limit and state.seen >= self.limit:
+            return RECOMPUTE
         return RECOMPUTE if self.bounds.forces(step, state.num_steps, state.row, state.total) else None
 
     def decide(self, state: ThresholdState, step: int, probe: Sequence[Measured] | None) -> tuple[ThresholdState, Plan]:
@@ -111,7 +122,8 @@ class Threshold:
             change = value
         if self.accumulate:
             change += state.change
-        state = replace(state, change=change, trace=(*state.trace, (step, change)))
+        seen = state.seen + max(0.0, change) if self.limit else 0.0
+        state = replace(state, change=change, seen=seen, trace=(*state.trace, (step, change)))
         return state, Plan.of([self.group]) if change < self.threshold else RECOMPUTE
 
     def observe(self, state: ThresholdState, step: int, plan: Plan, measures: Sequence[Measured] | None) -> ThresholdState:

@@ -139,8 +139,9 @@ class Grid:
     Args:
         n: distance of computed steps.
         first, last: steps at either end that are computed as well.
-        from_end: count the grid from the last step instead of the first (FORA's code counts steps downwards).
-        of_steps: the number of steps that n was chosen for, to which it is scaled in proportion; 0 to take it as it is.
+        offset: the first step of the grid.
+        from_end: count the grid from the last step instead (FORA's code counts steps downwards).
+        of_steps: the number of steps that `first` and `last` were chosen for, to which they are scaled in proportion (n is kept); 0 to take them as they are.
 
     Raises:
         ConfigError: n below 1, a negative number of steps.
@@ -149,11 +150,12 @@ class Grid:
     n: int
     first: int = 1
     last: int = 0
+    offset: int = 0
     from_end: bool = False
     of_steps: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("n", 1), ("first", 0), ("last", 0)):
+        for name, least in (("n", 1), ("first", 0), ("last", 0), ("offset", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ConfigError(f"'{name}' of a grid of steps is a whole number of at least {least}; got {value!r}")
@@ -162,12 +164,13 @@ class Grid:
         """The computed steps of a generation."""
         if self.of_steps and self.of_steps != num_steps:
             return self.scaled(num_steps).computed(num_steps)
-        at = (num_steps - 1) % self.n if self.from_end else 0
+        at = (num_steps - 1 if self.from_end else self.offset) % self.n
         return tuple(s for s in range(num_steps) if s % self.n == at or s < max(1, self.first) or s >= num_steps - self.last)
 
     def scaled(self, num_steps: int) -> Grid:
         """The same grid for another number of steps."""
-        return replace(self, n=max(1, round(self.n * num_steps / (self.of_steps or num_steps))), of_steps=num_steps)
+        factor = num_steps / (self.of_steps or num_steps)
+        return replace(self, first=round(self.first * factor), last=round(self.last * factor), of_steps=num_steps)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,36 @@
+"""Every published method as a recipe: its scope, its policy, its predictor, its constants, its source."""
+
+from vdcache.methods.adacache import ADACACHE_CODEBOOKS, adacache
+from vdcache.methods.attention import fastercache, pab, tgate
+from vdcache.methods.constants import MAGCACHE_RATIOS, PAB, TEACACHE_COEFFICIENTS
+from vdcache.methods.profilingdit import PROFILINGDIT_LISTS, profilingdit
+from vdcache.methods.registry import describe, recipe, recipes
+from vdcache.methods.schedules import delta_dit, fora, l2c, magcache, smoothcache, taylorseer
+from vdcache.methods.thresholds import dbcache, easycache, fbcache, seacache, teacache
+
+__all__ = [
+    "ADACACHE_CODEBOOKS",
+    "MAGCACHE_RATIOS",
+    "PAB",
+    "PROFILINGDIT_LISTS",
+    "TEACACHE_COEFFICIENTS",
+    "adacache",
+    "dbcache",
+    "delta_dit",
+    "describe",
+    "easycache",
+    "fastercache",
+    "fbcache",
+    "fora",
+    "l2c",
+    "magcache",
+    "pab",
+    "profilingdit",
+    "recipe",
+    "recipes",
+    "seacache",
+    "smoothcache",
+    "taylorseer",
+    "teacache",
+    "tgate",
+]

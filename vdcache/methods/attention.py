@@ -1,0 +1,111 @@
+"""Methods that reuse attention alone: Pyramid Attention Broadcast, T-GATE, FasterCache."""
+
+from __future__ import annotations
+
+from vdcache.ir.errors import ConfigError
+from vdcache.methods.constants import PAB
+from vdcache.passes import MarkBranches
+from vdcache.passes.predictors import ByGroup, Extrapolated
+from vdcache.recipe import Recipe
+from vdcache.runtime.policies import Policy
+from vdcache.runtime.schedules import Scheduled, Together
+from vdcache.runtime.steps import Gated, Grid, Listed
+from vdcache.runtime.windows import Bursts, Windowed
+
+__all__ = ["fastercache", "pab", "tgate"]
+
+_SELF = ("self-attention", "joint-attention", "fused")
+
+
+def pab(
+    spatial: int = 2,
+    temporal: int = 0,
+    cross: int = 0,
+    *,
+    window: tuple[float, float] = (100, 850),
+    mlp: tuple[tuple[float, ...], int, int] | None = None,
+    name: str = "pab",
+) -> Recipe:
+    """Pyramid Attention Broadcast (arXiv 2408.12588): each kind of attention is computed every so many steps within a window of timesteps.
+
+    Args:
+        spatial, temporal, cross: distance of computed steps; 0 or 1 to compute always. Attention over all tokens counts as spatial.
+        window: (low, high) in timesteps from 1000 to 0.
+        mlp: (timesteps, first blocks, steps that reuse after each of them), or None.
+
+    Raises:
+        ConfigError: nothing that is reused.
+    """
+    passes: list[MarkBranches] = []
+    policies: list[Policy] = []
+    for group, n, kinds, layouts in (
+        ("spatial", spatial, _SELF, ("spatial", "full", "unknown")),
+        ("temporal", temporal, _SELF, ("temporal",)),
+        ("cross", cross, ("cross-attention",), ()),
+    ):
+        if n and n != 1:
+            passes.append(MarkBranches(kinds=kinds, group=group, layouts=layouts))
+            policies.append(Windowed(n, window, group))
+    if mlp is not None:
+        keys, blocks, skip = mlp
+        passes.append(MarkBranches(kinds=("mlp",), group="mlp", stop=blocks))
+        policies.append(Bursts(tuple(keys), skip, "mlp"))
+    if not policies:
+        raise ConfigError("PAB reuses at least one kind of attention: give spatial, temporal or cross a distance of at least 2")
+    return Recipe(name, Together(tuple(policies)), tuple(passes), "arXiv 2408.12588")
+
+
+def pab_of(model: str) -> Recipe:
+    """PAB with the constants that were published for a model."""
+    (spatial, temporal, cross), window, mlp = PAB[model]
+    return pab(spatial, temporal, cross, window=window, mlp=mlp, name=f"pab-{model}")
+
+
+def tgate(gate: int = 10, *, interval: int = 5, warm_up: int = 2, after: int = 1, of_steps: int = 25, name: str = "") -> Recipe:
+    """T-GATE (arXiv 2404.02747): cross-attention is frozen from the gate on, self-attention is computed now and then before it.
+
+    Both lanes of guidance stay in use after the gate, where the reference code goes on with one unguided lane: that is the caller's to choose.
+
+    Args:
+        gate: computed steps of cross-attention.
+        interval, warm_up: self-attention before the gate: the first `warm_up` + 1 steps, then every `interval`-th.
+        after: the same after the gate.
+        of_steps: what the numbers were chosen for; scaled to other numbers of steps.
+    """
+    passes = (
+        MarkBranches(kinds=("cross-attention",), group="cross", gate="pre"),
+        MarkBranches(kinds=_SELF, group="self", gate="pre"),
+    )
+    policy = Together(
+        (
+            Scheduled(Listed((gate - 1,), of_steps=of_steps), ("cross",)),
+            Scheduled(Gated(gate, interval, warm_up, after, of_steps=of_steps), ("self",)),
+        )
+    )
+    return Recipe(name or f"t-gate-{gate}", policy, passes, "arXiv 2404.02747")
+
+
+# The scripts of Vchitect/FasterCache: the grid of attention, (weight, start, ramp) of its extrapolation, and of_steps.
+FASTERCACHE = {
+    "open-sora": (Grid(2, first=7, of_steps=30), Extrapolated(0.9, 6, 20)),
+    "latte": (Grid(2, first=15, of_steps=50), Extrapolated(0.5)),
+    "cogvideox": (Grid(3, first=17, offset=2, of_steps=50), Extrapolated(0.3)),
+}
+
+
+def fastercache(model: str = "open-sora", *, name: str = "") -> Recipe:
+    """FasterCache (arXiv 2410.19355): self-attention is extrapolated from its last two computed values, and its current gate applied.
+
+    Args:
+        model: whose constants: open-sora, latte, cogvideox.
+
+    Raises:
+        ConfigError: another model.
+    """
+    if model not in FASTERCACHE:
+        raise ConfigError(f"FasterCache published constants for {', '.join(FASTERCACHE)}; got {model!r}")
+    when, predictor = FASTERCACHE[model]
+    passes = (MarkBranches(kinds=_SELF, group="attention", gate="pre"),)
+    policy = Scheduled(when, ("attention",))
+    predictors = ByGroup((("attention", predictor),))
+    return Recipe(name or f"fastercache-{model}", policy, passes, "arXiv 2410.19355", predictor=predictors)

@@ -1,0 +1,285 @@
+"""The names of recipes: what each stands for, and where its constants come from."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from vdcache.ir.errors import ConfigError
+from vdcache.methods.adacache import adacache
+from vdcache.methods.attention import FASTERCACHE, fastercache, pab_of, tgate
+from vdcache.methods.constants import MAGCACHE_RATIOS, PAB, TEACACHE_COEFFICIENTS
+from vdcache.methods.profilingdit import profilingdit_hunyuanvideo, profilingdit_wan
+from vdcache.methods.schedules import delta_dit, fora, magcache, taylorseer
+from vdcache.methods.thresholds import dbcache, easycache, fbcache, seacache, teacache
+from vdcache.passes.base import Pass
+from vdcache.recipe import Recipe
+from vdcache.runtime.policies import Always, EveryN
+
+__all__ = ["describe", "recipe", "recipes"]
+
+
+@dataclass(frozen=True)
+class Named:
+    """A family of names.
+
+    Args:
+        name: with a letter where a number stands (N, D), and MODEL where a model's constants do.
+        make: the recipe, from what stands there.
+        summary: one line on what it does.
+        constants: where its numbers come from.
+        models: what MODEL may be.
+        example: values for the letters.
+    """
+
+    name: str
+    make: Callable[..., Recipe]
+    summary: str
+    constants: str = ""
+    models: tuple[str, ...] = ()
+    example: tuple[str, ...] = ()
+
+    @property
+    def pattern(self) -> str:
+        text = re.escape(self.name)
+        text = re.sub(r"(?<=\\-)N", r"(-?\\d+)", text)
+        text = re.sub(r"(?<=\\-)D", r"(-?\\d*\\.?\\d+(?:[eE]-?\\d+)?)", text)
+        return text.replace("MODEL", "(" + "|".join(map(re.escape, self.models)) + ")")
+
+    def match(self, name: str) -> Recipe | None:
+        found = re.fullmatch(self.pattern, name)
+        return self.make(*found.groups()) if found else None
+
+
+def _dbcache(front: str, back: str, threshold: str) -> Recipe:
+    return dbcache(int(front), int(back), float(threshold))
+
+
+NAMES = (
+    Named(
+        "always",
+        lambda: Recipe("always", Always(), ()),
+        "recompute every step (the untouched model, with the same clock and history)",
+    ),
+    Named(
+        "every-N",
+        lambda n: Recipe(f"every-{n}", EveryN(int(n))),
+        "recompute at steps 0, N, 2N … and the last, for any N: every-2, every-3 …",
+        "N is yours to choose",
+        example=("3",),
+    ),
+    *(
+        Named(
+            f"adacache-{book}{plus}",
+            lambda book=book, plus=plus: adacache(book, moreg=bool(plus)),
+            f"AdaCache with the published {book} codebook{' and motion regularisation' if plus else ''}"
+            + (" (arXiv 2411.02397); the default" if (book, plus) == ("slow", "") else ""),
+            "the codebooks of the reference code, for Open-Sora 1.2 at 30 and 100 steps",
+        )
+        for book in ("slow", "fast")
+        for plus in ("", "+moreg")
+    ),
+    Named(
+        "fbcache-D",
+        lambda d: fbcache(float(d)),
+        "first-block cache: run the first block, and the others only where what it adds changed by D since they last ran",
+        "D: .05 is diffusers' default, .08 and .12 are others' for FLUX",
+        example=("0.08",),
+    ),
+    Named(
+        "dbcache-N-N-D",
+        _dbcache,
+        "DBCache (cache-dit): the first N and the last N blocks always run, those between where the first changed by D",
+        "cache-dit's defaults: 8 and 0 blocks, D .08, 8 warm-up steps",
+        example=("8", "0", "0.08"),
+    ),
+    Named(
+        "teacache-D",
+        lambda d: teacache(float(d)),
+        "TeaCache (arXiv 2411.19108) without a polynomial: skip the trunk until the changes of its modulated input add up to D",
+        "D is yours to choose; polynomials are fitted to single models",
+        example=("0.1",),
+    ),
+    Named(
+        "teacache-MODEL-D",
+        lambda model, d: teacache(float(d), model),
+        "TeaCache with the polynomial that was published for a model",
+        "the coefficients of the reference code; D for each model is in its README, .05 to .8",
+        tuple(TEACACHE_COEFFICIENTS),
+        ("flux", "0.4"),
+    ),
+    Named(
+        "seacache-D",
+        lambda d: seacache(float(d)),
+        "SeaCache (arXiv 2602.18993): as teacache, on a signal filtered by the step's noise level",
+        "D: .2 to .4 in its README",
+        example=("0.3",),
+    ),
+    Named(
+        "easycache-D",
+        lambda d: easycache(float(d)),
+        "EasyCache (arXiv 2507.02860): skip the whole model until the predicted changes of its output add up to D",
+        "D: .025 for HunyuanVideo, .05 to .06 for Wan 2.2",
+        example=("0.05",),
+    ),
+    Named(
+        "magcache-MODEL",
+        lambda model: magcache(MAGCACHE_RATIOS[model], name=f"magcache-{model}"),
+        "MagCache (arXiv 2506.09045): skip the trunk while the magnitudes that were measured on a model say that it changes little",
+        "the ratios of the reference code; threshold .12, at most 4 in a row, the first fifth computed",
+        tuple(MAGCACHE_RATIOS),
+        ("wan2.1-t2v-1.3b",),
+    ),
+    Named(
+        "fora-N",
+        lambda n: fora(int(n)),
+        "FORA (arXiv 2407.01425): the first step and every N-th, counted from the last; kept values meet the gates of each step",
+        "N is yours to choose; 2 to 5 in the paper",
+        example=("3",),
+    ),
+    Named(
+        "taylorseer-N-N",
+        lambda n, order: taylorseer(int(n), int(order)),
+        "TaylorSeer (arXiv 2503.06923): compute three steps and then every N-th; in between a Taylor expansion of the order that is the second number",
+        "the reference code: N 4 to 6 and order 1 to 2 for FLUX",
+        example=("4", "1"),
+    ),
+    Named(
+        "delta-dit-N",
+        lambda n: delta_dit(int(n)),
+        "Δ-DiT (arXiv 2406.01125): every N-th step; in between leave out the rear blocks early in the run, the front blocks late",
+        "half of the blocks, half of the run: the paper's constants could not be read",
+        example=("3",),
+    ),
+    Named(
+        "t-gate-N",
+        lambda n: tgate(int(n)),
+        "T-GATE (arXiv 2404.02747): cross-attention is frozen after N of 25 steps, self-attention before that computed every fifth step",
+        "N 10 and the interval are the reference code's, for SDXL and PixArt",
+        example=("10",),
+    ),
+    Named(
+        "pab-MODEL",
+        pab_of,
+        "Pyramid Attention Broadcast (arXiv 2408.12588): spatial, temporal and cross-attention each at a distance of its own",
+        "the constants of VideoSys",
+        tuple(PAB),
+        ("open-sora",),
+    ),
+    Named(
+        "fastercache-MODEL",
+        fastercache,
+        "FasterCache (arXiv 2410.19355): self-attention extrapolated from its last two computed values; the unconditional lane predicted from the conditional one",
+        "the scripts of the reference code",
+        tuple(FASTERCACHE),
+        ("open-sora",),
+    ),
+    Named(
+        "profilingdit-hunyuanvideo",
+        profilingdit_hunyuanvideo,
+        "ProfilingDiT with the published lists for HunyuanVideo (arXiv 2504.03140): 20 double and 40 single blocks",
+        "the lists of the reference code, for 50 steps",
+    ),
+    Named(
+        "profilingdit-wan2.1",
+        profilingdit_wan,
+        "ProfilingDiT with the published list for Wan 2.1 14B: 40 blocks",
+        "the list of the reference code, for 50 steps",
+    ),
+)
+_NEEDS = {
+    "profilingdit": "the lists of one model's blocks: recipe = vdcache.profilingdit(vdcache.profile(model, run))",
+    "magcache": "the magnitudes of one model: recipe = vdcache.magcache(vdcache.magnitudes(model, run))",
+    "smoothcache": "a schedule from a calibration: recipe = vdcache.smoothcache(vdcache.step_errors(model, run).schedule(alpha))",
+    "l2c": "a trained table of layers: recipe = vdcache.l2c(path_or_scores)",
+}
+
+
+def recipes() -> dict[str, str]:
+    """The named presets, each with one line on what it does."""
+    return {n.name: n.summary for n in NAMES}
+
+
+def recipe(name: str | Recipe | None = None) -> Recipe:
+    """The recipe of a name (None: `adacache-slow`); a recipe is returned as it is.
+
+    Raises:
+        ConfigError: there is no such recipe; the message names the nearest.
+    """
+    if isinstance(name, Recipe):
+        return name
+    name = "adacache-slow" if name is None else name
+    if not isinstance(name, str):
+        raise ConfigError(f"recipe is a name or a vdcache.Recipe, got {type(name).__name__}")
+    for named in NAMES:
+        if (found := named.match(name)) is not None:
+            return found
+    if name in _NEEDS:
+        family = [n.name for n in NAMES if n.name.startswith(f"{name}-")]
+        published = f" Published ones go by {' and '.join(family)}." if family else ""
+        raise ConfigError(f"'{name}' needs {_NEEDS[name]}.{published}")
+    for named in NAMES:
+        if named.models and re.fullmatch(named.pattern.replace("|".join(map(re.escape, named.models)), r"[\w.\-]+"), name):
+            raise ConfigError(f"{name!r}: there are no constants for that model; {named.name} is for {', '.join(named.models)}")
+    known = list(recipes())
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    raise ConfigError(
+        f"no recipe is called {name!r}"
+        + (f"; did you mean {' or '.join(near)}?" if near else ".")
+        + f" There are {', '.join(known)}."
+    )
+
+
+@dataclass(frozen=True)
+class Description:
+    """What `vdcache recipes NAME` prints."""
+
+    name: str
+    summary: str
+    scope: tuple[str, ...]
+    policy: str
+    predictor: str
+    plans: tuple[str, ...]
+    probes: bool
+    constants: str
+    source: str
+    models: tuple[str, ...] = ()
+
+
+def describe(name: str) -> Description:
+    """The parts of a recipe, by a name, or by a family as `recipes()` lists it (then with example numbers).
+
+    Raises:
+        ConfigError: there is no such recipe.
+    """
+    named = next((n for n in NAMES if n.name == name), None)
+    if named is not None:
+        made = named.make(*named.example)
+    else:
+        made = recipe(name)
+        named = next(n for n in NAMES if n.match(name) is not None)
+    plans = tuple(map(str, made.policy.plans()))
+    scope = tuple(_sentence(p) for p in made.passes) or ("nothing is guarded",)
+    probes = any(p.name == "probe" for p in made.passes)
+    return Description(
+        made.name,
+        named.summary,
+        scope,
+        str(made.policy),
+        str(made.predictor),
+        plans,
+        probes,
+        named.constants,
+        made.source,
+        named.models,
+    )
+
+
+def _sentence(a_pass: Pass) -> str:
+    """A pass as it prints, with the first line of its module, which says what it does."""
+    import sys
+
+    text = (sys.modules[type(a_pass).__module__].__doc__ or "").splitlines()[0]
+    return f"{a_pass}: {text.partition(': ')[2] or text}"
