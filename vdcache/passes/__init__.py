@@ -5,6 +5,7 @@ from vdcache.passes.canonicalise import Canonicalise
 from vdcache.passes.dead_code import DeadCode
 from vdcache.passes.emit_attention import EmitAttention
 from vdcache.passes.mark_branches import MarkBranches
+from vdcache.passes.mark_lanes import MarkLanes
 from vdcache.passes.mark_output import MarkOutput
 from vdcache.passes.merge_slots import MergeSlots
 from vdcache.passes.observe import Observe
@@ -17,6 +18,7 @@ PASSES: dict[str, type[Pass]] = {
     for p in (
         Canonicalise,
         MarkBranches,
+        MarkLanes,
         MarkOutput,
         MergeSlots,
         Observe,
@@ -35,6 +37,7 @@ __all__ = [
     "EmitAttention",
     "HeadIO",
     "MarkBranches",
+    "MarkLanes",
     "MarkOutput",
     "MergeSlots",
     "Observe",
