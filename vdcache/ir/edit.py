@@ -95,7 +95,12 @@ def _size_node(graph: fx.Graph, expr: Any, tensors: list[Any], of: dict[int, fx.
     return total
 
 
-_SYMBOLIC: dict[str, Callable[..., Any]] = {"FloorDiv": operator.floordiv, "CleanDiv": operator.floordiv, "Mod": operator.mod}
+_SYMBOLIC: dict[str, Callable[..., Any]] = {
+    "Pow": operator.pow,
+    "FloorDiv": operator.floordiv,
+    "CleanDiv": operator.floordiv,
+    "Mod": operator.mod,
+}
 
 
 def copy_graph(graph: fx.GraphModule) -> fx.GraphModule:

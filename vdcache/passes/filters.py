@@ -86,8 +86,9 @@ def circulant(gain: Tensor) -> Tensor:
 
 def waves(like: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """cos and sin of 2π j k / n, each [n, n]: the discrete Fourier transform as two real matrices, for sizes of latents."""
-    k = like.new_ones(n).cumsum(0) - 1
-    angle = torch.remainder(k[:, None] * k[None, :], n) * (2 * math.pi / n)
+    ones = like.new_ones(n)
+    k, size = ones.cumsum(0) - 1, ones.sum()  # as tensors: a size may be a symbol, which no number may be made of
+    angle = torch.remainder(k[:, None] * k[None, :], size) * (2 * math.pi / size)
     return angle.cos(), angle.sin()
 
 

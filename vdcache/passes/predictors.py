@@ -233,10 +233,11 @@ class Frequencies:
     def predict(self, kept: Sequence[Tensor], when: When) -> Tensor:
         x = kept[0].float()
         rows, columns = x.shape[-2:]
-        y, z = (_centred(x, n) for n in (rows, columns))
-        inside = y.square()[:, None] + z.square()[None, :] <= float(int(min(rows, columns) * self.share)) ** 2
+        (y, height), (z, width) = (_centred(x, n) for n in (rows, columns))
+        radius = torch.floor(torch.minimum(height, width) * self.share)
+        inside = y.square()[:, None] + z.square()[None, :] <= radius.square()
         low, high = (self._weight(w, when).to(x.device) for w in (self.low, self.high))
-        gain = torch.where(inside, low, high) / (rows * columns)
+        gain = torch.where(inside, low, high) / (height * width)
         (c, s), (d, t) = (
             waves(x, rows),
             waves(x, columns),
@@ -256,10 +257,11 @@ class Frequencies:
         return f"frequencies(low {self.low}, high {self.high})"
 
 
-def _centred(x: Tensor, n: int) -> Tensor:
-    """Frequencies of n points in the order of the transform, as whole numbers around 0."""
-    k = x.new_ones(n).cumsum(0) - 1
-    return torch.where(k < (n + 1) // 2, k, k - n)
+def _centred(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Frequencies of n points in the order of the transform, as whole numbers around 0, and n."""
+    ones = x.new_ones(n)
+    k, size = ones.cumsum(0) - 1, ones.sum()
+    return torch.where(2 * k < size, k, k - size), size
 
 
 @dataclass(frozen=True)
