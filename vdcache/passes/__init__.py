@@ -3,6 +3,7 @@
 from vdcache.passes.base import Pass, PassResult, Pipeline, Refusal, Step
 from vdcache.passes.canonicalise import Canonicalise
 from vdcache.passes.dead_code import DeadCode
+from vdcache.passes.emit import Emit
 from vdcache.passes.emit_attention import EmitAttention
 from vdcache.passes.mark_branches import MarkBranches
 from vdcache.passes.mark_lanes import MarkLanes
@@ -23,6 +24,7 @@ PASSES: dict[str, type[Pass]] = {
         MergeSlots,
         Observe,
         Probe,
+        Emit,
         EmitAttention,
         SplitAtProbe,
         Specialise,
@@ -34,6 +36,7 @@ __all__ = [
     "PASSES",
     "Canonicalise",
     "DeadCode",
+    "Emit",
     "EmitAttention",
     "HeadIO",
     "MarkBranches",
