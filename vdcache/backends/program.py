@@ -24,6 +24,7 @@ from vdcache.passes import DeadCode, Pipeline, Refusal, Specialise, SplitAtProbe
 from vdcache.passes.canonicalise import Canonicalise
 from vdcache.passes.mark_lanes import halve_lanes, lanes_io
 from vdcache.patterns import Anatomy, anatomy
+from vdcache.patterns.cost import flops
 from vdcache.runtime import registry
 from vdcache.runtime.measures import Layout
 from vdcache.runtime.plan import RECOMPUTE, Plan
@@ -221,6 +222,11 @@ class Program:
             layouts = tuple(Layout(slot, d, strides, self._frames[slot]) for slot, d, strides in io.measures)
             self._needs_of[plan] = Needs(io.reads, io.before, layouts, io.times, tuple(self._groups - plan.reuse), io.reused)
         return self._needs_of[plan]
+
+    def flops(self, plan: Plan) -> int:
+        """FLOPs of one call under a plan, the head's included; counted by `patterns.cost`."""
+        graphs = [self.variant_graph(plan), *([self._head.graph] if self._head is not None else [])]
+        return sum(flops(n) for graph in graphs for n in graph.graph.nodes)
 
     def variant_graph(self, plan: Plan) -> fx.GraphModule:
         """The graph that runs under a plan; not to be changed."""
