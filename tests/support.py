@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from vdcache.ir import dialect
-from vdcache.ir.capture import trace
+from vdcache.ir.capture import capture, trace
 from vdcache.ir.edit import inputs
 from vdcache.passes import Canonicalise, MarkBranches, Pipeline, variant_io
 
@@ -153,3 +153,32 @@ def run_variant(graph: fx.GraphModule, *args: Tensor, extra: Sequence[Tensor] = 
     assert len(inputs(graph.graph)) == len(args) + len(extra), io
     with torch.no_grad():
         return list(graph(*args, *extra))
+
+
+def captured(model: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[fx.GraphModule, list[Any]]:
+    """The one graph that Dynamo makes of a model, in vdcache's form, and its inputs."""
+    found: list[tuple[fx.GraphModule, list[Any]]] = []
+
+    def door(graph: fx.GraphModule, given: Sequence[Any]) -> Callable[..., Any]:
+        found.append((capture(graph, given).graph, list(given)))
+        return graph.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(model, backend=door)(*args, **kwargs)
+    ((graph, given),) = found
+    return graph, given
+
+
+def values_of(graph: fx.GraphModule, given: Sequence[Any]) -> dict[str, Any]:
+    """The value of every node."""
+    values: dict[str, Any] = {}
+
+    class Watch(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            values[n.name] = super().run_node(n)
+            return values[n.name]
+
+    with torch.no_grad():
+        Watch(graph).run(*given)
+    return values
