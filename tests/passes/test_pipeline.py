@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vdcache.ir import ConfigError, ContractError, Fact, trace
-from vdcache.methods import recipe, recipes
+from vdcache.methods.registry import NAMES
 from vdcache.passes import Canonicalise, MarkBranches, MergeSlots, Observe, Pass, PassResult, Pipeline, Specialise
 
 PASSES = (
@@ -27,9 +27,9 @@ def test_text_round_trip():
         "specialise{reuse=[a,b],save=needed,slots=[a/x.1]}"
     )
     assert Pipeline.parse(text).passes == PASSES
-    for name in recipes():
-        name = name.replace("N", "3").replace("-O", "-1")
-        assert Pipeline.parse(str(recipe(name).pipeline)).passes == recipe(name).pipeline.passes
+    for named in NAMES:
+        made = named.make(*named.example).pipeline
+        assert Pipeline.parse(str(made)).passes == made.passes
 
 
 def test_unknown_names_are_refused():

@@ -267,7 +267,7 @@ class Gated:
     ("name", "computed", "predictor"),
     [
         ("fora-3", [0, 3, 6, 9], LastValue()),
-        ("fora-4", [0, 4, 8, 9], LastValue()),
+        ("fora-4", [0, 1, 5, 9], LastValue()),
         ("taylorseer-3-1", [0, 1, 2, 5, 8], Taylor(1)),
         ("taylorseer-4-2", [0, 1, 2, 6], Taylor(2)),
     ],

@@ -15,6 +15,7 @@ from vdcache.backends.settings import Settings
 from vdcache.ir.capture import capture
 from vdcache.ir.errors import CaptureError, ConfigError, VdcacheError
 from vdcache.ir.ops import is_work
+from vdcache.runtime.policies import Deciding
 
 __all__ = ["Backend", "backend"]
 
@@ -79,8 +80,10 @@ def compile_graph(
         if settings.strict:
             raise
         return _plain(graph, example_inputs, settings, str(error))
+    whole = not (split or resumes)
+    if whole and program.slots and not program.probes and isinstance(settings.recipe.policy, Deciding):
+        return _nothing_found(program, graph, example_inputs, settings)
     if not program.slots and not program.emits and program.settings.recipe.passes:
-        whole = not (split or resumes)
         if whole and (settings.strict or not program.clocks):
             return _nothing_found(program, graph, example_inputs, settings)
         if whole:  # it may be one part of a model that breaks further out: then it is this graph that tells the time
@@ -103,7 +106,8 @@ def _nothing_found(
 
 def _nothing(program: Program, settings: Settings) -> str:
     refusals = "".join(f"\n  {r}" for r in program.refusals) or "\n  no addition of a value to what was computed from it"
-    return f"the recipe '{settings.recipe.name}' finds no slot in this graph; every candidate:{refusals}"
+    what = "no slot" if not program.slots else "nothing to probe"
+    return f"the recipe '{settings.recipe.name}' finds {what} in this graph; every candidate:{refusals}"
 
 
 def _plain(graph: fx.GraphModule, example_inputs: Sequence[Any], settings: Settings, why: str) -> Callable[..., Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from vdcache.ir.errors import ConfigError
 
-__all__ = ["number", "whole_numbers"]
+__all__ = ["group_name", "number", "whole_numbers"]
 
 
 def whole_numbers(values: Any, what: str) -> tuple[int, ...]:
@@ -41,3 +41,13 @@ def number(value: Any, what: str) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise ConfigError(f"{what}; got {value!r}")
     return float(value)
+
+
+def group_name(value: Any, what: str) -> None:
+    """The name of a group of slots: "group/name" names a slot, and "," and brackets part the options of a pass.
+
+    Raises:
+        ConfigError: no text, an empty one, or one that holds such a character.
+    """
+    if not isinstance(value, str) or not value or any(c in value for c in "/,{}[]=# "):
+        raise ConfigError(f"{what}: a group is a name of letters, digits and dots; got {value!r} as group")

@@ -45,7 +45,8 @@ def dbcache(
         warm_up: computed steps at the beginning.
         in_a_row, in_all: most reused steps in a row and in all; 0 for no limit.
         limit: changes that were looked at, added up over the whole generation, after which every step is computed; 0 for none.
-        mask: 1 for steps that are computed, 0 for those that go by the probe ("steps computation mask"); steps past its end go by the probe.
+        mask: 1 for steps that are computed, 0 for those that go by the probe ("steps computation mask"); steps past its end go by the probe. It cuts
+            the warm-up to its leading ones.
         predictor: what the middle blocks are given: `Taylor(1)` for what cache-dit calls a TaylorSeer calibrator.
 
     Raises:
@@ -60,7 +61,10 @@ def dbcache(
         MergeSlots(),
         Probe(at="residual", blocks=front),
     )
-    bounds = Bounds(first=max(1, warm_up), last=0, in_a_row=in_a_row, in_all=in_all, mask=tuple(mask))
+    mask = tuple(mask)
+    if mask:  # the leading ones of a mask are all the warm-up there is
+        warm_up = min(warm_up, next((i for i, m in enumerate(mask) if m != 1), len(mask)))
+    bounds = Bounds(first=max(1, warm_up), last=0, in_a_row=in_a_row, in_all=in_all, mask=mask)
     policy = Threshold(threshold, bounds=bounds, limit=limit)
     name = name or f"dbcache-{front}-{back}-{threshold:g}"
     return Recipe(name, policy, passes, "cache-dit, DBCache", predictor=predictor)

@@ -15,7 +15,7 @@ from typing import ClassVar
 from torch import fx
 
 from vdcache.ir import dialect
-from vdcache.ir.checks import whole_numbers
+from vdcache.ir.checks import group_name, whole_numbers
 from vdcache.ir.errors import ConfigError
 from vdcache.ir.facts import Fact
 from vdcache.ir.ops import same_type
@@ -72,6 +72,7 @@ class MarkBranches(Pass):
             raise ConfigError(f"{self.name}: of must be 'single' or 'double' (or empty for all blocks), got {self.of!r}")
         if unknown := [w for w in self.layouts if w not in LAYOUTS]:
             raise ConfigError(f"{self.name}: no attention layout {unknown[0]!r}; there are {', '.join(LAYOUTS)}")
+        group_name(self.group, self.name)
         for name in ("start", "stop"):
             at = getattr(self, name)
             whole = isinstance(at, int) and not isinstance(at, bool)

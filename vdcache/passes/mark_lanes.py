@@ -16,6 +16,7 @@ from torch import fx
 
 from vdcache.ir import dialect
 from vdcache.ir.capture import signature
+from vdcache.ir.checks import group_name
 from vdcache.ir.edit import add_input, call, copy_graph, inputs, outputs, set_outputs
 from vdcache.ir.errors import CaptureError, ConfigError
 from vdcache.ir.facts import Fact
@@ -80,6 +81,7 @@ class MarkLanes(Pass):
     group: str = "lane"
 
     def __post_init__(self) -> None:
+        group_name(self.group, self.name)
         if self.mode not in CALLS:
             raise ConfigError(f"{self.name}: mode is {', '.join(CALLS)}; got {self.mode!r}")
         if self.predicted not in ("first", "second"):

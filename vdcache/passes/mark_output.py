@@ -14,6 +14,7 @@ from typing import ClassVar
 from torch import fx
 
 from vdcache.ir import dialect
+from vdcache.ir.checks import group_name
 from vdcache.ir.edit import outputs, set_outputs
 from vdcache.ir.errors import ConfigError
 from vdcache.ir.facts import Fact
@@ -28,7 +29,7 @@ class MarkOutput(Pass):
     """Guard the output that belongs to the latent.
 
     Args:
-        base: "input" keeps output − latent; "none" the output itself, as is also done, with a refusal, where the two are not of one shape and type.
+        base: "input" keeps output − latent; "zero" the output itself, as is also done, with a refusal, where the two are not of one shape and type.
         group: the group that the slot belongs to.
 
     Raises:
@@ -43,8 +44,9 @@ class MarkOutput(Pass):
     group: str = "all"
 
     def __post_init__(self) -> None:
-        if self.base not in ("input", "none"):
-            raise ConfigError(f"{self.name}: base is 'input' or 'none', got {self.base!r}")
+        group_name(self.group, self.name)
+        if self.base not in ("input", "zero"):
+            raise ConfigError(f"{self.name}: base is 'input' or 'zero', got {self.base!r}")
 
     def run(self, graph: fx.GraphModule) -> PassResult:
         g = graph.graph

@@ -20,6 +20,7 @@ from torch import fx
 
 from vdcache.ir import dialect
 from vdcache.ir.capture import signature
+from vdcache.ir.checks import group_name
 from vdcache.ir.dialect import group_of
 from vdcache.ir.edit import call, inputs, outputs
 from vdcache.ir.errors import ConfigError
@@ -64,6 +65,7 @@ class MergeSlots(Pass):
     span: str = "run"
 
     def __post_init__(self) -> None:
+        group_name(self.group, self.name)
         if self.span not in ("run", "block"):
             raise ConfigError(f"{self.name}: span must be 'run' or 'block', got {self.span!r}")
 

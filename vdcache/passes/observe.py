@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from vdcache.ir import dialect
+from vdcache.ir.checks import group_name
 from vdcache.ir.edit import call
 from vdcache.ir.errors import ConfigError
 from vdcache.ir.facts import Fact
@@ -60,6 +61,7 @@ class Observe(Pass):
     within: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
+        group_name(self.group, self.name)
         kinds = (*KINDS, "temporal-attention", "spatial-attention", *_PLACES)
         if self.kind and self.kind not in kinds:
             raise ConfigError(f"{self.name}: no branch kind {self.kind!r}; there are {', '.join(kinds)}")

@@ -13,6 +13,7 @@ from typing import ClassVar
 from torch import fx
 
 from vdcache.ir import dialect
+from vdcache.ir.checks import group_name
 from vdcache.ir.errors import ConfigError
 from vdcache.ir.facts import Fact
 from vdcache.passes.base import Pass, PassResult, Refusal, tag
@@ -26,7 +27,7 @@ class Probe(Pass):
     """Probe one value.
 
     Args:
-        at: "input", "residual" (of the first `blocks` denoising blocks), "modulated" or "timestep": `passes.values`.
+        at: "input", "residual" (of the first `blocks` denoising blocks), "modulated", "timestep" or "modulation": `passes.values`.
         blocks: how many blocks the residual is of.
         distance: how the change is measured (`dialect.DISTANCES`).
         since: compare with the "step" before, or with the last step that was "computed".
@@ -49,6 +50,7 @@ class Probe(Pass):
     group: str = "all"
 
     def __post_init__(self) -> None:
+        group_name(self.group, self.name)
         for what, value, known in (
             ("place", self.at, [p for p in PLACES if p != "output"]),
             ("distance", self.distance, dialect.DISTANCES),
@@ -57,7 +59,7 @@ class Probe(Pass):
         ):
             if value not in known:
                 raise ConfigError(f"{self.name}: no {what} {value!r}; there are {', '.join(k or repr('') for k in known)}")
-        if not isinstance(self.blocks, int) or self.blocks < 1:
+        if isinstance(self.blocks, bool) or not isinstance(self.blocks, int) or self.blocks < 1:
             raise ConfigError(f"{self.name}: the residual is of at least one block; got blocks={self.blocks!r}")
 
     def run(self, graph: fx.GraphModule) -> PassResult:

@@ -8,6 +8,7 @@ views are repeated in the tail, because they cost nothing and what crosses shoul
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -143,6 +144,14 @@ class SplitAtProbe(Pass):
         set_outputs(g, [*crossing, *values, stacked])
 
 
+def _repeats(node: fx.Node) -> bool:
+    """Whether the tail repeats a node: a view, or one of the views that an operation makes at once."""
+    if node.target is operator.getitem:
+        source = node.args[0]
+        return isinstance(source, fx.Node) and source.target in _REPEATED
+    return node.target in _REPEATED
+
+
 def _stays(node: fx.Node) -> bool:
     return is_effectful(node) or dialect.is_dialect(node)
 
@@ -159,7 +168,7 @@ def _crossing(g: fx.Graph, first: set[fx.Node]) -> list[fx.Node]:
         if node in seen or node.op != "call_function":
             continue
         seen.add(node)
-        if node.target in _REPEATED or tensor_of(node) is None:
+        if _repeats(node) or tensor_of(node) is None:
             todo += node.all_input_nodes
         else:
             found.add(node)

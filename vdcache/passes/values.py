@@ -16,7 +16,7 @@ from vdcache.patterns import Anatomy, Block, Branch, NoMatch, anatomy
 __all__ = ["PLACES", "find", "output"]
 
 aten = torch.ops.aten
-PLACES = ("input", "output", "residual", "modulated", "timestep")
+PLACES = ("input", "output", "residual", "modulated", "timestep", "modulation")
 _SEEN = ("latent", "joint")  # streams that hold the tokens to be denoised
 
 
@@ -26,7 +26,7 @@ def find(graph: fx.GraphModule, at: str, blocks: int = 0, *, made_by: str) -> fx
     Args:
         at: "input", the latent (the leading channels where the model returns fewer of them); "output", what the model returns for
             it; "residual", what the first `blocks` denoising blocks add to the latent tokens (0: all of them); "modulated", what the first layers of the first
-            denoising block read: normalised and, where the model does so, modulated by the timestep; "timestep", the embedding of the timestep.
+            denoising block read: normalised and, where the model does so, modulated by the timestep; "timestep", the embedding of the timestep; "modulation", what that is projected to.
     """
     found = anatomy(graph)
     nodes = {n.name: n for n in graph.graph.nodes}
@@ -35,8 +35,8 @@ def find(graph: fx.GraphModule, at: str, blocks: int = 0, *, made_by: str) -> fx
     if at == "output":
         place = output(graph, found, nodes)
         return place if isinstance(place, NoMatch) else place[0]
-    if at == "timestep":
-        return _timestep(found, nodes)
+    if at in ("timestep", "modulation"):
+        return _timestep(found, nodes, 1 if at == "timestep" else 2)
     there = found.denoising_blocks()
     if not there:
         return NoMatch("output", "no block attends over video tokens")
@@ -130,12 +130,13 @@ def _modulated(found: Anatomy, block: Block, nodes: dict[str, fx.Node]) -> fx.No
     return NoMatch(block.branches[0], "the first denoising block has no attention whose input could be read")
 
 
-def _timestep(found: Anatomy, nodes: dict[str, fx.Node]) -> fx.Node | NoMatch:
-    """The second layer on the way from the timestep, where the embedding of nearly every model ends."""
+def _timestep(found: Anatomy, nodes: dict[str, fx.Node], number: int) -> fx.Node | NoMatch:
+    """The layer of that number on the way from the timestep. The embedding of nearly every model ends with the second one; where modulation is made for all blocks
+    together, the third makes it."""
     layers = [nodes[n] for n in found.conditioning.timestep if is_work(nodes[n])]
     if not layers:
         return NoMatch("output", "no layer depends on the timestep alone")
-    return layers[min(1, len(layers) - 1)]
+    return layers[min(number, len(layers) - 1)]
 
 
 def _sizes(value: torch.Tensor | None) -> tuple[object, ...]:
