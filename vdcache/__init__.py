@@ -21,6 +21,9 @@ _PUBLIC = {
     "Report": "vdcache.explanation.report",
     "profile": "vdcache.profiling.profiler",
     "Profile": "vdcache.profiling.result",
+    "StepErrors": "vdcache.profiling.errors",
+    "magnitudes": "vdcache.profiling.errors",
+    "step_errors": "vdcache.profiling.errors",
     "Otsu": "vdcache.profiling.segment",
     "Sam2": "vdcache.profiling.segment",
     "trace": "vdcache.ir.capture",
@@ -107,6 +110,7 @@ if TYPE_CHECKING:
     )
     from vdcache.passes.base import Pass, PassResult, Pipeline
     from vdcache.passes.predictors import Blended, ByGroup, Extrapolated, LastValue, Predictor, Scaled, Taylor
+    from vdcache.profiling.errors import StepErrors, magnitudes, step_errors
     from vdcache.profiling.profiler import profile
     from vdcache.profiling.result import Profile
     from vdcache.profiling.segment import Otsu, Sam2

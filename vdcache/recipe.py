@@ -13,7 +13,7 @@ from typing import Any
 
 from vdcache.ir.errors import ConfigError
 from vdcache.passes import Canonicalise, MarkBranches, MergeSlots, Pass, Pipeline, Probe
-from vdcache.passes.predictors import LAST, ByGroup, Extrapolated, LastValue, Predictor, Scaled, Taylor
+from vdcache.passes.predictors import LAST, ByGroup, Extrapolated, Frequencies, LastValue, Predictor, Scaled, Taylor
 from vdcache.runtime.policies import AdaCache, Always, Codebook, Deciding, EveryN, MoReg, Policy, scaled
 from vdcache.runtime.probing import Bounds, EasyCache, Threshold
 from vdcache.runtime.schedules import MagCache, Planned, Scheduled, Together, scaled_to
@@ -130,7 +130,7 @@ _KINDS: dict[str, Any] = {
     for k in (
         *(Always, EveryN, AdaCache, Codebook, MoReg, Scheduled, Together, Planned, MagCache, Windowed, Bursts),
         *(Threshold, EasyCache, Bounds, Listed, Intervals, Grid, Gated),
-        *(LastValue, Taylor, Scaled, Extrapolated, ByGroup),
+        *(LastValue, Taylor, Scaled, Extrapolated, Frequencies, ByGroup),
     )
 }
 

@@ -22,11 +22,13 @@ from vdcache.ir.facts import Fact
 from vdcache.ir.sizes import Bindings
 from vdcache.passes import DeadCode, Pipeline, Refusal, Specialise, SplitAtProbe, Step, VariantIO, head_io, variant_io
 from vdcache.passes.canonicalise import Canonicalise
+from vdcache.passes.mark_lanes import halve_lanes, lanes_io
 from vdcache.patterns import Anatomy, anatomy
+from vdcache.patterns.cost import flops
 from vdcache.runtime import registry
 from vdcache.runtime.measures import Layout
 from vdcache.runtime.plan import RECOMPUTE, Plan
-from vdcache.runtime.session import Look, Needs, Probed
+from vdcache.runtime.session import LaneScope, Look, Needs, Probed
 
 __all__ = ["Part", "Program"]
 
@@ -121,6 +123,18 @@ class Program:
         self.context = Context()
 
         self._carried: tuple[Tensor, ...] = ()
+        self._lanes = lanes_io(self.guarded)
+        mutations = len(captured.signature.mutations)
+        self.lanes = (
+            LaneScope(
+                self._lanes.mode, self._lanes.group, (self._lanes.low, self._lanes.batch // 2), self._lanes.output - mutations
+            )
+            if self._lanes is not None
+            else None
+        )
+        pair = self._lanes.pair_value if self._lanes is not None else None
+        self._more = () if pair is None else (pair,)  # inputs that all parts have after the model's
+        self.fakes += self._more
         self._head, self._body, self.probes = self._split()
         self.slots = tuple(str(n.args[1]) for n in dialect.guards(self._body.graph))
         self.emits = tuple(str(n.args[1]) for n in dialect.emissions(self._body.graph))
@@ -209,6 +223,11 @@ class Program:
             self._needs_of[plan] = Needs(io.reads, io.before, layouts, io.times, tuple(self._groups - plan.reuse), io.reused)
         return self._needs_of[plan]
 
+    def flops(self, plan: Plan) -> int:
+        """FLOPs of one call under a plan, the head's included; counted by `patterns.cost`."""
+        graphs = [self.variant_graph(plan), *([self._head.graph] if self._head is not None else [])]
+        return sum(flops(n) for graph in graphs for n in graph.graph.nodes)
+
     def variant_graph(self, plan: Plan) -> fx.GraphModule:
         """The graph that runs under a plan; not to be changed."""
         return self._specialised(plan)[0]
@@ -220,14 +239,20 @@ class Program:
         return self._graphs[plan]
 
     def _specialise(self, plan: Plan, save: str, slots: tuple[str, ...] = ()) -> tuple[fx.GraphModule, VariantIO]:
-        specialise = Specialise(reuse=plan.reuse, save=save, slots=slots, predictor=self.settings.recipe.predictor)
+        half = self._lanes is not None and self._lanes.mode == "batch" and self._lanes.group in plan.reuse
+        specialise = Specialise(
+            reuse=plan.reuse, save=save, slots=slots, predictor=self.settings.recipe.predictor, observe=not half
+        )
         graph, _ = Pipeline((specialise, DeadCode()), given=self._facts | Specialise.requires).run(self._body)
+        if half and self._lanes is not None:
+            halve_lanes(graph, self._lanes, self.lanes.output if self.lanes is not None else 0)
         return graph, variant_io(graph)
 
     # ---- compiling -----------------------------------------------------------------------------------------------
 
     def compile_first(self, example_inputs: Sequence[Any]) -> None:
         """Compile what every run begins with, inside the backend call."""
+        example_inputs = [*example_inputs, *self.fakes[len(example_inputs) :]]
         if self._head is not None:
             self._head.compile_now(example_inputs)
         self._part(RECOMPUTE).compile_now([*example_inputs, *self._carried])
@@ -265,10 +290,12 @@ class Program:
             assert self._head is not None
             self._head.ready(inputs)
             making += time.perf_counter() - asked
-            return self._look(inputs, previous)
+            return self._look([*inputs, *self._zeros(self._more, inputs)], previous)
 
         ticket = session.enter(self, inputs, look)
-        plan, carried = ticket.plan, ticket.look.carried
+        plan = ticket.plan
+        pair = [ticket.pair] if ticket.pair is not None else self._zeros(self._more, inputs)
+        carried = [*pair, *ticket.look.carried]
         asked = time.perf_counter()
         run = self._part(plan).ready([*inputs, *carried])
         ticket.began += time.perf_counter() - asked + making  # making a variant is not what a step takes
@@ -279,6 +306,8 @@ class Program:
             outputs = run(*inputs, *carried, *ticket.reads, *before, *previous, *ticket.times)
         results, rest = outputs[: self._results], outputs[self._results :]
         saved = dict(zip(io.saves, rest, strict=False))
+        if self.lanes is not None and self.lanes.mode == "calls" and ticket.pair is None:
+            saved = {n: v for n, v in saved.items() if group_of(n) != self.lanes.group}  # there was nothing to compare with
         observed = dict(zip(io.previous, rest[len(io.saves) :], strict=False))
         if io.emits:
             session.emit(self, dict(zip(io.emits, rest[len(io.saves) + len(io.previous) :], strict=False)))
@@ -307,7 +336,8 @@ class Program:
             "that reaches a sine or cosine and then a layer (a Python float reaches none: pass a tensor). If the model embeds its time otherwise, or "
             "breaks into several graphs, use model = vdcache.compile(model); model.vdcache.begin(steps) and .step() then say the step.",
         )
-        carried = self._look(inputs, None).carried
+        more = self._zeros(self._more, inputs)
+        carried = [*more, *self._look([*inputs, *more], None).carried]
         zeros = self._zeros(self._io.added_values, inputs)
         run = self._part(RECOMPUTE).ready([*inputs, *carried])
         with no_autocast():

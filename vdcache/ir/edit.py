@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -46,12 +47,16 @@ def inline(graph: fx.Graph, fn: Callable[..., Any], args: Any, made_by: str) -> 
         alive.append(fake)
         return fake
 
+    def symbol(x: Any) -> Any:
+        """A size that is a symbol, as a node that computes it: a graph cannot hold symbols."""
+        return _size_node(graph, x.node.expr, alive, of, made_by) if isinstance(x, torch.SymInt) else x
+
     class Recorder(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             def node(x: Any) -> Any:
                 return of.get(id(x), x) if isinstance(x, torch.Tensor) else x
 
-            given, named = pytree.tree_map(node, (args, kwargs or {}))
+            given, named = pytree.tree_map(lambda x: symbol(node(x)), (args, kwargs or {}))
             result = func(*args, **(kwargs or {}))
             made = graph.call_function(func, given, named)
             made.meta = {"val": result, "vdcache": made_by}
@@ -64,6 +69,38 @@ def inline(graph: fx.Graph, fn: Callable[..., Any], args: Any, made_by: str) -> 
     with torch.no_grad(), Recorder():
         results = fn(*values)
     return pytree.tree_map(lambda x: of[id(x)] if isinstance(x, torch.Tensor) else x, results)
+
+
+def _size_node(graph: fx.Graph, expr: Any, tensors: list[Any], of: dict[int, fx.Node], made_by: str) -> Any:
+    """A node for a symbolic size: read off a tensor that has it, or a sum or product of such."""
+    if expr.is_Integer:
+        return int(expr)
+    at_hand = [(t, of[id(t)]) for t in tensors if id(t) in of]
+    for value, node in (*at_hand, *((n.meta.get("val"), n) for n in inputs(graph))):
+        if isinstance(value, torch.SymInt) and value.node.expr == expr:
+            return node
+        for dim, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
+            if isinstance(size, torch.SymInt) and size.node.expr == expr:
+                made = graph.call_function(torch.ops.aten.sym_size.int, (node, dim))
+                made.meta = {"val": size, "vdcache": made_by}
+                return made
+    join = operator.mul if expr.is_Mul else operator.add if expr.is_Add else _SYMBOLIC.get(type(expr).__name__)
+    if join is None:
+        raise NotImplementedError(f"no tensor at hand has the size {expr}")
+    total, *rest = (_size_node(graph, part, tensors, of, made_by) for part in expr.args)
+    for part in rest:
+        value = join(*(p.meta["val"] if isinstance(p, fx.Node) else p for p in (total, part)))
+        total = graph.call_function(join, (total, part))
+        total.meta = {"val": value, "vdcache": made_by}
+    return total
+
+
+_SYMBOLIC: dict[str, Callable[..., Any]] = {
+    "Pow": operator.pow,
+    "FloorDiv": operator.floordiv,
+    "CleanDiv": operator.floordiv,
+    "Mod": operator.mod,
+}
 
 
 def copy_graph(graph: fx.GraphModule) -> fx.GraphModule:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from vdcache.ir.errors import ConfigError
 from vdcache.methods.constants import PAB
-from vdcache.passes import MarkBranches
-from vdcache.passes.predictors import ByGroup, Extrapolated
+from vdcache.passes import MarkBranches, MarkLanes, Pass
+from vdcache.passes.predictors import ByGroup, Extrapolated, Frequencies
 from vdcache.recipe import Recipe
 from vdcache.runtime.policies import Policy
 from vdcache.runtime.schedules import Scheduled, Together
@@ -85,27 +85,44 @@ def tgate(gate: int = 10, *, interval: int = 5, warm_up: int = 2, after: int = 1
     return Recipe(name or f"t-gate-{gate}", policy, passes, "arXiv 2404.02747")
 
 
-# The scripts of Vchitect/FasterCache: the grid of attention, (weight, start, ramp) of its extrapolation, and of_steps.
+# The scripts of Vchitect/FasterCache, by steps counted from 0 in runs of so many: the grid of attention and (weight, start, ramp) of its extrapolation; the grid of the lane, the weights
+# of its low and high frequencies, and which half of the batch is the unconditional one.
 FASTERCACHE = {
-    "open-sora": (Grid(2, first=7, of_steps=30), Extrapolated(0.9, 6, 20)),
-    "latte": (Grid(2, first=15, of_steps=50), Extrapolated(0.5)),
-    "cogvideox": (Grid(3, first=17, offset=2, of_steps=50), Extrapolated(0.3)),
+    "open-sora": (
+        (Grid(2, first=7, of_steps=30), Extrapolated(0.9, 6, 20)),
+        (Grid(5, first=11, offset=4, of_steps=30), Frequencies((1.15, 0, 24), (1.15, 19, 29)), "second"),
+    ),
+    "latte": (
+        (Grid(2, first=15, of_steps=50), Extrapolated(0.5)),
+        (Grid(5, first=17, offset=4, of_steps=50), Frequencies((1.1, 0, 43), (1.1, 44, 49)), "first"),
+    ),
+    "cogvideox": (
+        (Grid(3, first=17, offset=2, of_steps=50), Extrapolated(0.3)),
+        (Grid(5, first=17, offset=4, of_steps=50), Frequencies((1.1, 0, 39), (1.1, 29, 49)), "second"),
+    ),
 }
 
 
-def fastercache(model: str = "open-sora", *, name: str = "") -> Recipe:
-    """FasterCache (arXiv 2410.19355): self-attention is extrapolated from its last two computed values, and its current gate applied.
+def fastercache(model: str = "open-sora", *, predicted: str = "", lanes: str = "auto", name: str = "") -> Recipe:
+    """FasterCache (arXiv 2410.19355): self-attention is extrapolated from its last two computed values, and its current gate applied; the unconditional lane of guidance is
+    predicted from the conditional one.
 
     Args:
         model: whose constants: open-sora, latte, cogvideox.
+        predicted: which half of a batch is unconditional, "first" or "second"; empty for what the model's script does.
+        lanes: `MarkLanes`' mode; "none" to leave the lanes alone.
 
     Raises:
         ConfigError: another model.
     """
     if model not in FASTERCACHE:
         raise ConfigError(f"FasterCache published constants for {', '.join(FASTERCACHE)}; got {model!r}")
-    when, predictor = FASTERCACHE[model]
-    passes = (MarkBranches(kinds=_SELF, group="attention", gate="pre"),)
-    policy = Scheduled(when, ("attention",))
-    predictors = ByGroup((("attention", predictor),))
-    return Recipe(name or f"fastercache-{model}", policy, passes, "arXiv 2410.19355", predictor=predictors)
+    (when, predictor), (lane_when, frequencies, half) = FASTERCACHE[model]
+    passes: list[Pass] = [MarkBranches(kinds=_SELF, group="attention", gate="pre")]
+    policies: list[Policy] = [Scheduled(when, ("attention",))]
+    if lanes != "none":
+        passes.append(MarkLanes(lanes, predicted or half))
+        policies.append(Scheduled(lane_when, ("lane",)))
+    predictors = ByGroup((("attention", predictor), ("lane", frequencies)))
+    name = name or f"fastercache-{model}"
+    return Recipe(name, Together(tuple(policies)), tuple(passes), "arXiv 2410.19355", predictor=predictors)

@@ -3,8 +3,10 @@
 from vdcache.passes.base import Pass, PassResult, Pipeline, Refusal, Step
 from vdcache.passes.canonicalise import Canonicalise
 from vdcache.passes.dead_code import DeadCode
+from vdcache.passes.emit import Emit
 from vdcache.passes.emit_attention import EmitAttention
 from vdcache.passes.mark_branches import MarkBranches
+from vdcache.passes.mark_lanes import MarkLanes
 from vdcache.passes.mark_output import MarkOutput
 from vdcache.passes.merge_slots import MergeSlots
 from vdcache.passes.observe import Observe
@@ -17,10 +19,12 @@ PASSES: dict[str, type[Pass]] = {
     for p in (
         Canonicalise,
         MarkBranches,
+        MarkLanes,
         MarkOutput,
         MergeSlots,
         Observe,
         Probe,
+        Emit,
         EmitAttention,
         SplitAtProbe,
         Specialise,
@@ -32,9 +36,11 @@ __all__ = [
     "PASSES",
     "Canonicalise",
     "DeadCode",
+    "Emit",
     "EmitAttention",
     "HeadIO",
     "MarkBranches",
+    "MarkLanes",
     "MarkOutput",
     "MergeSlots",
     "Observe",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -11,7 +12,7 @@ from vdcache.ir.edit import inline
 from vdcache.ir.ops import tensor_of
 from vdcache.patterns import NoMatch, anatomy
 
-__all__ = ["FILTERS", "filtered", "wiener"]
+__all__ = ["FILTERS", "filtered", "waves", "wiener"]
 
 
 def filtered(graph: fx.GraphModule, value: fx.Node, name: str, *, made_by: str) -> fx.Node | NoMatch:
@@ -64,15 +65,31 @@ def wiener(x: Tensor, sigma: Tensor, axes: Sequence[int], power: float = 3.0) ->
         axes: frames, height and width.
     """
     sigma = sigma.clamp(1e-6, 1 - 1e-6)
-    gain = x.new_ones((1,) * x.ndim)
+    mean = x.new_ones(())
     for axis in axes:
         n = x.shape[axis]
         k = x.new_ones(n).cumsum(0) - 1
         frequency = torch.minimum(k, n - k) / n
         clean = 1 / (frequency**power + 1e-16)
-        along = (1 - sigma) * clean / ((1 - sigma) ** 2 * clean + sigma**2 + 1e-16)
-        gain = gain * along.reshape([n if i == axis else 1 for i in range(x.ndim)])
-    return torch.fft.ifftn(torch.fft.fftn(x, dim=list(axes)) * (gain / gain.mean()), dim=list(axes)).real
+        gain = (1 - sigma) * clean / ((1 - sigma) ** 2 * clean + sigma**2 + 1e-16)
+        mean = mean * gain.mean()
+        x = (x.movedim(axis, -1) @ circulant(gain)).movedim(-1, axis)
+    return x / mean
+
+
+def circulant(gain: Tensor) -> Tensor:
+    """The matrix [n, n] that multiplies the spectrum of n points by a real, symmetric gain [n]: a transform there and back, without complex numbers."""
+    n = gain.shape[0]
+    cosine, sine = waves(gain, n)
+    return (cosine @ (gain[:, None] * cosine) + sine @ (gain[:, None] * sine)) / n
+
+
+def waves(like: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """cos and sin of 2π j k / n, each [n, n]: the discrete Fourier transform as two real matrices, for sizes of latents."""
+    ones = like.new_ones(n)
+    k, size = ones.cumsum(0) - 1, ones.sum()  # as tensors: a size may be a symbol, which no number may be made of
+    angle = torch.remainder(k[:, None] * k[None, :], size) * (2 * math.pi / size)
+    return angle.cos(), angle.sin()
 
 
 FILTERS: dict[str, Callable[[Tensor, Tensor, Sequence[int]], Tensor]] = {"wiener": wiener}

@@ -16,8 +16,21 @@ from torch import Tensor
 
 from vdcache.ir.checks import number
 from vdcache.ir.errors import ConfigError
+from vdcache.passes.filters import waves
 
-__all__ = ["LAST", "Blended", "ByGroup", "Extrapolated", "LastValue", "Predictor", "Scaled", "Taylor", "When", "predictor_of"]
+__all__ = [
+    "LAST",
+    "Blended",
+    "ByGroup",
+    "Extrapolated",
+    "Frequencies",
+    "LastValue",
+    "Predictor",
+    "Scaled",
+    "Taylor",
+    "When",
+    "predictor_of",
+]
 
 
 class When(NamedTuple):
@@ -180,6 +193,75 @@ class Extrapolated:
 
     def __str__(self) -> str:
         return f"extrapolated({self.weight:g}{f', {self.start}, {self.ramp}' if self.ramp else ''})"
+
+
+@dataclass(frozen=True)
+class Frequencies:
+    """A lane's difference to the other, its low and high frequencies weighted (FasterCache, arXiv 2410.19355, equations 6 and 7).
+
+    A disc of a fifth of the smaller side around frequency 0, over height and width, is low. A weight is raised to the number of elapsed steps, because the reference code
+    multiplies what it keeps at every skipped step.
+
+    Args:
+        low, high: (weight, first step, last step) of either: the weight applies in these steps, counted from 0 and both inclusive, and is 1 elsewhere.
+        share: radius of the disc, as a share of the smaller side.
+
+    Raises:
+        ConfigError: no such triples, or a share that is none.
+    """
+
+    low: tuple[float, int, int] = (1.1, 0, 10**6)
+    high: tuple[float, int, int] = (1.1, 0, 10**6)
+    share: float = 0.2
+
+    tensors = 1
+
+    def __post_init__(self) -> None:
+        for weight in (self.low, self.high):
+            if (
+                not isinstance(weight, tuple)
+                or len(weight) != 3
+                or not number(weight[0], "a weight of frequencies is a number") > 0
+            ):
+                raise ConfigError(f"a weight of frequencies is (weight above 0, first step, last step); got {weight!r}")
+        if not 0 < number(self.share, "the radius of low frequencies is a share") <= 1:
+            raise ConfigError(f"the radius of low frequencies is a share of the smaller side, above 0; got {self.share}")
+
+    def keep(self, fresh: Tensor, before: Sequence[Tensor], when: When) -> tuple[Tensor]:
+        return (fresh,)
+
+    def predict(self, kept: Sequence[Tensor], when: When) -> Tensor:
+        x = kept[0].float()
+        rows, columns = x.shape[-2:]
+        (y, height), (z, width) = (_centred(x, n) for n in (rows, columns))
+        radius = torch.floor(torch.minimum(height, width) * self.share)
+        inside = y.square()[:, None] + z.square()[None, :] <= radius.square()
+        low, high = (self._weight(w, when).to(x.device) for w in (self.low, self.high))
+        gain = torch.where(inside, low, high) / (height * width)
+        (c, s), (d, t) = (
+            waves(x, rows),
+            waves(x, columns),
+        )  # the transform as real matrices: it compiles and exports as any product
+        real, imaginary = (c @ x @ d - s @ x @ t) * gain, -(s @ x @ d + c @ x @ t) * gain
+        return c @ real @ d - s @ real @ t - (s @ imaginary @ d + c @ imaginary @ t)
+
+    @staticmethod
+    def _weight(weight: tuple[float, int, int], when: When) -> Tensor:
+        """The weight to the power of how many of the elapsed steps it applies in."""
+        value, first, last = weight
+        start = torch.maximum(when.step - when.elapsed + 1, torch.full_like(when.step, float(first)))
+        end = torch.minimum(when.step, torch.full_like(when.step, float(last)))
+        return value ** (end - start + 1).clamp(min=0)
+
+    def __str__(self) -> str:
+        return f"frequencies(low {self.low}, high {self.high})"
+
+
+def _centred(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Frequencies of n points in the order of the transform, as whole numbers around 0, and n."""
+    ones = x.new_ones(n)
+    k, size = ones.cumsum(0) - 1, ones.sum()
+    return torch.where(2 * k < size, k, k - size), size
 
 
 @dataclass(frozen=True)

@@ -135,6 +135,7 @@ class Specialise(Pass):
             that `slots` names.
         slots: the slots that some plan reads; the values of others need not be kept.
         predictor: what a reused slot is given, and what is kept for it.
+        observe: whether observations are measured.
     """
 
     name: ClassVar[str] = "specialise"
@@ -145,6 +146,7 @@ class Specialise(Pass):
     save: str = "all"
     slots: tuple[str, ...] = ()
     predictor: Predictor | ByGroup = LAST
+    observe: bool = True
 
     def run(self, graph: fx.GraphModule) -> PassResult:
         g = graph.graph
@@ -172,7 +174,7 @@ class Specialise(Pass):
         for mark in dialect.observations(g):
             value, name, distance, strides, frames = mark.args
             slot = str(name)
-            if self.save != "none" and _there(value, wanted) and group_of(slot) not in self.reuse:
+            if self.observe and self.save != "none" and _there(value, wanted) and group_of(slot) not in self.reuse:
                 seen[slot] = dense(g, value, mark, str(self))  # type: ignore[arg-type]
                 before = added.input("previous", slot, value.meta["val"])  # type: ignore[union-attr]
                 with g.inserting_before(mark):

@@ -22,7 +22,7 @@ from vdcache.runtime.policies import Always, Policy
 from vdcache.runtime.read import read
 from vdcache.runtime.store import Store
 
-__all__ = ["CompiledGraph", "Emitted", "Look", "Needs", "Probed", "Session", "Ticket"]
+__all__ = ["CompiledGraph", "Emitted", "LaneScope", "Look", "Needs", "Probed", "Session", "Ticket"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,23 @@ class Probed:
 
 
 @dataclass(frozen=True)
+class LaneScope:
+    """How a graph predicts one lane of guidance from the other.
+
+    Args:
+        mode: "batch", both lanes are halves of one batch, or "calls", the second call of a step is predicted from the first.
+        group: what a plan calls it.
+        rows: first row and number of rows of the lane that is always computed, in a batch of twice as many.
+        output: which of the model's results it is about.
+    """
+
+    mode: str
+    group: str
+    rows: tuple[int, int]
+    output: int
+
+
+@dataclass(frozen=True)
 class Look:
     """What the head of a graph found out: the values of its probes, the sums of their changes, and what the rest of the graph takes."""
 
@@ -83,6 +100,8 @@ class CompiledGraph(Protocol):
     def static(self) -> tuple[int, ...]: ...  # parameters and buffers
     @property
     def probes(self) -> tuple[Probed, ...]: ...  # what a policy may ask for before it chooses
+    @property
+    def lanes(self) -> LaneScope | None: ...
 
     def narrow(self, plan: Plan) -> Plan:
         """What of a plan concerns this graph."""
@@ -113,6 +132,8 @@ class Ticket:
     record: Record
     began: float
     look: Look
+    pair: Tensor | None = None  # what the step's first lane returned
+    rows: tuple[int, int] | None = None  # of the batch that is computed; None for all
     keep: bool = True
 
 
@@ -204,6 +225,8 @@ class Session:
         self._begun = False  # begin() was called and no step has started since
         self._syncs = 0
         self._emitted: list[Emitted] = []
+        self._first_lane: dict[Hashable, _Latent] = {}  # what graphs returned in the first lane of this step
+        self._same_halves: bool | None = None  # of this generation's batch; None where nobody has looked
         self._computed: dict[Hashable, dict[str, tuple[int, int]]] = {}  # of each lane: group -> last computed step, how many
 
     def __repr__(self) -> str:
@@ -315,6 +338,13 @@ class Session:
         plan, why = (graph.narrow(self._plan), self._why) if follows else (RECOMPUTE, "the graph runs before the clock")
         if follows and self._undecided:
             plan, why = RECOMPUTE, "it runs before the policy can decide"
+        pair, rows = None, None
+        if (lanes := graph.lanes) is not None:
+            pair = self._pair(graph, who, call) if lanes.mode == "calls" else None
+            if lanes.group in plan.reuse and (reason := self._no_pair(lanes, graph, inputs, pair)) is not None:
+                plan, why = Plan(plan.reuse - {lanes.group}), reason
+            elif lanes.group in plan.reuse and lanes.mode == "batch":
+                rows = lanes.rows
         reads: list[Tensor] = []
         if plan:
             found = self.store.get(key, graph.needs(plan).reads)
@@ -350,6 +380,8 @@ class Session:
             record,
             began,
             seen,
+            pair,
+            rows,
             keep=follows and self.num_steps is not None and not self._last(),
         )
 
@@ -363,13 +395,17 @@ class Session:
         sums: Tensor | None,
     ) -> None:
         """Keep what a call computed for later steps."""
+        if (lanes := ticket.graph.lanes) is not None and lanes.mode == "calls":
+            value = results[lanes.output]
+            if isinstance(value, Tensor) and ticket.key[0:2] not in self._first_lane:  # type: ignore[index]
+                self._first_lane[ticket.key[0:2]] = _Latent.of(value)  # type: ignore[index]
         if ticket.keep:
             names, values = [*saved, *observed], [*saved.values(), *observed.values()]
             for probe, value in zip(ticket.graph.probes, ticket.look.values, strict=True):
                 if probe.since == "step" or group_of(probe.layout.name) not in ticket.plan.reuse:
                     names.append(probe.layout.name)
                     values.append(value)
-            self.store.put(ticket.key, names, values, [*inputs, *results])
+            self.store.put(ticket.key, names, values, [*inputs, *results], ticket.rows)
             own = self._computed.setdefault(ticket.key, {})
             for group in ticket.needs.computes:
                 own[group] = (self._step, own.get(group, (0, 0))[1] + 1)
@@ -387,6 +423,32 @@ class Session:
         if self._last() and self._skips and not self._hit:
             self._say_no_hit()
         self._step_records.append(ticket.record)
+
+    def _pair(self, graph: CompiledGraph, who: Hashable, call: int) -> Tensor | None:
+        """What the step's first lane returned, unless its owner has written into it since."""
+        first = self._first_lane.get((who, call))
+        return first.tensor if first is not None and first.unchanged() else None
+
+    def _no_pair(self, lanes: LaneScope, graph: CompiledGraph, inputs: Sequence[Any], pair: Tensor | None) -> str | None:
+        """Why a lane cannot be predicted in this call; "" where it is the one that is always computed."""
+        if lanes.mode == "calls":
+            return "" if pair is None else None
+        if self._same_halves is None:
+            latent = inputs[graph.latent] if graph.latent is not None else None
+            self._same_halves = False
+            if isinstance(latent, Tensor):
+                first, second = latent.chunk(2)
+                values, syncs = read([(first == second).all()])
+                self._syncs += syncs
+                self._same_halves = bool(values[0][0])
+            if not self._same_halves:
+                warn_once(
+                    self._said,
+                    f"vdcache: '{self.name}' predicts one lane of guidance from the other, and the two halves of this batch are no lanes: their latents "
+                    "differ. Both are computed. For two calls a step say MarkLanes(mode='calls').",
+                    key="no lanes",
+                )
+        return None if self._same_halves else "the halves of the batch are not two lanes"
 
     def _decide(self, graph: CompiledGraph, seen: Look, comparable: bool) -> None:
         """Choose the plan of the step by what was probed."""
@@ -581,6 +643,8 @@ class Session:
         self._step_records = []
         self._timesteps = []
         self._latent = None
+        self._same_halves = None
+        self._first_lane.clear()
         self._step, self._generation, self._hit = -1, self._generation + 1, False
         self._plan, self._why, self._undecided, self._probe = RECOMPUTE, "", False, None
         if self.num_steps is None:
@@ -607,6 +671,7 @@ class Session:
                 self._state = self.policy.observe(self._state, self._step, self._ran(), measures)
         self._step_records = []
         self._undecided, self._probe = False, None
+        self._first_lane.clear()
         if self._timestep is not None:
             self._timesteps.append(self._timestep)
         self._driver, self._lanes = None, 0

@@ -29,13 +29,28 @@ class Store:
             return None
         return [held[s] for s in slots]
 
-    def put(self, key: Hashable, slots: Sequence[str], values: Sequence[Tensor], others: Iterable[object]) -> None:
-        """Keep `values`; `others` are tensors that the caller holds as well (inputs and outputs of the call)."""
+    def put(
+        self,
+        key: Hashable,
+        slots: Sequence[str],
+        values: Sequence[Tensor],
+        others: Iterable[object],
+        rows: tuple[int, int] | None = None,
+    ) -> None:
+        """Keep `values`.
+
+        Args:
+            others: tensors that the caller holds as well (inputs and outputs of the call).
+            rows: first row and number of rows where the values are parts of what is kept already: the other rows stay.
+        """
         if not slots:
             return
         foreign = {_address(o) for o in others if isinstance(o, Tensor)}
         held = self._values.setdefault(key, {})
         for slot, value in zip(slots, values, strict=True):
+            if rows is not None and slot in held and value.shape != held[slot].shape:
+                held[slot].narrow(0, *rows).copy_(value)
+                continue
             storage = value.untyped_storage()
             own = storage.data_ptr() not in foreign and storage.nbytes() <= value.numel() * value.element_size()
             held[slot] = value if own and value.is_contiguous() else value.clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,77 @@
+"""emit: hand out what branches add, or another value, to whoever listens to the session.
+
+    add(x, f(x))   -->   add(x, emit(f(x), name))
+
+For measurements outside the graph: calibrations. An emission is an identity, so the pass is bit-exact.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from vdcache.ir import dialect
+from vdcache.ir.errors import ConfigError
+from vdcache.ir.facts import Fact
+from vdcache.passes.base import Pass, PassResult, Refusal, tag
+from vdcache.passes.values import find
+from vdcache.patterns import KINDS, NoMatch, anatomy
+
+_PLACES = ("input", "output", "residual")
+
+
+@dataclass(frozen=True)
+class Emit(Pass):
+    """Emit the values of branches in the blocks that attend over video tokens, or one value of the model.
+
+    Args:
+        at: "branches", or "input", "output", "residual" (what all blocks add): `passes.values`.
+        kinds: which branches, empty for all.
+        gate: "pre" or "post", as `mark-branches` has it.
+
+    Raises:
+        ConfigError: an unknown place, kind or gate.
+    """
+
+    name: ClassVar[str] = "emit"
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.FUNCTIONAL, Fact.TYPED, Fact.CANONICAL})
+
+    at: str = "branches"
+    kinds: tuple[str, ...] = ()
+    gate: str = "pre"
+
+    def __post_init__(self) -> None:
+        if self.at not in ("branches", *_PLACES):
+            raise ConfigError(f"{self.name}: no place {self.at!r}; there are branches, {', '.join(_PLACES)}")
+        if unknown := [k for k in self.kinds if k not in KINDS]:
+            raise ConfigError(f"{self.name}: no branch kind {unknown[0]!r}; there are {', '.join(KINDS)}")
+        if self.gate not in ("post", "pre"):
+            raise ConfigError(f"{self.name}: gate must be 'post' or 'pre', got {self.gate!r}")
+
+    def run(self, graph: fx.GraphModule) -> PassResult:
+        if self.at != "branches":
+            value = find(graph, self.at, made_by=str(self))
+            if isinstance(value, NoMatch):
+                return PassResult(graph, 0, (Refusal(value.node, (value.reason,)),))
+            self._mark(graph.graph, value, self.at)
+            return PassResult(graph, 1)
+        found = anatomy(graph)
+        nodes = {n.name: n for n in graph.graph.nodes}
+        there = {b.index for b in found.denoising_blocks()}
+        refusals, rewrites = [], 0
+        for branch in found:
+            if branch.block not in there or (self.kinds and branch.kind not in self.kinds):
+                continue
+            name = branch.pre_gate if self.gate == "pre" and branch.pre_gate else branch.contribution
+            if name is None:
+                refusals.append(Refusal(branch.join, ("gate and sum are one operation, so it has no value of its own",)))
+                continue
+            self._mark(graph.graph, nodes[name], f"{branch.kind}/{branch.name}.{branch.join}")
+            rewrites += 1
+        return PassResult(graph, rewrites, tuple(refusals))
+
+    def _mark(self, g: fx.Graph, value: fx.Node, name: str) -> None:
+        with g.inserting_before(g.output_node()):
+            tag(g.call_function(dialect.emit, (value, name)), str(self), value)
