@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.published_rules import sea_filter
-from tests.support import TinyDiT, captured, latent, time_of, values_of
-from tests.zoo import ZOO, build
+from tests.support import TinyDiT, latent, time_of, values_of
+from tests.zoo import ZOO, graph_of
 from vdcache.ir import dialect
 from vdcache.ir.capture import trace
 from vdcache.passes import Canonicalise, Pipeline, Probe
@@ -67,7 +67,7 @@ def probed(graph, at):
 @torch.no_grad()
 def test_in_a_graph(name, grid):
     """Tokens go back into their grid; the noise level is the timestep / 1000."""
-    graph, given = captured(build(name), **ZOO[name].call(3, 6))
+    graph, given = graph_of(name)
     plain, _ = Pipeline((Canonicalise(), Probe(at="modulated", since="step"))).run(graph)
     (mark,) = dialect.probes(plain.graph)
     value = values_of(plain, given)[mark.args[0].name].float()
@@ -118,3 +118,14 @@ def test_sizes_that_are_symbols_are_refused():
     graph = trace(TinyDiT(), latent(0), time_of(0), latent(9, 1, 3, 4), dynamic=True).graph
     _, steps = probed(graph, "modulated")
     assert "sizes that are known when the model is compiled" in str(*steps[-1].refusals)
+
+
+@torch.no_grad()
+def test_a_latent_whose_frames_come_before_its_channels():
+    """CogVideoX takes [B, T, C, H, W]: the filter must run over frames, or be refused, and never over channels."""
+    graph, given = graph_of("cogvideox")
+    found, _ = probed(graph, "input")
+    x, sigma = ZOO["cogvideox"].call(3, 6)["hidden_states"], float(ZOO["cogvideox"].call(3, 6)["timestep"].max()) / 1000
+    want = by_definition(x.transpose(1, 2), sigma).transpose(1, 2)
+    for mark in dialect.probes(found.graph):
+        torch.testing.assert_close(values_of(found, given)[mark.args[0].name], want, rtol=1e-4, atol=1e-4)

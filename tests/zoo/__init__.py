@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-__all__ = ["ZOO", "Case", "build"]
+from tests.support import captured
+
+__all__ = ["ZOO", "Case", "build", "graph_of"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,12 @@ def build(name: str, seed: int = 0) -> nn.Module:
         offset = p if p.ndim < 2 else 0
         p.copy_(offset + scale * torch.randn(p.shape, generator=generator))
     return model
+
+
+@functools.cache
+def graph_of(name: str) -> tuple[fx.GraphModule, list[Any]]:
+    """The captured graph of one architecture at step 3 with 6 tokens of text, and its inputs; not to be changed."""
+    return captured(build(name), **ZOO[name].call(3, 6))
 
 
 def noise(*shape: int, seed: int = 0, step: int = 0) -> Tensor:
