@@ -28,6 +28,7 @@ import gc
 import io
 import json
 import logging
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -358,22 +359,39 @@ def quieten() -> None:
     warnings.simplefilter("ignore")
 
 
-def compiled(peer: Peer, way: str, eager: Tensor, rounds: int) -> dict[str, Any]:
-    """A peer under torch.compile: seconds of a generation, graphs, recompiles and what went wrong."""
+def seconds(run: Callable[[], Any]) -> float:
+    """CPU time where one thread computes, as others may have the core as well; else the clock's."""
+    if torch.cuda.is_available() or torch.get_num_threads() > 1:
+        return timed(run)
+    began = time.process_time()
+    run()
+    return time.process_time() - began
+
+
+def against(plain: Velocity, velocity: Velocity, rounds: int) -> tuple[float, list[Tensor]]:
+    """Time of a generation over that of plain eager, in turn, so that a noisy machine is noisy for both; and its videos."""
+    ratios, videos = [], []
+    for _ in range(rounds):
+        before = seconds(lambda: generate(plain, CONDITIONS, begin=plain.begin))
+        ratios.append(seconds(lambda: videos.append(generate(velocity, CONDITIONS, begin=velocity.begin))) / before)
+    return median(ratios), videos
+
+
+def compiled(peer: Peer, way: str, eager: Tensor, rounds: int, base: dict[str, Any]) -> dict[str, Any]:
+    """A peer under torch.compile: time, graphs, recompiles and what went wrong."""
     torch._dynamo.reset()
     counters.clear()
-    found: dict[str, Any] = {"way": way, "error": "", "seconds": None}
+    found: dict[str, Any] = {"way": way, "error": ""}
     with heard() as lines:
         try:
             velocity = peer.velocity(way)
             found["warm_up"] = timed(lambda: generate(velocity, CONDITIONS, begin=velocity.begin))
-            videos = generate(velocity, CONDITIONS, begin=velocity.begin)
+            generate(velocity, CONDITIONS, begin=velocity.begin)
             graphs = counters["stats"]["unique_graphs"]
-            found["seconds"] = median(
-                timed(lambda: generate(velocity, CONDITIONS, begin=velocity.begin)) for _ in range(rounds)
-            )
+            found["time_of_eager"], videos = against(base["eager"], velocity, rounds)
+            found["time_of_compiled"] = found["time_of_eager"] * base["eager_of_compiled"]
             found["recompiles"] = counters["stats"]["unique_graphs"] - graphs
-            found["from_eager"] = (videos - eager).abs().max().item()
+            found["from_eager"] = max((v - eager).abs().max().item() for v in videos)
         except Exception as error:  # noqa: BLE001
             found["error"] = first_line(error)
     found["graphs"] = counters["stats"]["unique_graphs"]
@@ -390,16 +408,12 @@ def measure(bench: Bench, peer: Peer, ways: Sequence[str], rounds: int, base: di
         videos = generate(velocity, base["conditions"], begin=velocity.begin)
         if not videos.isfinite().all():
             raise FloatingPointError("the videos hold NaN")  # for which `psnr_of` would say 99 dB
-        plain, seconds, again = [], [], []
-        for _ in range(rounds):  # in turn, so that a noisy machine is noisy for both
-            plain.append(timed(lambda: generate(base["eager"], CONDITIONS, begin=base["eager"].begin)))
-            seconds.append(timed(lambda: again.append(generate(velocity, CONDITIONS, begin=velocity.begin))))
+        of_eager, again = against(base["eager"], velocity, rounds)
     except Exception as error:  # noqa: BLE001
         bench.row(f"{peer.name}, {peer.setting}", float("nan"), "dB", **case, error=first_line(error))
         return bench.rows[-1]
     computed, share = computed_steps(flops), sum(flops) / (STEPS * plain_flops())
     psnr, ssim = psnr_of(videos, base["videos"])
-    of_eager = median(seconds) / median(plain)
     bench.row(
         f"{peer.name}, {peer.setting}",
         mean(psnr),
@@ -417,14 +431,10 @@ def measure(bench: Bench, peer: Peer, ways: Sequence[str], rounds: int, base: di
     )
     row = bench.rows[-1]
     for way in ways:
-        found = compiled(peer, way, first, rounds)
-        if found["seconds"] is not None:
-            found["time_of_eager"] = found["seconds"] / median(plain)
-            found["time_of_compiled"] = found["time_of_eager"] * base["eager_of_compiled"]
-        row["compiled"].append(found)
+        row["compiled"].append(compiled(peer, way, first, rounds, base))
     said = ", ".join(
         f"{f['way']} {f['time_of_compiled']:.2f} ({f['graphs']} graphs, {f['breaks']} breaks, {f['recompiles']} new)"
-        if f["seconds"] is not None
+        if not f["error"]
         else f"{f['way']} failed: {f['error']}"
         for f in row["compiled"]
     )
@@ -440,18 +450,15 @@ def baseline(bench: Bench, videos: int, rounds: int) -> dict[str, Any]:
     conditions = random_conditions(videos, torch.Generator().manual_seed(2025))
     eager = PLAIN.velocity()
     plain = generate(eager, conditions)
-    torch._dynamo.reset()
-    times: dict[str, list[float]] = {way: [] for way in WAYS}
-    runs = {way: PLAIN.velocity(way) for way in WAYS}
-    for run in runs.values():
+    ratios = {}
+    for way in WAYS[1:]:
+        torch._dynamo.reset()
+        run = PLAIN.velocity(way)
         generate(run, CONDITIONS, steps=2)
-    for _ in range(rounds):
-        for way, run in runs.items():
-            times[way].append(timed(lambda: generate(run, CONDITIONS)))
-    seconds = {way: median(each) for way, each in times.items()}
-    ratio = seconds["eager"] / seconds["whole"]
-    bench.row("Wan eager over Wan compiled", ratio, "", None, seconds=seconds)
-    bench.row("regional over whole", seconds["regional"] / seconds["whole"], "", None)
+        ratios[way] = against(eager, run, max(3, rounds))[0]
+    ratio = 1 / ratios["whole"]
+    bench.row("Wan eager over Wan compiled", ratio, "", None)
+    bench.row("regional over whole", ratios["regional"] * ratio, "", None)
     torch._dynamo.reset()
     return {"conditions": conditions, "videos": plain, "eager": eager, "eager_of_compiled": ratio}
 
@@ -463,10 +470,10 @@ def as_table(rows: Sequence[dict[str, Any]]) -> Table:
     for column in ("name", "setting", "computed", "FLOPs", "eager", "whole", "regional", "PSNR", "largest error"):
         table.add_column(column, justify="left" if column in ("name", "setting") else "right", no_wrap=True)
 
-    def time(f: dict[str, Any] | None) -> str:
+    def shown(f: dict[str, Any] | None) -> str:
         if f is None:
             return ""
-        if f.get("seconds", 0) is None:
+        if f.get("error"):
             return "fails"
         return f"{f['time_of_compiled']:.2f} ({f['time_of_eager']:.2f})" + ("!" if f.get("recompiles") else "")
 
@@ -482,9 +489,9 @@ def as_table(rows: Sequence[dict[str, Any]]) -> Table:
             r["setting"],
             str(len(r["computed"])),
             f"{r['flops_share']:.3f}",
-            time(r),
-            time(ways.get("whole")),
-            time(ways.get("regional")),
+            shown(r),
+            shown(ways.get("whole")),
+            shown(ways.get("regional")),
             f"{r['value']:.1f}",
             f"{r['largest_error']:.2f}",
         )
