@@ -60,7 +60,7 @@ return (%3)""",
 
 
 def test_without_a_base_the_output_itself_is_kept():
-    graph, refused = marked(trace(net, X, W).graph, base="none", group="whole")
+    graph, refused = marked(trace(net, X, W).graph, base="zero", group="whole")
     assert not refused and [(g.args[1], len(g.args)) for g in dialect.guards(graph.graph)] == [("whole/output", 2)]
     assert_expected_inline(
         dump(variant(graph, {"whole"})),
@@ -148,8 +148,8 @@ def test_refusals(fn, why):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"base": "latent"}, "base is 'input' or 'none', got 'latent'"),
-        ({"base": None}, "base is 'input' or 'none', got None"),
+        ({"base": "latent"}, "base is 'input' or 'zero', got 'latent'"),
+        ({"base": None}, "base is 'input' or 'zero', got None"),
         ({"base": 1}, "got 1"),
         ({"group": ""}, "group"),
         ({"group": "a/b"}, "group"),
@@ -163,5 +163,5 @@ def test_bad_options(options, message):
 
 
 def test_the_text_reads_back():
-    pipeline = Pipeline((Canonicalise(), MarkOutput("none", "whole")))
+    pipeline = Pipeline((Canonicalise(), MarkOutput("zero", "whole")))
     assert Pipeline.parse(str(pipeline)) == pipeline and str(MarkOutput()) == "mark-output"

@@ -484,7 +484,9 @@ def test_bytes_and_variants_are_known_before_the_run(named, compilations):
     known = graph.cache_bytes(), graph.variants
     for step in range(14):
         assert all(r.isfinite().all() for r in call(step))
-    assert session.store.peak_bytes == known[0] == graph.cache_bytes()
+    # one lane of guidance alone has no other that it could be predicted from
+    alone = sum(v.numel() * v.element_size() for v in graph.pair_values)
+    assert session.store.peak_bytes == known[0] - alone and known[0] == graph.cache_bytes()
     assert graph.variants == known[1] and 1 <= len(compilations) <= known[1]
     assert len(session.store) == 0, "nothing is kept after the last step"
     if named.name != "always":
@@ -537,7 +539,10 @@ def test_a_probe_that_the_model_does_not_have():
     model = TinyDiT(blocks=3)
     scope = (MarkBranches(), MergeSlots(), Probe(at="residual", blocks=8))
     fast = compiled(model, Recipe("far", Threshold(10.0), scope))
-    with pytest.warns(vdcache.VdcacheWarning, match="before the policy can decide"):
+    with pytest.warns(
+        vdcache.VdcacheWarning,
+        match="finds nothing to probe in this graph; every candidate:\n  output:\n  there are 3 denoising blocks, and 8",
+    ):
         assert same(run(fast), run(model))
 
 

@@ -181,3 +181,19 @@ def test_other_recipes(name, recipe):
     skipped = sum(b.flops for b in report.branches if b.name in left)
     # what projects a condition or a modulation for skipped branches alone may go as well; a gate before which is kept stays
     assert report.variants[-1].flops == pytest.approx(report.flops - skipped, abs=0.05 * report.flops)
+
+
+@pytest.mark.parametrize("recipe", ["fbcache-5", "teacache-5", "easycache-50", "pab-cogvideox"])
+@pytest.mark.parametrize("name", ["wan", "hunyuan_video", "flux", "cogvideox", "latte", "sd3", "sana"])
+@torch.no_grad()
+def test_recipes_that_probe(name, recipe):
+    """The graph is split at the probe: computed steps stay bit-exact, reused ones differ, and what is kept was known."""
+    torch._dynamo.reset()
+    model, case = build(name), ZOO[name]
+    compiled = vdcache.compile(model, recipe, num_steps=10, inner="eager", strict=True)
+    for step in range(10):
+        out, want = value(compiled(**case.call(step, 6))), value(model(**case.call(step, 6)))
+        assert torch.equal(out, want) == compiled.vdcache.history[-1].computed
+    (graph,) = compiled.vdcache.graphs
+    assert len(compiled.vdcache.history.computed_steps()) < 10
+    assert compiled.vdcache.store.peak_bytes == graph.cache_bytes()

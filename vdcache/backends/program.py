@@ -207,6 +207,11 @@ class Program:
             return None
         return sum(v.numel() * v.element_size() for v in values)
 
+    @property
+    def pair_values(self) -> tuple[Tensor, ...]:
+        """What a lane that is predicted from another call's keeps, as fake tensors: the step's first call does not keep it."""
+        return tuple(v.detach() for v in self._more)
+
     def _kept_values(self) -> list[Tensor]:
         kept: dict[str, Tensor] = {}
         for plan in self.plans:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable
 from numbers import Real
@@ -9,7 +10,7 @@ from typing import Any
 
 from vdcache.ir.errors import ConfigError
 
-__all__ = ["group_name", "number", "whole_numbers"]
+__all__ = ["group_name", "number", "numbers", "whole", "whole_numbers"]
 
 
 def whole_numbers(values: Any, what: str) -> tuple[int, ...]:
@@ -51,3 +52,31 @@ def group_name(value: Any, what: str) -> None:
     """
     if not isinstance(value, str) or not value or any(c in value for c in "/,{}[]=# "):
         raise ConfigError(f"{what}: a group is a name of letters, digits and dots; got {value!r} as group")
+
+
+def whole(value: Any, what: str, least: int = 0) -> int:
+    """One whole number.
+
+    Raises:
+        ConfigError: anything else, or a number below `least`.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{what} is a whole number of at least {least}; got {value!r}")
+    return value
+
+
+def numbers(values: Any, what: str) -> tuple[float, ...]:
+    """Finite real numbers as a tuple: from a list, an array or a tensor.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise ConfigError(f"{what} is a list of numbers; got {values!r}")
+    found = []
+    for value in values:
+        item = value.item() if hasattr(value, "item") else value
+        if isinstance(item, bool) or not isinstance(item, Real) or not math.isfinite(item):
+            raise ConfigError(f"{what} is a list of numbers; it holds {value!r}")
+        found.append(float(item))
+    return tuple(found)

@@ -78,8 +78,11 @@ def is_effectful(node: fx.Node) -> bool:
         return False
     if node.target in _RANDOM:
         return True
-    if node.target is aten.dropout.default:
+    if node.target in (aten.dropout.default, aten.native_dropout.default):
         return bool(node.args[2]) and bool(node.args[1] != 0)
+    if node.target in ATTENTION:
+        rate = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
+        return bool(rate)
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.is_mutable or "c10d" in node.target.namespace
     return "autocast" in str(node.target)

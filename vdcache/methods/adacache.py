@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from vdcache.ir.checks import whole, whole_numbers
 from vdcache.ir.errors import ConfigError
 from vdcache.passes import MarkBranches, MergeSlots, Observe, Pass
 from vdcache.recipe import Recipe
@@ -56,6 +57,13 @@ def adacache(
     Raises:
         ConfigError: an unknown name, a codebook that does not ascend or has rates below 1.
     """
+    for what, value, least in (("first", first, 1), ("last", last, 0), ("frames", frames, 0), ("layers", layers, 1)):
+        whole(value, f"'{what}' of AdaCache", least)
+    blocks = whole_numbers(blocks, "the observed blocks")
+    if not isinstance(moreg, (bool, MoReg)):
+        raise ConfigError(f"moreg is True, False or a vdcache.MoReg; got {moreg!r}")
+    if not isinstance(codebook, (str, Codebook, Mapping, Sequence)):
+        raise ConfigError(f"codebook is 'fast', 'slow' or (threshold, rate) entries; got {codebook!r}")
     books: tuple[tuple[int, Codebook], ...] = ()
     if isinstance(codebook, str):
         if codebook not in ADACACHE_CODEBOOKS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vdcache.ir.checks import numbers, whole
 from vdcache.ir.errors import ConfigError
 from vdcache.methods.constants import PAB
 from vdcache.passes import MarkBranches, MarkLanes, Pass
@@ -47,7 +48,9 @@ def pab(
             passes.append(MarkBranches(kinds=kinds, group=group, layouts=layouts))
             policies.append(Windowed(n, window, group))
     if mlp is not None:
-        keys, blocks, skip = mlp
+        if not isinstance(mlp, tuple) or len(mlp) != 3:
+            raise ConfigError(f"mlp is (timesteps, first blocks, steps that reuse); got {mlp!r}")
+        keys, blocks, skip = numbers(mlp[0], "the timesteps of mlp"), whole(mlp[1], "the number of blocks of mlp", 1), mlp[2]
         passes.append(MarkBranches(kinds=("mlp",), group="mlp", stop=blocks))
         policies.append(Bursts(tuple(keys), skip, "mlp"))
     if not policies:
@@ -72,6 +75,8 @@ def tgate(gate: int = 10, *, interval: int = 5, warm_up: int = 2, after: int = 1
         after: the same after the gate.
         of_steps: what the numbers were chosen for; scaled to other numbers of steps.
     """
+    whole(gate, "gate, the number of steps before cross-attention is frozen,", 1)
+    whole(of_steps, "of_steps, the number of steps that the constants are for,")
     passes = (
         MarkBranches(kinds=("cross-attention",), group="cross", gate="pre"),
         MarkBranches(kinds=_SELF, group="self", gate="pre"),

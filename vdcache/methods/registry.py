@@ -223,6 +223,10 @@ def recipe(name: str | Recipe | None = None) -> Recipe:
     for named in NAMES:
         if named.models and re.fullmatch(named.pattern.replace("|".join(map(re.escape, named.models)), r"[\w.\-]+"), name):
             raise ConfigError(f"{name!r}: there are no constants for that model; {named.name} is for {', '.join(named.models)}")
+    for named in NAMES:
+        unfinished = {named.name.rpartition("-")[0].replace("MODEL", m) for m in named.models}
+        if named.name.endswith("-D") and name in unfinished:
+            raise ConfigError(f"no recipe is called {name!r}; did you mean {named.name}, as in {name}-{named.example[-1]}?")
     known = list(recipes())
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     raise ConfigError(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vdcache.ir.checks import number
+from vdcache.ir.checks import number, numbers, whole, whole_numbers
 from vdcache.ir.errors import ConfigError
 from vdcache.passes import MarkBranches, MergeSlots
 from vdcache.passes.predictors import Taylor
@@ -35,7 +36,9 @@ def taylorseer(n: int, order: int, *, first: int = 3, name: str = "") -> Recipe:
     Raises:
         ConfigError: n or `first` below 1, an order below 0 or above 4.
     """
-    when = Intervals(warm_up=first - 1, t_max=n, t_min=n)
+    whole(n, "n, the distance of computed steps,", 1)
+    whole(order, "order")
+    when = Intervals(warm_up=whole(first, "first, the number of steps that are computed first,", 1) - 1, t_max=n, t_min=n)
     passes = (MarkBranches(gate="pre"),)
     return Recipe(name or f"taylorseer-{n}-{order}", Scheduled(when), passes, "arXiv 2503.06923", predictor=Taylor(order))
 
@@ -80,8 +83,14 @@ def smoothcache(schedule: Mapping[str, Sequence[int]] | str | Path, *, name: str
     Raises:
         ConfigError: no such schedule, lists of unequal length, a first step that is not computed.
     """
-    data = _json(schedule) if isinstance(schedule, (str, Path)) else dict(schedule)
-    lists = {_SAME.get(k, k): v for k, v in data.items()}
+    data = _json(schedule) if isinstance(schedule, (str, Path)) else schedule
+    if not isinstance(data, Mapping):
+        raise ConfigError(
+            f"a schedule is a list of 0 and 1 for each type of branch, or the path of such a JSON file; got {data!r}"
+        )
+    lists = {_SAME.get(k, k): whole_numbers(v, f"the schedule of {k}") for k, v in data.items()}
+    if len(lists) < len(data):
+        raise ConfigError(f"a schedule has one list for each type of branch; {', '.join(data)} name one type twice")
     if not lists or any(k not in _TYPES for k in lists):
         raise ConfigError(f"a schedule has a list for each of {', '.join(_TYPES)}; got {', '.join(map(str, data)) or 'none'}")
     if any(set(v) - {0, 1} or not len(v) or v[0] != 1 for v in lists.values()):
@@ -104,8 +113,12 @@ def l2c(scores: Any, threshold: float = 0.1, *, name: str = "l2c") -> Recipe:
     Raises:
         ConfigError: no such table, or an odd number of steps or layers.
     """
-    table = _router(scores) if isinstance(scores, (str, Path)) else [[float(s) for s in row] for row in scores]
-    number(threshold, "threshold is a number")
+    if not isinstance(scores, (str, Path, Iterable)):
+        raise ConfigError(f"scores is a table [steps, 2 · blocks], or the path of a released router; got {scores!r}")
+    rows_in = _router(scores) if isinstance(scores, (str, Path)) else scores
+    table = [numbers(row, "a row of the table of scores") for row in rows_in]
+    if math.isnan(number(threshold, "threshold is a number")):
+        raise ConfigError("threshold is a number; got nan")
     if len(table) < 2 or len(table) % 2 or len({len(row) for row in table}) != 1 or not len(table[0]) or len(table[0]) % 2:
         raise ConfigError("a table of scores has an even number of steps, and two columns for each block: attention and MLP")
     layers = [f"b{i // 2}.{'mlp' if i % 2 else 'attention'}" for i in range(len(table[0]))]
@@ -129,7 +142,10 @@ def _router(path: str | Path) -> list[list[float]]:
     state = loaded.get("routers", loaded) if isinstance(loaded, dict) else None
     if not isinstance(state, dict) or not all(str(k).endswith(".prob") for k in state):
         raise ConfigError(f"{path}: a router holds a tensor 'j.prob' for every step j")
-    rows = {int(str(k).split(".")[0]): v for k, v in state.items()}
+    try:
+        rows = {int(str(k).split(".")[0]): v for k, v in state.items()}
+    except ValueError as error:
+        raise ConfigError(f"{path}: a router holds a tensor 'j.prob' for every step j, counted from 0") from error
     return [torch.sigmoid(rows[j].float()).flatten().tolist() for j in sorted(rows)]
 
 
@@ -154,5 +170,5 @@ def magcache(
         ratios: of every step, from `vdcache.magnitudes(model, run)` or `MAGCACHE_RATIOS`.
         threshold, in_a_row, retention: `MagCache`.
     """
-    policy = MagCache(tuple(ratios), threshold, in_a_row, retention)
+    policy = MagCache(numbers(ratios, "the ratios of magnitudes"), threshold, in_a_row, retention)
     return Recipe(name, policy, (MarkBranches(), MergeSlots()), "arXiv 2506.09045")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+from vdcache.ir.checks import numbers, whole, whole_numbers
 from vdcache.ir.errors import ConfigError
 from vdcache.methods.constants import TEACACHE_COEFFICIENTS
 from vdcache.passes import MarkBranches, MarkOutput, MergeSlots, Observe, Probe
@@ -52,16 +53,17 @@ def dbcache(
     Raises:
         ConfigError: no front block, a negative number.
     """
-    if isinstance(front, bool) or not isinstance(front, int) or front < 1:
-        raise ConfigError(f"DBCache looks at what its front blocks add, so there is at least one; got front={front!r}")
-    if isinstance(back, bool) or not isinstance(back, int) or back < 0:
-        raise ConfigError(f"back is a number of blocks, at least 0; got {back!r}")
+    whole(front, "front, the number of blocks that DBCache looks at,", 1)
+    whole(back, "back, the number of blocks at the end that always run,")
+    whole(warm_up, "warm_up, the number of steps that are computed first,")
+    if not isinstance(predictor, Predictor):
+        raise ConfigError(f"predictor is a vdcache.Predictor such as vdcache.Taylor(1); got {predictor!r}")
     passes = (
         MarkBranches(start=front, stop=-back if back else None),
         MergeSlots(),
         Probe(at="residual", blocks=front),
     )
-    mask = tuple(mask)
+    mask = whole_numbers([int(m) if isinstance(m, bool) else m for m in mask] if isinstance(mask, Iterable) else mask, "mask")
     if mask:  # the leading ones of a mask are all the warm-up there is
         warm_up = min(warm_up, next((i for i, m in enumerate(mask) if m != 1), len(mask)))
     bounds = Bounds(first=max(1, warm_up), last=0, in_a_row=in_a_row, in_all=in_all, mask=mask)
@@ -97,6 +99,7 @@ def teacache(
         if coefficients not in TEACACHE_COEFFICIENTS:
             raise ConfigError(f"TeaCache published coefficients for {', '.join(TEACACHE_COEFFICIENTS)}; got {coefficients!r}")
         coefficients = TEACACHE_COEFFICIENTS[coefficients]
+    coefficients = numbers(coefficients, "the coefficients of the polynomial")
     if model.endswith("-ret"):
         first, last = max(first, 5), 0
     if not at:

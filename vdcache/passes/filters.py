@@ -31,8 +31,13 @@ def filtered(graph: fx.GraphModule, value: fx.Node, name: str, *, made_by: str) 
     if tensor_of(clock) is None:
         return NoMatch(clock.name, "the timestep is no tensor")
     shape = tuple(tensor.shape)
-    if tensor.ndim in (4, 5):
-        axes: tuple[int, ...] = tuple(range(2, tensor.ndim))
+    if tensor.ndim == 4:
+        axes: tuple[int, ...] = (2, 3)
+    elif tensor.ndim == 5:
+        # channels stand before the frames or after them; the grid says which dimension counts frames
+        frames = found.grid.frames if found.grid is not None else 0
+        after = frames > 1 and shape[1] % frames == 0 and shape[2] % frames != 0
+        axes = (1, 3, 4) if after else (2, 3, 4)
     elif tensor.ndim == 3 and found.grid is not None and found.grid.tokens == shape[1]:
         shape = (shape[0], found.grid.frames, found.grid.height, found.grid.width, shape[2])
         axes = (1, 2, 3)

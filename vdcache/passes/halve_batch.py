@@ -16,7 +16,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx
 
-from vdcache.ir.edit import call, live_nodes
+from vdcache.ir.edit import call, fake_values, live_nodes
 from vdcache.ir.errors import CaptureError
 from vdcache.ir.ops import is_effectful, tensor_of
 
@@ -30,6 +30,7 @@ _SIZED = {  # operations that are told the size of their result: where that argu
     aten.expand.default: 1,
 }
 _UNFLATTEN = aten.unflatten.int
+_REPEATS = {getattr(aten.repeat_interleave, overload) for overload in aten.repeat_interleave.overloads()}
 
 
 def halve(
@@ -88,6 +89,8 @@ def _half(g: fx.Graph, node: fx.Node, new: dict[fx.Node, fx.Node], batch: int, l
     if node.target in _SIZED and node.args[0] in new:
         place = _SIZED[node.target]
         args[place] = _half_sizes(node, node.args[0], new[node.args[0]])  # type: ignore[arg-type, index]
+    elif node.target in _REPEATS and isinstance(kwargs.get("output_size"), int):
+        kwargs["output_size"] //= 2
     elif node.target is _UNFLATTEN and node.args[0] in new:
         raise CaptureError(f"'{node.name}' ({node.target}) hides where the batch lies")
 
@@ -109,12 +112,10 @@ def _half(g: fx.Graph, node: fx.Node, new: dict[fx.Node, fx.Node], batch: int, l
 def _halved_everywhere(target: Any, args: Any, kwargs: Any, whole: Any) -> Any:
     """The result on half of the batch; None where that fails, or where a tensor of it is not half of what it was in one dimension."""
 
-    def value(x: Any) -> Any:
-        return x.meta["val"] if isinstance(x, fx.Node) else x
-
     try:
         with torch.no_grad():
-            result = target(*pytree.tree_map(value, tuple(args)), **pytree.tree_map(value, kwargs))
+            given, named = fake_values(tuple(args), kwargs)
+            result = target(*given, **named)
     except (RuntimeError, ValueError, IndexError, TypeError):
         return None
     mine = [t for t in pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]

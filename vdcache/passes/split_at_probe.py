@@ -88,6 +88,8 @@ class SplitAtProbe(Pass):
         if not marks:
             return PassResult(graph, 0)
         first = live_nodes([m.args[0] for m in marks])
+        # an operation of several results is computed where one of them is
+        first |= {u for n in first if tensor_of(n) is None for u in n.users if u.target is operator.getitem}
         if wrong := next((n for n in first if is_effectful(n)), None):
             raise CaptureError(
                 f"the policy needs a value that '{wrong.name}' ({wrong.target}) is part of, and that operation cannot be moved before the rest"

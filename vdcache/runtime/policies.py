@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
+from vdcache.ir.checks import number
 from vdcache.ir.errors import ConfigError
 from vdcache.runtime.measures import Measured
 from vdcache.runtime.plan import RECOMPUTE, Plan
@@ -116,7 +117,7 @@ class Codebook:
         thresholds = [t for t, _ in self.entries]
         if any(not a < b for a, b in itertools.pairwise(thresholds)):
             raise ConfigError(f"the thresholds of a codebook ascend; got {thresholds}")
-        if wrong := [r for _, r in self.entries if r < 1 or r != int(r)]:
+        if wrong := [r for _, r in self.entries if isinstance(r, bool) or not isinstance(r, int) or r < 1]:
             raise ConfigError(f"the rates of a codebook are whole steps of at least 1; got {wrong[0]}")
 
     @staticmethod
@@ -124,7 +125,11 @@ class Codebook:
         if isinstance(entries, Codebook):
             return entries
         pairs = entries.items() if isinstance(entries, Mapping) else entries
-        return Codebook(tuple((float(t), int(r)) for t, r in pairs))
+        try:
+            found = [(t, r) for t, r in pairs]
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"a codebook is made of (threshold, rate) entries; got {entries!r}") from error
+        return Codebook(tuple((number(t, "a threshold is a number"), r) for t, r in found))
 
     def rate(self, change: float) -> int:
         """Steps until the next computed one; 1 for a change that is not a finite number."""
