@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -11,32 +12,26 @@ import torch.utils._pytree as pytree
 from torch import fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["add_input", "call", "copy_graph", "fake_values", "inline", "inputs", "live_nodes", "outputs", "set_outputs"]
+__all__ = ["add_input", "call", "copy_graph", "evaluate", "inline", "inputs", "live_nodes", "outputs", "set_outputs"]
 
 
 def call(graph: fx.Graph, target: Any, *args: Any, made_by: str, **kwargs: Any) -> fx.Node:
     """Add `target(*args, **kwargs)` at the graph's insertion point, with its fake value."""
 
-    with torch.no_grad():
-        given, named = fake_values(args, kwargs)
-        result = target(*given, **named)
+    result = evaluate(target, args, kwargs)
     node = graph.call_function(target, args, kwargs)
     node.meta = {"val": result, "vdcache": made_by}
     return node
 
 
-def fake_values(args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """The fake values of the nodes in `args` and `kwargs`; constants of the graph, which are real tensors, become fake beside them."""
-    values = pytree.tree_map(lambda x: x.meta["val"] if isinstance(x, fx.Node) else x, (args, kwargs))
-    tensors = [x for x in pytree.tree_leaves(values) if isinstance(x, torch.Tensor)]
-    mode = next((x.fake_mode for x in tensors if hasattr(x, "fake_mode")), None)
-    if mode is None:
-        return values
-
-    def fake(x: Any) -> Any:
-        return mode.from_tensor(x) if isinstance(x, torch.Tensor) and not hasattr(x, "fake_mode") else x
-
-    return pytree.tree_map(fake, values)
+def evaluate(target: Any, args: Any, kwargs: Any) -> Any:
+    """What `target` gives for the fake values of the nodes among its arguments."""
+    given, named = pytree.tree_map(lambda x: x.meta["val"] if isinstance(x, fx.Node) else x, (args, kwargs))
+    tensors = [x for x in pytree.tree_leaves((given, named)) if isinstance(x, torch.Tensor)]
+    # constants that an operation makes on its way must be fake as well
+    mode = next((x.fake_mode for x in tensors if hasattr(x, "fake_mode")), contextlib.nullcontext())
+    with torch.no_grad(), mode:
+        return target(*given, **named)
 
 
 def inline(graph: fx.Graph, fn: Callable[..., Any], args: Any, made_by: str) -> Any:

@@ -16,7 +16,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx
 
-from vdcache.ir.edit import call, fake_values, live_nodes
+from vdcache.ir.edit import call, evaluate, live_nodes
 from vdcache.ir.errors import CaptureError
 from vdcache.ir.ops import is_effectful, tensor_of
 
@@ -113,9 +113,7 @@ def _halved_everywhere(target: Any, args: Any, kwargs: Any, whole: Any) -> Any:
     """The result on half of the batch; None where that fails, or where a tensor of it is not half of what it was in one dimension."""
 
     try:
-        with torch.no_grad():
-            given, named = fake_values(tuple(args), kwargs)
-            result = target(*given, **named)
+        result = evaluate(target, tuple(args), kwargs)
     except (RuntimeError, ValueError, IndexError, TypeError):
         return None
     mine = [t for t in pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
