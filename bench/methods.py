@@ -454,8 +454,8 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
             if row:
                 axis.set_xlabel("speed over plain torch.compile, 30 steps")
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncol=7, fontsize=8, frameon=False)
-    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    figure.legend(handles, labels, loc="lower center", ncol=7 if len(solvers) > 1 else 4, fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0.09, 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
