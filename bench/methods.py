@@ -1,12 +1,15 @@
 """Every published cache method on one trained model: what does each give, and when are fewer steps worth more?
 
-Every method at up to four settings, under Euler, a second-order multistep solver and UniPC: steps and FLOPs computed, time over plain torch.compile, PSNR and SSIM to the
-same solver's 30 steps, PSNR to the converged video, whether the videos still do as told, bytes kept. The rival of each row is plain sampling under the same solver with as
-many steps as fit into the row's time; differences are paired over videos, with 95 % intervals. Beside them, in the same run, what a user would take instead (`bench.peers`), compiled.
+Every method at up to four settings, under Euler, a second-order multistep solver and UniPC: steps and FLOPs computed, time over
+plain torch.compile, PSNR and SSIM to the same solver's 30 steps, PSNR to the converged video, whether the videos still do as
+told, bytes kept. The rival of each row is plain sampling under the same solver with as many steps as fit into the row's time;
+differences are paired over videos, with 95 % intervals. Beside them, in the same run, what a user would take instead
+(`bench.peers`), compiled.
 
 First of all, for each method that a peer also has: are the same steps computed at the same thresholds?
 
-FLOPs are those of the graphs that ran. Settings of one method share their compiled graphs: only the policy is exchanged, as it may be.
+FLOPs are those of the graphs that ran. Settings of one method share their compiled graphs: only the policy is exchanged, as it
+may be.
 """
 
 from __future__ import annotations

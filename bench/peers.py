@@ -1,22 +1,25 @@
 """What would a user take instead of vdcache, how much does it leave out, how fast is it, and how far from the plain video?
 
-The shipped weights in diffusers' WanTransformer3DModel, which is the demo's network, with every cache that diffusers' hooks and cache-dit
-have for it, from gentle to aggressive. Nothing is believed that a tool says of itself: FLOPs of every step are counted where ATen runs
-them, in an eager generation of its own; the timed ones are not watched. A computed step is one with all FLOPs of the plain model.
+The shipped weights in diffusers' WanTransformer3DModel, which is the demo's network, with every cache that diffusers' hooks and
+cache-dit have for it, from gentle to aggressive. Nothing is believed that a tool says of itself: FLOPs of every step are
+counted where ATen runs them, in an eager generation of its own; the timed ones are not watched. A computed step is one with all
+FLOPs of the plain model.
 
 What each was given, and what it would not do by itself here:
 
 - The demo puts the conditional and the unconditional half into one batch, so there is one cache context, and cache-dit is told
   `enable_separate_cfg=False`. FasterCache reads the unconditional half first; the halves are swapped for it.
-- SeaCache knows Wan only where as many channels come in as go out; the demo feeds in positions besides, so it is given a callback that
-  returns the noised video.
+- SeaCache knows Wan only where as many channels come in as go out; the demo feeds in positions besides, so it is given a
+  callback that returns the noised video.
 - MagCache gets the ratios that its own calibration prints, on four other conditions.
-- TaylorSeer's default patterns are meant to match attention in full and do not match `attn1`: that row is kept, it skips nothing. It
-  works with patterns for whole blocks, or for the branches of a block; or in lite mode, which predicts the velocity.
+- TaylorSeer's default patterns are meant to match attention in full and do not match `attn1`: that row is kept, it skips
+  nothing. It works with patterns for whole blocks, or for the branches of a block; or in lite mode, which predicts the
+  velocity.
 - Every tool is told that a generation begins (`reset` of diffusers, `refresh_context` of cache-dit).
 
-Compiled means `torch.compile(model)` and, apart from it, `model.compile_repeated_blocks()`, both with the cache applied first, default
-settings, after two warm-up generations, in a fresh Dynamo. What fails is a row as well. New graphs in a third generation are recompiles.
+Compiled means `torch.compile(model)` and, apart from it, `model.compile_repeated_blocks()`, both with the cache applied first,
+default settings, after two warm-up generations, in a fresh Dynamo. What fails is a row as well. New graphs in a third
+generation are recompiles.
 """
 
 from __future__ import annotations

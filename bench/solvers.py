@@ -1,18 +1,19 @@
 """How far is a plain sampler with few steps from the converged video, and which solver gets closest?
 
-The shipped model sampled by Euler (the demo's), DPM-Solver++ 2M and UniPC, all on Euler's uniform grid of sigmas from 1 to 0. Each is
-compared with the converged solution of the same noise: `converged` takes 200 steps of UniPC.
+The shipped model sampled by Euler (the demo's), DPM-Solver++ 2M and UniPC, all on Euler's uniform grid of sigmas from 1 to 0.
+Each is compared with the converged solution of the same noise: `converged` takes 200 steps of UniPC.
 
 What the two schedulers of diffusers do with a flow model, seen in their code (0.42) and checked by `agreement`:
 
-- Both round the timesteps that they hand out to whole numbers, and the grid of DPM-Solver++ starts at 0.999. So the network is asked at
-  1000 · sigma here, as in the demo, and DPM-Solver++ gets Euler's grid by assignment, since its `set_timesteps` takes no sigmas. Only
-  its first sigma stays 0.999.
-- At sigma = 1 there is no signal, alpha = 0 and lambda = log(alpha / sigma) = −∞. DPM-Solver++ bears even that, since it reads only
-  exp(−h) = 0 and 1 / r0 = 0 from it; but its second step then falls back to first order, and with few steps 0.999 is better by half a
-  decibel. UniPC would divide by it and moves the first sigma to 1 − 1e-6 by itself: lambda is −14, and the second step hardly looks back.
-- The last sigma must be 0 (`final_sigmas_type="zero"`): lambda is +∞ there, and the last step of both is of first order, which lands on
-  the predicted clean video, as Euler's does. UniPC with `solver_type="bh1"` gives NaN there; "bh2" is the default.
+- Both round the timesteps that they hand out to whole numbers, and the grid of DPM-Solver++ starts at 0.999. So the network is
+  asked at 1000 · sigma here, as in the demo, and DPM-Solver++ gets Euler's grid by assignment, since its `set_timesteps` takes
+  no sigmas. Only its first sigma stays 0.999.
+- At sigma = 1 there is no signal, alpha = 0 and lambda = log(alpha / sigma) = −∞. DPM-Solver++ bears even that, since it reads
+  only exp(−h) = 0 and 1 / r0 = 0 from it; but its second step then falls back to first order, and with few steps 0.999 is
+  better by half a decibel. UniPC would divide by it and moves the first sigma to 1 − 1e-6 by itself: lambda is −14, and the
+  second step hardly looks back.
+- The last sigma must be 0 (`final_sigmas_type="zero"`): lambda is +∞ there, and the last step of both is of first order, which
+  lands on the predicted clean video, as Euler's does. UniPC with `solver_type="bh1"` gives NaN there; "bh2" is the default.
 """
 
 from __future__ import annotations
@@ -123,7 +124,8 @@ def generate(
 def in_two_lanes(
     velocity: Callable[..., Tensor], lane: Callable[[str], AbstractContextManager[Any] | None] = lambda name: None
 ) -> Callable[..., Tensor]:
-    """The model called twice a step, with the conditional and then the unconditional half, as pipelines without batched guidance do.
+    """The model called twice a step, with the conditional and then the unconditional half, as pipelines without batched
+    guidance do.
 
     Args:
         lane: told "cond" or "uncond" before each call; a context manager that it returns goes around the call.

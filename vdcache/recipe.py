@@ -60,8 +60,9 @@ class Recipe:
     def for_steps(self, num_steps: int, said: Callable[[str], None] = lambda message: None) -> Recipe:
         """This recipe for a generation of `num_steps`.
 
-        A schedule that was made for another number of steps is scaled in proportion. A codebook of the nearest published number of steps has its rates scaled in proportion (at least 1) and its thresholds
-        kept; `said` gets a warning then, because the thresholds were chosen for other steps.
+        A schedule that was made for another number of steps is scaled in proportion. A codebook of the nearest published number
+        of steps has its rates scaled in proportion (at least 1) and its thresholds kept; `said` gets a warning then, because
+        the thresholds were chosen for other steps.
         """
         if isinstance(self.policy, Together) and self.books:  # layers with schedules of their own
             each = [

@@ -96,8 +96,8 @@ class Part:
 class Program:
     """A graph that chooses its variant at every call.
 
-    Where the recipe probes, the graph is split: the head runs first, the policy decides, and a variant of the tail follows. Holds no state of any model:
-    Dynamo runs one program for all instances of a class, so the session is looked up each time.
+    Where the recipe probes, the graph is split: the head runs first, the policy decides, and a variant of the tail follows.
+    Holds no state of any model: Dynamo runs one program for all instances of a class, so the session is looked up each time.
 
     Args:
         captured: the graph as it came in.

@@ -48,8 +48,8 @@ def observe(value: Tensor, slot: str, distance: str, strides: tuple[int, ...] = 
     added up before anything is divided.
 
     Args:
-        slot: "group/name"; its previous value is kept in the store under this name. It is measured in the steps that compute the
-            group.
+        slot: "group/name"; its previous value is kept in the store under this name. It is measured in the steps that compute
+            the group.
         distance: one of `DISTANCES`.
         strides: frame distances of the motion score (AdaCache equation 7); none when no motion is asked for.
         frames: latent frames; `value` is then [B, frames * S, C] with frames outermost, or has `frames` as dimension 1.
@@ -69,7 +69,8 @@ def emit(value: Tensor, name: str) -> Tensor:
 def probe(value: Tensor, name: str, distance: str, since: str) -> Tensor:
     """The value `value`, whose change the policy must know before it can choose the plan of this very step.
 
-    The graph is split where it stands (`split-at-probe`): what it needs runs first, the plan is chosen, and a variant of the rest runs.
+    The graph is split where it stands (`split-at-probe`): what it needs runs first, the plan is chosen, and a variant of the
+    rest runs.
 
     Args:
         name: "group/name"; its previous value is kept in the store under this name.

@@ -51,8 +51,8 @@ def adacache(
         blocks: blocks in which it is observed, counted from 0; empty for the middle one. Several are averaged.
         first, last: steps that are always computed at either end.
         frames: latent frames for the motion score; 0 reads them off the graph.
-        layers: schedules of their own for so many groups of layers (1 to 4), each observed in its middle; the paper's ablation found them unstable. Every group
-            doubles the variants.
+        layers: schedules of their own for so many groups of layers (1 to 4), each observed in its middle; the paper's ablation
+            found them unstable. Every group doubles the variants.
 
     Raises:
         ConfigError: an unknown name, a codebook that does not ascend or has rates below 1.

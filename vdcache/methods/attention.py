@@ -27,10 +27,12 @@ def pab(
     mlp: tuple[tuple[float, ...], int, int] | None = None,
     name: str = "pab",
 ) -> Recipe:
-    """Pyramid Attention Broadcast (arXiv 2408.12588): each kind of attention is computed every so many steps within a window of timesteps.
+    """Pyramid Attention Broadcast (arXiv 2408.12588): each kind of attention is computed every so many steps within a window of
+    timesteps.
 
     Args:
-        spatial, temporal, cross: distance of computed steps; 0 or 1 to compute always. Attention over all tokens counts as spatial.
+        spatial, temporal, cross: distance of computed steps; 0 or 1 to compute always. Attention over all tokens counts as
+        spatial.
         window: (low, high) in timesteps from 1000 to 0.
         mlp: (timesteps, first blocks, steps that reuse after each of them), or None.
 
@@ -67,7 +69,8 @@ def pab_of(model: str) -> Recipe:
 def tgate(gate: int = 10, *, interval: int = 5, warm_up: int = 2, after: int = 1, of_steps: int = 25, name: str = "") -> Recipe:
     """T-GATE (arXiv 2404.02747): cross-attention is frozen from the gate on, self-attention is computed now and then before it.
 
-    Both lanes of guidance stay in use after the gate, where the reference code goes on with one unguided lane: that is the caller's to choose.
+    Both lanes of guidance stay in use after the gate, where the reference code goes on with one unguided lane: that is the
+        caller's to choose.
 
     Args:
         gate: computed steps of cross-attention.
@@ -90,8 +93,9 @@ def tgate(gate: int = 10, *, interval: int = 5, warm_up: int = 2, after: int = 1
     return Recipe(name or f"t-gate-{gate}", policy, passes, "arXiv 2404.02747")
 
 
-# The scripts of Vchitect/FasterCache, by steps counted from 0 in runs of so many: the grid of attention and (weight, start, ramp) of its extrapolation; the grid of the lane, the weights
-# of its low and high frequencies, and which half of the batch is the unconditional one.
+# The scripts of Vchitect/FasterCache, by steps counted from 0 in runs of so many: the grid of attention and (weight, start,
+# ramp) of its extrapolation; the grid of the lane, the weights of its low and high frequencies, and which half of the batch is
+# the unconditional one.
 FASTERCACHE = {
     "open-sora": (
         (Grid(2, first=7, of_steps=30), Extrapolated(0.9, 6, 20)),
@@ -109,8 +113,8 @@ FASTERCACHE = {
 
 
 def fastercache(model: str = "open-sora", *, predicted: str = "", lanes: str = "auto", name: str = "") -> Recipe:
-    """FasterCache (arXiv 2410.19355): self-attention is extrapolated from its last two computed values, and its current gate applied; the unconditional lane of guidance is
-    predicted from the conditional one.
+    """FasterCache (arXiv 2410.19355): self-attention is extrapolated from its last two computed values, and its current gate
+    applied; the unconditional lane of guidance is predicted from the conditional one.
 
     Args:
         model: whose constants: open-sora, latte, cogvideox.

@@ -1,4 +1,6 @@
-"""Constants as published, by the model that they were fitted on: data, not code. A name here decides nothing; a person picks it."""
+"""Constants as published, by the model that they were fitted on: data, not code. A name here decides nothing; a person picks
+it.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +34,9 @@ TEACACHE_COEFFICIENTS: Mapping[str, tuple[float, ...]] = {
     "open-sora": (217.546007, -118.329252, 26.8662585, -0.0459364272, 0.048442624),
     "open-sora-plan": (205943.668, -14875.9286, 306.085986, 1.3141808, 0.00239658469),
 }
-# Pyramid Attention Broadcast (VideoSys): distance of computed steps of spatial, temporal and cross-attention (0: always computed), the window, and for MLPs the
-# timesteps, how many blocks from the first (spatial and temporal blocks counted one by one), and how many steps reuse.
+# Pyramid Attention Broadcast (VideoSys): distance of computed steps of spatial, temporal and cross-attention (0: always
+# computed), the window, and for MLPs the timesteps, how many blocks from the first (spatial and temporal blocks counted one by
+# one), and how many steps reuse.
 PAB: Mapping[str, tuple[tuple[int, int, int], tuple[int, int], tuple[tuple[int, ...], int, int] | None]] = {
     "open-sora": ((2, 4, 6), (450, 930), ((864, 788, 676), 10, 2)),
     "latte": ((2, 3, 6), (100, 800), ((720, 640, 560, 480, 400), 10, 2)),
@@ -42,7 +45,8 @@ PAB: Mapping[str, tuple[tuple[int, int, int], tuple[int, int], tuple[tuple[int, 
     "cogvideox": ((2, 0, 0), (100, 850), None),
     "vchitect": ((2, 4, 6), (100, 800), None),
 }
-# Ratios of magnitudes as published with the code (Zehong-Ma/MagCache): of the conditional lane, for 50 steps (40 for image-to-video, 28 for FLUX).
+# Ratios of magnitudes as published with the code (Zehong-Ma/MagCache): of the conditional lane, for 50 steps (40 for
+# image-to-video, 28 for FLUX).
 MAGCACHE_RATIOS: Mapping[str, tuple[float, ...]] = {
     "wan2.1-t2v-14b": (
         1.0, 1.02504, 1.00025, 0.9985, 0.99779, 0.9966, 0.99482, 0.99467, 0.99664, 0.99434, 0.99533, 0.99468, 0.99438,

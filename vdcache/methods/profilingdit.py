@@ -14,9 +14,9 @@ from vdcache.runtime.steps import Intervals, Listed
 
 __all__ = ["PROFILINGDIT_LISTS", "profilingdit", "profilingdit_hunyuanvideo", "profilingdit_wan"]
 
-# The published lists (the code of arXiv 2504.03140: hyvideo/ditcache.py, wan/cache.py), as literal constants there. Steps count from 0
-# in runs of 50. The list of HunyuanVideo's computed steps is no instance of the paper's equation 15: of its 8 steps at most 5 are met by constants that
-# give as many.
+# The published lists (the code of arXiv 2504.03140: hyvideo/ditcache.py, wan/cache.py), as literal constants there. Steps count
+# from 0 in runs of 50. The list of HunyuanVideo's computed steps is no instance of the paper's equation 15: of its 8 steps at
+# most 5 are met by constants that give as many.
 PROFILINGDIT_LISTS: Mapping[str, tuple[int, ...]] = {
     "hunyuanvideo single": (0, 2, *range(4, 8), *range(10, 22), 23, 25, 26, 27, 31, 33),
     "hunyuanvideo double": tuple(range(6, 20)),
@@ -44,16 +44,16 @@ def profilingdit(
             that attend over video tokens.
         foreground: the other blocks; needed where they are reused.
         when: the computed steps: `Intervals` (equation 15), `Listed` or a list of steps. Without, intervals from 12 down to 2
-            after a warm-up of 6, for 50 steps, scaled to other numbers of steps: the paper gives no constants, these are the first and
-            the last gap of its published list.
+            after a warm-up of 6, for 50 steps, scaled to other numbers of steps: the paper gives no constants, these are the
+            first and the last gap of its published list.
         reuse: which blocks are reused between computed steps: "background", "foreground", or both in turn, "split" (foreground
             in the first half, background in the second) or "alternate" (ablations of the paper's table 3).
         span: "run" keeps one delta for a run of consecutive blocks, "block" one for each block.
         of: the "single" or "double" blocks of an MMDiT alone, counted from 0 among these; empty for both.
 
     Raises:
-        ConfigError: an empty list, a block that is in both, an unknown word. A block that the model does not have is refused when
-            the model is compiled.
+        ConfigError: an empty list, a block that is in both, an unknown word. A block that the model does not have is refused
+            when the model is compiled.
     """
     if isinstance(background, SupportsBlocks):
         if len(foreground):

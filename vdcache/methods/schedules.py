@@ -19,7 +19,8 @@ __all__ = ["delta_dit", "fora", "l2c", "magcache", "smoothcache", "taylorseer"]
 
 
 def fora(n: int, *, name: str = "") -> Recipe:
-    """FORA (arXiv 2407.01425): the first step and every n-th, counted from the last one; the kept values meet the gates of each step.
+    """FORA (arXiv 2407.01425): the first step and every n-th, counted from the last one; the kept values meet the gates of each
+    step.
 
     Raises:
         ConfigError: n below 1.
@@ -28,7 +29,8 @@ def fora(n: int, *, name: str = "") -> Recipe:
 
 
 def taylorseer(n: int, order: int, *, first: int = 3, name: str = "") -> Recipe:
-    """TaylorSeer (arXiv 2503.06923): compute `first` steps and then every n-th, and expand what branches add in a Taylor series in between.
+    """TaylorSeer (arXiv 2503.06923): compute `first` steps and then every n-th, and expand what branches add in a Taylor series
+    in between.
 
     Args:
         first: the code's first_enhance: 3 for FLUX, 1 for HunyuanVideo and Wan, 2 for DiT.
@@ -44,7 +46,8 @@ def taylorseer(n: int, order: int, *, first: int = 3, name: str = "") -> Recipe:
 
 
 def delta_dit(n: int, *, blocks: int | float = 0.5, switch: float = 0.5, name: str = "") -> Recipe:
-    """Δ-DiT (arXiv 2406.01125): compute every n-th step; in between leave out the rear blocks early in the run, the front blocks late.
+    """Δ-DiT (arXiv 2406.01125): compute every n-th step; in between leave out the rear blocks early in the run, the front
+    blocks late.
 
     The constants of the paper could not be read, and no code is public: the defaults are ours.
 
@@ -77,8 +80,9 @@ def smoothcache(schedule: Mapping[str, Sequence[int]] | str | Path, *, name: str
     """SmoothCache (arXiv 2411.10510): a fixed list of computed steps for each type of branch, from a calibration.
 
     Args:
-        schedule: {"attn": [1, 0, …], "cross": […], "mlp": […]}, 1 for computed, an entry for every step; or the path of such a JSON file. The names that
-            the published files have for them (attn1, attn2, ff) are understood. `vdcache.step_errors(model, run).schedule(alpha)` makes one.
+        schedule: {"attn": [1, 0, …], "cross": […], "mlp": […]}, 1 for computed, an entry for every step; or the path of such a
+            JSON file. The names that the published files have for them (attn1, attn2, ff) are understood.
+            `vdcache.step_errors(model, run).schedule(alpha)` makes one.
 
     Raises:
         ConfigError: no such schedule, lists of unequal length, a first step that is not computed.
@@ -106,8 +110,9 @@ def l2c(scores: Any, threshold: float = 0.1, *, name: str = "l2c") -> Recipe:
     """Learning-to-cache (arXiv 2406.01733): a trained table says which layers every second step may reuse.
 
     Args:
-        scores: how much each layer matters at each step, [steps, 2 · blocks], attention and MLP of block 0, of block 1 …, rows from the last step to the first as
-            the released routers count them; or the path of a released router (its parameters are put through a sigmoid), of which nothing but tensors is loaded.
+        scores: how much each layer matters at each step, [steps, 2 · blocks], attention and MLP of block 0, of block 1 …, rows
+            from the last step to the first as the released routers count them; or the path of a released router (its parameters
+            are put through a sigmoid), of which nothing but tensors is loaded.
         threshold: layers that score higher are computed.
 
     Raises:

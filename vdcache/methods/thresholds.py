@@ -16,7 +16,8 @@ __all__ = ["dbcache", "easycache", "fbcache", "seacache", "teacache"]
 
 
 def fbcache(threshold: float = 0.08, *, name: str = "") -> Recipe:
-    """First-block cache (diffusers' FirstBlockCache; ParaAttention): the first block runs, and the others only where what it adds has changed.
+    """First-block cache (diffusers' FirstBlockCache; ParaAttention): the first block runs, and the others only where what it
+    adds has changed.
 
     Args:
         threshold: ‖R now − R at the last computed step‖₁ / ‖R then‖₁ below which they are reused.
@@ -39,15 +40,16 @@ def dbcache(
     predictor: Predictor = LAST,
     name: str = "",
 ) -> Recipe:
-    """DBCache (cache-dit): the first `front` and the last `back` blocks run at every step, those between where the probe says so.
+    """DBCache (cache-dit): the first `front` and the last `back` blocks run at every step, those between where the probe says
+    so.
 
     Args:
         threshold: of the change of what the front blocks add since the last computed step.
         warm_up: computed steps at the beginning.
         in_a_row, in_all: most reused steps in a row and in all; 0 for no limit.
         limit: changes that were looked at, added up over the whole generation, after which every step is computed; 0 for none.
-        mask: 1 for steps that are computed, 0 for those that go by the probe ("steps computation mask"); steps past its end go by the probe. It cuts
-            the warm-up to its leading ones.
+        mask: 1 for steps that are computed, 0 for those that go by the probe ("steps computation mask"); steps past its end go
+            by the probe. It cuts the warm-up to its leading ones.
         predictor: what the middle blocks are given: `Taylor(1)` for what cache-dit calls a TaylorSeer calibrator.
 
     Raises:
@@ -81,14 +83,15 @@ def teacache(
     last: int = 1,
     name: str = "",
 ) -> Recipe:
-    """TeaCache (arXiv 2411.19108): add up what a polynomial makes of the change of the first block's modulated input; skip the trunk while the sum is small.
+    """TeaCache (arXiv 2411.19108): add up what a polynomial makes of the change of the first block's modulated input; skip the
+    trunk while the sum is small.
 
     Args:
         threshold: reused below it.
-        coefficients: of the polynomial, the highest power first, or the name of a model in `TEACACHE_COEFFICIENTS`; empty to add up the changes as they are. A
-            polynomial means something for its own model alone.
-        at: "modulated", or "timestep" (the embedding) or "modulation" (what it is projected to), which the published scripts look at for Wan; empty for
-            what belongs to the coefficients.
+        coefficients: of the polynomial, the highest power first, or the name of a model in `TEACACHE_COEFFICIENTS`; empty to
+            add up the changes as they are. A polynomial means something for its own model alone.
+        at: "modulated", or "timestep" (the embedding) or "modulation" (what it is projected to), which the published scripts
+            look at for Wan; empty for what belongs to the coefficients.
         first, last: steps that are always computed.
 
     Raises:
@@ -110,9 +113,11 @@ def teacache(
 
 
 def seacache(threshold: float = 0.2, *, at: str = "modulated", first: int = 1, last: int = 1, name: str = "") -> Recipe:
-    """SeaCache (arXiv 2602.18993): as TeaCache without a polynomial, on a signal that a Wiener filter of the step's noise level has gone over.
+    """SeaCache (arXiv 2602.18993): as TeaCache without a polynomial, on a signal that a Wiener filter of the step's noise level
+    has gone over.
 
-    The noise level is read off the timestep as timestep / 1000 (or the timestep itself where it counts from 1), which is exact for flow matching.
+    The noise level is read off the timestep as timestep / 1000 (or the timestep itself where it counts from 1), which is exact
+    for flow matching.
 
     Args:
         threshold: reused below it.
@@ -124,7 +129,8 @@ def seacache(threshold: float = 0.2, *, at: str = "modulated", first: int = 1, l
 
 
 def easycache(threshold: float = 0.05, *, first: int = 5, last: int = 1, name: str = "") -> Recipe:
-    """EasyCache (arXiv 2507.02860): skip the whole model while input change times the measured rate of change of the output is small.
+    """EasyCache (arXiv 2507.02860): skip the whole model while input change times the measured rate of change of the output is
+    small.
 
     Args:
         threshold: τ: .025 for HunyuanVideo, .05 to .06 for Wan 2.2 with 7 first steps.

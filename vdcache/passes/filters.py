@@ -60,9 +60,9 @@ def filtered(graph: fx.GraphModule, value: fx.Node, name: str, *, made_by: str) 
 def wiener(x: Tensor, sigma: Tensor, axes: Sequence[int], power: float = 3.0) -> Tensor:
     """The filter of SeaCache (arXiv 2602.18993): the best linear estimate of the clean signal at noise level `sigma`.
 
-    With x = (1 − σ) s + σ n, white noise n and a signal whose power falls as P(f) = f^−power along each axis, the gain of an axis is
-    (1 − σ) P / ((1 − σ)² P + σ²). Gains of the axes are multiplied, and scaled to a mean of 1 (equation 7), so that distances of different
-    steps compare.
+    With x = (1 − σ) s + σ n, white noise n and a signal whose power falls as P(f) = f^−power along each axis, the gain of an
+    axis is (1 − σ) P / ((1 − σ)² P + σ²). Gains of the axes are multiplied, and scaled to a mean of 1 (equation 7), so that
+    distances of different steps compare.
 
     Args:
         x: real, of any shape.
@@ -83,7 +83,9 @@ def wiener(x: Tensor, sigma: Tensor, axes: Sequence[int], power: float = 3.0) ->
 
 
 def circulant(gain: Tensor) -> Tensor:
-    """The matrix [n, n] that multiplies the spectrum of n points by a real, symmetric gain [n]: a transform there and back, without complex numbers."""
+    """The matrix [n, n] that multiplies the spectrum of n points by a real, symmetric gain [n]: a transform there and back,
+    without complex numbers.
+    """
     n = gain.shape[0]
     cosine, sine = waves(gain, n)
     return (cosine @ (gain[:, None] * cosine) + sine @ (gain[:, None] * sine)) / n

@@ -2,8 +2,9 @@
 
     y = f(x: [2B, …]); z = slice(y, 0, B, 2B)   -->   z = f(slice(x, 0, B, 2B))
 
-For variants in which one lane of guidance is predicted from the other. Every operation is repeated on half of the batch, sizes in its arguments changed where they
-hold the batch; an operation whose result then has any other size than half, in one dimension, refuses. Exact up to the kernels that a smaller batch takes.
+For variants in which one lane of guidance is predicted from the other. Every operation is repeated on half of the batch, sizes
+in its arguments changed where they hold the batch; an operation whose result then has any other size than half, in one
+dimension, refuses. Exact up to the kernels that a smaller batch takes.
 """
 
 from __future__ import annotations
@@ -110,7 +111,9 @@ def _half(g: fx.Graph, node: fx.Node, new: dict[fx.Node, fx.Node], batch: int, l
 
 
 def _halved_everywhere(target: Any, args: Any, kwargs: Any, whole: Any) -> Any:
-    """The result on half of the batch; None where that fails, or where a tensor of it is not half of what it was in one dimension."""
+    """The result on half of the batch; None where that fails, or where a tensor of it is not half of what it was in one
+    dimension.
+    """
 
     try:
         result = evaluate(target, tuple(args), kwargs)

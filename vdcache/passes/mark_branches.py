@@ -36,16 +36,17 @@ class MarkBranches(Pass):
         gate: "post" keeps the contribution as it is added; "pre" keeps the value before the gate, so that every step
             applies its own gate (FORA, TaylorSeer), where the branch has one.
         blocks: in which blocks, counted from 0 among those that attend over video tokens; None for everywhere.
-        start, stop: the same as a slice of these blocks, as Python's: start=1 leaves the first one out, stop=-2 the last two. A fraction is a share of
-            the blocks: stop=0.5 is the first half.
+        start, stop: the same as a slice of these blocks, as Python's: start=1 leaves the first one out, stop=-2 the last two. A
+            fraction is a share of the blocks: stop=0.5 is the first half.
         layouts: only branches whose attention runs over these ("spatial", "temporal", "full"); empty for all branches.
-        apart: every block and kind is a group of its own, "b3.mlp" or "b3.attention" (self, joint or fused), instead of `group`: for tables of layers and steps.
+        apart: every block and kind is a group of its own, "b3.mlp" or "b3.attention" (self, joint or fused), instead of
+        `group`: for tables of layers and steps.
         of: count only the "single" or the "double" blocks of an MMDiT (`Anatomy.denoising_blocks`); empty for both.
         out_of: how many blocks there must be, where the list belongs to one model; 0 for any number.
 
     Raises:
-        ConfigError: an unknown kind, layout or gate; a list of blocks that is empty, names one twice, or names one that the graph does not have;
-            a list and a slice.
+        ConfigError: an unknown kind, layout or gate; a list of blocks that is empty, names one twice, or names one that the
+            graph does not have; a list and a slice.
     """
 
     name: ClassVar[str] = "mark-branches"

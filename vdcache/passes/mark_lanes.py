@@ -2,8 +2,9 @@
 
     y: [2B, …] = model([x, x])   -->   a, b = halves of y; y = [guard(a, slot, b), b]
 
-What is kept is the difference of the two lanes; in a reused step the one is predicted from the other (FasterCache, arXiv 2410.19355, section 3.3), and is not computed: its half
-of the batch goes (`halve-batch`), or its call of the model is one addition. Bit-exact.
+What is kept is the difference of the two lanes; in a reused step the one is predicted from the other (FasterCache, arXiv
+2410.19355, section 3.3), and is not computed: its half of the batch goes (`halve-batch`), or its call of the model is one
+addition. Bit-exact.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class LanesIO:
     """How the lanes of a marked graph lie.
 
     Args:
-        mode: "batch", both lanes in one call, or "calls", one after the other: the graph then has an input more, what the step's first call returned.
+        mode: "batch", both lanes in one call, or "calls", one after the other: the graph then has an input more, what the
+        step's first call returned.
         group: the group of the slot.
         output: which of the graph's outputs it is.
         batch: rows of the batch, of both lanes; 0 for calls.
@@ -63,8 +65,9 @@ class MarkLanes(Pass):
     """Guard one of two lanes.
 
     Args:
-        mode: "batch" for both lanes in one batch, "calls" for two calls a step, of which the second one is predicted; "auto" takes a batch where the number of samples is even. In a
-            batch the lanes are told from two prompts by their latents, which are equal.
+        mode: "batch" for both lanes in one batch, "calls" for two calls a step, of which the second one is predicted; "auto"
+            takes a batch where the number of samples is even. In a batch the lanes are told from two prompts by their latents,
+            which are equal.
         predicted: which half of a batch is predicted: "first" or "second".
         group: the group that the slot belongs to.
 

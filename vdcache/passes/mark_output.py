@@ -2,8 +2,8 @@
 
     return y   -->   return guard(y, slot, x)
 
-The scope of methods that skip the whole model: a reused step is one addition. With the latent as the base, what is kept is the difference of output and
-input (EasyCache, arXiv 2507.02860). Bit-exact.
+The scope of methods that skip the whole model: a reused step is one addition. With the latent as the base, what is kept is the
+difference of output and input (EasyCache, arXiv 2507.02860). Bit-exact.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class MarkOutput(Pass):
     """Guard the output that belongs to the latent.
 
     Args:
-        base: "input" keeps output − latent; "zero" the output itself, as is also done, with a refusal, where the two are not of one shape and type.
+        base: "input" keeps output − latent; "zero" the output itself, as is also done, with a refusal, where the two are not of
+        one shape and type.
         group: the group that the slot belongs to.
 
     Raises:

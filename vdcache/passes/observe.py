@@ -2,8 +2,8 @@
 
     add(x, f(x))   -->   add(x, f(x)); observe(f(x), slot, distance)
 
-The observation is a side value: nothing of the model reads it. AdaCache measures one branch for the whole model (arXiv 2411.02397
-section 4.2: schedules of single layers are unstable), by default the temporal attention, else the self-attention, of
+The observation is a side value: nothing of the model reads it. AdaCache measures one branch for the whole model (arXiv
+2411.02397 section 4.2: schedules of single layers are unstable), by default the temporal attention, else the self-attention, of
 the middle block of the largest stream. The value is rounded to the stream's dtype before it is compared and kept, so that it
 takes the bytes of one stream tensor even where gates are computed in float32.
 """
@@ -35,8 +35,8 @@ class Observe(Pass):
     """Observe one branch, or the same kind of branch in several blocks.
 
     Args:
-        kind: kind of the branch, "temporal-attention" or "spatial-attention"; empty for AdaCache's choice. Or "input", "output", "residual" (what all
-            blocks together add), which are no branches: `passes.values`.
+        kind: kind of the branch, "temporal-attention" or "spatial-attention"; empty for AdaCache's choice. Or "input",
+            "output", "residual" (what all blocks together add), which are no branches: `passes.values`.
         blocks: which blocks among those that have such a branch, counted from 0; empty for the middle one.
         distance: one of `dialect.DISTANCES`.
         strides: frame distances of the motion score; empty for none. Needs a graph that shows its latent frames.

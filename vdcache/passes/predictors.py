@@ -1,7 +1,7 @@
 """What a reused slot is given: functions of what was kept at computed steps. They are traced into the variants.
 
-A predictor is a frozen value with two functions of tensors. `keep` says what a computed step leaves behind, `predict` what a reused
-one puts in the place of the value. Both become part of the compiled graph, so a prediction costs no call of its own.
+A predictor is a frozen value with two functions of tensors. `keep` says what a computed step leaves behind, `predict` what a
+reused one puts in the place of the value. Both become part of the compiled graph, so a prediction costs no call of its own.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ LAST = LastValue()
 class Taylor:
     """Taylor expansion over the computed steps (TaylorSeer, arXiv 2503.06923, equations 3 and 4).
 
-    With Δ⁰F = F and ΔⁱF = (Δⁱ⁻¹F now − Δⁱ⁻¹F before) / k, k steps apart, a step x steps later is given Σ ΔⁱF · xⁱ / i!, over the orders for which
-    enough steps were computed. Differences are formed and kept in float32.
+    With Δ⁰F = F and ΔⁱF = (Δⁱ⁻¹F now − Δⁱ⁻¹F before) / k, k steps apart, a step x steps later is given Σ ΔⁱF · xⁱ / i!, over
+    the orders for which enough steps were computed. Differences are formed and kept in float32.
 
     Args:
         order: highest order; 0 is the last value. A slot keeps `order` + 1 tensors.
@@ -131,7 +131,8 @@ class Taylor:
 
 @dataclass(frozen=True)
 class Scaled:
-    """The last value times a factor of the elapsed steps: factor ** elapsed (MagCache's ratio of magnitudes, arXiv 2506.09045, held constant).
+    """The last value times a factor of the elapsed steps: factor ** elapsed (MagCache's ratio of magnitudes, arXiv 2506.09045,
+    held constant).
 
     Args:
         factor: above 0.
@@ -160,7 +161,8 @@ class Scaled:
 
 @dataclass(frozen=True)
 class Extrapolated:
-    """The last computed value and a share of its difference to the one before: a₁ + (a₁ − a₂) · w (FasterCache, arXiv 2410.19355, equation 4).
+    """The last computed value and a share of its difference to the one before: a₁ + (a₁ − a₂) · w (FasterCache, arXiv
+    2410.19355, equation 4).
 
     Args:
         weight: w where `ramp` is 0; else w = weight · (step − start) / ramp, which may grow over the run.
@@ -197,13 +199,15 @@ class Extrapolated:
 
 @dataclass(frozen=True)
 class Frequencies:
-    """A lane's difference to the other, its low and high frequencies weighted (FasterCache, arXiv 2410.19355, equations 6 and 7).
+    """A lane's difference to the other, its low and high frequencies weighted (FasterCache, arXiv 2410.19355, equations 6 and
+    7).
 
-    A disc of a fifth of the smaller side around frequency 0, over height and width, is low. A weight is raised to the number of elapsed steps, because the reference code
-    multiplies what it keeps at every skipped step.
+    A disc of a fifth of the smaller side around frequency 0, over height and width, is low. A weight is raised to the number of
+    elapsed steps, because the reference code multiplies what it keeps at every skipped step.
 
     Args:
-        low, high: (weight, first step, last step) of either: the weight applies in these steps, counted from 0 and both inclusive, and is 1 elsewhere.
+        low, high: (weight, first step, last step) of either: the weight applies in these steps, counted from 0 and both
+        inclusive, and is 1 elsewhere.
         share: radius of the disc, as a share of the smaller side.
 
     Raises:
@@ -269,8 +273,8 @@ class Blended:
     """A function of the values of the last computed steps: for methods that mix several of them.
 
     Args:
-        blend: blend(values, when) with the newest value first; where fewer steps were computed than asked for, the oldest one is
-            repeated. Called once, when a variant is traced.
+        blend: blend(values, when) with the newest value first; where fewer steps were computed than asked for, the oldest one
+            is repeated. Called once, when a variant is traced.
         tensors: how many values are kept, 1 to 8.
 
     Raises:

@@ -3,11 +3,11 @@
     y = add(x, guard(f(x), s))   --reuse s-->       y = add(x, input)
                                  --recompute s-->   h = f(x); y = add(x, h); return (y, …, h)
 
-What a reused slot kept becomes inputs of the graph, from which a predictor makes its value, so all that only it needed is dead. A recomputed
-slot becomes outputs. With a base, reuse gives base + input, and recomputing returns fresh − base beside the fresh value itself. An observation whose
-group this plan computes turns into the sums of its measure against its previous value, which is an input; zeros go in where there
-is none yet. What is emitted becomes an output where nothing is reused. Recompute-all is bit-exact. The result holds no dialect
-node; the order of what was added is in `VariantIO`.
+What a reused slot kept becomes inputs of the graph, from which a predictor makes its value, so all that only it needed is dead.
+A recomputed slot becomes outputs. With a base, reuse gives base + input, and recomputing returns fresh − base beside the fresh
+value itself. An observation whose group this plan computes turns into the sums of its measure against its previous value, which
+is an input; zeros go in where there is none yet. What is emitted becomes an output where nothing is reused. Recompute-all is
+bit-exact. The result holds no dialect node; the order of what was added is in `VariantIO`.
 """
 
 from __future__ import annotations
@@ -99,7 +99,9 @@ class _Added:
         return self._times[group]
 
     def finish(self) -> dict[str, Any]:
-        """Drop the inputs that nothing reads (of slots behind other reused slots), put the rest in order, and say which there are."""
+        """Drop the inputs that nothing reads (of slots behind other reused slots), put the rest in order, and say which there
+        are.
+        """
         for own in self._inputs.values():
             for name, node in list(own.items()):
                 if not node.users:

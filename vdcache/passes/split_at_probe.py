@@ -2,8 +2,9 @@
 
     x → a → b → y, probe(a)   -->   head: x → a; returns (a, sums of its change)      tail: (x, a) → b → y
 
-The head is what the probes need and nothing more. The tail takes what the head computed as inputs, so nothing is computed twice;
-views are repeated in the tail, because they cost nothing and what crosses should be dense. Bit-exact: both parts run the same operations.
+The head is what the probes need and nothing more. The tail takes what the head computed as inputs, so nothing is computed
+twice; views are repeated in the tail, because they cost nothing and what crosses should be dense. Bit-exact: both parts run the
+same operations.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ class HeadIO:
 
     Args:
         probes: (name, distance, since) in order: their previous values are its last inputs.
-        carried: names of the nodes that it hands to the tail: its first outputs. The values of the probes follow, and last a float32 vector of all
-            sums of their changes.
+        carried: names of the nodes that it hands to the tail: its first outputs. The values of the probes follow, and last a
+            float32 vector of all sums of their changes.
         carried_values, previous_values: fake tensors of these.
     """
 

@@ -24,9 +24,10 @@ def find(graph: fx.GraphModule, at: str, blocks: int = 0, *, made_by: str) -> fx
     """The node of a value; subtractions and slices that it takes are added to the graph.
 
     Args:
-        at: "input", the latent (the leading channels where the model returns fewer of them); "output", what the model returns for
-            it; "residual", what the first `blocks` denoising blocks add to the latent tokens (0: all of them); "modulated", what the first layers of the first
-            denoising block read: normalised and, where the model does so, modulated by the timestep; "timestep", the embedding of the timestep; "modulation", what that is projected to.
+        at: "input", the latent (the leading channels where the model returns fewer of them); "output", what the model returns
+            for it; "residual", what the first `blocks` denoising blocks add to the latent tokens (0: all of them); "modulated",
+            what the first layers of the first denoising block read: normalised and, where the model does so, modulated by the
+            timestep; "timestep", the embedding of the timestep; "modulation", what that is projected to.
     """
     found = anatomy(graph)
     nodes = {n.name: n for n in graph.graph.nodes}
@@ -131,8 +132,9 @@ def _modulated(found: Anatomy, block: Block, nodes: dict[str, fx.Node]) -> fx.No
 
 
 def _timestep(found: Anatomy, nodes: dict[str, fx.Node], number: int) -> fx.Node | NoMatch:
-    """The layer of that number on the way from the timestep. The embedding of nearly every model ends with the second one; where modulation is made for all blocks
-    together, the third makes it."""
+    """The layer of that number on the way from the timestep. The embedding of nearly every model ends with the second one;
+    where modulation is made for all blocks together, the third makes it.
+    """
     layers = [nodes[n] for n in found.conditioning.timestep if is_work(nodes[n])]
     if not layers:
         return NoMatch("output", "no layer depends on the timestep alone")

@@ -35,7 +35,8 @@ class StepErrors:
 
     Args:
         steps: of a generation.
-        errors: for each type of branch, errors[k − 1][i] = ‖O_i − O_{i+k}‖₁ / ‖O_{i+k}‖₁, averaged over branches, lanes and prompts.
+        errors: for each type of branch, errors[k − 1][i] = ‖O_i − O_{i+k}‖₁ / ‖O_{i+k}‖₁, averaged over branches, lanes and
+        prompts.
         generations: how many were averaged.
     """
 
@@ -44,7 +45,8 @@ class StepErrors:
     generations: int
 
     def schedule(self, alpha: float) -> dict[str, list[int]]:
-        """The steps that each type computes (1) and reuses (0): from a computed step as many are skipped as the error at the far end stays within `alpha`.
+        """The steps that each type computes (1) and reuses (0): from a computed step as many are skipped as the error at the
+        far end stays within `alpha`.
 
         Raises:
             ConfigError: alpha is no number of at least 0.
@@ -155,7 +157,8 @@ def step_errors(
 def magnitudes(
     model: Callable[..., Any], run: Callable[..., Any], *, prompts: Iterable[Any] | None = None, inner: str = "eager"
 ) -> tuple[float, ...]:
-    """The ratios γ that `vdcache.magcache` goes by: of each step, the mean over tokens of ‖r_t‖ / ‖r_{t−1}‖, where r is what all blocks add.
+    """The ratios γ that `vdcache.magcache` goes by: of each step, the mean over tokens of ‖r_t‖ / ‖r_{t−1}‖, where r is what
+    all blocks add.
 
     The first one is 1. Averaged over lanes and prompts (MagCache, arXiv 2506.09045, equation 3).
 

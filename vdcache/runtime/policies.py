@@ -24,8 +24,8 @@ __all__ = ["AdaCache", "AdaState", "Always", "Codebook", "Deciding", "EveryN", "
 class Policy(Protocol):
     """Chooses the plan of every step.
 
-    `plans()` lists every plan that `plan` can return, so the number of variants is known before a run. A policy that needs to see something
-    of the step itself has a further method, `decide` (`Deciding`).
+    `plans()` lists every plan that `plan` can return, so the number of variants is known before a run. A policy that needs to
+    see something of the step itself has a further method, `decide` (`Deciding`).
     """
 
     def plans(self) -> tuple[Plan, ...]: ...
@@ -37,8 +37,8 @@ class Policy(Protocol):
         """The plan of `step`, from what was observed up to the step before; None to `decide` when the probe is known.
 
         Args:
-            times: the timesteps of this generation as the model was given them (the largest one of a batch), that of `step` last; empty under explicit
-                control, where nothing is read.
+            times: the timesteps of this generation as the model was given them (the largest one of a batch), that of `step`
+                last; empty under explicit control, where nothing is read.
         """
 
     def observe(self, state: Any, step: int, plan: Plan, measures: Sequence[Measured] | None) -> Any:
@@ -102,8 +102,8 @@ class Codebook:
     """From the size of the change to how many steps may pass until the next computed one (AdaCache equation 5).
 
     Args:
-        entries: (threshold, rate) pairs of any number, thresholds ascending. The first entry with change < threshold decides; the
-            last one takes everything (its threshold is never tested).
+        entries: (threshold, rate) pairs of any number, thresholds ascending. The first entry with change < threshold decides;
+            the last one takes everything (its threshold is never tested).
 
     Raises:
         ConfigError: no entry, thresholds that do not ascend, a rate below 1.
@@ -197,8 +197,8 @@ class AdaCache:
     Args:
         codebook: change -> steps until the next computed one.
         moreg: motion regularisation, or None.
-        first, last: how many steps at the beginning and at the end are always computed (reference code: 1 and 2; the rate starts
-            at 1, so the second step is computed as well).
+        first, last: how many steps at the beginning and at the end are always computed (reference code: 1 and 2; the rate
+            starts at 1, so the second step is computed as well).
         rule: how change and rate are formed, R the residual now, P at the computed step before, k steps apart:
 
             - "paper", equations 4 to 9 as printed: c = mean|P − R| / k with k the elapsed steps; m = mean|R[i:] − R[:−i]|;

@@ -73,15 +73,16 @@ class ThresholdState:
 class Threshold:
     """Reuse while what is probed has changed less than a threshold.
 
-    With `accumulate` the changes of the steps since the last computed one are added up (TeaCache, arXiv 2411.19108, equation 7; SeaCache), each first
-    put through the polynomial; without, the one change since then is compared (first-block caches).
+    With `accumulate` the changes of the steps since the last computed one are added up (TeaCache, arXiv 2411.19108, equation 7;
+    SeaCache), each first put through the polynomial; without, the one change since then is compared (first-block caches).
 
     Args:
         threshold: reused below it, strictly; at least 0.
         accumulate: add up.
         polynomial: coefficients, the highest power first; empty for none.
         bounds: what is computed in any case.
-        limit: changes that were looked at, added up over the generation and never forgotten; from there on every step is computed. 0 for none.
+        limit: changes that were looked at, added up over the generation and never forgotten; from there on every step is
+        computed. 0 for none.
         group: the group of slots that is reused.
 
     Raises:
@@ -149,9 +150,9 @@ class EasyState:
 class EasyCache:
     """Reuse while the predicted change of the output is small (EasyCache, arXiv 2507.02860).
 
-    The probe is the input x, against the step before; input x and output v are observed at computed steps. With p the last computed step and q the one before,
-    k = ‖v_p − v_q‖ / ‖x_p − x_q‖, every step adds k · ‖x_t − x_{t−1}‖ / ‖v_p‖ to an error; the step is reused while it stays below the threshold. Norms
-    are means of absolute values.
+    The probe is the input x, against the step before; input x and output v are observed at computed steps. With p the last
+    computed step and q the one before, k = ‖v_p − v_q‖ / ‖x_p − x_q‖, every step adds k · ‖x_t − x_{t−1}‖ / ‖v_p‖ to an error;
+    the step is reused while it stays below the threshold. Norms are means of absolute values.
 
     Args:
         threshold: reused below it, strictly; at least 0.

@@ -30,7 +30,8 @@ class Scheduled:
         groups: the groups of slots that are reused. Of several, one has its turn at a time (the others are computed).
         turn: "alternate", the next one after every computed step; "split", each for an equal share of the run after the
             warm-up (ProfilingDiT table 3); "together", all of them in every reused step.
-        switch: for "split" of two groups, the share of the run after which the second one takes over; 0 for half of what follows the warm-up.
+        switch: for "split" of two groups, the share of the run after which the second one takes over; 0 for half of what
+            follows the warm-up.
 
     Raises:
         ConfigError: no group, an unknown turn, a share that is none.
@@ -131,7 +132,8 @@ class MagCache:
     error is within the threshold and no more than so many steps in a row were reused.
 
     Args:
-        ratios: γ of every step, ‖r_t‖ / ‖r_{t−1}‖ of an uncached run, 1 first. For another number of steps the nearest ones are taken.
+        ratios: γ of every step, ‖r_t‖ / ‖r_{t−1}‖ of an uncached run, 1 first. For another number of steps the nearest ones are
+        taken.
         threshold: largest error, inclusive.
         in_a_row: most reused steps in a row (K).
         retention: share of the run that is computed first, 0 to 1.

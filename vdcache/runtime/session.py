@@ -78,7 +78,9 @@ class LaneScope:
 
 @dataclass(frozen=True)
 class Look:
-    """What the head of a graph found out: the values of its probes, the sums of their changes, and what the rest of the graph takes."""
+    """What the head of a graph found out: the values of its probes, the sums of their changes, and what the rest of the graph
+    takes.
+    """
 
     values: tuple[Tensor, ...] = ()
     sums: Tensor | None = None
@@ -172,8 +174,9 @@ class _Latent:
 class Session:
     """Drives the caching of one model.
 
-    Without a word from the caller the session tells generations, steps and lanes from what the model receives. The methods `begin`,
-    `step` and `lane` say it outright; what they say always wins, reads no value of the device and so never waits for it.
+    Without a word from the caller the session tells generations, steps and lanes from what the model receives. The methods
+    `begin`, `step` and `lane` say it outright; what they say always wins, reads no value of the device and so never waits for
+    it.
 
     Args:
         policy: when to recompute.
@@ -181,8 +184,8 @@ class Session:
             first generation, which is then computed in full.
         name: of the recipe, for messages.
         prepare: the policy for a number of steps, where it differs with them.
-        listeners: each is given, after every call of the model, the call's last record, what its graphs emitted, in the order in
-            which they ran, and what the model returned.
+        listeners: each is given, after every call of the model, the call's last record, what its graphs emitted, in the order
+            in which they ran, and what the model returned.
     """
 
     policy: Policy
@@ -489,7 +492,9 @@ class Session:
         )
 
     def _times(self, key: Hashable, group: str) -> tuple[int, int, int]:
-        """Steps since a group was last computed, how often it was in this generation (1 and 0 where it never was), and the step."""
+        """Steps since a group was last computed, how often it was in this generation (1 and 0 where it never was), and the
+        step.
+        """
         last, count = self._computed.get(key, {}).get(group, (self._step - 1, 0))
         return self._step - last, count, self._step
 

@@ -63,8 +63,8 @@ class Intervals:
     """Intervals between computed steps that change linearly over the run (ProfilingDiT equations 11, 12 and 15).
 
     After `warm_up` computed steps, step s₀ = warm_up is computed, and after a computed step s the next one is s + T(s), with
-    T(s) = T_max − (T_max − T_min)(s − s₀)/(S − s₀) rounded to the nearest whole number, halves up, and at least 1. S is the number of
-    steps.
+    T(s) = T_max − (T_max − T_min)(s − s₀)/(S − s₀) rounded to the nearest whole number, halves up, and at least 1. S is the
+    number of steps.
 
     Args:
         warm_up: steps at the beginning that are all computed.
@@ -141,7 +141,8 @@ class Grid:
         first, last: steps at either end that are computed as well.
         offset: the first step of the grid.
         from_end: count the grid from the last step instead (FORA's code counts steps downwards).
-        of_steps: the number of steps that `first` and `last` were chosen for, to which they are scaled in proportion (n is kept); 0 to take them as they are.
+        of_steps: the number of steps that `first` and `last` were chosen for, to which they are scaled in proportion (n is
+            kept); 0 to take them as they are.
 
     Raises:
         ConfigError: n below 1, a negative number of steps.
@@ -175,7 +176,8 @@ class Grid:
 
 @dataclass(frozen=True)
 class Gated:
-    """The steps of T-GATE (arXiv 2404.02747) for self-attention: up to the gate every `interval`-th, from there every `after`-th.
+    """The steps of T-GATE (arXiv 2404.02747) for self-attention: up to the gate every `interval`-th, from there every
+    `after`-th.
 
     Args:
         gate: steps before the gate closes; its last one is computed.

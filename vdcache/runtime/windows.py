@@ -22,8 +22,9 @@ class Windowed:
 
     Args:
         n: distance of computed steps within the window.
-        window: (low, high); a step may reuse where low < timestep < high. Timesteps count from 1000 (noise) to 0, and those of models that take
-            them from 1 to 0 are brought to that. Where no timestep is known (explicit control), steps are taken as equally long.
+        window: (low, high); a step may reuse where low < timestep < high. Timesteps count from 1000 (noise) to 0, and those of
+            models that take them from 1 to 0 are brought to that. Where no timestep is known (explicit control), steps are
+            taken as equally long.
         group: the group of slots that is reused.
 
     Raises:
