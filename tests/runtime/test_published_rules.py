@@ -282,20 +282,21 @@ def test_magcache(seed, threshold, n, most, retention):
 
 @pytest.mark.parametrize("model", rules.MAGCACHE)
 def test_magcache_of_a_model(model):
-    """The published lists, of the conditional lane for Wan, with one set of constants for all of them: those of Wan's README.
-
-    The script for FLUX has .24, 5 and .1 and always computes its eleventh step, that for HunyuanVideo .24 and 6.
-    """
+    """The published lists, of the conditional lane for Wan, with each model's limits (METHODS.md V.1, the scripts). FLUX's script also always computes
+    its eleventh step of 28, which ours does not."""
+    limits = {"wan2.1-t2v-14b": (0.24, 6, 0.2), "flux": (0.24, 5, 0.1)}
+    limits |= dict.fromkeys(("hunyuanvideo-720p", "hunyuanvideo-544p"), (0.24, 6, 0.2))
+    threshold, most, retained = limits.get(model, (0.12, 4, 0.2))
     assert set(rules.MAGCACHE) == set(MAGCACHE_RATIOS)
     published = rules.MAGCACHE[model]
     own = published[::2] if model.startswith("wan") else published
     assert tuple(own) == MAGCACHE_RATIOS[model]
     for n in (len(own), 20, 25, 30, 33, 40, 50):
         found = steps_of(play(recipe(f"magcache-{model}").policy, n))
-        assert found == rules.magcache(rules.nearest(own, n), 0.12, 4, 0.2, n)
+        assert found == rules.magcache(rules.nearest(own, n), threshold, most, retained, n)
         if model.startswith("wan"):
             both = [x for pair in zip(rules.nearest(published[::2], n), rules.nearest(published[1::2], n)) for x in pair]
-            assert found == rules.magcache_wan(both, 0.12, 4, 0.2, n)[0]
+            assert found == rules.magcache_wan(both, threshold, most, retained, n)[0]
 
 
 @pytest.mark.parametrize("have", [28, 40, 50])

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-__all__ = ["MAGCACHE_RATIOS", "PAB", "TEACACHE_COEFFICIENTS"]
+__all__ = ["MAGCACHE_LIMITS", "MAGCACHE_RATIOS", "PAB", "TEACACHE_COEFFICIENTS"]
 
 # fmt: off
 # TeaCache (ali-vilab/TeaCache): coefficients of the polynomial, the highest power first.
@@ -93,5 +93,13 @@ MAGCACHE_RATIOS: Mapping[str, tuple[float, ...]] = {
         1.00781, 1.0, 1.00781, 1.0, 1.00781, 1.0, 1.0, 0.99609, 0.99609, 0.98047, 0.98828, 0.96484, 0.95703, 0.93359,
         0.89062,
     ),
+}
+# Threshold, most reused steps in a row, and retained share, as its scripts and its README run them.
+MAGCACHE_LIMITS: Mapping[str, tuple[float, int, float]] = {
+    "wan2.1-t2v-1.3b": (0.12, 4, 0.2),
+    "wan2.1-t2v-14b": (0.24, 6, 0.2),
+    "hunyuanvideo-720p": (0.24, 6, 0.2),
+    "hunyuanvideo-544p": (0.24, 6, 0.2),
+    "flux": (0.24, 5, 0.1),
 }
 # fmt: on

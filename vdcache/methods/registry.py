@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from vdcache.ir.errors import ConfigError
 from vdcache.methods.adacache import adacache
 from vdcache.methods.attention import FASTERCACHE, fastercache, pab_of, tgate
-from vdcache.methods.constants import MAGCACHE_RATIOS, PAB, TEACACHE_COEFFICIENTS
+from vdcache.methods.constants import MAGCACHE_LIMITS, MAGCACHE_RATIOS, PAB, TEACACHE_COEFFICIENTS
 from vdcache.methods.profilingdit import profilingdit_hunyuanvideo, profilingdit_wan
 from vdcache.methods.schedules import delta_dit, fora, magcache, taylorseer
 from vdcache.methods.thresholds import dbcache, easycache, fbcache, seacache, teacache
@@ -51,6 +51,13 @@ class Named:
     def match(self, name: str) -> Recipe | None:
         found = re.fullmatch(self.pattern, name)
         return self.make(*found.groups()) if found else None
+
+
+def _magcache(model: str) -> Recipe:
+    threshold, in_a_row, retention = MAGCACHE_LIMITS.get(model, (0.12, 4, 0.2))
+    return magcache(
+        MAGCACHE_RATIOS[model], threshold=threshold, in_a_row=in_a_row, retention=retention, name=f"magcache-{model}"
+    )
 
 
 def _dbcache(front: str, back: str, threshold: str) -> Recipe:
@@ -126,9 +133,9 @@ NAMES = (
     ),
     Named(
         "magcache-MODEL",
-        lambda model: magcache(MAGCACHE_RATIOS[model], name=f"magcache-{model}"),
+        _magcache,
         "MagCache (arXiv 2506.09045): skip the trunk while the magnitudes that were measured on a model say that it changes little",
-        "the ratios of the reference code; threshold .12, at most 4 in a row, the first fifth computed",
+        "the ratios and limits of the reference code (.12, 4 in a row, a fifth retained where it names none); FLUX's step 11 is not singled out",
         tuple(MAGCACHE_RATIOS),
         ("wan2.1-t2v-1.3b",),
     ),

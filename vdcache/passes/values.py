@@ -42,7 +42,7 @@ def find(graph: fx.GraphModule, at: str, blocks: int = 0, *, made_by: str) -> fx
     if not there:
         return NoMatch("output", "no block attends over video tokens")
     if at == "modulated":
-        return _modulated(found, there[0], nodes)
+        return _modulated(graph.graph, found, there[0], nodes, made_by)
     if blocks > len(there):
         return NoMatch("output", f"there are {len(there)} denoising blocks, and {blocks} were asked for")
     return _residual(graph.graph, found, there[: blocks or None], nodes, made_by)
@@ -115,7 +115,7 @@ def _latent_part(g: fx.Graph, found: Anatomy, branch: Branch, value: fx.Node, ma
     return call(g, aten.slice.Tensor, value, 1, span.start, span.stop, made_by=made_by)
 
 
-def _modulated(found: Anatomy, block: Block, nodes: dict[str, fx.Node]) -> fx.Node | NoMatch:
+def _modulated(g: fx.Graph, found: Anatomy, block: Block, nodes: dict[str, fx.Node], made_by: str) -> fx.Node | NoMatch:
     for branch in found:
         attends = any(a.kind != "cross" for a in branch.attentions)
         if branch.block != block.index or not attends or found.streams[branch.stream].role not in _SEEN:
@@ -127,7 +127,7 @@ def _modulated(found: Anatomy, block: Block, nodes: dict[str, fx.Node]) -> fx.No
                 while read is not None and (read.target in VIEWS or read.target in SLICES):
                     read = read.args[0] if isinstance(read.args[0], fx.Node) else None
                 if read is not None:
-                    return read
+                    return _without_text(g, found, branch, read, made_by)
     return NoMatch(block.branches[0], "the first denoising block has no attention whose input could be read")
 
 
@@ -147,3 +147,15 @@ def _sizes(value: torch.Tensor | None) -> tuple[object, ...]:
 
 def _less(a: object, b: object) -> bool:
     return isinstance(a, int) and isinstance(b, int) and a < b
+
+
+def _without_text(g: fx.Graph, found: Anatomy, branch: Branch, value: fx.Node, made_by: str) -> fx.Node:
+    """The latent tokens of `value`, where it holds a sequence of text and latent tokens."""
+    stream, tensor = found.streams[branch.stream], tensor_of(value)
+    span = next((s for s in stream.spans if s.role == "latent"), None)
+    if span is None or stream.role != "joint" or tensor is None or tensor.ndim != 3:
+        return value
+    if tensor.shape[1] != max(s.stop for s in stream.spans):
+        return value
+    with g.inserting_after(value):
+        return call(g, aten.slice.Tensor, value, 1, span.start, span.stop, made_by=made_by)

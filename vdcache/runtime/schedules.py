@@ -167,7 +167,8 @@ class MagCache:
 
     def start(self, num_steps: int, before: Any = None) -> tuple[Plan, ...]:
         n, have = num_steps, len(self.ratios)
-        own = self.ratios if have == n else [self.ratios[round(s * (have - 1) / max(1, n - 1))] for s in range(n)]
+        scale = (have - 1) / max(1, n - 1)
+        own = self.ratios if have == n else [self.ratios[round(s * scale)] for s in range(n)]
         retained = max(1, int(n * self.retention + 0.5))
         plans, ratio, error, row = [], 1.0, 0.0, 0
         for step in range(n):

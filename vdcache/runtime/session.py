@@ -472,6 +472,12 @@ class Session:
         self._state, self._plan = self.policy.decide(self._state, self._step, measures)  # type: ignore[attr-defined]
         if not self._plan and measures and not all(math.isfinite(m.change) for m in measures):
             self._why = "what was probed is not a number"
+            warn_once(
+                self._said,
+                "vdcache: what the policy looks at within the step is not a number (NaN or infinite), so the step is computed. Look at the "
+                "model's input and its first blocks: caching cannot have caused this after a computed step.",
+                key="nan probe",
+            )
 
     def _say_no_hit(self) -> None:
         """A whole generation in which nothing was reused: nobody should have to look for that."""
