@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from vdcache.ir.edit import inline
 from vdcache.ir.ops import tensor_of
-from vdcache.patterns import NoMatch, anatomy
+from vdcache.patterns import Grid, NoMatch, anatomy
 
 __all__ = ["FILTERS", "filtered", "waves", "wiener"]
 
@@ -41,6 +41,10 @@ def filtered(graph: fx.GraphModule, value: fx.Node, name: str, *, made_by: str) 
     elif tensor.ndim == 3 and found.grid is not None and found.grid.tokens == shape[1]:
         shape = (shape[0], found.grid.frames, found.grid.height, found.grid.width, shape[2])
         axes = (1, 2, 3)
+    elif tensor.ndim == 3 and _frames_are_folded(found.grid, shape):
+        assert found.grid is not None
+        shape = (shape[0] // found.grid.frames, found.grid.frames, found.grid.height, found.grid.width, shape[2])
+        axes = (1, 2, 3)
     else:
         return NoMatch(value.name, "the graph does not show the grid of its tokens, which the filter runs over")
     given = [n for n in graph.graph.nodes if n.op == "placeholder"]
@@ -55,6 +59,11 @@ def filtered(graph: fx.GraphModule, value: fx.Node, name: str, *, made_by: str) 
         result = inline(graph.graph, run, (value, clock), made_by=made_by)
     graph.graph.erase_node(mark)
     return result
+
+
+def _frames_are_folded(grid: Grid | None, shape: Sequence[int]) -> bool:
+    """Whether tokens [B · frames, height · width, C] are those of spatial attention."""
+    return grid is not None and shape[1] == grid.height * grid.width and shape[0] % grid.frames == 0
 
 
 def wiener(x: Tensor, sigma: Tensor, axes: Sequence[int], power: float = 3.0) -> Tensor:

@@ -152,6 +152,10 @@ def _less(a: object, b: object) -> bool:
 def _without_text(g: fx.Graph, found: Anatomy, branch: Branch, value: fx.Node, made_by: str) -> fx.Node:
     """The latent tokens of `value`, where it holds a sequence of text and latent tokens."""
     stream, tensor = found.streams[branch.stream], tensor_of(value)
+    if value.target is aten.cat.default and len(stream.shape) == 3:  # two streams meet for their attention
+        parts: list[fx.Node] = list(value.args[0])  # type: ignore[arg-type]
+        own = [p for p in parts if (v := tensor_of(p)) is not None and v.ndim == 3 and v.shape[1] == stream.shape[1]]
+        return own[0] if len(own) == 1 else value
     span = next((s for s in stream.spans if s.role == "latent"), None)
     if span is None or stream.role != "joint" or tensor is None or tensor.ndim != 3:
         return value
