@@ -159,7 +159,7 @@ def _with_recipe(report: Report, captured: list[Captured], numbers: list[int], r
         for number, program in programs:
             variant = list(program.variant_graph(plan if plan in program.plans else Plan()).graph.nodes)
             times = 1 + report.graphs[number].again
-            costs += times * sum(map(cost.flops, variant))
+            costs += times * program.flops(plan if plan in program.plans else Plan())
             nodes += times * sum(n.op == "call_function" for n in variant)
         variants.append(Variant(tuple(sorted(plan.reuse)), costs, nodes))
     nothing = ""
@@ -242,11 +242,16 @@ def _cheapest(recipe: Recipe, steps: int) -> tuple[tuple[str, ...], ...]:
     policy = recipe.policy
     state = policy.start(steps)
     plans = []
-    still = Measured("", 0.0, 0.0, motion=0.0, motion_absolute=0.0)
+    groups = sorted({g for p in policy.plans() for g in p.reuse}) or ["all"]
+    still = [
+        Measured(f"{group}/observed.{what}", 1e-9, 1e-9, size=1.0, motion=0.0, motion_absolute=0.0)
+        for group in groups
+        for what in ("input", "output")
+    ]
     for step in range(steps):
         plan = policy.plan(state, step)
         if plan is None:  # only policies that decide by a probe leave it open
-            state, plan = policy.decide(state, step, [still])  # type: ignore[attr-defined]
-        state = policy.observe(state, step, plan, [still] if not plan else None)
+            state, plan = policy.decide(state, step, still)  # type: ignore[attr-defined]
+        state = policy.observe(state, step, plan, still if not plan else None)
         plans.append(tuple(sorted(plan.reuse)))
     return tuple(plans)
