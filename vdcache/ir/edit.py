@@ -146,6 +146,13 @@ def set_outputs(graph: fx.Graph, values: list[Any]) -> None:
     graph.output_node().args = (tuple(values),)
 
 
+def set_output(graph: fx.Graph, position: int, value: Any) -> None:
+    """Return `value` in that place of the graph's results."""
+    values = outputs(graph)
+    values[position] = value
+    set_outputs(graph, values)
+
+
 def live_nodes(start: list[Any]) -> set[fx.Node]:
     """Every node that `start` is computed from, `start` included."""
     todo = [n for n in start if isinstance(n, fx.Node)]

@@ -80,7 +80,7 @@ def adacache(
     if layers == 1:
         watch = Observe(kind=observe, blocks=tuple(blocks), distance=distance, strides=strides, frames=frames)
         return Recipe(name, policy, (MarkBranches(), MergeSlots(), watch), "arXiv 2411.02397", books)
-    if isinstance(layers, bool) or not isinstance(layers, int) or not 1 <= layers <= 4:
+    if layers > 4:
         raise ConfigError(f"layers have 1 to 4 schedules of their own; got {layers!r}")
     if blocks:
         raise ConfigError("with layers=… every group is observed in its middle; leave out blocks")

@@ -6,6 +6,7 @@ from vdcache.ir.checks import numbers, whole
 from vdcache.ir.errors import ConfigError
 from vdcache.methods.constants import PAB
 from vdcache.passes import MarkBranches, MarkLanes, Pass
+from vdcache.passes.mark_branches import TYPES
 from vdcache.passes.predictors import ByGroup, Extrapolated, Frequencies
 from vdcache.recipe import Recipe
 from vdcache.runtime.policies import Policy
@@ -15,7 +16,7 @@ from vdcache.runtime.windows import Bursts, Windowed
 
 __all__ = ["fastercache", "pab", "tgate"]
 
-_SELF = ("self-attention", "joint-attention", "fused")
+_SELF = TYPES["attn"]
 
 
 def pab(

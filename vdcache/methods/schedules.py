@@ -10,6 +10,7 @@ from typing import Any
 from vdcache.ir.checks import number, numbers, whole, whole_numbers
 from vdcache.ir.errors import ConfigError
 from vdcache.passes import MarkBranches, MergeSlots
+from vdcache.passes.mark_branches import TYPES
 from vdcache.passes.predictors import Taylor
 from vdcache.recipe import Recipe
 from vdcache.runtime.schedules import MagCache, Planned, Scheduled, Together
@@ -72,7 +73,6 @@ def delta_dit(n: int, *, blocks: int | float = 0.5, switch: float = 0.5, name: s
     return Recipe(name or f"delta-dit-{n}", policy, passes, "arXiv 2406.01125")
 
 
-_TYPES = {"attn": ("self-attention", "joint-attention", "fused"), "cross": ("cross-attention",), "mlp": ("mlp",)}
 _SAME = {"attn1": "attn", "attn2": "cross", "ff": "mlp", "ffn": "mlp"}
 
 
@@ -95,13 +95,13 @@ def smoothcache(schedule: Mapping[str, Sequence[int]] | str | Path, *, name: str
     lists = {_SAME.get(k, k): whole_numbers(v, f"the schedule of {k}") for k, v in data.items()}
     if len(lists) < len(data):
         raise ConfigError(f"a schedule has one list for each type of branch; {', '.join(data)} name one type twice")
-    if not lists or any(k not in _TYPES for k in lists):
-        raise ConfigError(f"a schedule has a list for each of {', '.join(_TYPES)}; got {', '.join(map(str, data)) or 'none'}")
+    if not lists or any(k not in TYPES for k in lists):
+        raise ConfigError(f"a schedule has a list for each of {', '.join(TYPES)}; got {', '.join(map(str, data)) or 'none'}")
     if any(set(v) - {0, 1} or not len(v) or v[0] != 1 for v in lists.values()):
         raise ConfigError("a schedule's lists hold 1 (computed) and 0 for every step, and begin with 1")
     if len(lengths := {len(v) for v in lists.values()}) > 1:
         raise ConfigError(f"the lists of a schedule are of unequal length: {sorted(lengths)}")
-    passes = tuple(MarkBranches(kinds=_TYPES[k], group=k, gate="pre") for k in lists)
+    passes = tuple(MarkBranches(kinds=TYPES[k], group=k, gate="pre") for k in lists)
     policies = [Scheduled(Listed(tuple(s for s, c in enumerate(v) if c), of_steps=len(v)), (k,)) for k, v in lists.items()]
     return Recipe(name, Together(tuple(policies)), passes, "arXiv 2411.10510")
 

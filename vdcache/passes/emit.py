@@ -16,10 +16,8 @@ from vdcache.ir import dialect
 from vdcache.ir.errors import ConfigError
 from vdcache.ir.facts import Fact
 from vdcache.passes.base import Pass, PassResult, Refusal, tag
-from vdcache.passes.values import find
+from vdcache.passes.values import VALUES, find
 from vdcache.patterns import KINDS, NoMatch, anatomy
-
-_PLACES = ("input", "output", "residual")
 
 
 @dataclass(frozen=True)
@@ -43,8 +41,8 @@ class Emit(Pass):
     gate: str = "pre"
 
     def __post_init__(self) -> None:
-        if self.at not in ("branches", *_PLACES):
-            raise ConfigError(f"{self.name}: no place {self.at!r}; there are branches, {', '.join(_PLACES)}")
+        if self.at not in ("branches", *VALUES):
+            raise ConfigError(f"{self.name}: no place {self.at!r}; there are branches, {', '.join(VALUES)}")
         if unknown := [k for k in self.kinds if k not in KINDS]:
             raise ConfigError(f"{self.name}: no branch kind {unknown[0]!r}; there are {', '.join(KINDS)}")
         if self.gate not in ("post", "pre"):

@@ -20,9 +20,10 @@ from vdcache.ir.errors import ConfigError
 from vdcache.ir.facts import Fact
 from vdcache.ir.ops import same_type
 from vdcache.passes.base import Pass, PassResult, Refusal, tag
-from vdcache.patterns import KINDS, Anatomy, Branch, anatomy
+from vdcache.patterns import ATTENDS, KINDS, Anatomy, Branch, anatomy
 
-_ATTENDS = ("self-attention", "joint-attention", "fused")
+# Branches by what they do, whatever their block is made of.
+TYPES = {"attn": ATTENDS, "cross": ("cross-attention",), "mlp": ("mlp",)}
 LAYOUTS = ("spatial", "temporal", "full", "unknown")
 
 
@@ -112,7 +113,7 @@ class MarkBranches(Pass):
             if self.apart and branch.block not in number:
                 refusals.append(Refusal(branch.join, ("it is in no block that attends over video tokens",)))
                 continue
-            kind = "attention" if branch.kind in _ATTENDS else branch.kind
+            kind = "attention" if branch.kind in ATTENDS else branch.kind
             group = f"b{number[branch.block]}.{kind}" if self.apart else self.group
             slot = _free(f"{group}/{branch.name}", used)
             if reason := self._guard(graph.graph, branch, nodes, slot):

@@ -18,7 +18,7 @@ from torch import fx
 from vdcache.ir import dialect
 from vdcache.ir.capture import signature
 from vdcache.ir.checks import group_name
-from vdcache.ir.edit import add_input, call, copy_graph, inputs, outputs, set_outputs
+from vdcache.ir.edit import add_input, call, copy_graph, inputs, outputs, set_output, set_outputs
 from vdcache.ir.errors import CaptureError, ConfigError
 from vdcache.ir.facts import Fact
 from vdcache.ir.ops import is_effectful, tensor_of
@@ -129,7 +129,7 @@ class MarkLanes(Pass):
             marked = tag(g.call_function(dialect.guard, (own, f"{self.group}/output", base)), str(self), own)
             order = [marked, base] if self.predicted == "first" else [base, marked]
             joined = call(g, aten.cat.default, order, made_by=str(self))
-        self._return(graph, position, joined)
+        set_output(g, position, joined)
         graph.meta["vdcache.lanes"] = LanesIO(
             "batch", self.group, position, rows, rows // 2 if self.predicted == "first" else 0
         )
@@ -140,15 +140,9 @@ class MarkLanes(Pass):
         pair = add_input(g, "pair", value.meta["val"], str(self))
         with g.inserting_before(g.output_node()):
             marked = tag(g.call_function(dialect.guard, (value, f"{self.group}/output", pair)), str(self), value)
-        self._return(graph, position, marked)
+        set_output(g, position, marked)
         graph.meta["vdcache.lanes"] = LanesIO("calls", self.group, position, pair_value=pair.meta["val"])
         return PassResult(graph, 1)
-
-    @staticmethod
-    def _return(graph: fx.GraphModule, position: int, value: fx.Node) -> None:
-        results = outputs(graph.graph)
-        results[position] = value
-        set_outputs(graph.graph, results)
 
 
 def carrying(graph: fx.GraphModule, rows: int) -> list[fx.Node]:

@@ -15,7 +15,7 @@ from torch import fx
 
 from vdcache.ir import dialect
 from vdcache.ir.checks import group_name
-from vdcache.ir.edit import outputs, set_outputs
+from vdcache.ir.edit import set_output
 from vdcache.ir.errors import ConfigError
 from vdcache.ir.facts import Fact
 from vdcache.ir.ops import same_type
@@ -29,8 +29,8 @@ class MarkOutput(Pass):
     """Guard the output that belongs to the latent.
 
     Args:
-        base: "input" keeps output − latent; "zero" the output itself, as is also done, with a refusal, where the two are not of
-        one shape and type.
+        base: "input" keeps output − latent; "zero" the output itself, as is also done, with a refusal, where the two are not
+            of one shape and type.
         group: the group that the slot belongs to.
 
     Raises:
@@ -72,7 +72,5 @@ class MarkOutput(Pass):
                 base = (latent,)
         with g.inserting_before(g.output_node()):
             marked = tag(g.call_function(dialect.guard, (value, f"{self.group}/output", *base)), str(self), value)
-        results = outputs(g)
-        results[position] = marked
-        set_outputs(g, results)
+        set_output(g, position, marked)
         return PassResult(graph, 1, tuple(refusals))

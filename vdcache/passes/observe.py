@@ -22,12 +22,10 @@ from vdcache.ir.edit import call
 from vdcache.ir.errors import ConfigError
 from vdcache.ir.facts import Fact
 from vdcache.passes.base import Pass, PassResult, Refusal, tag
-from vdcache.passes.values import find
-from vdcache.patterns import KINDS, Anatomy, Branch, NoMatch, anatomy
+from vdcache.passes.values import VALUES, find
+from vdcache.patterns import ATTENDS, KINDS, Anatomy, Branch, NoMatch, anatomy
 
 aten = torch.ops.aten
-_PLACES = ("input", "output", "residual")
-_ATTENDS = ("self-attention", "joint-attention", "fused")
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ class Observe(Pass):
 
     def __post_init__(self) -> None:
         group_name(self.group, self.name)
-        kinds = (*KINDS, "temporal-attention", "spatial-attention", *_PLACES)
+        kinds = (*KINDS, "temporal-attention", "spatial-attention", *VALUES)
         if self.kind and self.kind not in kinds:
             raise ConfigError(f"{self.name}: no branch kind {self.kind!r}; there are {', '.join(kinds)}")
         if self.distance not in dialect.DISTANCES:
@@ -74,7 +72,7 @@ class Observe(Pass):
         found = anatomy(graph)
         if not found.branches:
             return PassResult(graph, 0, (Refusal("output", ("the graph has no residual branch to observe",)),))
-        if self.kind in _PLACES:
+        if self.kind in VALUES:
             return self._place(graph)
         nodes = {n.name: n for n in graph.graph.nodes}
         rewrites, refusals = 0, []
@@ -127,12 +125,12 @@ class Observe(Pass):
         if self.kind:
             layout, _, _ = self.kind.rpartition("-")
             if layout in ("temporal", "spatial"):
-                chosen = [b for b in found if b.layout == layout and b.kind in _ATTENDS]
+                chosen = [b for b in found if b.layout == layout and b.kind in ATTENDS]
             else:
                 chosen = [b for b in found if b.kind == self.kind]
         else:
-            chosen = [b for b in found if b.kind in _ATTENDS and b.layout == "temporal"]
-            chosen = chosen or [b for b in found if b.kind in _ATTENDS] or list(found)
+            chosen = [b for b in found if b.kind in ATTENDS and b.layout == "temporal"]
+            chosen = chosen or [b for b in found if b.kind in ATTENDS] or list(found)
         weight: dict[int, float] = {}
         for b in chosen:
             weight[b.stream] = weight.get(b.stream, 0) + _size(nodes[b.join].meta["val"])

@@ -13,10 +13,11 @@ from vdcache.ir.edit import call, inputs, outputs
 from vdcache.ir.ops import SLICES, VIEWS, is_work, tensor_of
 from vdcache.patterns import Anatomy, Block, Branch, NoMatch, anatomy
 
-__all__ = ["PLACES", "find", "output"]
+__all__ = ["PLACES", "VALUES", "find", "output"]
 
 aten = torch.ops.aten
-PLACES = ("input", "output", "residual", "modulated", "timestep", "modulation")
+VALUES = ("input", "output", "residual")  # that show how far a step came
+PLACES = (*VALUES, "modulated", "timestep", "modulation")
 _SEEN = ("latent", "joint")  # streams that hold the tokens to be denoised
 
 

@@ -1,10 +1,11 @@
 """What a graph is made of, read off its structure: no name of a model, module or argument decides anything."""
 
 from vdcache.patterns.anatomy import anatomy
-from vdcache.patterns.facts import KINDS, Anatomy, Attention, Block, Branch, Conditioning, Grid, NoMatch, Span, Stream
+from vdcache.patterns.facts import ATTENDS, KINDS, Anatomy, Attention, Block, Branch, Conditioning, Grid, NoMatch, Span, Stream
 from vdcache.patterns.index import Index
 
 __all__ = [
+    "ATTENDS",
     "KINDS",
     "Anatomy",
     "Attention",

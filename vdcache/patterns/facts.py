@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-__all__ = ["KINDS", "Anatomy", "Attention", "Block", "Branch", "Conditioning", "Grid", "NoMatch", "Span", "Stream"]
+__all__ = ["ATTENDS", "KINDS", "Anatomy", "Attention", "Block", "Branch", "Conditioning", "Grid", "NoMatch", "Span", "Stream"]
 
+ATTENDS = ("self-attention", "joint-attention", "fused")  # kinds of branches that attend over the stream's own tokens
 KINDS = ("self-attention", "cross-attention", "joint-attention", "mlp", "fused", "other")
 
 

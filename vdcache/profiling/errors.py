@@ -14,10 +14,11 @@ from torch import Tensor
 
 from vdcache.api import compile_with, original
 from vdcache.backends import Settings
-from vdcache.ir.checks import number
+from vdcache.ir.checks import number, whole
 from vdcache.ir.errors import CacheStateError, ConfigError
 from vdcache.passes import Emit
 from vdcache.passes.base import Pass
+from vdcache.passes.mark_branches import TYPES
 from vdcache.recipe import Recipe
 from vdcache.runtime import Always
 from vdcache.runtime.history import Record
@@ -25,7 +26,7 @@ from vdcache.runtime.session import Emitted
 
 __all__ = ["StepErrors", "magnitudes", "step_errors"]
 
-_TYPES = {"self-attention": "attn", "joint-attention": "attn", "fused": "attn", "cross-attention": "cross", "mlp": "mlp"}
+_TYPE = {kind: name for name, kinds in TYPES.items() for kind in kinds}
 Heard = Callable[[tuple[int, int, int | str], str, Tensor], None]  # (generation, step, lane), name, value
 
 
@@ -115,16 +116,13 @@ def step_errors(
         ConfigError: a lookahead below 1, no branch, generations of unequal length.
         CacheStateError: `run` did not call the model.
     """
-    if isinstance(lookahead, bool) or not isinstance(lookahead, int) or lookahead < 1:
-        raise ConfigError(f"lookahead is a number of steps, at least 1; got {lookahead!r}")
+    whole(lookahead, "lookahead, the largest distance of steps,", 1)
     kept: dict[Hashable, deque[Tensor]] = defaultdict(lambda: deque(maxlen=lookahead))
     sums: dict[tuple[str, int, int], list[float]] = defaultdict(list)
-    ends: dict[int, int] = {}
 
     def hear(place: tuple[int, int, int | str], name: str, value: Tensor) -> None:
         generation, step, lane = place
-        ends[generation] = max(ends.get(generation, 0), step + 1)
-        kind = _TYPES.get(name.partition("/")[0])
+        kind = _TYPE.get(name.partition("/")[0])
         if kind is None:
             return
         earlier = kept[generation, lane, name]
@@ -136,12 +134,7 @@ def step_errors(
         for key in [key for key in kept if key[0] < generation]:  # type: ignore[index]
             del kept[key]
 
-    _listen(model, run, prompts, (Emit(),), inner, hear, "step_errors")
-    if len(set(ends.values())) > 1:
-        raise ConfigError(
-            f"step_errors: the generations have {sorted(set(ends.values()))} steps; measure one number of steps at a time"
-        )
-    steps = next(iter(ends.values()))
+    steps, generations = _listen(model, run, prompts, (Emit(),), inner, hear, "step_errors")
     kinds = dict.fromkeys(kind for kind, _, _ in sums)
     if not kinds:
         raise ConfigError("step_errors: the model has no attention or MLP branch on a residual stream that vdcache finds")
@@ -150,7 +143,7 @@ def step_errors(
         return tuple(sum(sums[kind, k, i]) / len(sums[kind, k, i]) for i in range(steps - k))
 
     return StepErrors(
-        steps, {kind: tuple(mean(kind, k) for k in range(1, min(lookahead, steps - 1) + 1)) for kind in kinds}, len(ends)
+        steps, {kind: tuple(mean(kind, k) for k in range(1, min(lookahead, steps - 1) + 1)) for kind in kinds}, generations
     )
 
 
@@ -171,23 +164,16 @@ def magnitudes(
     """
     before: dict[Hashable, Tensor] = {}
     found: dict[int, list[float]] = defaultdict(list)
-    ends: dict[int, int] = {}
 
     def hear(place: tuple[int, int, int | str], name: str, value: Tensor) -> None:
         generation, step, lane = place
-        ends[generation] = max(ends.get(generation, 0), step + 1)
         now = value.float().norm(dim=-1)
         earlier = before.get((generation, lane))
         if earlier is not None:
             found[step].append(float((now / (earlier + 1e-8)).mean()))
         before[generation, lane] = now
 
-    _listen(model, run, prompts, (Emit(at="residual"),), inner, hear, "magnitudes")
-    if len(set(ends.values())) > 1:
-        raise ConfigError(
-            f"magnitudes: the generations have {sorted(set(ends.values()))} steps; measure one number of steps at a time"
-        )
-    steps = next(iter(ends.values()))
+    steps, _ = _listen(model, run, prompts, (Emit(at="residual"),), inner, hear, "magnitudes")
     return (1.0, *(sum(found[s]) / len(found[s]) for s in range(1, steps)))
 
 
@@ -199,8 +185,8 @@ def _listen(
     inner: str,
     hear: Heard,
     what: str,
-) -> None:
-    """Run the model uncached, and hand every emitted value to `hear`."""
+) -> tuple[int, int]:
+    """Run the model uncached, and hand every emitted value to `hear`: the steps of a generation, and the generations."""
     if isinstance(prompts, (str, bytes)) or (prompts is not None and not isinstance(prompts, Iterable)):
         raise ConfigError(f"prompts is a list of prompts; got {prompts!r}: give [{prompts!r}]")
     if prompts is not None and not (prompts := list(prompts)):
@@ -210,9 +196,11 @@ def _listen(
     watched = compile_with(original(model), settings)
     session = watched.vdcache
     count = 0
+    ends: dict[int, int] = {}
 
     def take(record: Record, emitted: Sequence[Emitted], result: Any) -> None:
         nonlocal count
+        ends[record.generation] = max(ends.get(record.generation, 0), record.step + 1)
         for number_of, (_, values) in enumerate(emitted):
             for name, value in values.items():
                 count += 1
@@ -235,3 +223,8 @@ def _listen(
         raise ConfigError(
             f"{what}: nothing can be measured in this model: {'; '.join([*heard, *sorted(refused)]) or 'no branch was found'}"
         )
+    if len(set(ends.values())) > 1:
+        raise ConfigError(
+            f"{what}: the generations have {sorted(set(ends.values()))} steps; measure one number of steps at a time"
+        )
+    return next(iter(ends.values())), len(ends)

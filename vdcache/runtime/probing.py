@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from vdcache.ir.checks import number
+from vdcache.ir.checks import number, whole
 from vdcache.ir.errors import ConfigError
 from vdcache.runtime.measures import Measured
 from vdcache.runtime.plan import RECOMPUTE, Plan
@@ -40,9 +40,7 @@ class Bounds:
 
     def __post_init__(self) -> None:
         for name in ("first", "last", "in_a_row", "in_all"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < (name == "first"):
-                raise ConfigError(f"'{name}' is a whole number of steps, at least {int(name == 'first')}; got {value!r}")
+            whole(getattr(self, name), f"'{name}', a number of steps,", int(name == "first"))
         if wrong := [m for m in self.mask if m not in (0, 1)]:
             raise ConfigError(f"a mask of steps holds 1 (computed) and 0; got {wrong[0]!r}")
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vdcache.ir.checks import number
+from vdcache.ir.checks import number, whole
 from vdcache.ir.dialect import group_of
 from vdcache.ir.errors import ConfigError
 from vdcache.runtime.measures import Measured
@@ -157,8 +157,7 @@ class MagCache:
             )
         if not number(self.threshold, "threshold is a number") >= 0:
             raise ConfigError(f"threshold is at least 0; got {self.threshold}")
-        if isinstance(self.in_a_row, bool) or not isinstance(self.in_a_row, int) or self.in_a_row < 1:
-            raise ConfigError(f"in_a_row is a number of steps, at least 1; got {self.in_a_row!r}")
+        whole(self.in_a_row, "in_a_row, the most reused steps,", 1)
         if not 0 <= number(self.retention, "retention is a share") <= 1:
             raise ConfigError(f"retention is a share of the run, 0 to 1; got {self.retention}")
 

@@ -6,7 +6,7 @@ import itertools
 import math
 from dataclasses import dataclass, replace
 
-from vdcache.ir.checks import number, whole_numbers
+from vdcache.ir.checks import number, whole, whole_numbers
 from vdcache.ir.errors import ConfigError
 
 __all__ = ["Gated", "Grid", "Intervals", "Listed", "Steps"]
@@ -157,9 +157,7 @@ class Grid:
 
     def __post_init__(self) -> None:
         for name, least in (("n", 1), ("first", 0), ("last", 0), ("offset", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(f"'{name}' of a grid of steps is a whole number of at least {least}; got {value!r}")
+            whole(getattr(self, name), f"'{name}' of a grid of steps", least)
 
     def computed(self, num_steps: int) -> tuple[int, ...]:
         """The computed steps of a generation."""
@@ -198,9 +196,7 @@ class Gated:
 
     def __post_init__(self) -> None:
         for name, least in (("gate", 1), ("interval", 1), ("warm_up", 0), ("after", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(f"'{name}' of a gate is a whole number of steps, at least {least}; got {value!r}")
+            whole(getattr(self, name), f"'{name}' of a gate", least)
 
     def computed(self, num_steps: int) -> tuple[int, ...]:
         """The computed steps of a generation."""

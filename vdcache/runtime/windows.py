@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vdcache.ir.checks import number
+from vdcache.ir.checks import number, whole
 from vdcache.ir.errors import ConfigError
 from vdcache.runtime.measures import Measured
 from vdcache.runtime.plan import RECOMPUTE, Plan
@@ -36,8 +36,7 @@ class Windowed:
     group: str = "all"
 
     def __post_init__(self) -> None:
-        if isinstance(self.n, bool) or not isinstance(self.n, int) or self.n < 1:
-            raise ConfigError(f"n is a distance in steps, at least 1; got {self.n!r}")
+        whole(self.n, "n, the distance of computed steps,", 1)
         _window(self.window)
 
     def plans(self) -> tuple[Plan, ...]:
@@ -75,8 +74,7 @@ class Bursts:
     def __post_init__(self) -> None:
         if not self.keys or any(not 0 <= number(k, "a key is a timestep") <= 1000 for k in self.keys):
             raise ConfigError(f"keys are timesteps between 0 and 1000; got {self.keys!r}")
-        if isinstance(self.skip, bool) or not isinstance(self.skip, int) or self.skip < 1:
-            raise ConfigError(f"skip is a number of steps, at least 1; got {self.skip!r}")
+        whole(self.skip, "skip, the number of steps that reuse,", 1)
 
     def plans(self) -> tuple[Plan, ...]:
         return (RECOMPUTE, Plan.of([self.group]))
