@@ -1,0 +1,397 @@
+"""Attention under a static mask of tiles: the operation, its tables, and the lowerings that plain torch has.
+
+Every lowering equals dense attention with the same mask up to rounding. `gather` is dense attention without any mask: queries
+whose keys are the same attend together, in one call, and groups of equal size share a call as further samples. So the fastest
+dense kernel of the device runs, and every key and value is copied once for each tile of queries that cannot share it.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vdcache.ir.errors import ConfigError
+from vdcache.ir.masks import AttentionMask, Sizes, Skip, parse_mask, volume
+
+__all__ = ["LOWERINGS", "Group", "Tiled", "gather", "masked", "tile_attention", "tiled"]
+
+Range = tuple[int, int]  # tokens from … to, the last not included
+
+
+@dataclass(frozen=True)
+class Group:
+    """Classes of tiles, equally many each, that attend to equally many tiles: one call of attention.
+
+    Args:
+        queries: of each class, the tiles whose keys are the same.
+        keys: of each class, the tiles that it attends to.
+    """
+
+    queries: tuple[tuple[int, ...], ...]
+    keys: tuple[tuple[int, ...], ...]
+
+    @property
+    def shared(self) -> tuple[int, ...]:
+        """The tiles that all classes attend to."""
+        common = set(self.keys[0]).intersection(*self.keys[1:])
+        return tuple(t for t in self.keys[0] if t in common)
+
+
+@dataclass(frozen=True)
+class Tiled:
+    """A mask on a sequence: what prints as a picture, states its density, and holds the tables of every lowering.
+
+    Args:
+        mask: which tile attends to which.
+        grid: latent frames, height and width of the video tokens.
+        before, after: tokens of text before and after them.
+
+    Raises:
+        ConfigError: the mask does not fit the grid, or leaves a query without a key.
+    """
+
+    mask: AttentionMask
+    grid: Sizes
+    before: int = 0
+    after: int = 0
+
+    def __post_init__(self) -> None:
+        if self.allowed.any(1).all() or self.text or isinstance(self.mask, Skip):
+            return
+        raise ConfigError(f"under the mask {self.mask} some tokens attend to nothing")
+
+    @property
+    def text(self) -> int:
+        """Tokens of text."""
+        return self.before + self.after
+
+    @property
+    def video(self) -> int:
+        """Tokens of video."""
+        return volume(self.grid)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the sequence."""
+        return self.video + self.text
+
+    @cached_property
+    def tile(self) -> Sizes:
+        """Frames, height and width of a tile."""
+        return self.mask.tile(self.grid)
+
+    @property
+    def size(self) -> int:
+        """Tokens of a tile."""
+        return volume(self.tile)
+
+    @cached_property
+    def allowed(self) -> Tensor:
+        """Which tile attends to which, bool [tiles, tiles]."""
+        return self.mask.allowed(self.grid)
+
+    @property
+    def count(self) -> int:
+        """Tiles."""
+        return self.allowed.shape[0]
+
+    @cached_property
+    def density(self) -> float:
+        """The share of all weights that is computed, text included."""
+        return self.mask.density(*self.grid, text=self.text)
+
+    @property
+    def moved(self) -> bool:
+        """Whether the tokens of a tile are not next to each other in the sequence."""
+        frames, height, width = self.tile
+        return not (width == self.grid[2] and (height == self.grid[1] or frames == 1)) and self.size > 1
+
+    @property
+    def cuts(self) -> tuple[int, ...]:
+        """The grid as (tiles, tile) along every axis: frames, height, width."""
+        return tuple(n for whole, part in zip(self.grid, self.tile, strict=True) for n in (whole // part, part))
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """All tiles that attend to something but not to everything, by the call that they share."""
+        classes: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for query, row in enumerate(self.allowed.tolist()):
+            keys = tuple(itertools.compress(range(self.count), row))
+            if len(keys) < self.count:
+                classes[keys].append(query)
+        equal: dict[tuple[int, int], list[tuple[tuple[int, ...], tuple[int, ...]]]] = defaultdict(list)
+        for keys, queries in classes.items():
+            equal[len(queries), len(keys)].append((tuple(queries), keys))
+        return tuple(Group(tuple(q for q, _ in found), tuple(k for _, k in found)) for found in equal.values())
+
+    @cached_property
+    def everywhere(self) -> tuple[int, ...]:
+        """The tiles that attend to everything."""
+        return tuple(torch.nonzero(self.allowed.all(1)).flatten().tolist())
+
+    @cached_property
+    def tile_of(self) -> Tensor:
+        """The tile of every token of the sequence, −1 for text: int64 [tokens]."""
+        axes = [torch.arange(n) // part for n, part in zip(self.grid, self.tile, strict=True)]
+        counts = self.cuts[::2]
+        of = (axes[0][:, None, None] * counts[1] + axes[1][:, None]) * counts[2] + axes[2]
+        return F.pad(of.flatten(), (self.before, self.after), value=-1)
+
+    def keeps(self) -> Tensor:
+        """Which token attends to which: bool [tokens, tokens]."""
+        at = self.tile_of
+        kept = self.allowed[at.clamp(min=0)][:, at.clamp(min=0)]
+        if isinstance(self.mask, Skip):
+            return torch.zeros_like(kept)
+        return kept | (at < 0)[:, None] | (at < 0)
+
+    def picture(self, width: int = 48) -> str:
+        """Queries downwards, keys to the right; a half block for every tile, or for the mean of several; text is left out."""
+        shades = " ░▒▓█"
+        share = self.allowed.float()[None, None]
+        side = min(self.count, width)
+        rows = F.adaptive_avg_pool2d(share, (side, side))[0, 0] if self.count > side else share[0, 0]
+        return "\n".join("".join(shades[math.ceil(v * 4)] * 2 for v in row) for row in rows.tolist())
+
+    def __str__(self) -> str:
+        frames, height, width = self.grid
+        text = f" and {self.text} of text" if self.text else ""
+        head = (
+            f"{self.mask} on {frames} × {height} × {width} tokens{text}: {self.density:.1%} of the weights, {1 / self.density:.2f}× less"
+            if self.density
+            else f"{self.mask}: nothing is computed"
+        )
+        return f"{head}\n{self.picture()}"
+
+
+@functools.lru_cache(maxsize=512)
+def tiled(mask: str, grid: Sizes, before: int = 0, after: int = 0) -> Tiled:
+    """The tables of a mask on a sequence, made once."""
+    return Tiled(parse_mask(mask), grid, before, after)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float | None) -> Tensor:
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=bias, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+    )
+
+
+def masked(query: Tensor, key: Tensor, value: Tensor, on: Tiled, scale: float | None, bias: Tensor | None) -> Tensor:
+    """Dense attention with the mask written out: what every other lowering is compared with."""
+    if isinstance(on.mask, Skip):
+        return _like(query, value, torch.zeros)
+    keeps = on.keeps().to(query.device)
+    if bias is not None:
+        keeps = keeps & bias if bias.dtype == torch.bool else bias.masked_fill(~keeps, -torch.inf)
+    return _attend(query, key, value, keeps, scale)
+
+
+def gather(query: Tensor, key: Tensor, value: Tensor, on: Tiled, scale: float | None, bias: Tensor | None) -> Tensor:
+    """Dense attention of groups of queries over the keys that they share; no mask.
+
+    Args:
+        query, key, value: [B, H, N, D]; keys and values may have fewer heads. Either order of heads and tokens in memory is
+            worked on as it lies.
+        bias: of keys alone, [B or 1, H or 1, 1, N], as `scaled_dot_product_attention` takes it.
+    """
+    if isinstance(on.mask, Skip):
+        return _like(query, value, torch.zeros)
+    memory = _Memory(query, key, on)
+    q, k, v = (memory.tiles_first(t) for t in (query, key, value))
+    bias = memory.tiles_first_bias(bias)
+    first, last = on.before, on.before + on.video
+
+    def of(tiles: Sequence[int]) -> list[Range]:
+        return [(first + t * on.size, first + (t + 1) * on.size) for t in tiles]
+
+    parts: dict[Range, Tensor] = {}  # of the result
+    text = [(0, first), (last, on.tokens)]
+    everywhere = _merged([text[0], *of(on.everywhere), text[1]])
+    if everywhere:
+        out = memory.attend(memory.take(q, everywhere), k, v, bias, scale, 1)
+        parts |= memory.split(out, everywhere)
+    for group in on.groups:
+        shared = _merged([text[0], *of(group.shared), text[1]])
+        own = [_merged(of([t for t in keys if t not in set(group.shared)])) for keys in group.keys]
+        keys, values = (memory.take_each(t, own, shared) for t in (k, v))
+        biases = None if bias is None else _Memory.take_bias(bias, own, shared)
+        queries = [r for tiles in group.queries for r in of(tiles)]
+        out = memory.attend(memory.take(q, _merged(queries)), keys, values, biases, scale, len(group.keys))
+        parts |= memory.split(out, queries)
+    return memory.joined([parts[r] for r in sorted(parts)])
+
+
+class _Memory:
+    """How heads and tokens of an attention lie in memory, so that tiles are cut where they are contiguous.
+
+    Of [B, N, H, D] tiles become samples, of [B, H, N, D] further heads: either way a reshape and no copy.
+    """
+
+    def __init__(self, query: Tensor, key: Tensor, on: Tiled) -> None:
+        self.on, self.batch = on, query.shape[0]
+        self.heads_first = _heads_first(query) and query.shape[1] == key.shape[1]
+        self.axis = 2 if self.heads_first else 1
+
+    def tiles_first(self, x: Tensor) -> Tensor:
+        """[B, N, H, D] or [B, H, N, D], with the tokens of every tile next to each other."""
+        x = x if self.heads_first else x.transpose(1, 2)
+        return self._moved(x, back=False) if self.on.moved else x
+
+    def tiles_first_bias(self, bias: Tensor | None) -> Tensor | None:
+        if bias is None or not self.on.moved:
+            return bias
+        return _Memory._reordered(bias, self.on, 3, back=False)
+
+    def _moved(self, x: Tensor, back: bool) -> Tensor:
+        return _Memory._reordered(x, self.on, self.axis, back)
+
+    @staticmethod
+    def _reordered(x: Tensor, on: Tiled, axis: int, back: bool) -> Tensor:
+        """The tokens of the video in the order of tiles, or back in that of the grid."""
+        video = x.narrow(axis, on.before, on.video)
+        t, tile_t, h, tile_h, w, tile_w = on.cuts
+        cut = (t, h, w, tile_t, tile_h, tile_w) if back else on.cuts
+        order = (0, 3, 1, 4, 2, 5) if back else (0, 2, 4, 1, 3, 5)
+        lead, rest = x.shape[:axis], x.shape[axis + 1 :]
+        dims = [*range(axis), *(axis + i for i in order), *range(axis + 6, axis + 6 + len(rest))]
+        video = video.reshape(*lead, *cut, *rest).permute(dims).reshape(*lead, on.video, *rest)
+        if not on.text:
+            return video
+        return torch.cat([x.narrow(axis, 0, on.before), video, x.narrow(axis, on.before + on.video, on.after)], axis)
+
+    def take(self, x: Tensor, ranges: Sequence[Range]) -> Tensor:
+        """Some tokens, one after the other."""
+        return _cat([x.narrow(self.axis, a, b - a) for a, b in ranges], self.axis)
+
+    def take_each(self, x: Tensor, own: Sequence[Sequence[Range]], shared: Sequence[Range]) -> Tensor:
+        """Of every class its own tokens and those that all share."""
+        common = [self.take(x, shared)] if shared else []
+        pieces = [p for ranges in own for p in [*(x.narrow(self.axis, a, b - a) for a, b in ranges), *common]]
+        return _cat(pieces, self.axis)
+
+    @staticmethod
+    def take_bias(bias: Tensor, own: Sequence[Sequence[Range]], shared: Sequence[Range]) -> Tensor:
+        """The same of a bias [B, H, 1, N]: [B, H, classes, keys]."""
+        rows = [_cat([bias[..., a:b] for a, b in [*ranges, *shared]], 3) for ranges in own]
+        return torch.cat(rows, 2)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float | None, classes: int) -> Tensor:
+        """Attention of each class over its keys; the result has the form of `q`."""
+        n = classes
+        if self.heads_first:
+            b, h = q.shape[:2]
+            q, k, v = (x.reshape(b, h * n, x.shape[2] // n, x.shape[3]) for x in (q, k, v))
+            if bias is not None:
+                rows = bias.expand(bias.shape[0], h, n, bias.shape[3])
+                bias = rows.reshape(rows.shape[0], h * n, 1, rows.shape[3])
+            return _attend(q, k, v, bias, scale).reshape(b, h, -1, v.shape[3])
+        b = q.shape[0]
+        q, k, v = (x.reshape(b * n, x.shape[1] // n, *x.shape[2:]).transpose(1, 2) for x in (q, k, v))
+        if bias is not None and n > 1:
+            rows = bias.expand(b, *bias.shape[1:]).transpose(1, 2)  # [B, classes, H, keys]
+            bias = rows.reshape(b * n, rows.shape[2], 1, rows.shape[3])
+        return _attend(q, k, v, bias, scale).transpose(1, 2).reshape(b, -1, q.shape[1], v.shape[3])
+
+    def split(self, out: Tensor, ranges: Sequence[Range]) -> dict[Range, Tensor]:
+        """The parts of a result that belong to ranges of tokens."""
+        sizes = [b - a for a, b in ranges]
+        return dict(zip(ranges, out.split(sizes, self.axis), strict=True))
+
+    def joined(self, parts: Sequence[Tensor]) -> Tensor:
+        out = _cat(list(parts), self.axis)
+        out = self._moved(out, back=True) if self.on.moved else out
+        return out if self.heads_first else out.transpose(1, 2)
+
+
+def _merged(ranges: Sequence[Range]) -> list[Range]:
+    """The same tokens in as few ranges."""
+    found: list[Range] = []
+    for a, b in ranges:
+        if found and found[-1][1] == a:
+            found[-1] = (found[-1][0], b)
+        elif b > a:
+            found.append((a, b))
+    return found
+
+
+def _cat(parts: list[Tensor], axis: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
+
+
+def _heads_first(query: Tensor) -> bool:
+    return query.stride(1) >= query.stride(2)
+
+
+def _like(query: Tensor, value: Tensor, make: Callable[..., Tensor]) -> Tensor:
+    """A tensor of the result's form: in memory as the query lies."""
+    b, h, n, _ = query.shape
+    if _heads_first(query) and h == value.shape[1]:
+        return make(b, h, n, value.shape[-1], dtype=query.dtype, device=query.device)
+    return make(b, n, h, value.shape[-1], dtype=query.dtype, device=query.device).transpose(1, 2)
+
+
+# (query, key, value, tables, scale, bias of keys) → result; kernels of other rooms join on import.
+LOWERINGS: dict[str, Callable[[Tensor, Tensor, Tensor, Tiled, float | None, Tensor | None], Tensor]] = {
+    "gather": gather,
+    "masked": masked,
+}
+
+
+@torch.library.custom_op("vdcache::tile_attention", mutates_args=())
+def tile_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    mask: str,
+    grid: Sequence[int],
+    before: int,
+    after: int,
+    scale: float | None,
+    lowering: str,
+) -> Tensor:
+    """softmax(scale · Q Kᵀ + mask) V under a mask of tiles.
+
+    Args:
+        query, key, value: [B, H, N, D]; keys and values may have fewer heads, each then shared by as many queries.
+        bias: of keys alone, [B or 1, H or 1, 1, N]: bool (True attends) or added.
+        mask: the mask's text.
+        grid: frames, height and width of the video tokens.
+        before, after: tokens of text around them.
+        scale: 1/√D if not given.
+        lowering: one of `LOWERINGS`.
+    """
+    frames, height, width = grid
+    on = tiled(mask, (frames, height, width), before, after)
+    out = LOWERINGS[lowering](query, key, value, on, scale, bias)
+    form = _like(query, value, torch.empty)
+    return out if out.stride() == form.stride() and out.data_ptr() != query.data_ptr() else form.copy_(out)
+
+
+@tile_attention.register_fake
+def _(query, key, value, bias, mask, grid, before, after, scale, lowering):  # type: ignore[no-untyped-def]
+    return _like(query, value, torch.empty)
+
+
+def check_sequence(on: Tiled, query: int, key: int, where: str) -> None:
+    """Refuse queries and keys that are not the sequence of the mask.
+
+    Raises:
+        ConfigError: naming what was expected and got.
+    """
+    if query != key:
+        raise ConfigError(f"{where}: {query} queries and {key} keys: a mask of tiles is for attention of a sequence to itself")
+    if query != on.tokens:
+        frames, height, width = on.grid
+        raise ConfigError(
+            f"{where}: {query} tokens are not the {frames} × {height} × {width} tokens of video and {on.text} of text that the mask is for"
+        )
