@@ -29,6 +29,7 @@ def compile(
     inner: str = "inductor",
     strict: bool = False,
     inductor: Mapping[str, Any] | None = None,
+    tiles: str = "auto",
     **torch_compile: Any,
 ) -> Any:
     """Compile a denoiser so that it skips work by a caching recipe.
@@ -40,6 +41,7 @@ def compile(
         inner: "inductor" or "eager".
         strict: raise where vdcache would otherwise step aside with a warning.
         inductor: Inductor's own settings.
+        tiles: how attention under masks is computed: "auto" measures on this device, or "gather", "flex", "triton", "masked".
         torch_compile: `fullgraph`, `dynamic`, `mode` of torch.compile.
 
     Returns what torch.compile returns, with the `Session` as its attribute `vdcache`: its history, its summary, and
@@ -59,7 +61,7 @@ def compile(
         if unknown[0] == "options":
             hint = "; what stands there is given directly: vdcache.compile(model, recipe=…, num_steps=…)."
         raise ConfigError(f"unknown argument {unknown[0]!r}{hint} There are {', '.join([*own, *_TORCH_COMPILE])}.")
-    options = {"recipe": recipe, "num_steps": num_steps, "inner": inner, "strict": strict, "inductor": inductor}
+    options = {"recipe": recipe, "num_steps": num_steps, "inner": inner, "strict": strict, "inductor": inductor, "tiles": tiles}
     settings = Settings.of(options)
     return compile_with(model, settings, **torch_compile)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vdcache.ir.errors import ConfigError
-from vdcache.passes import Canonicalise, MarkBranches, MergeSlots, Pass, Pipeline, Probe
+from vdcache.passes import Canonicalise, MarkBranches, MergeSlots, Pass, Pipeline, Probe, TileAttention
 from vdcache.passes.predictors import LAST, ByGroup, Extrapolated, Frequencies, LastValue, Predictor, Scaled, Taylor
 from vdcache.runtime.policies import AdaCache, Always, Codebook, Deciding, EveryN, MoReg, Policy, scaled
 from vdcache.runtime.probing import Bounds, EasyCache, Threshold
@@ -56,6 +56,20 @@ class Recipe:
     def pipeline(self) -> Pipeline:
         """The passes from a captured graph to the guarded graph; prints as text and parses back."""
         return Pipeline((Canonicalise(), *self.passes))
+
+    def with_masks(self, masks: Any, **where: Any) -> Recipe:
+        """This recipe with masks on the attentions of the denoising blocks, in place of those that it had.
+
+        Args:
+            masks: a mask or its text ("frames:4"), one for each attention in order, or a `MaskPlan`.
+            where: `sites`, `grid`, `text` of the pass `tile-attention`.
+
+        Raises:
+            ConfigError: a mask that does not exist.
+        """
+        given = getattr(masks, "masks", masks)
+        tiles = TileAttention(given, **where)
+        return replace(self, passes=(tiles, *(p for p in self.passes if not isinstance(p, TileAttention))))
 
     def for_steps(self, num_steps: int, said: Callable[[str], None] = lambda message: None) -> Recipe:
         """This recipe for a generation of `num_steps`.

@@ -15,6 +15,7 @@ from vdcache.backends.settings import Settings
 from vdcache.ir.capture import capture
 from vdcache.ir.errors import CaptureError, ConfigError, VdcacheError
 from vdcache.ir.ops import is_work
+from vdcache.passes import TileAttention
 from vdcache.runtime.policies import Deciding
 
 __all__ = ["Backend", "backend"]
@@ -83,7 +84,8 @@ def compile_graph(
     whole = not (split or resumes)
     if whole and program.slots and not program.probes and isinstance(settings.recipe.policy, Deciding):
         return _nothing_found(program, graph, example_inputs, settings)
-    if not program.slots and not program.emits and program.settings.recipe.passes:
+    wanted = any(not isinstance(p, TileAttention) for p in program.settings.recipe.passes)
+    if wanted and not program.slots and not program.emits:
         if whole and (settings.strict or not program.clocks):
             return _nothing_found(program, graph, example_inputs, settings)
         if whole:  # it may be one part of a model that breaks further out: then it is this graph that tells the time

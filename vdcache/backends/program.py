@@ -11,6 +11,8 @@ from torch import Tensor, fx
 
 from vdcache.backends.eager import run_eagerly
 from vdcache.backends.inductor import Compiled, Context, compile_now, no_autocast
+from vdcache.backends.kernels.choose import Choice
+from vdcache.backends.lowering import lower_tiles, tile_sites
 from vdcache.backends.settings import Settings
 from vdcache.ir import dialect
 from vdcache.ir.capture import Captured
@@ -48,6 +50,7 @@ class Part:
         self._of = of
         self._compiled: dict[Hashable, Compiled] = {}
         self._by_size = False  # good for one size only
+        self._tiled = bool(tile_sites(graph))
 
     def compile_now(self, inputs: Sequence[Any]) -> None:
         """Compile inside the backend call.
@@ -86,11 +89,16 @@ class Part:
 
     def _compile(self, inputs: Sequence[Any]) -> Compiled:
         settings = self._of.settings
-        if settings.inner == "eager":
-            return run_eagerly(self.graph)
         # Inductor takes possession of what it compiles; the saved graph must stay for other sizes.
+        graph = copy_graph(self.graph) if self._tiled or settings.inner != "eager" else self.graph
+        if self._tiled:
+            eager = settings.inner == "eager"
+            lowering = "gather" if eager and settings.tiles == "auto" else settings.tiles
+            self._of.choices.update(lower_tiles(graph, lowering, expand=not eager))
+        if settings.inner == "eager":
+            return run_eagerly(graph)
         with no_autocast():
-            return compile_now(copy_graph(self.graph), inputs, dict(settings.inductor))
+            return compile_now(graph, inputs, dict(settings.inductor))
 
 
 class Program:
@@ -116,6 +124,7 @@ class Program:
         names = [n.name for n in given]
         self.fakes = [n.meta.get("val") for n in given]
         self.bindings = Bindings(self.fakes)
+        self.choices: dict[str, Choice] = {}  # how attentions under masks are computed, by node
         self.clocks = tuple(names.index(c) for c in self.anatomy.clocks)
         self.latent = names.index(self.anatomy.latent) if self.anatomy.latent else None
         self.static = tuple(sorted(captured.signature.static))
@@ -195,6 +204,11 @@ class Program:
             if plan.reuse == self._groups:  # it computes nothing that it could keep
                 self._graphs[plan] = graph, io
         return tuple(s for s in self.slots if s in needed)
+
+    @property
+    def tiled(self) -> bool:
+        """Whether some attention has a mask."""
+        return bool(tile_sites(self.guarded))
 
     @property
     def refusals(self) -> tuple[Refusal, ...]:
@@ -335,18 +349,22 @@ class Program:
 
     def _alone(self, inputs: Sequence[Any]) -> Sequence[Any]:
         """Run without a session: everything is computed, nothing is kept."""
-        self.settings.say_once(
-            "no session",
-            "vdcache: a graph runs outside any session and is computed in full: no timestep is seen in it. A timestep is a tensor "
-            "that reaches a sine or cosine and then a layer (a Python float reaches none: pass a tensor). If the model embeds its time otherwise, or "
-            "breaks into several graphs, use model = vdcache.compile(model); model.vdcache.begin(steps) and .step() then say the step.",
-        )
+        if self.slots or not self.tiled:
+            self._say_no_session()
         more = self._zeros(self._more, inputs)
         carried = [*more, *self._look([*inputs, *more], None).carried]
         zeros = self._zeros(self._io.added_values, inputs)
         run = self._part(RECOMPUTE).ready([*inputs, *carried])
         with no_autocast():
             return run(*inputs, *carried, *zeros)[: self._results]
+
+    def _say_no_session(self) -> None:
+        self.settings.say_once(
+            "no session",
+            "vdcache: a graph runs outside any session and is computed in full: no timestep is seen in it. A timestep is a tensor "
+            "that reaches a sine or cosine and then a layer (a Python float reaches none: pass a tensor). If the model embeds its time otherwise, or "
+            "breaks into several graphs, use model = vdcache.compile(model); model.vdcache.begin(steps) and .step() then say the step.",
+        )
 
     def _zeros(self, values: Sequence[Tensor], inputs: Sequence[Any]) -> list[Tensor]:
         return [torch.zeros(self.bindings.shape(v, inputs), dtype=v.dtype, device=v.device) for v in values]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from vdcache.backends.kernels.choose import check_lowering
 from vdcache.ir.errors import ConfigError, warn_once
 from vdcache.methods import recipe
 from vdcache.recipe import Recipe
@@ -27,6 +28,8 @@ class Settings:
         inner: "inductor", or "eager" (bit-exact, for tests).
         strict: what vdcache does not understand is an error instead of a warning.
         inductor: Inductor's own settings, as torch.compile's `options` takes them.
+        tiles: how attention under masks is computed: "auto" measures on this device (gathers under the eager inner compiler),
+            or "gather", "flex", "triton", "masked".
 
     Raises:
         ConfigError: anything that does not exist or cannot be.
@@ -37,6 +40,7 @@ class Settings:
     inner: str = "inductor"
     strict: bool = False
     inductor: tuple[tuple[str, Any], ...] = ()
+    tiles: str = "auto"
     session: Session | None = field(default=None, compare=False)
     hears: Callable[[str], None] | None = field(default=None, compare=False)  # is told what would be a warning
     programs: list[Any] = field(default_factory=list, compare=False, repr=False)
@@ -47,6 +51,7 @@ class Settings:
             raise ConfigError(f"num_steps is the number of denoising steps, at least 1; got {self.num_steps!r}")
         if self.inner not in INNER:
             raise ConfigError(f"inner is {' or '.join(INNER)}; got {self.inner!r}")
+        check_lowering(self.tiles)
 
     @staticmethod
     def of(options: Mapping[str, Any] | None) -> Settings:

@@ -8,8 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from torch import fx
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["add_input", "call", "copy_graph", "evaluate", "inline", "inputs", "live_nodes", "outputs", "set_outputs"]
@@ -58,22 +60,38 @@ def inline(graph: fx.Graph, fn: Callable[..., Any], args: Any, made_by: str) -> 
         """A size that is a symbol, as a node that computes it: a graph cannot hold symbols."""
         return _size_node(graph, x.node.expr, alive, of, made_by) if isinstance(x, torch.SymInt) else x
 
+    def record(func: Any, args: Any, kwargs: Any, result: Any) -> Any:
+        given, named = pytree.tree_map(lambda x: of.get(id(x), x) if isinstance(x, torch.Tensor) else symbol(x), (args, kwargs))
+        made = graph.call_function(func, given, named)
+        made.meta = {"val": result, "vdcache": made_by}
+        if isinstance(result, torch.Tensor):
+            of[id(result)] = made
+            alive.append(result)
+        return result
+
+    whole = False  # inside an operation that is kept as it is
+
     class Recorder(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            def node(x: Any) -> Any:
-                return of.get(id(x), x) if isinstance(x, torch.Tensor) else x
-
-            given, named = pytree.tree_map(lambda x: symbol(node(x)), (args, kwargs or {}))
             result = func(*args, **(kwargs or {}))
-            made = graph.call_function(func, given, named)
-            made.meta = {"val": result, "vdcache": made_by}
-            if isinstance(result, torch.Tensor):
-                of[id(result)] = made
-                alive.append(result)
-            return result
+            return result if whole else record(func, args, kwargs or {}, result)
+
+    class Composite(TorchFunctionMode):
+        """Attention stays one operation, as everywhere in a graph: which kernel runs is decided when it runs."""
+
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal whole
+            if func is not F.scaled_dot_product_attention:
+                return func(*args, **(kwargs or {}))
+            whole = True
+            try:
+                result = func(*args, **(kwargs or {}))
+            finally:
+                whole = False
+            return record(torch.ops.aten.scaled_dot_product_attention.default, args, kwargs or {}, result)
 
     values = pytree.tree_map(value, args, is_leaf=lambda x: isinstance(x, fx.Node))
-    with torch.no_grad(), Recorder():
+    with torch.no_grad(), Recorder(), Composite():
         results = fn(*values)
     return pytree.tree_map(lambda x: of[id(x)] if isinstance(x, torch.Tensor) else x, results)
 

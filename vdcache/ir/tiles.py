@@ -14,15 +14,16 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 
 from vdcache.ir.errors import ConfigError
 from vdcache.ir.masks import AttentionMask, Sizes, Skip, parse_mask, volume
 
-__all__ = ["LOWERINGS", "Group", "Tiled", "gather", "masked", "tile_attention", "tiled"]
+__all__ = ["LOWERINGS", "TILE_ATTENTION", "Group", "Tiled", "gather", "masked", "tables_of", "tile_attention", "tiled"]
 
 Range = tuple[int, int]  # tokens from … to, the last not included
 
@@ -132,6 +133,11 @@ class Tiled:
         for keys, queries in classes.items():
             equal[len(queries), len(keys)].append((tuple(queries), keys))
         return tuple(Group(tuple(q for q, _ in found), tuple(k for _, k in found)) for found in equal.values())
+
+    @property
+    def pieces(self) -> int:
+        """Slices of keys that a gather takes."""
+        return sum(len(g.keys) * (len(g.keys[0]) - len(g.shared) + 1) for g in self.groups)
 
     @cached_property
     def everywhere(self) -> tuple[int, ...]:
@@ -303,8 +309,8 @@ class _Memory:
 
     def split(self, out: Tensor, ranges: Sequence[Range]) -> dict[Range, Tensor]:
         """The parts of a result that belong to ranges of tokens."""
-        sizes = [b - a for a, b in ranges]
-        return dict(zip(ranges, out.split(sizes, self.axis), strict=True))
+        ends = itertools.accumulate(b - a for a, b in ranges)
+        return {(a, b): out.narrow(self.axis, end - (b - a), b - a) for (a, b), end in zip(ranges, ends, strict=True)}
 
     def joined(self, parts: Sequence[Tensor]) -> Tensor:
         out = _cat(list(parts), self.axis)
@@ -380,6 +386,16 @@ def tile_attention(
 @tile_attention.register_fake
 def _(query, key, value, bias, mask, grid, before, after, scale, lowering):  # type: ignore[no-untyped-def]
     return _like(query, value, torch.empty)
+
+
+TILE_ATTENTION = torch.ops.vdcache.tile_attention.default  # what a graph holds
+
+
+def tables_of(node: fx.Node) -> Tiled:
+    """The tables of a tile attention in a graph."""
+    given: Any = node.args
+    mask, (frames, height, width), before, after = given[4:8]
+    return tiled(mask, (frames, height, width), before, after)
 
 
 def check_sequence(on: Tiled, query: int, key: int, where: str) -> None:

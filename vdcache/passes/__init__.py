@@ -13,11 +13,13 @@ from vdcache.passes.observe import Observe
 from vdcache.passes.probe import Probe
 from vdcache.passes.specialise import Specialise, VariantIO, variant_io
 from vdcache.passes.split_at_probe import HeadIO, SplitAtProbe, head_io
+from vdcache.passes.tile_attention import TileAttention
 
 PASSES: dict[str, type[Pass]] = {
     p.name: p
     for p in (
         Canonicalise,
+        TileAttention,
         MarkBranches,
         MarkLanes,
         MarkOutput,
@@ -52,6 +54,7 @@ __all__ = [
     "Specialise",
     "SplitAtProbe",
     "Step",
+    "TileAttention",
     "VariantIO",
     "head_io",
     "variant_io",

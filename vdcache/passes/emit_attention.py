@@ -23,8 +23,8 @@ from vdcache.ir.errors import ConfigError
 from vdcache.ir.facts import Fact
 from vdcache.ir.ops import ATTENTION, tensor_of
 from vdcache.passes.base import Pass, PassResult, Refusal, tag
-from vdcache.patterns import Anatomy, Attention, Branch, Grid, anatomy
-from vdcache.patterns.attention import Site, axes_of, layout_of, operands, sites
+from vdcache.patterns import Anatomy, Attention, Branch, Grid, NoMatch, anatomy
+from vdcache.patterns.attention import Site, axes_of, layout_of, operands, sites, video_span
 
 aten = torch.ops.aten
 
@@ -57,7 +57,7 @@ class EmitAttention(Pass):
         known = {s.node.name: s for s in sites(graph.graph.nodes, _tokens(found, grid))}
         rewrites, refusals = 0, []
         done: set[str] = set()
-        for branch, attention in denoising_attentions(found):
+        for branch, attention in found.denoising_attentions():
             if attention.node in done:
                 continue
             done.add(attention.node)
@@ -90,7 +90,10 @@ class EmitAttention(Pass):
             if not all(isinstance(s, int) for s in sums.shape):
                 raise _NotEmitted("its sizes are symbols: profile with fixed sizes")
             keys, rows = sums.shape[-1], math.prod(sums.shape[:-1])
-            start, stop = _video(attention, keys, grid)
+            video = video_span(attention, keys, grid)
+            if isinstance(video, NoMatch):
+                raise _NotEmitted(video.reason)
+            start, stop = video
             layout = layout_of(stop - start, grid)
             space = grid.height * grid.width
             sequences = {"full": 1, "spatial": grid.frames, "temporal": space}[layout] * batch
@@ -115,18 +118,6 @@ class _NotEmitted(Exception):
     """Why an attention is left out."""
 
 
-def denoising_attentions(found: Anatomy) -> list[tuple[Branch, Attention]]:
-    """Self- and joint-attentions of the denoising blocks, each with its first branch, in order."""
-    blocks = {b.index for b in found.denoising_blocks()}
-    seen: dict[str, tuple[Branch, Attention]] = {}
-    for branch in found:
-        if branch.block in blocks:
-            for attention in branch.attentions:
-                if attention.kind != "cross":
-                    seen.setdefault(attention.node, (branch, attention))
-    return list(seen.values())
-
-
 def _tokens(found: Anatomy, grid: Grid | None) -> int | None:
     """Tokens of the first stream of video tokens."""
     shapes = [s.shape for s in found.streams if s.role in ("latent", "joint") and len(s.shape) == 3]
@@ -140,20 +131,6 @@ def _batch(found: Anatomy, branch: Branch, nodes: dict[str, fx.Node]) -> int:
     if not isinstance(size, int):
         raise _NotEmitted("its sizes are symbols: profile with fixed sizes")
     return size
-
-
-def _video(attention: Attention, keys: int, grid: Grid) -> tuple[int, int]:
-    """Where the video tokens lie among the keys of a sequence."""
-    sizes = (grid.tokens, grid.frames, grid.height * grid.width)
-    latent = [s for s in attention.spans if s.role == "latent"]
-    if len(latent) == 1 and latent[0].stop - latent[0].start in sizes:
-        return latent[0].start, latent[0].stop
-    if not attention.spans and keys in sizes:
-        return 0, keys
-    if attention.spans:
-        held = ", ".join(f"{s.stop - s.start} {s.role}" for s in attention.spans)
-        raise _NotEmitted(f"its {keys} keys are {held}, and the grid has {grid.tokens} video tokens")
-    raise _NotEmitted(f"{keys} keys are not the {grid.tokens} video tokens, and the graph does not show which of them are")
 
 
 def _received(graph: fx.Graph, site: Site, op: Any) -> fx.Node:

@@ -10,11 +10,12 @@ import torch
 from torch import fx
 
 from vdcache.ir.ops import ATTENTION, CASTS, VIEWS, is_work, tensor_of, unviewed
-from vdcache.patterns.facts import Attention, Grid, Span
+from vdcache.ir.tiles import TILE_ATTENTION
+from vdcache.patterns.facts import Attention, Grid, NoMatch, Span
 from vdcache.patterns.index import Index
 from vdcache.patterns.streams import Streams
 
-__all__ = ["Site", "axes_of", "describe", "layout_of", "operands", "sites"]
+__all__ = ["Site", "axes_of", "describe", "layout_of", "operands", "sites", "video_span"]
 
 aten = torch.ops.aten
 _SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
@@ -64,6 +65,8 @@ def _fused(node: fx.Node) -> Site | None:
         return None
     if node.target in ATTENTION:
         return Site(node, "sdpa", q, k)
+    if node.target is TILE_ATTENTION:
+        return Site(node, "tiles", q, k)
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         return Site(node, "flex", q, k) if "flex_attention" in node.target.name() else None
     if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace not in ("aten", "prims", "prim"):
@@ -286,7 +289,7 @@ def _sizes(site: Site) -> tuple[int | None, int | None, int | None, int | None]:
     q, k = tensor_of(site.query), tensor_of(site.key)
     if q is None or k is None:
         return None, None, None, None
-    if site.form in ("sdpa", "flex") and q.ndim == 4:
+    if site.form in ("sdpa", "flex", "tiles") and q.ndim == 4:
         return _int(q.shape[1]), _int(q.shape[2]), _int(k.shape[2]), _int(q.shape[3])
     if site.form == "sdpa":
         return None, _int(q.shape[-2]), _int(k.shape[-2]), _int(q.shape[-1])
@@ -319,6 +322,22 @@ def layout_of(tokens: int, grid: Grid) -> str:
     """
     space = grid.height * grid.width
     return "full" if tokens == grid.tokens else "spatial" if tokens == space else "temporal"
+
+
+def video_span(attention: Attention, keys: int, grid: Grid) -> tuple[int, int] | NoMatch:
+    """From which to which of so many keys of a sequence the video tokens are."""
+    sizes = (grid.tokens, grid.frames, grid.height * grid.width)
+    latent = [s for s in attention.spans if s.role == "latent"]
+    if len(latent) == 1 and latent[0].stop - latent[0].start in sizes:
+        return latent[0].start, latent[0].stop
+    if not attention.spans and keys in sizes:
+        return 0, keys
+    if attention.spans:
+        held = ", ".join(f"{s.stop - s.start} {s.role}" for s in attention.spans)
+        return NoMatch(attention.node, f"its {keys} keys are {held}, and the grid has {grid.tokens} video tokens")
+    return NoMatch(
+        attention.node, f"{keys} keys are not the {grid.tokens} video tokens, and the graph does not show which of them are"
+    )
 
 
 def _layout(q_len: int, batch: int | None, grid: Grid, spans: Sequence[Span]) -> str:

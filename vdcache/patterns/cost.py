@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from vdcache.ir.ops import ATTENTION, tensor_of
+from vdcache.ir.tiles import TILE_ATTENTION, tables_of
 
 __all__ = ["bytes_of", "flops", "owners"]
 
@@ -70,6 +71,8 @@ def flops(node: fx.Node) -> int:
         return _attention(shapes[0], shapes[1], shapes[2])
     if isinstance(node.target, torch._ops.HigherOrderOperator) and "flex_attention" in node.target.name():
         return _attention(shapes[0], shapes[1], shapes[2])
+    if node.target is TILE_ATTENTION:
+        return round(_attention(shapes[0], shapes[1], shapes[2]) * tables_of(node).density)
     if node.target is aten.einsum.default:
         return _einsum(str(node.args[0]), node.args[1])
     return 0

@@ -122,7 +122,7 @@ class Attention:
         layout: what a sequence runs over: "spatial", "temporal", "full" or "unknown".
         heads, q_len, kv_len, head_dim: None where the graph does not fix them.
         form: how it is written: "sdpa", "flex", "matmul-softmax", "matmul" (scores with another normaliser), "linear"
-            (keys and values are multiplied first) or "custom" (another library's kernel).
+            (keys and values are multiplied first), "tiles" (vdcache's own, under a mask) or "custom" (another library's kernel).
         spans: where tokens of which role lie in the sequence of keys; empty where all are of one role.
         grid: what the video tokens stand for, where the graph shows it.
     """
@@ -245,6 +245,17 @@ class Anatomy:
             if attends and roles & {"latent", "joint"} and of in ("", "double" if double else "single"):
                 found.append(block)
         return tuple(found)
+
+    def denoising_attentions(self) -> tuple[tuple[Branch, Attention], ...]:
+        """Self- and joint-attentions of the denoising blocks, each with its first branch, in order."""
+        blocks = {(b.index, b.graph) for b in self.denoising_blocks()}
+        seen: dict[tuple[str, int], tuple[Branch, Attention]] = {}
+        for branch in self.branches:
+            if (branch.block, branch.graph) in blocks:
+                for attention in branch.attentions:
+                    if attention.kind != "cross":
+                        seen.setdefault((attention.node, branch.graph), (branch, attention))
+        return tuple(seen.values())
 
     def count(self) -> dict[str, int]:
         """How many branches of each kind there are."""

@@ -19,7 +19,6 @@ from vdcache.backends import Settings
 from vdcache.ir.checks import number
 from vdcache.ir.errors import CacheStateError, ConfigError, VdcacheWarning
 from vdcache.passes import EmitAttention
-from vdcache.passes.emit_attention import denoising_attentions
 from vdcache.patterns import Attention, Grid
 from vdcache.patterns.attention import layout_of
 from vdcache.profiling.result import Profile, Site, check_threshold
@@ -223,7 +222,7 @@ class _Collector:
                 self.grid = anatomy.grid
             number = {b.index: first + i for i, b in enumerate(anatomy.denoising_blocks())}
             single = {b.index for b in anatomy.denoising_blocks("single")}
-            for branch, attention in denoising_attentions(anatomy):
+            for branch, attention in anatomy.denoising_attentions():
                 if attention.node in values:
                     of = "single" if branch.block in single else "double"
                     kind = "joint" if len(attention.spans) > 1 else attention.kind

@@ -1,0 +1,56 @@
+"""How attention under masks is computed: chosen for every graph that is about to be compiled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, fx
+
+from vdcache.backends.kernels.choose import Choice, choose
+from vdcache.ir.edit import inline
+from vdcache.ir.masks import Skip
+from vdcache.ir.ops import tensor_of
+from vdcache.ir.tiles import TILE_ATTENTION, Tiled, gather, tables_of
+
+__all__ = ["lower_tiles", "tile_sites"]
+
+PIECES = 512  # slices of a gather beyond which it stays one operation: a compiler takes long over many
+
+
+def tile_sites(graph: fx.GraphModule) -> list[tuple[fx.Node, Tiled]]:
+    """The attentions of a graph that have a mask."""
+    return [(n, tables_of(n)) for n in graph.graph.find_nodes(op="call_function", target=TILE_ATTENTION)]
+
+
+def lower_tiles(graph: fx.GraphModule, lowering: str = "auto", *, expand: bool = True) -> dict[str, Choice]:
+    """Choose the lowering of every attention that has a mask, in place; what was measured, by the node's name.
+
+    Args:
+        lowering: "auto" to measure, or the name of one.
+        expand: write a gather out as slices and dense attention, which a compiler fuses with what surrounds it.
+    """
+    choices: dict[str, Choice] = {}
+    for node, on in tile_sites(graph):
+        scale: Any = node.args[8]
+        name = lowering
+        if lowering == "auto":
+            query, key, value, bias = (tensor_of(x) for x in node.args[:4])
+            assert query is not None and key is not None and value is not None
+            choices[node.name] = choice = choose(query, key, value, bias, on, scale)
+            name = choice.lowering
+        node.update_arg(9, name)
+        if name == "gather" and expand and not isinstance(on.mask, Skip) and on.pieces <= PIECES:
+            _expand(graph.graph, node, on, scale)
+    graph.graph.lint()
+    graph.recompile()
+    return choices
+
+
+def _expand(graph: fx.Graph, node: fx.Node, on: Tiled, scale: float | None) -> None:
+    def written_out(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+        return gather(query, key, value, on, scale, bias)
+
+    with graph.inserting_before(node):
+        out = inline(graph, written_out, node.args[:4], str(node.meta.get("vdcache", "tile-attention")))
+    node.replace_all_uses_with(out)
+    graph.erase_node(node)
