@@ -14,7 +14,7 @@ from vdcache.backends.program import Program
 from vdcache.backends.settings import Settings
 from vdcache.ir.capture import capture
 from vdcache.ir.errors import CaptureError, ConfigError, VdcacheError
-from vdcache.ir.ops import is_work
+from vdcache.ir.ops import ATTENTION, is_work
 from vdcache.passes import TileAttention
 from vdcache.runtime.policies import Deciding
 
@@ -84,6 +84,11 @@ def compile_graph(
     whole = not (split or resumes)
     if whole and program.slots and not program.probes and isinstance(settings.recipe.policy, Deciding):
         return _nothing_found(program, graph, example_inputs, settings)
+    if not program.tiled and (reasons := _no_mask(program, whole)):
+        message = f"the masks of '{settings.recipe.name}' are on no attention of this graph: {reasons}"
+        if settings.strict:
+            raise CaptureError(message)
+        settings.say_once("no mask", f"vdcache: {message}")
     wanted = any(not isinstance(p, TileAttention) for p in program.settings.recipe.passes)
     if wanted and not program.slots and not program.emits:
         if whole and (settings.strict or not program.clocks):
@@ -95,6 +100,18 @@ def compile_graph(
     program.compile_first(example_inputs)
     settings.programs.append(program)
     return program
+
+
+def _no_mask(program: Program, whole: bool) -> str:
+    """Why no mask was put on an attention of this graph; empty where none was asked for or there is none to put it on."""
+    if not any(isinstance(p, TileAttention) for p in program.settings.recipe.passes):
+        return ""
+    if not whole and not any(n.target in ATTENTION for n in program.guarded.graph.nodes):
+        return ""
+    reasons = [str(r) for s in program.steps if s.text.startswith(TileAttention.name) for r in s.refusals]
+    if not reasons and not whole:
+        reasons = ["Dynamo split the model where it attends, so the graph does not show whose tokens they are"]
+    return "; ".join(reasons)
 
 
 def _nothing_found(

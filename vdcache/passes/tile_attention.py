@@ -73,7 +73,7 @@ class TileAttention(Pass):
         nodes = {n.name: n for n in graph.graph.nodes}
         chosen = self._chosen(found)
         asked = bool(self.sites) or len(self.masks) > 1
-        rewrites, refusals = 0, []
+        rewrites, refusals, failed = 0, [], False
         for attention, text in chosen:
             masks = parse_masks(text)
             if all(isinstance(m, Dense) for m in masks):
@@ -83,10 +83,13 @@ class TileAttention(Pass):
                 if asked:
                     raise ConfigError(f"{self.name}: no mask can be put on '{attention.node}': {place.reason}")
                 refusals.append(Refusal(attention.node, (place.reason,)))
+                failed |= attention.layout not in ("spatial", "temporal")
                 continue
             self._rewrite(graph.graph, nodes[attention.node], place, masks)
             rewrites += 1
-        if refusals and not rewrites:
+        if not chosen:
+            refusals.append(Refusal("output", ("the graph has no attention among video tokens",)))
+        if failed and not rewrites:
             raise ConfigError(
                 f"{self.name}: no attention of this model can have the mask {', '.join(self.masks)}:\n"
                 + "\n".join(map(str, refusals))
