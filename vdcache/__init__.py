@@ -24,6 +24,21 @@ _PUBLIC = {
     "StepErrors": "vdcache.profiling.errors",
     "magnitudes": "vdcache.profiling.errors",
     "step_errors": "vdcache.profiling.errors",
+    "search_masks": "vdcache.profiling.search",
+    "MaskPlan": "vdcache.profiling.search",
+    "tiles": "vdcache.profiling.tiles",
+    "TileReport": "vdcache.profiling.tiles",
+    "tile_attention": "vdcache.ir.tiles",
+    "AttentionMask": "vdcache.ir.masks",
+    "Dense": "vdcache.ir.masks",
+    "Diagonal": "vdcache.ir.masks",
+    "Frames": "vdcache.ir.masks",
+    "MultiDiagonal": "vdcache.ir.masks",
+    "Radial": "vdcache.ir.masks",
+    "Skip": "vdcache.ir.masks",
+    "Stripes": "vdcache.ir.masks",
+    "Window": "vdcache.ir.masks",
+    "TileAttention": "vdcache.passes.tile_attention",
     "Otsu": "vdcache.profiling.segment",
     "Sam2": "vdcache.profiling.segment",
     "trace": "vdcache.ir.capture",
@@ -89,6 +104,8 @@ if TYPE_CHECKING:
     from vdcache.ir.capture import trace
     from vdcache.ir.dump import dump
     from vdcache.ir.errors import CacheStateError, CaptureError, ConfigError, ContractError, VdcacheError, VdcacheWarning
+    from vdcache.ir.masks import AttentionMask, Dense, Diagonal, Frames, MultiDiagonal, Radial, Skip, Stripes, Window
+    from vdcache.ir.tiles import tile_attention
     from vdcache.methods import (
         adacache,
         dbcache,
@@ -110,10 +127,13 @@ if TYPE_CHECKING:
     )
     from vdcache.passes.base import Pass, PassResult, Pipeline
     from vdcache.passes.predictors import Blended, ByGroup, Extrapolated, LastValue, Predictor, Scaled, Taylor
+    from vdcache.passes.tile_attention import TileAttention
     from vdcache.profiling.errors import StepErrors, magnitudes, step_errors
     from vdcache.profiling.profiler import profile
     from vdcache.profiling.result import Profile
+    from vdcache.profiling.search import MaskPlan, search_masks
     from vdcache.profiling.segment import Otsu, Sam2
+    from vdcache.profiling.tiles import TileReport, tiles
     from vdcache.recipe import Recipe
     from vdcache.runtime.history import History, record
     from vdcache.runtime.plan import Plan

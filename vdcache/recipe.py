@@ -57,6 +57,11 @@ class Recipe:
         """The passes from a captured graph to the guarded graph; prints as text and parses back."""
         return Pipeline((Canonicalise(), *self.passes))
 
+    @property
+    def masks(self) -> tuple[str, ...]:
+        """The masks on its attentions: one for all, or one for each."""
+        return next((p.masks for p in self.passes if isinstance(p, TileAttention)), ())
+
     def with_masks(self, masks: Any, **where: Any) -> Recipe:
         """This recipe with masks on the attentions of the denoising blocks, in place of those that it had.
 

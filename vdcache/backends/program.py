@@ -211,6 +211,21 @@ class Program:
         return bool(tile_sites(self.guarded))
 
     @property
+    def masks(self) -> str:
+        """In words: the masks on attentions, what they leave, and how they are computed."""
+        sites = tile_sites(self.guarded)
+        if not sites:
+            return ""
+        density = sum(on.density for _, on in sites) / len(sites)
+        names = ", ".join(dict.fromkeys(str(on.mask) for _, on in sites))
+        found = [c for c in self.choices.values() if c.seconds]
+        how = ""
+        if found:
+            speed = sum(c.speedup for c in found) / len(found)
+            how = f" by {', '.join(dict.fromkeys(c.lowering for c in found))}, {speed:.2f}× as fast as dense attention"
+        return f"{len(sites)} attentions under masks ({names}): {density:.0%} of the weights{how}"
+
+    @property
     def refusals(self) -> tuple[Refusal, ...]:
         return tuple(r for step in self.steps for r in step.refusals)
 
@@ -301,6 +316,8 @@ class Program:
         if session is None:
             return self._alone(inputs)
         session.adopt(self)
+        if self.settings.takes is not None:
+            self.settings.takes(self, inputs)
         making = 0.0
 
         def look(previous: list[Tensor] | None) -> Look:

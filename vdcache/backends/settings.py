@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -43,6 +43,7 @@ class Settings:
     tiles: str = "auto"
     session: Session | None = field(default=None, compare=False)
     hears: Callable[[str], None] | None = field(default=None, compare=False)  # is told what would be a warning
+    takes: Callable[[Any, Sequence[Any]], None] | None = field(default=None, compare=False)  # is given each program's inputs
     programs: list[Any] = field(default_factory=list, compare=False, repr=False)
     _said: set[str] = field(default_factory=set, compare=False, repr=False)
 

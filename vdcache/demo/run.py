@@ -63,7 +63,7 @@ def calibrated_recipe() -> Recipe:
 
 
 def default_recipes() -> list[str | Recipe]:
-    return ["adacache-slow", "adacache-fast", "adacache-fast+moreg", calibrated_recipe()]
+    return ["adacache-slow", "adacache-fast", "adacache-fast+moreg", calibrated_recipe(), "tiles-4", "tiles-4+adacache-fast"]
 
 
 def run_demo(

@@ -11,13 +11,16 @@ import abc
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from vdcache.ir.checks import whole
 from vdcache.ir.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vdcache.ir.tiles import Tiled
 
 __all__ = [
     "MASKS",
@@ -68,6 +71,19 @@ class AttentionMask(abc.ABC):
         tokens = frames * height * width
         kept = float(self.allowed((frames, height, width)).float().mean())
         return (kept * tokens**2 + 2 * text * tokens + text**2) / (tokens + text) ** 2
+
+    def on(self, frames: int, height: int = 1, width: int = 1, *, text: tuple[int, int] = (0, 0)) -> Tiled:
+        """The mask on a video of that many latent frames, rows and columns, with tokens of text before and after: prints as a
+        picture and states its density.
+
+        Raises:
+            ConfigError: it does not fit.
+        """
+        from vdcache.ir.tiles import tiled
+
+        found = tiled(str(self), (frames, height, width), *text)
+        found.density  # noqa: B018 — says now what does not fit
+        return found
 
     def __str__(self) -> str:
         return ":".join([self.name, *(_text(getattr(self, f.name)) for f in fields(self))])

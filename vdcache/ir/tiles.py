@@ -352,8 +352,42 @@ LOWERINGS: dict[str, Callable[[Tensor, Tensor, Tensor, Tiled, float | None, Tens
 }
 
 
-@torch.library.custom_op("vdcache::tile_attention", mutates_args=())
 def tile_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: AttentionMask | str,
+    grid: Sequence[int],
+    *,
+    text: tuple[int, int] = (0, 0),
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    lowering: str = "gather",
+) -> Tensor:
+    """Attention of a video to itself under a static mask: softmax(scale · Q Kᵀ + mask) V. Gradients flow.
+
+    Args:
+        query, key, value: [B, H, N, D]; keys and values may have fewer heads, each then shared by as many queries.
+        mask: a mask or its text, such as "frames:4".
+        grid: latent frames, height and width of the video tokens, frames outermost in the sequence.
+        text: tokens of text before and after them; they attend to everything, and everything attends to them.
+        bias: of keys alone, [B or 1, H or 1, 1, N]: bool (True attends) or added.
+        scale: 1/√D if not given.
+        lowering: one of `LOWERINGS`.
+
+    Raises:
+        ConfigError: a mask that does not fit the grid, or tokens that are not those of grid and text.
+    """
+    if lowering not in LOWERINGS:
+        raise ConfigError(f"no lowering of tile attention is called {lowering!r}; there are {', '.join(LOWERINGS)}")
+    frames, height, width = grid
+    on = tiled(str(parse_mask(mask)), (frames, height, width), *text)
+    check_sequence(on, query.shape[2], key.shape[2], "tile_attention")
+    return LOWERINGS[lowering](query, key, value, on, scale, bias)
+
+
+@torch.library.custom_op("vdcache::tile_attention", mutates_args=())
+def _operation(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -365,17 +399,7 @@ def tile_attention(
     scale: float | None,
     lowering: str,
 ) -> Tensor:
-    """softmax(scale · Q Kᵀ + mask) V under a mask of tiles.
-
-    Args:
-        query, key, value: [B, H, N, D]; keys and values may have fewer heads, each then shared by as many queries.
-        bias: of keys alone, [B or 1, H or 1, 1, N]: bool (True attends) or added.
-        mask: the mask's text.
-        grid: frames, height and width of the video tokens.
-        before, after: tokens of text around them.
-        scale: 1/√D if not given.
-        lowering: one of `LOWERINGS`.
-    """
+    """`tile_attention` as one node of a graph."""
     frames, height, width = grid
     on = tiled(mask, (frames, height, width), before, after)
     out = LOWERINGS[lowering](query, key, value, on, scale, bias)
@@ -383,7 +407,7 @@ def tile_attention(
     return out if out.stride() == form.stride() and out.data_ptr() != query.data_ptr() else form.copy_(out)
 
 
-@tile_attention.register_fake
+@_operation.register_fake
 def _(query, key, value, bias, mask, grid, before, after, scale, lowering):  # type: ignore[no-untyped-def]
     return _like(query, value, torch.empty)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vdcache.ir.errors import ConfigError
 from vdcache.methods.adacache import adacache
@@ -14,6 +14,7 @@ from vdcache.methods.constants import MAGCACHE_LIMITS, MAGCACHE_RATIOS, PAB, TEA
 from vdcache.methods.profilingdit import profilingdit_hunyuanvideo, profilingdit_wan
 from vdcache.methods.schedules import delta_dit, fora, magcache, taylorseer
 from vdcache.methods.thresholds import dbcache, easycache, fbcache, seacache, teacache
+from vdcache.passes import TileAttention
 from vdcache.passes.base import Pass
 from vdcache.recipe import Recipe
 from vdcache.runtime.policies import Always, EveryN
@@ -64,6 +65,19 @@ def _dbcache(front: str, back: str, threshold: str) -> Recipe:
     return dbcache(int(front), int(back), float(threshold))
 
 
+def _tiles(references: str) -> Recipe:
+    """Frame masks on every attention, nothing cached."""
+    source = "arXiv 2502.06155"
+    return Recipe(f"tiles-{references}", Always(), (TileAttention((f"frames:{references}",)),), source)
+
+
+_TILES = Named(
+    "tiles-N",
+    _tiles,
+    "attention within frames, and to and from N reference frames (Efficient-vDiT); with a cache: tiles-4+adacache-fast",
+    "N is yours to choose; vdcache.search_masks chooses one for each attention",
+    example=("4",),
+)
 NAMES = (
     Named(
         "always",
@@ -195,6 +209,7 @@ NAMES = (
         "ProfilingDiT with the published list for Wan 2.1 14B: 40 blocks",
         "the list of the reference code, for 50 steps",
     ),
+    _TILES,
 )
 _NEEDS = {
     "profilingdit": "the lists of one model's blocks: recipe = vdcache.profilingdit(vdcache.profile(model, run))",
@@ -223,6 +238,9 @@ def recipe(name: str | Recipe | None = None) -> Recipe:
     for named in NAMES:
         if (found := named.match(name)) is not None:
             return found
+    masks, plus, rest = name.partition("+")
+    if plus and (tiles := _TILES.match(masks)) is not None:
+        return replace(recipe(rest).with_masks(tiles.masks), name=name)
     if name in _NEEDS:
         family = [n.name for n in NAMES if n.name.startswith(f"{name}-")]
         published = f" Published ones go by {' and '.join(family)}." if family else ""
@@ -270,7 +288,8 @@ def describe(name: str) -> Description:
         made = named.make(*named.example)
     else:
         made = recipe(name)
-        named = next(n for n in NAMES if n.match(name) is not None)
+        cached = name.partition("+")[2] if _TILES.match(name.partition("+")[0]) is not None else ""
+        named = next(n for n in NAMES if n.match(cached or name) is not None)
     plans = tuple(map(str, made.policy.plans()))
     scope = tuple(_sentence(p) for p in made.passes) or ("nothing is guarded",)
     probes = any(p.name == "probe" for p in made.passes)

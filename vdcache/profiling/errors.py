@@ -9,18 +9,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from vdcache.api import compile_with, original
-from vdcache.backends import Settings
 from vdcache.ir.checks import number, whole
-from vdcache.ir.errors import CacheStateError, ConfigError
+from vdcache.ir.errors import ConfigError
 from vdcache.passes import Emit
 from vdcache.passes.base import Pass
 from vdcache.passes.mark_branches import TYPES
-from vdcache.recipe import Recipe
-from vdcache.runtime import Always
+from vdcache.profiling.watched import watch
 from vdcache.runtime.history import Record
 from vdcache.runtime.session import Emitted
 
@@ -187,14 +183,6 @@ def _listen(
     what: str,
 ) -> tuple[int, int]:
     """Run the model uncached, and hand every emitted value to `hear`: the steps of a generation, and the generations."""
-    if isinstance(prompts, (str, bytes)) or (prompts is not None and not isinstance(prompts, Iterable)):
-        raise ConfigError(f"prompts is a list of prompts; got {prompts!r}: give [{prompts!r}]")
-    if prompts is not None and not (prompts := list(prompts)):
-        raise ConfigError("prompts is empty, so there is nothing to measure")
-    heard: list[str] = []
-    settings = Settings(Recipe(what, Always(), tuple(passes)), inner=inner, hears=heard.append)
-    watched = compile_with(original(model), settings)
-    session = watched.vdcache
     count = 0
     ends: dict[int, int] = {}
 
@@ -206,22 +194,10 @@ def _listen(
                 count += 1
                 hear((record.generation, record.step, record.lane), f"{name}@{number_of}", value.detach())
 
-    session.listeners.append(take)
-    try:
-        with torch.no_grad():
-            for prompt in [None] if prompts is None else prompts:
-                session.begin()
-                run(watched) if prompts is None else run(watched, prompt)
-    finally:
-        session.listeners.remove(take)
-    if not len(session.history) and not heard:
-        raise CacheStateError(
-            f"{what}: run(model) did not call the model that it was given: use its argument, as in `lambda model: sample(model)`"
-        )
+    watched = watch(model, run, prompts, what, passes=passes, inner=inner, listen=take)
     if not count:
-        refused = {str(r) for graph in session.graphs for r in graph.refusals}
         raise ConfigError(
-            f"{what}: nothing can be measured in this model: {'; '.join([*heard, *sorted(refused)]) or 'no branch was found'}"
+            f"{what}: nothing can be measured in this model: {'; '.join(watched.reasons) or 'no branch was found'}"
         )
     if len(set(ends.values())) > 1:
         raise ConfigError(

@@ -14,17 +14,14 @@ import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from vdcache.api import compile_with, original
-from vdcache.backends import Settings
 from vdcache.ir.checks import number
-from vdcache.ir.errors import CacheStateError, ConfigError, VdcacheWarning
+from vdcache.ir.errors import ConfigError, VdcacheWarning
 from vdcache.passes import EmitAttention
 from vdcache.patterns import Attention, Grid
 from vdcache.patterns.attention import layout_of
 from vdcache.profiling.result import Profile, Site, check_threshold
 from vdcache.profiling.segment import Otsu, Segmenter, principal_picture
-from vdcache.recipe import Recipe
-from vdcache.runtime import Always
+from vdcache.profiling.watched import watch
 from vdcache.runtime.history import Record
 from vdcache.runtime.session import Emitted
 
@@ -72,65 +69,26 @@ def profile(
     if not number(token_threshold, "token_threshold is a multiple of the mean attention") > 0:
         raise ConfigError(f"token_threshold is a multiple of the mean attention, above 0; got {token_threshold}")
     check_threshold(block_threshold)
-    if isinstance(prompts, (str, bytes)) or (prompts is not None and not isinstance(prompts, Iterable)):
-        raise ConfigError(f"prompts is a list of prompts; got {prompts!r}: give [{prompts!r}]")
-    if prompts is not None and not (prompts := list(prompts)):
-        raise ConfigError("prompts is empty, so there is nothing to profile")
-    recipe = Recipe("profile", Always(), (EmitAttention(grid=tuple(grid or ())),))
-    model = original(model)
     foreground = _checked(Otsu() if foreground is None else foreground)
-    heard: list[str] = []
-    settings = Settings(recipe, inner=inner, hears=heard.append)
-    watched = compile_with(model, settings, dynamic=False)  # symbols would hide which tokens are the video's
+    passes = (EmitAttention(grid=tuple(grid or ())),)
     collector = _Collector(foreground, token_threshold, grid)
-    session = watched.vdcache
-    session.listeners.append(collector.take)
-    measured, forget = _until_forgotten(watched, model)
-    try:
-        if prompts is None:
-            run(measured)
-        else:
-            for prompt in prompts:
-                session.begin()
-                run(measured, prompt)
-    finally:
-        forget()  # a pipeline may hold what it was given: from here on it is the plain model
+    # dynamic=False: symbols would hide which tokens are the video's
+    watched = watch(model, run, prompts, "profile", passes=passes, inner=inner, listen=collector.take, dynamic=False)
     collector.finish()
-    name = type(model).__name__ if isinstance(model, torch.nn.Module) else getattr(model, "__name__", "model")
-    if not len(session.history) and not heard:
-        raise CacheStateError(
-            "profile: run(model) did not call the model that it was given: use its argument, as in `lambda model: sample(model)`"
-        )
+    name, session, reasons = watched.name, watched.session, watched.reasons
     left_out = [r for graph in session.graphs for r in graph.refusals]  # type: ignore[attr-defined]
-    reasons = {why for r in left_out for why in r.reasons} or set(heard)
     if not collector.sites:
         raise ConfigError(
             f"profile: no attention over video tokens can be read in {name}: "
-            + (
-                "; ".join(sorted(reasons))
-                or "the model has no self- or joint-attention on a residual stream that vdcache finds"
-            )
+            + ("; ".join(reasons) or "the model has no self- or joint-attention on a residual stream that vdcache finds")
         )
     if left_out:
         warnings.warn(
-            f"profile: {len(left_out)} attentions of {name} are left out: {'; '.join(sorted(reasons))}",
+            f"profile: {len(left_out)} attentions of {name} are left out: {'; '.join(reasons)}",
             VdcacheWarning,
             stacklevel=2,
         )
     return collector.profile(name, block_threshold)
-
-
-def _until_forgotten(watched: Any, model: Any) -> tuple[Any, Callable[[], None]]:
-    """What `run` is given, and what turns it into the plain model."""
-    if isinstance(watched, torch.nn.Module):
-        return watched, lambda: watched.__dict__.__setitem__("forward", model)
-    now = [watched]
-
-    def measured(*args: Any, **kwargs: Any) -> Any:
-        return now[0](*args, **kwargs)
-
-    measured.vdcache = watched.vdcache  # type: ignore[attr-defined]
-    return measured, lambda: now.__setitem__(0, model)
 
 
 def _checked(foreground: Any) -> Any:
