@@ -72,8 +72,17 @@ def choose(
     return found
 
 
-def measure(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, on: Tiled, scale: float | None) -> Choice:
-    """Time the lowerings on these tensors; those that cannot win any more are left out."""
+def measure(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    on: Tiled,
+    scale: float | None,
+    *,
+    every: bool = False,
+) -> Choice:
+    """Time the lowerings on these tensors; those that cannot win any more are left out unless `every` is asked for."""
     if query.device.type == "cpu" and 4 * query.numel() * query.shape[-2] > LONGEST:
         return Choice("gather", {}, on.density)
     gqa = query.shape[1] != key.shape[1]
@@ -88,7 +97,7 @@ def measure(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, on: 
     with torch.no_grad():
         first = dict(zip(("dense", "gather"), _time([dense, run("gather")]), strict=True))
         found = Choice("gather", first, on.density)
-        if found.of_ideal >= ENOUGH:
+        if found.of_ideal >= ENOUGH and not every:
             return found
         rest = [n for n in LOWERINGS if n != "gather" and _can(n, on, query.device)]
         ready = []
