@@ -74,7 +74,8 @@ def compile_graph(
     family, frame, split = frame_of_backend_call()
     resumes = frame.startswith("torch_dynamo_resume_in")
     try:
-        program = Program(capture(graph, example_inputs), settings, family, resumes)
+        captured = capture(graph, example_inputs)
+        program = Program(captured, settings, family, resumes)
     except ConfigError:
         raise
     except VdcacheError as error:
@@ -97,9 +98,9 @@ def compile_graph(
             settings.say_once("clock alone", _nothing(program, settings))
         elif not any(is_work(n) for n in program.guarded.graph.nodes):
             return _inner(graph, example_inputs, settings)
-    program.compile_first(example_inputs)
+    program.compile_first(captured.wrapped.flat(example_inputs))
     settings.programs.append(program)
-    return program
+    return program if not captured.wrapped else lambda *inputs: program(*captured.wrapped.flat(inputs))
 
 
 def _no_mask(program: Program, whole: bool) -> str:
