@@ -107,11 +107,17 @@ def _no_mask(program: Program, whole: bool) -> str:
     """Why no mask was put on an attention of this graph; empty where none was asked for or there is none to put it on."""
     if not any(isinstance(p, TileAttention) for p in program.settings.recipe.passes):
         return ""
-    if not whole and not any(n.target in ATTENTION for n in program.guarded.graph.nodes):
-        return ""
+    attends = any(n.target in ATTENTION for n in program.guarded.graph.nodes)
     reasons = [str(r) for s in program.steps if s.text.startswith(TileAttention.name) for r in s.refusals]
-    if not reasons and not whole:
-        reasons = ["Dynamo split the model where it attends, so the graph does not show whose tokens they are"]
+    if not attends and not (whole and (reasons or program.clocks)):
+        return ""  # a small graph beside the model's
+    if not reasons:
+        changed = any(s.text.startswith(TileAttention.name) for s in program.steps)
+        reasons = (
+            []
+            if changed
+            else ["it does not show whose tokens attend: no residual stream runs through it, as where Dynamo splits a block"]
+        )
     return "; ".join(reasons)
 
 
