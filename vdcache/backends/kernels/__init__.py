@@ -1,0 +1,1 @@
+"""Kernels of our own, each imported only where it is used."""
