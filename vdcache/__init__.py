@@ -24,6 +24,10 @@ _PUBLIC = {
     "StepErrors": "vdcache.profiling.errors",
     "magnitudes": "vdcache.profiling.errors",
     "step_errors": "vdcache.profiling.errors",
+    "search_schedule": "vdcache.profiling.schedule",
+    "step_table": "vdcache.profiling.schedule",
+    "Schedule": "vdcache.profiling.schedule",
+    "StepTable": "vdcache.profiling.schedule",
     "search_masks": "vdcache.profiling.search",
     "MaskPlan": "vdcache.profiling.search",
     "tiles": "vdcache.profiling.tiles",
@@ -132,6 +136,7 @@ if TYPE_CHECKING:
     from vdcache.profiling.errors import StepErrors, magnitudes, step_errors
     from vdcache.profiling.profiler import profile
     from vdcache.profiling.result import Profile
+    from vdcache.profiling.schedule import Schedule, StepTable, search_schedule, step_table
     from vdcache.profiling.search import MaskPlan, search_masks
     from vdcache.profiling.segment import Otsu, Sam2
     from vdcache.profiling.tiles import TileReport, tiles
