@@ -1,5 +1,6 @@
 """Schedules: paths against brute force, errors against predictions, tables against residuals by hand, the search end to end."""
 
+import functools
 import io
 import itertools
 import math
@@ -9,7 +10,7 @@ from collections import defaultdict
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -49,6 +50,12 @@ def final(model, seed=0):
 def search(model, run=final, computed=4, **options):
     options = {"prompts": [0, 3], "tries": 2, "inner": "eager", "console": Console(file=io.StringIO()), **options}
     return search_schedule(model, run, computed, **options)
+
+
+@functools.cache
+def shared():
+    """The table of the usual generations."""
+    return tabled()
 
 
 def tabled(run=final, prompts=(0, 3), model=None, **options):
@@ -155,8 +162,7 @@ def test_what_is_linear_in_the_step_is_predicted_without_error(seed):
     for i, j, s in itertools.combinations(range(STEPS), 3):
         exact = (j - i) in (1, 2, 4)  # (s − j) / (j − i) is a binary fraction, and all sums are exact
         assert errors[i + 1, j, s] == 0 if exact else errors[i + 1, j, s] < 1e-6
-    changes = b.any() and errors[0, 0, STEPS - 1] > 0  # from one step alone a line is not known
-    assert changes or not b.any()
+    assert (errors[0, 0, STEPS - 1] > 0) == b.any()  # from one step alone no line is known
 
 
 def test_a_residual_of_nothing_is_predicted_from_nothing():
@@ -295,8 +301,10 @@ def test_json_round_trip_through_a_file(tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["nonsense", "[]", "3", "null", "{}", '{"steps": 8}', '{"steps": 8, "computed": [0], "threshold": 1}']
-    + ['{"steps": 8, "computed": 0}', '{"steps": 8, "computed": [1, 2]}', '{"steps": 8, "computed": [0, 8]}'],
+    [
+        *("nonsense", "[]", "3", "null", "{}", '{"steps": 8}', '{"steps": 8, "computed": [0], "threshold": 1}'),
+        *('{"steps": 8, "computed": 0}', '{"steps": 8, "computed": [1, 2]}', '{"steps": 8, "computed": [0, 8]}'),
+    ],
 )
 def test_json_of_something_else_is_refused(text, tmp_path):
     (tmp_path / "other.json").write_text(text)
@@ -371,7 +379,8 @@ def test_a_schedule_of_all_steps_is_the_model():
 def test_a_recipe_read_back_does_the_same():
     recipe = Schedule(STEPS, (0, 2, 5)).recipe()
     one, other = (
-        final(vdcache.compile(TinyDiT(), r, num_steps=STEPS, inner="eager")) for r in (recipe, Recipe.from_json(recipe.to_json()))
+        final(vdcache.compile(TinyDiT(), r, num_steps=STEPS, inner="eager"))
+        for r in (recipe, Recipe.from_json(recipe.to_json()))
     )
     assert torch.equal(one, other) and not torch.equal(one, final(TinyDiT()))
 
@@ -415,13 +424,13 @@ RESULTS = {
 
 @pytest.mark.parametrize("kind", RESULTS)
 def test_the_best_of_its_tries_is_returned(kind):
-    (run, of), model, tries = RESULTS[kind], TinyDiT(), 5
+    (run, of), model, tries, prompts = RESULTS[kind], TinyDiT(), 4, (5, 6)
     with warnings.catch_warnings():
         warnings.simplefilter("error", VdcacheWarning)  # a search has nothing to warn of
-        found = search(model, run, 4, tries=tries)
-    tried = candidates(tabled(), 4)[:tries]
+        found = search(model, run, 4, tries=tries, prompts=prompts)
+    tried = candidates(tabled(prompts=prompts), 4)[:tries]
     assert {c.order for c in tried} == {0, 1}
-    scores = [measured(model, c, (0, 3), of) for c in tried]
+    scores = [measured(model, c, prompts, of) for c in tried]
     best = tried[scores.index(max(scores))]
     assert (found.computed, found.order, found.error) == (best.computed, best.order, best.error)
     assert found.psnr == pytest.approx(max(scores), abs=1e-4)
@@ -429,7 +438,7 @@ def test_the_best_of_its_tries_is_returned(kind):
 
 
 def test_without_tries_the_first_candidate_is_returned_unmeasured():
-    table = tabled()
+    table = shared()
     first = search(TinyDiT(), tries=0)
     assert first == candidates(table, 4)[0] and first.psnr is None
     assert search(TinyDiT(), computed=STEPS, tries=5).computed == tuple(range(STEPS))
@@ -443,9 +452,8 @@ def test_without_tries_the_first_candidate_is_returned_unmeasured():
 
 
 def test_a_shared_table_gives_the_same_answer():
-    model, table = TinyDiT(), tabled()
-    for computed in (2, 5):
-        assert search(model, computed=computed, table=table) == search(model, computed=computed)
+    model, table = TinyDiT(), shared()
+    assert search(model, computed=5, table=table) == search(model, computed=5)
 
 
 def test_how_often_it_runs():
@@ -456,8 +464,8 @@ def test_how_often_it_runs():
 
 def test_one_order_alone():
     for order in (0, 1):
-        assert search(TinyDiT(), orders=(order,)).order == order
-        assert {c.order for c in candidates(tabled(), 4, (order,))} == {order}
+        assert search(TinyDiT(), orders=(order,), tries=1, table=shared()).order == order
+        assert {c.order for c in candidates(shared(), 4, (order,))} == {order}
 
 
 @given(st.integers(2, STEPS), st.data(), SEEDS)
@@ -469,36 +477,36 @@ def test_candidates_are_lists_of_the_right_length_and_each_comes_once(steps, dat
     for c in found:
         assert c.steps == steps and len(c.computed) == computed
         assert c.error == pytest.approx(restated(table.errors(c.order), c.computed, "sum"), rel=1e-9)
-    best = [min(restated(table.errors(o), p, "sum") for p in every_list(steps, computed)) for o in (0, 1)]
-    for order in (0, 1):  # the first of each order is no worse than what its weightings and objectives find
-        own = [c.error for c in found if c.order == order]
-        assert min(own) >= best[order] * (1 - 1e-9) and own[0] == min(own[:1])
-
-
-def test_early_steps_weigh_more_in_some_candidates():
-    rows = np.eye(STEPS)[None]  # nothing predicts anything, so only weights and objective tell lists apart
-    rows[0, 1], rows[0, 2] = rows[0, 0], rows[0, 0]
-    found = {c.computed for c in candidates(table_of(rows), 4)}
-    assert (0, 3, 4, 5) in found
+    lists = every_list(steps, computed)
+    for order, early, objective in itertools.product((0, 1), (1, 2, 5), ("sum", "max")):
+        errors = table.errors(order) * np.linspace(early, 1, steps)  # a step counts as much as any other, or more when early
+        costs = [restated(errors, p, objective) for p in lists]
+        own = [restated(errors, c.computed, objective) for c in found if c.order == order]
+        assert min(own) == pytest.approx(min(costs), rel=1e-9)
+    best = min(restated(table.errors(order), p, "sum") for order in (0, 1) for p in lists)
+    assert found[0].error == pytest.approx(best, rel=1e-9)
 
 
 def test_a_model_that_is_a_function_and_one_that_was_compiled():
-    model = TinyDiT()
-    want = search(model)
-    assert search(lambda *args: model(*args)) == want
+    model, few = TinyDiT(), {"prompts": [0], "tries": 1}
+    want = search(model, **few)
+    assert search(lambda *args: model(*args), **few) == want
     compiled = vdcache.compile(model, "every-2", num_steps=STEPS, inner="eager")
-    assert search(compiled) == want
+    assert search(compiled, **few) == want
     final(compiled)
     assert compiled.vdcache.history.computed_steps() == [0, 2, 4, 6, 7] and len(compiled.vdcache.history) == STEPS
 
 
 def test_a_search_without_prompts_runs_once_for_each_result():
-    assert search(TinyDiT(), lambda m: final(m, 3), prompts=None) == search(TinyDiT(), prompts=[3])
-    assert search(TinyDiT(), prompts=iter([0, 3])) == search(TinyDiT())
+    want = search(TinyDiT(), prompts=[3], tries=1)
+    assert (
+        search(TinyDiT(), lambda m: final(m, 3), prompts=None, tries=1) == want == search(TinyDiT(), prompts=iter([3]), tries=1)
+    )
 
 
 def test_nothing_of_the_model_is_changed():
     model = TinyDiT()
+    torch.compile(model)  # leaves a mark of its own
     before, weights = dict(model.__dict__), {k: v.clone() for k, v in model.state_dict().items()}
     forward, code = type(model).forward, type(model).forward.__code__
     search(model)
@@ -511,7 +519,7 @@ def test_nothing_of_the_model_is_changed():
 
 
 def test_searching_again_and_again_meets_no_limit():
-    model, table = TinyDiT(), tabled()
+    model, table = TinyDiT(), shared()
     found = [search(model, prompts=[0], tries=1, table=table) for _ in range(10)]
     assert len(set(found)) == 1 and found[0].psnr < 150
 
@@ -537,11 +545,13 @@ def test_bad_input(options, message):
 def test_runs_that_cannot_be_compared_say_why():
     with pytest.raises(CacheStateError, match=r"search_schedule: run\(model\) did not call the model"):
         search(TinyDiT(), lambda m, seed: None)
-    table = tabled()
+    table = shared()
     with pytest.raises(CacheStateError, match=r"search_schedule: run\(model\) did not call the model"):
         search(TinyDiT(), lambda m, seed: None, table=table)
     sizes = itertools.count(1)
-    with pytest.raises(CacheStateError, match=r"run gives \(1, 2, 4\) once and \(1, 1, 4\) another time; seed it, keep its sizes"):
+    with pytest.raises(
+        CacheStateError, match=r"run gives \(1, 2, 4\) once and \(1, 1, 4\) another time; seed it, keep its sizes"
+    ):
         search(TinyDiT(), lambda m, seed: final(m, seed)[:, : next(sizes)], prompts=[0], table=table)
 
 
@@ -550,7 +560,7 @@ def test_runs_that_cannot_be_compared_say_why():
 
 @pytest.mark.xfail(strict=True, reason="_psnr gives 150 dB where the error is NaN, so a schedule that breaks the model wins")
 def test_a_schedule_whose_result_is_not_a_number_does_not_win():
-    model, table = TinyDiT(), tabled()
+    model, table = TinyDiT(), shared()
     first = search(model, table=table, tries=0)
 
     def run(m, seed):
@@ -571,10 +581,10 @@ def test_what_a_pipeline_keeps_is_the_plain_model_afterwards(kind):
 
 
 @pytest.mark.xfail(strict=True, reason="search_schedule makes a list of the letters before watch() can refuse text")
-@pytest.mark.parametrize("shared", [False, True])
-def test_prompts_that_are_text_are_refused(shared):
+@pytest.mark.parametrize("known", [False, True])
+def test_prompts_that_are_text_are_refused(known):
     with pytest.raises(ConfigError, match=r"prompts is a list of prompts; got 'cat': give \['cat'\]"):
-        search(TinyDiT(), lambda m, letter: final(m, ord(letter)), prompts="cat", table=tabled() if shared else None)
+        search(TinyDiT(), lambda m, letter: final(m, ord(letter)), prompts="cat", table=shared() if known else None)
 
 
 @pytest.mark.xfail(strict=True, raises=TypeError, reason="list(prompts) comes before the check: 'int' object is not iterable")
@@ -586,7 +596,7 @@ def test_prompts_that_are_no_list_are_refused():
 @pytest.mark.xfail(strict=True, reason="with a table nothing checks the prompts: the mean over none is NaN")
 def test_empty_prompts_are_refused_with_a_table_too():
     with pytest.raises(ConfigError, match="prompts is empty"), np.errstate(all="ignore"):
-        search(TinyDiT(), prompts=[], table=tabled())
+        search(TinyDiT(), prompts=[], table=shared())
 
 
 @pytest.mark.xfail(strict=True, reason="only another size is noticed; the docstring says that another result is")
@@ -600,7 +610,7 @@ def test_a_run_that_is_not_seeded_is_refused():
 def test_a_run_that_goes_past_the_model_is_refused_with_a_table_too():
     model = TinyDiT()
     with pytest.raises(CacheStateError, match="did not call the model"):
-        search(model, lambda m, seed: final(model, seed), table=tabled())
+        search(model, lambda m, seed: final(model, seed), table=shared())
 
 
 @pytest.mark.xfail(strict=True, reason="the steps of the run and of the table are never compared")
@@ -608,7 +618,7 @@ def test_a_run_that_goes_past_the_model_is_refused_with_a_table_too():
 @pytest.mark.filterwarnings("ignore::vdcache.VdcacheWarning")
 def test_a_table_of_another_number_of_steps_is_refused(steps):
     with pytest.raises(ConfigError, match=f"{steps} steps"):
-        search(TinyDiT(), lambda m, seed: sample(m, seed, steps)[-1], table=tabled())
+        search(TinyDiT(), lambda m, seed: sample(m, seed, steps)[-1], table=shared())
 
 
 @pytest.mark.xfail(strict=True, reason="Schedule takes what is no whole number, or raises TypeError")
@@ -626,7 +636,7 @@ def test_steps_from_an_array_round_trip():
 
 @pytest.mark.xfail(strict=True, reason="the products are added up in float32, and differences of them cancel")
 def test_small_changes_between_steps_are_seen():
-    x, e = latent(0), 1e-4
+    x, e = latent(0), 1e-3
 
     def run(model):
         return [model(x * (1 + e * s * s), torch.tensor([1000 - e * s]), TEXT) for s in range(STEPS)]
@@ -634,7 +644,7 @@ def test_small_changes_between_steps_are_seen():
     model = TinyDiT()
     rows = [model.branches(x * (1 + e * s * s), torch.tensor([1000 - e * s]), TEXT) for s in range(STEPS)]
     want = table_of(torch.stack([r.flatten() for r in rows]).double()[None].numpy()).errors(1)
-    np.testing.assert_allclose(tabled(run, None).errors(1), want, rtol=0.05)
+    np.testing.assert_allclose(tabled(run, None).errors(1), want, rtol=0.01)
 
 
 @pytest.mark.xfail(strict=True, reason="nan_to_num makes 0 of an error that is not a number: skipping such a step is free")
@@ -647,7 +657,7 @@ def test_a_residual_that_is_not_a_number_is_refused():
 
 @pytest.mark.xfail(strict=True, reason="with one computed step both orders predict the same, and both are run")
 def test_lists_that_predict_the_same_are_tried_once():
-    assert [c.computed for c in candidates(tabled(), 1)] == [(0,)]
+    assert [c.computed for c in candidates(shared(), 1)] == [(0,)]
 
 
 @pytest.mark.xfail(strict=True, reason="it is said again for every generation")
@@ -660,12 +670,10 @@ def test_the_memory_is_said_once():
 @pytest.mark.xfail(strict=True, raises=TypeError, reason="orders is not checked: 'int' object is not iterable")
 def test_orders_that_are_no_list_are_refused():
     with pytest.raises(ConfigError, match="orders"):
-        search(TinyDiT(), orders=1, table=tabled())
+        search(TinyDiT(), orders=1, table=shared())
 
 
 @pytest.mark.xfail(strict=True, reason="step_table speaks of search_schedule")
-@example(1)
-@given(st.just(1))
-def test_step_table_names_itself(_):
-    with pytest.raises(CacheStateError, match="^step_table: run"):
+def test_step_table_names_itself():
+    with pytest.raises(CacheStateError, match=r"^step_table: run"):
         tabled(lambda m: None, None)
