@@ -66,6 +66,7 @@ _PUBLIC = {
     "record": "vdcache.runtime.history",
     "Plan": "vdcache.runtime.plan",
     "Policy": "vdcache.runtime.policies",
+    "Always": "vdcache.runtime.policies",
     "Codebook": "vdcache.runtime.policies",
     "MoReg": "vdcache.runtime.policies",
     "Intervals": "vdcache.runtime.steps",
@@ -137,7 +138,7 @@ if TYPE_CHECKING:
     from vdcache.recipe import Recipe
     from vdcache.runtime.history import History, record
     from vdcache.runtime.plan import Plan
-    from vdcache.runtime.policies import Codebook, MoReg, Policy
+    from vdcache.runtime.policies import Always, Codebook, MoReg, Policy
     from vdcache.runtime.schedules import Scheduled, Together
     from vdcache.runtime.session import Session
     from vdcache.runtime.steps import Intervals, Listed

@@ -42,7 +42,8 @@ def compile(
         strict: raise where vdcache would otherwise step aside with a warning.
         inductor: Inductor's own settings.
         tiles: how attention under masks is computed: "auto" measures on this device, or "gather", "flex", "triton", "masked".
-        torch_compile: `fullgraph`, `dynamic`, `mode` of torch.compile.
+        torch_compile: `fullgraph`, `dynamic`, `mode` of torch.compile. A recipe with masks compiles every size on its own
+            (dynamic=False) unless told otherwise.
 
     Returns what torch.compile returns, with the `Session` as its attribute `vdcache`: its history, its summary, and
     `begin`, `step`, `lane` for callers who say where they are. The model itself is not changed.
@@ -71,6 +72,8 @@ def compile_with(model: Callable[..., Any], settings: Settings, **torch_compile:
     session = settings.new_session()
     model = original(model)
     backend = Backend(settings, torch_compile.pop("mode", None))
+    if settings.recipe.masks and torch_compile.get("dynamic") is None:
+        torch_compile["dynamic"] = False  # a mask is cut for sizes: where they are symbols it fits none
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
         # Else all recipes that one forward was ever compiled with count against Dynamo's limit of 8 together.
         torch_compile["isolate_recompiles"] = True

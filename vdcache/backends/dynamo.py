@@ -74,7 +74,8 @@ def compile_graph(
     family, frame, split = frame_of_backend_call()
     resumes = frame.startswith("torch_dynamo_resume_in")
     try:
-        program = Program(capture(graph, example_inputs), settings, family, resumes)
+        captured = capture(graph, example_inputs)
+        program = Program(captured, settings, family, resumes)
     except ConfigError:
         raise
     except VdcacheError as error:
@@ -97,20 +98,26 @@ def compile_graph(
             settings.say_once("clock alone", _nothing(program, settings))
         elif not any(is_work(n) for n in program.guarded.graph.nodes):
             return _inner(graph, example_inputs, settings)
-    program.compile_first(example_inputs)
+    program.compile_first(captured.wrapped.flat(example_inputs))
     settings.programs.append(program)
-    return program
+    return program if not captured.wrapped else lambda *inputs: program(*captured.wrapped.flat(inputs))
 
 
 def _no_mask(program: Program, whole: bool) -> str:
     """Why no mask was put on an attention of this graph; empty where none was asked for or there is none to put it on."""
     if not any(isinstance(p, TileAttention) for p in program.settings.recipe.passes):
         return ""
-    if not whole and not any(n.target in ATTENTION for n in program.guarded.graph.nodes):
-        return ""
+    attends = any(n.target in ATTENTION for n in program.guarded.graph.nodes)
     reasons = [str(r) for s in program.steps if s.text.startswith(TileAttention.name) for r in s.refusals]
-    if not reasons and not whole:
-        reasons = ["Dynamo split the model where it attends, so the graph does not show whose tokens they are"]
+    if not attends and not (whole and (reasons or program.clocks)):
+        return ""  # a small graph beside the model's
+    if not reasons:
+        changed = any(s.text.startswith(TileAttention.name) for s in program.steps)
+        reasons = (
+            []
+            if changed
+            else ["it does not show whose tokens attend: no residual stream runs through it, as where Dynamo splits a block"]
+        )
     return "; ".join(reasons)
 
 

@@ -163,7 +163,8 @@ def _with_recipe(report: Report, captured: list[Captured], numbers: list[int], r
             nodes += times * sum(n.op == "call_function" for n in variant)
         variants.append(Variant(tuple(sorted(plan.reuse)), costs, nodes))
     nothing = ""
-    if not after and recipe.passes:
+    masks = tuple(program.masks for _, program in programs if program.masks)
+    if not after and not masks and recipe.passes:
         own_reasons = [r for r in (*report.refusals, *refusals) if r.node != "output"]
         own_reasons.sort(key=lambda r: r.node != "recipe")  # what the recipe itself cannot do comes first
         nothing = f"the recipe '{recipe.name}' finds nothing to cache: " + (
@@ -181,6 +182,7 @@ def _with_recipe(report: Report, captured: list[Captured], numbers: list[int], r
         schedule=schedule,
         nothing=nothing,
         recipe_refusals=tuple(refusals),
+        masks=masks,
     )
 
 

@@ -99,6 +99,7 @@ class Report:
         schedule: the plan of each step if nothing changed from step to step: the fewest computed steps that the recipe can take.
         nothing: with a recipe that finds no slot, why.
         recipe_refusals: what the passes of the recipe left alone, with reasons.
+        masks: with a recipe that has masks, in words what they are on, a line a graph.
     """
 
     model: str
@@ -113,6 +114,7 @@ class Report:
     schedule: tuple[tuple[str, ...], ...] = field(default=(), repr=False)
     nothing: str = ""
     recipe_refusals: tuple[NoMatch, ...] = field(default=(), repr=False)
+    masks: tuple[str, ...] = ()
 
     def _of(self, name: str) -> Iterable[Any]:
         for graph in self.graphs:

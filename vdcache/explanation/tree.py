@@ -153,13 +153,16 @@ def _recipe(at: Tree, report: Report) -> None:
     if report.nothing:
         at.add(_line("nothing to cache", "red", report.nothing))
         return
-    at.add(
-        _line(
-            "slots",
-            "bold",
-            f"{len(report.slots_before)} before merging, {len(report.slots)} after; {size(report.cache_bytes)} a lane",
+    for text in report.masks:
+        at.add(_line("masks", "bold", text))
+    if report.slots or not report.masks:
+        at.add(
+            _line(
+                "slots",
+                "bold",
+                f"{len(report.slots_before)} before merging, {len(report.slots)} after; {size(report.cache_bytes)} a lane",
+            )
         )
-    )
     for slot in report.slots[:8]:
         kept = (
             f"the stream's difference over {len(slot.branches)} branches"

@@ -20,7 +20,7 @@ import functools
 import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from torch import fx, nn
 from vdcache.ir.edit import copy_graph, live_nodes, outputs, set_outputs
 from vdcache.ir.errors import CaptureError
 from vdcache.ir.ops import is_work, tensor_of
+from vdcache.ir.wrapped import Wrapped
 
 __all__ = ["Captured", "Part", "Parts", "Signature", "capture", "exported", "parts", "readable", "signature", "trace"]
 
@@ -54,10 +55,15 @@ class Signature:
 
 @dataclass(frozen=True)
 class Captured:
-    """A functional ATen graph and its signature (also in `graph.meta["vdcache"]`)."""
+    """A functional ATen graph and its signature (also in `graph.meta["vdcache"]`).
+
+    Args:
+        wrapped: how the user's inputs become the graph's.
+    """
 
     graph: fx.GraphModule
     signature: Signature
+    wrapped: Wrapped = field(default_factory=lambda: Wrapped(()))
 
 
 def signature(graph: fx.GraphModule) -> Signature:
@@ -98,9 +104,11 @@ def capture(graph: nn.Module, example_inputs: Sequence[Any]) -> Captured:
     from torch._functorch.aot_autograd import aot_export_module
 
     owned = dict(graph.named_parameters(remove_duplicate=False)) | dict(graph.named_buffers(remove_duplicate=False))
+    wrapped = Wrapped(example_inputs)
+    around, flat_inputs = wrapped.around(graph), wrapped.flat(example_inputs)
     try:
         with torch.no_grad(), _whole_composites():
-            traced, sig = aot_export_module(graph, example_inputs, trace_joint=False, pre_dispatch=False, decompositions={})
+            traced, sig = aot_export_module(around, flat_inputs, trace_joint=False, pre_dispatch=False, decompositions={})
     except Exception as error:
         if "Restart" in type(error).__name__ or "SkipFrame" in type(error).__name__:
             raise  # Dynamo's control flow
@@ -117,9 +125,11 @@ def capture(graph: nn.Module, example_inputs: Sequence[Any]) -> Captured:
     if sig.buffers_to_mutate or sig.parameters_to_mutate:
         raise CaptureError("the graph writes into a tensor that it owns; only inputs can be written back")
     mutations = tuple((i, position[name]) for i, name in enumerate(sig.user_inputs_to_mutate.values()))
-    static = frozenset(i for i, value in enumerate(example_inputs) if _is_static(value))
+    static = frozenset(i for i, fixed in enumerate(wrapped.spread([_is_static(v) for v in example_inputs])) if fixed)
     results = len(outputs(flat.graph)) - len(mutations)
-    return _captured(flat, Signature(mutations, results, static, _input_names(graph)))
+    names = _input_names(graph)
+    sig_ = Signature(mutations, results, static, tuple(wrapped.spread(names)) if wrapped else names)
+    return replace(_captured(flat, sig_), wrapped=wrapped)
 
 
 def _input_names(graph: nn.Module) -> tuple[str, ...]:

@@ -210,10 +210,13 @@ def place_of(
         return no("it runs inside one frame already")
     if attention.layout == "temporal" and not grid:
         return no("it runs over the frames of one place, so there are no tiles in it")
+    symbols = any(not isinstance(s, int) for s in node.meta["val"].shape)
+    if symbols:
+        return no("its sizes are symbols, and a mask is cut for sizes: compile with dynamic=False")
     if node.target not in ATTENTION:
         return no(f"attention written as {attention.form!r} is not rewritten; scaled_dot_product_attention is")
     if attention.heads is None or q_len is None or kv_len is None:
-        return no("its sizes are symbols, or it has no axis of heads: compile with dynamic=False")
+        return no("it has no axis of heads, as in [batch, heads, tokens, width]")
     if q_len != kv_len:
         return no(f"its {q_len} queries are not its {kv_len} keys")
     where = _where(attention, kv_len, found, grid, text)

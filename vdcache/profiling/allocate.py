@@ -157,7 +157,8 @@ class _Problem:
     def allocation(self, choice: Choice, bound: Fraction) -> Allocation:
         loss = math.fsum(row[option.which] for row, option in zip(self.losses, choice))
         time = math.fsum(row[option.which] for row, option in zip(self.times, choice))
-        least = float(bound / self.unit)
+        # `_dual` may have counted as the budget the time of another choice, which differs from this one's by rounding.
+        least = min(float(bound / self.unit), loss)
         exact = loss - least <= loss * len(choice) * 2.0**-_SUM_BITS
         return Allocation(tuple(option.which for option in choice), loss, time, least, exact)
 
@@ -330,7 +331,7 @@ def _on_grid(problem: _Problem, resolution: int, *, up: bool) -> Choice:
     finest = 2 ** (_SUM_BITS - 3) // ((len(fronts) + 64) * resolution)
     steps = resolution * max(1, min(budget // max(1, budget - base), finest))
     if up:
-        costs = [[((option.time - front[0].time) * steps // budget) for option in front] for front in fronts]
+        costs = [[-((front[0].time - option.time) * steps // budget) for option in front] for front in fronts]
         most = problem.limit
     else:
         # without its rounding error a multiple of the grid may be just below itself, and fall by a step

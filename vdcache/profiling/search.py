@@ -155,7 +155,7 @@ def search_masks(
     """Choose a mask for each attention of a model (Efficient-vDiT, arXiv 2502.06155).
 
         plan = vdcache.search_masks(model, lambda m: sample(m, "a cat"), ["frames:4", "frames:2", "frames:1"], threshold=0.01)
-        fast = vdcache.compile(model, vdcache.recipe("always").with_masks(plan))
+        fast = vdcache.compile(model, vdcache.Recipe("masked", vdcache.Always()).with_masks(plan))
 
     With a threshold it is the paper's algorithm 1: layer by layer, from dense to sparse, the sparsest mask before the first one
     whose loss is not strictly below r; full attention where even the densest fails. With a budget it is appendix A: the least loss

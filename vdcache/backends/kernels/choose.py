@@ -17,12 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import vdcache.backends.kernels.flex  # noqa: F401 — joins the lowerings
+from vdcache.backends.kernels import flex, triton
 from vdcache.ir.errors import ConfigError
 from vdcache.ir.tiles import LOWERINGS, Tiled
 
 __all__ = ["Choice", "choose", "measure"]
 
+LOWERINGS |= {"flex": flex.flex, "triton": triton.triton_attention}
 ENOUGH = 0.9  # of what the mask could save at most: no other lowering can be much faster
 LONGEST = 20e12  # FLOPs of one dense call beyond which nothing is measured on a CPU
 
@@ -72,8 +73,17 @@ def choose(
     return found
 
 
-def measure(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, on: Tiled, scale: float | None) -> Choice:
-    """Time the lowerings on these tensors; those that cannot win any more are left out."""
+def measure(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    on: Tiled,
+    scale: float | None,
+    *,
+    every: bool = False,
+) -> Choice:
+    """Time the lowerings on these tensors; those that cannot win any more are left out unless `every` is asked for."""
     if query.device.type == "cpu" and 4 * query.numel() * query.shape[-2] > LONGEST:
         return Choice("gather", {}, on.density)
     gqa = query.shape[1] != key.shape[1]
@@ -88,7 +98,7 @@ def measure(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, on: 
     with torch.no_grad():
         first = dict(zip(("dense", "gather"), _time([dense, run("gather")]), strict=True))
         found = Choice("gather", first, on.density)
-        if found.of_ideal >= ENOUGH:
+        if found.of_ideal >= ENOUGH and not every:
             return found
         rest = [n for n in LOWERINGS if n != "gather" and _can(n, on, query.device)]
         ready = []
@@ -106,8 +116,8 @@ def measure(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, on: 
 def _can(name: str, on: Tiled, device: torch.device) -> bool:
     if name == "masked":  # a matrix of all queries × all keys
         return on.tokens <= 4096
-    available = getattr(LOWERINGS[name], "available", None)
-    return available is None or bool(available(device))
+    # interpreted, the kernel of our own is for tests
+    return name != "triton" or (device.type == "cuda" and triton.available(device))
 
 
 def _time(runs: Sequence[Callable[[], Any]], seconds: float = 1.0) -> list[float]:

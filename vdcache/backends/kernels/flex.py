@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vdcache.ir.masks import Skip
-from vdcache.ir.tiles import LOWERINGS, Tiled, _like
+from vdcache.ir.tiles import Tiled, _like
 
 __all__ = ["block_mask", "flex"]
 
@@ -77,6 +77,3 @@ def block_mask(on: Tiled, device: torch.device) -> Any:
         return keeps[tile_of[q], tile_of[kv]]
 
     return BlockMask.from_kv_blocks(*partial, *full, BLOCK_SIZE=BLOCK, mask_mod=mask_mod, seq_lengths=(on.tokens, on.tokens))
-
-
-LOWERINGS["flex"] = flex
