@@ -285,7 +285,9 @@ def test_models_that_cannot_be_profiled_say_why():
         vdcache.profile(TinyDiT(), run)
 
     model = Stack(False).requires_grad_(True)
-    assert vdcache.profile(model, lambda m: [m(*call(s)) for s in range(3)]).ratios  # without gradients, unless it asks for them
+    assert vdcache.profile(
+        model, lambda m: [m(*call(s)) for s in range(3)]
+    ).ratios  # without gradients, unless it asks for them
     with pytest.raises(ConfigError, match="gradients are enabled"), torch.enable_grad():
         vdcache.profile(model, lambda m: torch.enable_grad()(m)(*call(0)))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path as File
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vdcache.api import compile_with, original
 from vdcache.backends import Settings
-from vdcache.ir.checks import whole
+from vdcache.ir.checks import number, whole
 from vdcache.ir.errors import CacheStateError, ConfigError
 from vdcache.passes import Emit, MarkBranches, MergeSlots
 from vdcache.passes.predictors import LAST, Taylor
@@ -212,8 +212,10 @@ def step_table(
 def search_schedule(
     model: Callable[..., Any],
     run: Callable[..., Any],
-    computed: int,
+    computed: int | None = None,
     *,
+    speedup: float | None = None,
+    quality_db: float | None = None,
     prompts: Iterable[Any] | None = None,
     orders: Sequence[int] = ORDERS,
     tries: int = 6,
@@ -234,7 +236,10 @@ def search_schedule(
     Args:
         model, run, prompts: as `vdcache.profile` takes them. `run` must give the same result for the same prompt: seed it. If it
             returns a tensor, that is compared, else the latents that the last step is given.
-        computed: how many steps may be computed.
+        computed: how many steps may be computed; or
+        speedup: how many times fewer steps than the generation has, at least 1; or
+        quality_db: the least PSNR of the final latents to the uncached ones: the fewest steps that reach it are found by
+            halving, with `tries` lists each time.
         orders: of the predictor, of 0 and 1.
         tries: how many lists are run; 0 takes the first one as predicted.
         table: of `step_table`, to search for several numbers of computed steps with one calibration.
@@ -242,20 +247,50 @@ def search_schedule(
         console: where the progress is shown.
 
     Raises:
-        ConfigError: more computed steps than the generation has, an order that does not exist, a value that cannot be read.
+        ConfigError: more computed steps than the generation has, an order that does not exist, a value that cannot be read, a quality
+            that no schedule reaches (with the best that one does).
         CacheStateError: `run` did not call the model, or gives another result each time.
     """
-    whole(computed, "the number of computed steps", 1)
-    whole(tries, "tries, the lists that are run,")
+    given = [n for n, v in (("computed", computed), ("speedup", speedup), ("quality_db", quality_db)) if v is not None]
+    if len(given) != 1:
+        raise ConfigError(f"search_schedule takes one of computed, speedup and quality_db; got {', '.join(given) or 'none'}")
+    if computed is not None:
+        whole(computed, "the number of computed steps", 1)
+    if speedup is not None and not number(speedup, "speedup is how many times fewer steps are computed") >= 1:
+        raise ConfigError(f"speedup is how many times fewer steps are computed, at least 1; got {speedup}")
+    if quality_db is not None and not number(quality_db, "quality_db is a PSNR in dB") > 0:
+        raise ConfigError(f"quality_db is a PSNR in dB, above 0; got {quality_db}")
+    whole(tries, "tries, the lists that are run,", int(quality_db is not None))
     if not orders:
         raise ConfigError("orders is empty; give 0, 1 or both")
     prompts = None if prompts is None else list(prompts)
     console = console or Console(stderr=True)
     table = table or step_table(model, run, prompts=prompts, console=console)
+    results = _Results(model, run, prompts, table.steps, inner, console)
+    if quality_db is not None:
+        return _cheapest(table, results, orders, tries, float(quality_db))
+    computed = max(1, int(table.steps / (speedup or 1) + 1e-9)) if computed is None else computed
     found = candidates(table, computed, orders)
-    if not tries or computed == table.steps:
-        return found[0]
-    return _nearest(model, run, prompts, found[:tries], inner, console)
+    return found[0] if not tries or computed == table.steps else results.nearest(found[:tries])
+
+
+def _cheapest(table: StepTable, results: _Results, orders: Sequence[int], tries: int, quality: float) -> Schedule:
+    """The fewest computed steps that reach a quality."""
+    low, high, best = 1, table.steps - 1, None  # fewer than `low` do not reach it
+    most: Schedule | None = None
+    while low <= high:
+        middle = (low + high) // 2
+        found = results.nearest(candidates(table, middle, orders)[:tries])
+        if most is None or (found.psnr or 0) > (most.psnr or 0):
+            most = found
+        if (found.psnr or 0) >= quality:
+            best, high = found, middle - 1
+        else:
+            low = middle + 1
+    if best is None:
+        reached = f"{most.psnr:.1f} dB with {len(most.computed)} of {table.steps} steps" if most is not None else "nothing"
+        raise ConfigError(f"no schedule of {table.steps} steps reaches {quality:g} dB; the best reached is {reached}")
+    return best
 
 
 def candidates(table: StepTable, computed: int, orders: Sequence[int] = ORDERS) -> list[Schedule]:
@@ -281,37 +316,37 @@ def candidates(table: StepTable, computed: int, orders: Sequence[int] = ORDERS) 
     return list(dict.fromkeys(in_turn))
 
 
-def _nearest(
-    model: Callable[..., Any],
-    run: Callable[..., Any],
-    prompts: list[Any] | None,
-    tried: Sequence[Schedule],
-    inner: str,
-    console: Console,
-) -> Schedule:
-    """Run every candidate, and take the one whose results are nearest to the uncached ones."""
-    results = _Results(model, run, prompts, tried[0].steps, inner)
-    columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("uncached", total=len(tried) + 1)
-        wanted = results.of(Schedule(tried[0].steps, tuple(range(tried[0].steps)), tried[0].order))
-        scored = []
-        for schedule in tried:
-            progress.update(bar, advance=1, description=f"{len(schedule.computed)} steps, order {schedule.order}")
-            psnr = float(np.mean([_psnr(a, b) for a, b in zip(results.of(schedule), wanted, strict=True)]))
-            scored.append(Schedule(schedule.steps, schedule.computed, schedule.order, schedule.error, psnr))
-    return max(scored, key=lambda s: s.psnr or 0.0)
-
-
 class _Results:
     """What `run` ends with under a schedule. One compilation for all schedules of an order."""
 
     def __init__(
-        self, model: Callable[..., Any], run: Callable[..., Any], prompts: list[Any] | None, steps: int, inner: str
+        self,
+        model: Callable[..., Any],
+        run: Callable[..., Any],
+        prompts: list[Any] | None,
+        steps: int,
+        inner: str,
+        console: Console,
     ) -> None:
         self._model, self._run, self._prompts, self._steps, self._inner = original(model), run, prompts, steps, inner
+        self._console = console
+        self._wanted: list[Tensor] | None = None
         self._compiled: dict[int, Any] = {}
         self._last: Tensor | None = None
+
+    def nearest(self, tried: Sequence[Schedule]) -> Schedule:
+        """Run every candidate, and take the one whose results are nearest to the uncached ones."""
+        columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=self._console, transient=True) as progress:
+            bar = progress.add_task("uncached", total=len(tried) + 1)
+            if self._wanted is None:
+                self._wanted = self.of(Schedule(self._steps, tuple(range(self._steps)), tried[0].order))
+            scored = []
+            for one in tried:
+                progress.update(bar, advance=1, description=f"{len(one.computed)} steps, order {one.order}")
+                psnr = float(np.mean([_psnr(a, b) for a, b in zip(self.of(one), self._wanted, strict=True)]))
+                scored.append(replace(one, psnr=psnr))
+        return max(scored, key=lambda s: s.psnr or 0.0)
 
     def of(self, schedule: Schedule) -> list[Tensor]:
         """The result of every prompt."""
