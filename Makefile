@@ -24,7 +24,7 @@ browser:
 	  (apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium chromium-driver >/dev/null) || true
 
 test: setup browser
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 # Each script answers one question and writes its rows.
 bench: setup

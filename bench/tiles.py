@@ -176,8 +176,9 @@ def layers(bench: Bench, videos: int) -> None:
     table = Path(".tiles-losses.json")
     table.unlink(missing_ok=True)
     common: dict[str, Any] = {"prompts": for_search, "timesteps": 4, "table": table}
-    began = timed(lambda: vdcache.search_masks(model, run, options, budget=1.0, cost="weights", **common))
-    plan = vdcache.search_masks(model, run, options, budget=1.0, cost="weights", **common)
+    first: list[vdcache.MaskPlan] = []
+    began = timed(lambda: first.append(vdcache.search_masks(model, run, options, budget=1.0, cost="weights", **common)))
+    plan = first[0]
     bench.row("search: time for the table of 8 layers × 8 masks × 16 calls", began, "s", None, work=plan.work)
     reference = generate(model, held_out)
 
@@ -222,7 +223,7 @@ def layers(bench: Bench, videos: int) -> None:
 def example() -> tuple[Tensor, ...]:
     from vdcache.demo.model import with_positions
 
-    return with_positions(torch.randn(4, 3, 8, 24, 24)), torch.ones(4), torch.randn(4, 5, 32)
+    return with_positions(torch.randn(8, 3, 8, 24, 24)), torch.ones(8), torch.randn(8, 5, 32)
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
