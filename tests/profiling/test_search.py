@@ -593,7 +593,7 @@ def test_weights_of_many_tokens_are_summed_in_chunks(monkeypatch):
         ({"prompts": []}, "tiles: prompts is empty"),
         ({"run": lambda m: None}, "tiles: run.model. did not call the model"),
     ],
-    ids=str,
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else None,
 )
 def test_bad_input_of_tiles(options, message):
     with pytest.raises((ConfigError, CacheStateError), match=message):

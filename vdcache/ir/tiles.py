@@ -26,6 +26,8 @@ from vdcache.ir.masks import AttentionMask, Sizes, Skip, parse_mask, volume
 
 __all__ = ["LOWERINGS", "TILE_ATTENTION", "Group", "Tiled", "gather", "masked", "tables_of", "tile_attention", "tiled"]
 
+# Bytes of keys that are gathered for one call: on a CPU, what fresh memory costs is more than what a larger call gains.
+AT_ONCE = {True: 8 << 20, False: 1 << 30}
 Range = tuple[int, int]  # tokens from … to, the last not included
 
 
@@ -234,12 +236,16 @@ def gather(query: Tensor, key: Tensor, value: Tensor, on: Tiled, scale: float | 
         parts |= memory.split(out, everywhere)
     for group in on.groups:
         shared = _merged([text[0], *of(group.shared), text[1]])
-        own = [_merged(of([t for t in keys if t not in set(group.shared)])) for keys in group.keys]
-        keys, values = (memory.take_each(t, own, shared) for t in (k, v))
-        biases = None if bias is None else _Memory.take_bias(bias, own, shared)
-        queries = [r for tiles in group.queries for r in of(tiles)]
-        out = memory.attend(memory.take(q, _merged(queries)), keys, values, biases, scale, len(group.keys))
-        parts |= memory.split(out, queries)
+        each = (len(group.keys[0]) * on.size + on.text) * key[:, :, 0].numel() * key.element_size()  # bytes of a class's keys
+        step = max(1, AT_ONCE[key.device.type == "cpu"] // each)
+        for start in range(0, len(group.keys), step):
+            classes = range(start, min(start + step, len(group.keys)))
+            own = [_merged(of([t for t in group.keys[c] if t not in set(group.shared)])) for c in classes]
+            keys, values = (memory.take_each(t, own, shared) for t in (k, v))
+            biases = None if bias is None else _Memory.take_bias(bias, own, shared)
+            queries = [r for c in classes for r in of(group.queries[c])]
+            out = memory.attend(memory.take(q, _merged(queries)), keys, values, biases, scale, len(classes))
+            parts |= memory.split(out, queries)
     return memory.joined([parts[r] for r in sorted(parts)])
 
 
