@@ -417,7 +417,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [r for r in rows if "method" in r and "psnr" in r]
+    rows = [r for r in rows if "method" in r and "psnr" in r and "disturbed" not in r]  # see bench/results/methods.json
     solvers = list(dict.fromkeys(r["solver"] for r in rows))
     methods = list(dict.fromkeys(r["method"] for r in rows if r["method"] != "plain" and not r["method"].startswith("peer")))
     colours = {m: plt.get_cmap("tab20")(i % 20) for i, m in enumerate(methods)}

@@ -343,7 +343,6 @@ def test_what_cannot_be_says_so(options, message):
         vdcache.tile_attention(**given)
 
 
-@pytest.mark.xfail(strict=True, reason="what the operation is given is not checked")
 @pytest.mark.parametrize(
     "options",
     [
@@ -364,7 +363,6 @@ def test_operands_that_do_not_belong_together_are_refused(options):
         vdcache.tile_attention(**given)
 
 
-@pytest.mark.xfail(strict=True, reason="frames of a grid that is a tensor become tensors, and index as another mask")
 @pytest.mark.filterwarnings("ignore")
 def test_a_grid_that_is_a_tensor_is_one():
     x = noise(1, 2, 16, 4)

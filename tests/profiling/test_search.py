@@ -172,7 +172,6 @@ class Parallel(Stack):
         return [h + self.mlp[i][0](h)]
 
 
-@pytest.mark.xfail(strict=True, reason="what does not depend on the first attention is taken to depend on none")
 def test_the_losses_of_attentions_that_stand_side_by_side():
     model = Parallel(False, blocks=1)
     plan = everything(model)
@@ -249,7 +248,6 @@ def test_what_one_loss_costs(replay, monkeypatch):
     assert torch.equal(one.finish(), end) and torch.equal(final_states(replay)[0], end)
 
 
-@pytest.mark.xfail(strict=True, reason="queries, keys and values of an attention that was put stay until the end")
 def test_what_nothing_reads_any_more_is_forgotten(replay):
     one = replay.start(replay.calls[0])
     first, second = replay.sites[:2]

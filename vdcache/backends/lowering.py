@@ -50,6 +50,7 @@ def _expand(graph: fx.Graph, node: fx.Node, on: Tiled, scale: float | None) -> N
     def written_out(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
         return gather(query, key, value, on, scale, bias)
 
+    on.groups, on.everywhere  # noqa: B018 — tables are made outside, or they would become part of the graph
     with graph.inserting_before(node):
         out = inline(graph, written_out, node.args[:4], str(node.meta.get("vdcache", "tile-attention")))
     node.replace_all_uses_with(out)

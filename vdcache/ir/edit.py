@@ -74,7 +74,8 @@ def inline(graph: fx.Graph, fn: Callable[..., Any], args: Any, made_by: str) -> 
     class Recorder(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             result = func(*args, **(kwargs or {}))
-            return result if whole else record(func, args, kwargs or {}, result)
+            asked = func.namespace == "prim"  # of a tensor's device and the like: nothing that a graph computes
+            return result if whole or asked else record(func, args, kwargs or {}, result)
 
     class Composite(TorchFunctionMode):
         """Attention stays one operation, as everywhere in a graph: which kernel runs is decided when it runs."""

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from vdcache.ir.checks import whole, whole_numbers
 from vdcache.ir.errors import ConfigError
 from vdcache.ir.masks import AttentionMask, Sizes, Skip, parse_mask, volume
 
@@ -66,6 +67,12 @@ class Tiled:
     after: int = 0
 
     def __post_init__(self) -> None:
+        grid = whole_numbers(self.grid, "the grid of a video (frames, height, width)")
+        if len(grid) != 3 or min(grid) < 1:
+            raise ConfigError(f"the grid of a video is (frames, height, width), each at least 1; got {grid}")
+        object.__setattr__(self, "grid", grid)
+        for name in ("before", "after"):
+            whole(getattr(self, name), f"the tokens of text {name} those of video")
         if self.allowed.any(1).all() or self.text or isinstance(self.mask, Skip):
             return
         raise ConfigError(f"under the mask {self.mask} some tokens attend to nothing")
@@ -380,9 +387,21 @@ def tile_attention(
     """
     if lowering not in LOWERINGS:
         raise ConfigError(f"no lowering of tile attention is called {lowering!r}; there are {', '.join(LOWERINGS)}")
-    frames, height, width = grid
-    on = tiled(str(parse_mask(mask)), (frames, height, width), *text)
+    sizes = whole_numbers(grid, "tile_attention: grid")
+    if len(around := whole_numbers(text, "tile_attention: text")) != 2:
+        raise ConfigError(f"tile_attention: text is the tokens of text (before, after) those of video; got {text}")
+    on = tiled(str(parse_mask(mask)), sizes, *around)  # type: ignore[arg-type]
     check_sequence(on, query.shape[2], key.shape[2], "tile_attention")
+    b, h, n, _ = query.shape
+    if value.shape[:3] != key.shape[:3] or key.shape[0] != b or h % key.shape[1] or key.shape[3] != query.shape[3]:
+        raise ConfigError(
+            f"tile_attention: query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}: keys and values are as many, of the "
+            "query's batch and width, and their heads divide its heads"
+        )
+    if bias is not None and (
+        bias.ndim != 4 or bias.shape[0] not in (1, b) or bias.shape[1] not in (1, h) or bias.shape[2:] != (1, n)
+    ):
+        raise ConfigError(f"tile_attention: bias is of keys alone, [1 or {b}, 1 or {h}, 1, {n}]; got {tuple(bias.shape)}")
     return LOWERINGS[lowering](query, key, value, on, scale, bias)
 
 

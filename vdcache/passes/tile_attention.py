@@ -20,10 +20,11 @@ from vdcache.ir.edit import call
 from vdcache.ir.errors import ConfigError
 from vdcache.ir.facts import Fact
 from vdcache.ir.masks import AttentionMask, Dense, masks_text, parse_masks
-from vdcache.ir.ops import ATTENTION
+from vdcache.ir.ops import ATTENTION, tensor_of
 from vdcache.ir.tiles import TILE_ATTENTION, Tiled, tiled
 from vdcache.passes.base import Pass, PassResult, Refusal
 from vdcache.patterns import Anatomy, Attention, Grid, NoMatch, anatomy
+from vdcache.patterns.anatomy import forget
 from vdcache.patterns.attention import video_span
 
 __all__ = ["Place", "TileAttention", "places"]
@@ -94,6 +95,8 @@ class TileAttention(Pass):
                 f"{self.name}: no attention of this model can have the mask {', '.join(self.masks)}:\n"
                 + "\n".join(map(str, refusals))
             )
+        if rewrites:
+            forget(graph)
         return PassResult(graph, rewrites, tuple(refusals))
 
     def _chosen(self, found: Anatomy) -> list[tuple[Attention, str]]:
@@ -210,8 +213,8 @@ def place_of(
         return no("it runs inside one frame already")
     if attention.layout == "temporal" and not grid:
         return no("it runs over the frames of one place, so there are no tiles in it")
-    symbols = any(not isinstance(s, int) for s in node.meta["val"].shape)
-    if symbols:
+    shape = result.shape if (result := tensor_of(node)) is not None else ()
+    if any(not isinstance(s, int) for s in shape):
         return no("its sizes are symbols, and a mask is cut for sizes: compile with dynamic=False")
     if node.target not in ATTENTION:
         return no(f"attention written as {attention.form!r} is not rewritten; scaled_dot_product_attention is")

@@ -19,10 +19,17 @@ from vdcache.patterns.index import Index
 from vdcache.patterns.residual import Join, asked, find_joins
 from vdcache.patterns.streams import Streams
 
-__all__ = ["anatomy"]
+__all__ = ["anatomy", "forget"]
 
 aten = torch.ops.aten
+
+
 _CACHE = "vdcache.anatomy"
+
+
+def forget(graph: fx.GraphModule) -> None:
+    """Read the graph anew next time: a pass has changed what it is made of."""
+    graph.meta.pop(_CACHE, None)
 
 
 def anatomy(graph: fx.GraphModule) -> Anatomy:

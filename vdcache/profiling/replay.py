@@ -79,7 +79,7 @@ class Replay:
         joins = [b.join for b in found if found.streams[b.stream].role in ("latent", "joint")]
         self.end = nodes[joins[-1]]  # the final hidden states
         self._needed = live_nodes([self.end])
-        self.fixed = self._needed - self._depending(self.sites[0])  # what no site changes
+        self.fixed = self._needed.difference(*map(self._depending, self.sites))  # what no site changes
         self._last = {p: i for i, n in enumerate(self.order) if n in self._needed for p in n.all_input_nodes}
 
     @property
@@ -143,6 +143,7 @@ class Run:
         """Go past a site with a value of its own."""
         assert self._of.order[self._next] is site
         self.values[site] = value
+        self._forget(self.values, self._next)
         self._next += 1
 
     def end_with(self, site: fx.Node, value: Any) -> Tensor:
@@ -174,9 +175,13 @@ class Run:
                     continue
                 if node not in values:
                     values[node] = _evaluate(of.graph, node, values)
-                for parent in node.all_input_nodes:
-                    if of._last.get(parent) == i and parent.op != "placeholder":
-                        values.pop(parent, None)
+                self._forget(values, i)
+
+    def _forget(self, values: dict[fx.Node, Any], i: int) -> None:
+        """Drop what the node at `i` was the last to read."""
+        for parent in self._of.order[i].all_input_nodes:
+            if self._of._last.get(parent) == i and parent.op != "placeholder":
+                values.pop(parent, None)
 
 
 def _evaluate(graph: fx.GraphModule, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:

@@ -64,8 +64,8 @@ def choose(
     """
     name = _key(query, key, value, bias, on)
     known = _read()
-    if not again and (found := known.get(name)) is not None and found["lowering"] in LOWERINGS:
-        return Choice(**found)
+    if not again and (kept := _choice(known.get(name))) is not None:
+        return kept
     own = None if bias is None else _random(bias)
     found = measure(_random(query), _random(key), _random(value), own, on, scale)
     if found.seconds:
@@ -163,6 +163,16 @@ def _machine() -> str:
     import platform
 
     return f"{platform.node()} {platform.processor() or platform.machine()}"
+
+
+def _choice(data: Any) -> Choice | None:
+    """What the file holds, if it is a choice that can be made here."""
+    try:
+        found = Choice(str(data["lowering"]), {str(k): float(v) for k, v in data["seconds"].items()}, float(data["density"]))
+    except (TypeError, KeyError, ValueError, AttributeError):
+        return None
+    fits = set(data) == {"lowering", "seconds", "density"} and {"dense", found.lowering} <= found.seconds.keys()
+    return found if fits and found.lowering in LOWERINGS else None
 
 
 def _path() -> Path:
