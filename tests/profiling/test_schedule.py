@@ -466,7 +466,7 @@ def test_a_shared_table_gives_the_same_answer():
 def test_how_often_it_runs():
     runs = []
     search(small(), lambda m, seed: runs.append(seed) or final(m, seed), tries=3)
-    assert runs == [0, 3] * (1 + 1 + 3)  # the table, the uncached result, the tries
+    assert runs == [0, 3, 0, 3, 0, *[0, 3] * 3]  # the table, the uncached result, the first one again, the tries
 
 
 def test_one_order_alone():
@@ -488,7 +488,7 @@ def test_candidates_are_lists_of_the_right_length_and_each_comes_once(steps, dat
     for order, early, objective in itertools.product((0, 1), (1, 2, 5), ("sum", "max")):
         errors = table.errors(order) * np.linspace(early, 1, steps)  # a step counts as much as any other, or more when early
         costs = [restated(errors, p, objective) for p in lists]
-        own = [restated(errors, c.computed, objective) for c in found if c.order == order]
+        own = [restated(errors, c.computed, objective) for c in found if c.order == order or computed == 1]
         assert min(own) == pytest.approx(min(costs), rel=1e-9)
     best = min(restated(table.errors(order), p, "sum") for order in (0, 1) for p in lists)
     assert found[0].error == pytest.approx(best, rel=1e-9)
@@ -563,7 +563,6 @@ def test_runs_that_cannot_be_compared_say_why():
 # --- what does not hold yet ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(strict=True, reason="_psnr gives 150 dB where the error is NaN, so a schedule that breaks the model wins")
 def test_a_schedule_whose_result_is_not_a_number_does_not_win():
     model, table = small(), shared()
     first = search(model, table=table, tries=0)
@@ -577,7 +576,6 @@ def test_a_schedule_whose_result_is_not_a_number_does_not_win():
     assert found.computed != first.computed and found.psnr < 100
 
 
-@pytest.mark.xfail(strict=True, reason="what run was given stays compiled with the schedule that was tried last")
 @pytest.mark.parametrize("kind", ["module", "function"])
 def test_what_a_pipeline_keeps_is_the_plain_model_afterwards(kind):
     model, held = small(), []
@@ -585,41 +583,35 @@ def test_what_a_pipeline_keeps_is_the_plain_model_afterwards(kind):
     assert all(torch.equal(final(m), final(model)) for m in held)
 
 
-@pytest.mark.xfail(strict=True, reason="search_schedule makes a list of the letters before watch() can refuse text")
 @pytest.mark.parametrize("known", [False, True])
 def test_prompts_that_are_text_are_refused(known):
     with pytest.raises(ConfigError, match=r"prompts is a list of prompts; got 'cat': give \['cat'\]"):
         search(small(), lambda m, letter: final(m, ord(letter)), prompts="cat", table=shared() if known else None)
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="list(prompts) comes before the check: 'int' object is not iterable")
 def test_prompts_that_are_no_list_are_refused():
     with pytest.raises(ConfigError, match="prompts is a list of prompts; got 1"):
         search(small(), prompts=1)
 
 
-@pytest.mark.xfail(strict=True, reason="with a table nothing checks the prompts: the mean over none is NaN")
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_empty_prompts_are_refused_with_a_table_too():
     with pytest.raises(ConfigError, match="prompts is empty"):
         search(small(), prompts=[], table=shared())
 
 
-@pytest.mark.xfail(strict=True, reason="only another size is noticed; the docstring says that another result is")
 def test_a_run_that_is_not_seeded_is_refused():
     seeds = itertools.count()
     with pytest.raises(CacheStateError, match="seed it"):
         search(small(), lambda m, seed: final(m, next(seeds)), prompts=[0])
 
 
-@pytest.mark.xfail(strict=True, reason="with a table and a tensor nobody looks whether the model was called: 150 dB")
 def test_a_run_that_goes_past_the_model_is_refused_with_a_table_too():
     model = small()
     with pytest.raises(CacheStateError, match="did not call the model"):
         search(model, lambda m, seed: final(model, seed), table=shared())
 
 
-@pytest.mark.xfail(strict=True, reason="the steps of the run and of the table are never compared")
 @pytest.mark.parametrize("steps", [6, 10])
 @pytest.mark.filterwarnings("ignore::vdcache.VdcacheWarning")
 def test_a_table_of_another_number_of_steps_is_refused(steps):
@@ -627,20 +619,17 @@ def test_a_table_of_another_number_of_steps_is_refused(steps):
         search(small(), lambda m, seed: sample(m, seed, steps)[-1], table=shared())
 
 
-@pytest.mark.xfail(strict=True, reason="Schedule takes what is no whole number, or raises TypeError")
 @pytest.mark.parametrize(("steps", "computed"), [(STEPS, (0, 1.5)), (STEPS, (0, "1")), (STEPS, 3), ("8", (0,)), (8.0, (0, 2))])
 def test_steps_that_are_no_whole_numbers_are_refused(steps, computed):
     with pytest.raises(ConfigError):
         Schedule(steps, computed)
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="Schedule keeps numbers of numpy, which JSON does not take")
 def test_steps_from_an_array_round_trip():
     schedule = Schedule(STEPS, np.array([0, 3]))
     assert Schedule.from_json(schedule.to_json()) == Schedule(STEPS, (0, 3))
 
 
-@pytest.mark.xfail(strict=True, reason="the products are added up in float32, and differences of them cancel")
 def test_small_changes_between_steps_are_seen():
     x, e = latent(0), 1e-3
 
@@ -653,7 +642,6 @@ def test_small_changes_between_steps_are_seen():
     np.testing.assert_allclose(tabled(run, None, model).errors(1), want, rtol=0.01)
 
 
-@pytest.mark.xfail(strict=True, reason="nan_to_num makes 0 of an error that is not a number: skipping such a step is free")
 def test_a_residual_that_is_not_a_number_is_refused():
     rows = np.random.default_rng(0).standard_normal((1, 6, 5))
     rows[0, 3] = math.nan
@@ -661,25 +649,21 @@ def test_a_residual_that_is_not_a_number_is_refused():
         candidates(table_of(rows), 3)
 
 
-@pytest.mark.xfail(strict=True, reason="with one computed step both orders predict the same, and both are run")
 def test_lists_that_predict_the_same_are_tried_once():
     assert [c.computed for c in candidates(shared(), 1)] == [(0,)]
 
 
-@pytest.mark.xfail(strict=True, reason="it is said again for every generation")
 def test_the_memory_is_said_once():
     text = io.StringIO()
     tabled(console=Console(file=text, width=200))
     assert text.getvalue().count("\n") == 1
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="orders is not checked: 'int' object is not iterable")
 def test_orders_that_are_no_list_are_refused():
     with pytest.raises(ConfigError, match="orders"):
         search(small(), orders=1, table=shared())
 
 
-@pytest.mark.xfail(strict=True, reason="step_table speaks of search_schedule")
 def test_step_table_names_itself():
     with pytest.raises(CacheStateError, match=r"^step_table: run"):
         tabled(lambda m: None, None)

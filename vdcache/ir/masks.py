@@ -338,7 +338,7 @@ def parse_masks(text: Any) -> tuple[AttentionMask, ...]:
     found: list[AttentionMask] = []
     for part in str(text).split("|"):
         name, star, times = part.partition("*")
-        if star and not times.strip().isdigit():
+        if star and not (times.strip().isdecimal() and int(times) > 0):
             raise ConfigError(f"heads of a mask are counted as in 'frames:2*6|dense*2'; got {text!r}")
         found += [parse_mask(name)] * (int(times) if star else 1)
     return tuple(found)

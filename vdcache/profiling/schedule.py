@@ -17,12 +17,12 @@ from torch import Tensor
 
 from vdcache.api import compile_with, original
 from vdcache.backends import Settings
-from vdcache.ir.checks import number, whole
+from vdcache.ir.checks import number, text_of, whole, whole_numbers
 from vdcache.ir.errors import CacheStateError, ConfigError
 from vdcache.passes import Emit, MarkBranches, MergeSlots
 from vdcache.passes.predictors import LAST, Taylor
 from vdcache.profiling.paths import best_paths, cost_of
-from vdcache.profiling.watched import watch
+from vdcache.profiling.watched import checked_prompts, until_forgotten, watch
 from vdcache.recipe import Recipe
 from vdcache.runtime.history import Record
 from vdcache.runtime.schedules import Planned
@@ -53,7 +53,9 @@ class Schedule:
     psnr: float | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "computed", tuple(self.computed))
+        object.__setattr__(self, "computed", whole_numbers(self.computed, "the computed steps of a schedule"))
+        whole(self.steps, "the number of steps of a schedule", 1)
+        whole(self.order, "the order of a schedule's predictor")
         if not self.computed or self.computed[0] != 0 or list(self.computed) != sorted(set(self.computed)):
             raise ConfigError(f"a schedule computes step 0, and its steps ascend; got {list(self.computed)}")
         if self.computed[-1] >= self.steps:
@@ -99,10 +101,14 @@ class Schedule:
             ConfigError: something else.
         """
         try:
-            data = json.loads(text.read_text() if isinstance(text, File) else text)
+            data = json.loads(text_of(text))
             return Schedule(**data)
         except (ValueError, TypeError, AttributeError) as error:
             raise ConfigError("this is no schedule: it was not written by Schedule.to_json") from error
+
+
+def _no_order(order: int) -> str:
+    return f"schedules are searched for orders {', '.join(map(str, ORDERS))}; got {order}"
 
 
 @dataclass(frozen=True)
@@ -132,7 +138,7 @@ class StepTable:
             ConfigError: another order than 0 or 1.
         """
         if order not in ORDERS:
-            raise ConfigError(f"schedules are searched for orders {', '.join(map(str, ORDERS))}; got {order}")
+            raise ConfigError(_no_order(order))
         n, g = self.steps, self.products
         size = np.sqrt(np.maximum(np.einsum("gss->gs", g), 1e-30))
         found = np.full((n + 1, n, n), np.nan)
@@ -167,9 +173,15 @@ def step_table(
         ConfigError: the value cannot be read, or generations of unequal length.
         CacheStateError: `run` did not call the model.
     """
+    return _measured(model, run, prompts, console, "step_table")
+
+
+def _measured(
+    model: Callable[..., Any], run: Callable[..., Any], prompts: Iterable[Any] | None, console: Console | None, what: str
+) -> StepTable:
     held: dict[tuple[int | str, str], list[Tensor]] = defaultdict(list)
     tables: list[np.ndarray] = []
-    now, most = -1, 0
+    now, most, said = -1, 0, False
 
     def close() -> None:
         nonlocal most
@@ -178,35 +190,44 @@ def step_table(
         most = max(most, sum(v.numel() * v.element_size() for values in held.values() for v in values))
         lengths = {len(v) for v in held.values()}
         if len(lengths) > 1:
-            raise ConfigError(f"step_table: the lanes of a generation have {sorted(lengths)} steps")
+            raise ConfigError(f"{what}: the lanes of a generation have {sorted(lengths)} steps")
         total: Any = 0.0
         for values in held.values():
-            rows = torch.stack([v.flatten() for v in values]).float()
-            total = total + (rows @ rows.T).double().cpu().numpy()
+            rows = [v.flatten() for v in values]
+            total = total + _products(rows)
         tables.append(np.asarray(total))
         held.clear()
 
     def listen(record: Record, emitted: Sequence[Emitted], result: Any) -> None:
-        nonlocal now
+        nonlocal now, said
         if record.generation != now:
             close()
             now = record.generation
         for at, (_, values) in enumerate(emitted):
             for name, value in values.items():
-                if not held and console is not None:
+                if not said and console is not None:
+                    said = True
                     size = value.numel() * value.element_size() / 2**20
-                    console.print(f"step_table keeps {size:.1f} MiB a step and lane while a generation runs", style="dim")
+                    console.print(f"{what} keeps {size:.1f} MiB a step and lane while a generation runs", style="dim")
                 held[record.lane, f"{name}@{at}"].append(value.detach().clone())
 
-    watched = watch(model, run, prompts, "search_schedule", passes=(Emit(at="residual"),), listen=listen)
+    watched = watch(model, run, prompts, what, passes=(Emit(at="residual"),), listen=listen)
     close()
     if not tables:
-        raise ConfigError(
-            f"search_schedule: what the blocks add cannot be read: {'; '.join(watched.reasons) or 'no stream was found'}"
-        )
+        raise ConfigError(f"{what}: what the blocks add cannot be read: {'; '.join(watched.reasons) or 'no stream was found'}")
     if len(sizes := {t.shape[0] for t in tables}) > 1:
-        raise ConfigError(f"search_schedule: the generations have {sorted(sizes)} steps; search one number of steps at a time")
+        raise ConfigError(f"{what}: the generations have {sorted(sizes)} steps; search one number of steps at a time")
     return StepTable(np.stack(tables), most)
+
+
+def _products(rows: Sequence[Tensor]) -> np.ndarray:
+    """⟨a, b⟩ of all pairs, in float64: differences of neighbouring steps cancel nearly all of it."""
+    found = np.zeros((len(rows), len(rows)))
+    for i, a in enumerate(rows):
+        wide = a.double()
+        for j in range(i + 1):
+            found[i, j] = found[j, i] = float(wide @ rows[j].double())
+    return found
 
 
 def search_schedule(
@@ -230,8 +251,8 @@ def search_schedule(
 
     One uncached generation of every prompt shows how well each step's value is predicted from any computed ones. Dynamic programming finds the lists with the
     least error, added up and at its largest, with early steps weighing as much as late ones and more; the best of each are then run,
-    and the one whose final latents are nearest to the uncached ones is returned. Costs 1 + tries × computed / steps generations of every
-    prompt.
+    and the one whose final latents are nearest to the uncached ones is returned. Costs 2 + tries × computed / steps generations of every
+    prompt, and one more of the first, which shows that `run` is seeded.
 
     Args:
         model, run, prompts: as `vdcache.profile` takes them. `run` must give the same result for the same prompt: seed it. If it
@@ -261,17 +282,23 @@ def search_schedule(
     if quality_db is not None and not number(quality_db, "quality_db is a PSNR in dB") > 0:
         raise ConfigError(f"quality_db is a PSNR in dB, above 0; got {quality_db}")
     whole(tries, "tries, the lists that are run,", int(quality_db is not None))
+    orders = whole_numbers(orders, "orders")
     if not orders:
         raise ConfigError("orders is empty; give 0, 1 or both")
-    prompts = None if prompts is None else list(prompts)
+    if wrong := set(orders) - set(ORDERS):
+        raise ConfigError(_no_order(min(wrong)))
+    prompts = checked_prompts(prompts, "search_schedule")
     console = console or Console(stderr=True)
-    table = table or step_table(model, run, prompts=prompts, console=console)
+    table = table or _measured(model, run, prompts, console, "search_schedule")
     results = _Results(model, run, prompts, table.steps, inner, console)
-    if quality_db is not None:
-        return _cheapest(table, results, orders, tries, float(quality_db))
-    computed = max(1, int(table.steps / (speedup or 1) + 1e-9)) if computed is None else computed
-    found = candidates(table, computed, orders)
-    return found[0] if not tries or computed == table.steps else results.nearest(found[:tries])
+    try:
+        if quality_db is not None:
+            return _cheapest(table, results, orders, tries, float(quality_db))
+        computed = max(1, int(table.steps / (speedup or 1) + 1e-9)) if computed is None else computed
+        found = candidates(table, computed, orders)
+        return found[0] if not tries or computed == table.steps else results.nearest(found[:tries])
+    finally:
+        results.forget()
 
 
 def _cheapest(table: StepTable, results: _Results, orders: Sequence[int], tries: int, quality: float) -> Schedule:
@@ -299,6 +326,10 @@ def candidates(table: StepTable, computed: int, orders: Sequence[int] = ORDERS) 
     Raises:
         ConfigError: more computed steps than there are, or another order.
     """
+    if not np.isfinite(table.products).all():
+        raise ConfigError(
+            "the table of steps holds what is not a number: the model gave NaN or infinity in the run that it was measured in"
+        )
     if computed > table.steps:
         raise ConfigError(f"{computed} computed steps were asked for, and a generation has {table.steps}")
     ranked: list[list[tuple[float, Schedule]]] = []
@@ -313,6 +344,8 @@ def candidates(table: StepTable, computed: int, orders: Sequence[int] = ORDERS) 
     # An order that predicts worse everywhere comes last; lists that are found in several ways come once.
     ranked.sort(key=lambda row: row[0][0])
     in_turn = [row[i][1] for i in range(4) for row in ranked if i < len(row)]
+    if computed == 1:  # of one step every order knows the last value alone
+        in_turn = in_turn[:1]
     return list(dict.fromkeys(in_turn))
 
 
@@ -331,8 +364,14 @@ class _Results:
         self._model, self._run, self._prompts, self._steps, self._inner = original(model), run, prompts, steps, inner
         self._console = console
         self._wanted: list[Tensor] | None = None
-        self._compiled: dict[int, Any] = {}
+        self._compiled: dict[int, tuple[Any, Any, Callable[[], None]]] = {}  # by order: compiled, handed out, made plain again
         self._last: Tensor | None = None
+        self._calls = 0
+
+    def forget(self) -> None:
+        """A pipeline may hold what it was given: from here on it is the plain model."""
+        for _, _, forget in self._compiled.values():
+            forget()
 
     def nearest(self, tried: Sequence[Schedule]) -> Schedule:
         """Run every candidate, and take the one whose results are nearest to the uncached ones."""
@@ -340,38 +379,53 @@ class _Results:
         with Progress(*columns, console=self._console, transient=True) as progress:
             bar = progress.add_task("uncached", total=len(tried) + 1)
             if self._wanted is None:
-                self._wanted = self.of(Schedule(self._steps, tuple(range(self._steps)), tried[0].order))
+                every = Schedule(self._steps, tuple(range(self._steps)), tried[0].order)
+                self._wanted = self.of(every)
+                again = self.of(every, first=True)
+                if _psnr(again[0], self._wanted[0]) < 150 and not torch.equal(again[0], self._wanted[0]):
+                    raise CacheStateError("search_schedule: run gives another result for the same prompt each time: seed it")
             scored = []
             for one in tried:
                 progress.update(bar, advance=1, description=f"{len(one.computed)} steps, order {one.order}")
                 psnr = float(np.mean([_psnr(a, b) for a, b in zip(self.of(one), self._wanted, strict=True)]))
                 scored.append(replace(one, psnr=psnr))
-        return max(scored, key=lambda s: s.psnr or 0.0)
+        return max(scored, key=lambda s: -float("inf") if s.psnr is None else s.psnr)
 
-    def of(self, schedule: Schedule) -> list[Tensor]:
-        """The result of every prompt."""
+    def of(self, schedule: Schedule, first: bool = False) -> list[Tensor]:
+        """The result of every prompt, or of the first alone."""
         recipe = schedule.recipe()
         if schedule.order not in self._compiled:
             both = Schedule(self._steps, (0,), schedule.order).recipe()  # its plans are those of every other
             settings = Settings(both, num_steps=self._steps, inner=self._inner, hears=lambda message: None, takes=self._take)
-            self._compiled[schedule.order] = compile_with(self._model, settings)
-        fast = self._compiled[schedule.order]
+            fast = compile_with(self._model, settings)
+            self._compiled[schedule.order] = fast, *until_forgotten(fast, self._model)
+        fast, given, _ = self._compiled[schedule.order]
         session = fast.vdcache
         session.prepare = lambda steps: recipe.policy
         found = []
         with torch.no_grad():
-            for prompt in [None] if self._prompts is None else self._prompts:
+            for prompt in [None] if self._prompts is None else self._prompts[: 1 if first else None]:
                 session.begin(self._steps)
-                made = self._run(fast) if self._prompts is None else self._run(fast, prompt)
+                self._calls, self._last = 0, None
+                made = self._run(given) if self._prompts is None else self._run(given, prompt)
                 end = made if isinstance(made, Tensor) else self._last
-                if end is None:
-                    raise CacheStateError("search_schedule: run(model) did not call the model that it was given")
+                if not self._calls or end is None:
+                    raise CacheStateError(
+                        "search_schedule: run(model) did not call the model that it was given: use its argument, as in "
+                        "`lambda model: sample(model)`"
+                    )
+                steps = 1 + max(r.step for r in session.history.generation())
+                if steps != self._steps:
+                    raise ConfigError(
+                        f"search_schedule: run takes {steps} steps, and the table is of {self._steps} steps: measure one of this number"
+                    )
                 found.append(end.detach().float().clone())
         return found
 
     def _take(self, program: Any, inputs: Sequence[Any]) -> None:
+        self._calls += 1
         if program.latent is not None:
-            self._last = inputs[program.latent]
+            self._last = inputs[program.latent].clone()  # a sampler may write into it
 
 
 def _psnr(a: Tensor, b: Tensor) -> float:
@@ -382,4 +436,6 @@ def _psnr(a: Tensor, b: Tensor) -> float:
         )
     error = float((a - b).square().mean())
     peak = float(b.max() - b.min())
-    return 10 * float(np.log10(peak * peak / error)) if error > 0 else 150.0
+    if not error < float("inf"):  # NaN as well
+        return float("-inf")
+    return min(150.0, 10 * float(np.log10(max(peak * peak, 1e-30) / error))) if error > 0 else 150.0

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, fx
 
 from vdcache.backends.kernels.choose import choose
-from vdcache.ir.checks import number, whole
+from vdcache.ir.checks import number, text_of, whole
 from vdcache.ir.errors import ConfigError
 from vdcache.ir.masks import AttentionMask, Dense, parse_mask
 from vdcache.ir.ops import tensor_of
@@ -89,7 +89,7 @@ class MaskPlan:
             ConfigError: something else.
         """
         try:
-            data = json.loads(text.read_text() if isinstance(text, Path) else text)
+            data = json.loads(text_of(text))
             tables = {k: tuple(map(tuple, data.pop(k))) for k in ("losses", "seconds", "densities")}
             texts = {k: tuple(map(str, data.pop(k))) for k in ("masks", "sites", "modules", "options")}
             every: dict[str, Any] = {**texts, **tables, **data}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from vdcache.ir.checks import whole
+from vdcache.ir.checks import text_of, whole
 from vdcache.ir.errors import ConfigError
 from vdcache.ir.library import CHUNK
 from vdcache.passes.tile_attention import Place
@@ -85,7 +85,7 @@ class TileReport:
             ConfigError: something else.
         """
         try:
-            data = json.loads(text.read_text() if isinstance(text, Path) else text)
+            data = json.loads(text_of(text))
             mass = tuple(tuple(map(tuple, table)) for table in data["mass"])
             overlap = None if data["overlap"] is None else tuple(data["overlap"])
             return TileReport(

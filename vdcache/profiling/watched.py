@@ -16,7 +16,7 @@ from vdcache.recipe import Recipe
 from vdcache.runtime import Always
 from vdcache.runtime.session import Session
 
-__all__ = ["Watched", "watch"]
+__all__ = ["Watched", "checked_prompts", "until_forgotten", "watch"]
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,7 @@ def watch(
         ConfigError: prompts is no list or is empty.
         CacheStateError: `run` did not call the model.
     """
-    if isinstance(prompts, (str, bytes)) or (prompts is not None and not isinstance(prompts, Iterable)):
-        raise ConfigError(f"prompts is a list of prompts; got {prompts!r}: give [{prompts!r}]")
-    if prompts is not None and not (prompts := list(prompts)):
-        raise ConfigError(f"{what}: prompts is empty, so there is nothing to measure")
+    prompts = checked_prompts(prompts, what)
     heard: list[str] = []
     model = original(model)
     settings = Settings(Recipe(what, Always(), tuple(passes)), inner=inner, hears=heard.append, takes=takes)
@@ -73,7 +70,7 @@ def watch(
     session: Session = watched.vdcache
     if listen is not None:
         session.listeners.append(listen)
-    given, forget = _until_forgotten(watched, model)
+    given, forget = until_forgotten(watched, model)
     try:
         with torch.no_grad():
             for number, prompt in enumerate([None] if prompts is None else prompts):
@@ -96,7 +93,20 @@ def watch(
     return Watched(session, name, tuple(sorted(refused) or heard))
 
 
-def _until_forgotten(watched: Any, model: Any) -> tuple[Any, Callable[[], None]]:
+def checked_prompts(prompts: Any, what: str) -> list[Any] | None:
+    """Prompts as a list.
+
+    Raises:
+        ConfigError: no list, or an empty one.
+    """
+    if isinstance(prompts, (str, bytes)) or (prompts is not None and not isinstance(prompts, Iterable)):
+        raise ConfigError(f"prompts is a list of prompts; got {prompts!r}: give [{prompts!r}]")
+    if prompts is not None and not (prompts := list(prompts)):
+        raise ConfigError(f"{what}: prompts is empty, so there is nothing to measure")
+    return prompts
+
+
+def until_forgotten(watched: Any, model: Any) -> tuple[Any, Callable[[], None]]:
     """What `run` is given, and what turns it into the plain model."""
     if isinstance(watched, torch.nn.Module):
         return watched, lambda: watched.__dict__.__setitem__("forward", model)
