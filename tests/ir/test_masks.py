@@ -279,11 +279,18 @@ def test_a_mask_for_no_heads_is_refused(text):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "text"),
-    [((2, 0, 2), (0, 0)), ((0, 2, 2), (0, 0)), ((2, -2, -2), (0, 0)), ((2.5, 2, 2), (0, 0)), ((2, 2, 2), (-1, 0))],
+    ("sizes", "text", "message"),
+    [
+        ((2, 0, 2), (0, 0), r"the grid of a video is \(frames, height, width\), each at least 1; got \(2, 0, 2\)"),
+        ((0, 2, 2), (0, 0), r"each at least 1; got \(0, 2, 2\)"),
+        ((2, -2, -2), (0, 0), r"each at least 1; got \(2, -2, -2\)"),
+        ((2.5, 2, 2), (0, 0), r"the grid of a video .* is a list of whole numbers; got \(2.5, 2, 2\)"),
+        ((2, 2, 2), (-1, 0), "the tokens of text before those of video is a whole number of at least 0; got -1"),
+        ((2, 2, 2), (0, 1.5), "the tokens of text after those of video is a whole number of at least 0; got 1.5"),
+    ],
 )
-def test_sizes_that_are_none_are_refused(sizes, text):
-    with pytest.raises(ConfigError):
+def test_sizes_that_are_none_are_refused(sizes, text, message):
+    with pytest.raises(ConfigError, match=message):
         Frames(0).on(*sizes, text=text)
 
 

@@ -89,6 +89,18 @@ def loss_by_hand(model, masks, text, seeds=(0,), steps=STEPS, base=()):
     return max(float((a - b).square().mean()) for a, b in pairs)
 
 
+@pytest.fixture(scope="module")
+def replay():
+    """All calls of one run, for tests of what comes after recording."""
+    torch._dynamo.reset()
+    return record(stack(), generate, None, "a test", keep=STEPS)
+
+
+@pytest.fixture
+def recorded(replay, monkeypatch):
+    monkeypatch.setattr(search, "record", lambda *_, **__: replay)
+
+
 def searched(model=None, masks=MASKS, run=generate, **options):
     return vdcache.search_masks(stack() if model is None else model, run, masks, console=QUIET, timesteps=STEPS, **options)
 
@@ -127,7 +139,7 @@ def test_a_loss_is_that_of_the_whole_model_with_one_attention_under_its_mask(two
     assert plan.sites == tuple(f"scaled_dot_product_attention{n}" for n in ("", "_1", "_2")) and len(plan.modules) == BLOCKS
 
 
-def test_later_attentions_see_the_masks_of_earlier_ones_where_that_is_asked_for():
+def test_later_attentions_see_the_masks_of_earlier_ones_where_that_is_asked_for(recorded):
     """Line 17 of algorithm 1, with the whole model run once for each loss."""
     model = stack()
     alone = everything(model).losses
@@ -175,12 +187,6 @@ def test_the_losses_of_attentions_that_stand_side_by_side():
 
 
 # ---- one replay, many tables -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def replay():
-    torch._dynamo.reset()
-    return record(stack(), generate, None, "a test", keep=STEPS)
 
 
 def algorithm_1(table, threshold):
@@ -280,7 +286,7 @@ def test_calls_are_kept_at_random_and_are_copies():
 # ---- budgets ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_budget_of_weights():
+def test_a_budget_of_weights(recorded):
     plan = searched(budget=0.7, cost="weights")
     best = min(
         (sum(row[c] for row, c in zip(plan.losses, choice, strict=True)), choice)
@@ -296,7 +302,7 @@ def test_a_budget_of_weights():
     assert max(worst._of(worst.losses)) <= max(plan._of(plan.losses))
 
 
-def test_a_budget_of_time(monkeypatch):
+def test_a_budget_of_time(recorded, monkeypatch):
     """Times are ratios to dense attention that were taken side by side; where nothing was measured, weights count."""
     seconds = {"frames:2": (2.0, 1.8), "frames:1": (1.0, 0.5), "frames:0": None}
 
@@ -316,7 +322,7 @@ def test_a_budget_of_time(monkeypatch):
         searched(budget=0.2)
 
 
-def test_a_budget_that_cannot_be_met_names_the_least():
+def test_a_budget_that_cannot_be_met_names_the_least(recorded):
     least = parse_mask("frames:0").density(*GRID, text=3)
     message = (
         f"no plan of these masks takes 30.0% of the weights of dense attention; the least is {least:.1%}: allow more, or give"
@@ -334,7 +340,7 @@ class Interrupted(Exception):
 
 
 @pytest.mark.parametrize(("cumulative", "after"), [(False, 4), (True, 1)])
-def test_an_interrupted_search_goes_on_where_it_was(tmp_path, monkeypatch, cumulative, after):
+def test_an_interrupted_search_goes_on_where_it_was(recorded, tmp_path, monkeypatch, cumulative, after):
     table, real, asked = tmp_path / "new" / "table.json", _Search._loss, []
     options = {"threshold": 1e9, "cumulative": cumulative, "table": table}
 
@@ -383,7 +389,7 @@ def test_the_table_of_another_search_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "content", ["", "{", "[]", "3", "{}", '{"losses": 3}', '{"losses": {"0,1": "a"}}', '{"losses": {"0,1": null}}']
 )
-def test_a_file_that_is_no_table_is_refused(tmp_path, content):
+def test_a_file_that_is_no_table_is_refused(recorded, tmp_path, content):
     table = tmp_path / "table.json"
     table.write_text(content)
     with pytest.raises(
@@ -396,12 +402,9 @@ def test_a_file_that_is_no_table_is_refused(tmp_path, content):
 # ---- the plan --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def plan():
-    torch._dynamo.reset()
-    model = stack()
-    losses = everything(model).losses
-    return searched(model, threshold=sorted(v for row in losses for v in row[1:])[4])
+@pytest.fixture
+def plan(recorded):
+    return searched(threshold=sorted(v for row in everything().losses for v in row[1:])[4])
 
 
 def test_a_plan_is_read_back(plan, tmp_path):
