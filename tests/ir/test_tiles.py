@@ -377,9 +377,6 @@ def test_a_grid_that_is_a_tensor_is_one():
     torch.testing.assert_close(got, vdcache.tile_attention(x, x, x, "frames:2", (4, 2, 2)))
 
 
-@pytest.mark.xfail(
-    strict=True, raises=torch._dynamo.exc.Unsupported, reason="Dynamo traces the tables instead of the operation"
-)
 def test_a_model_that_attends_under_a_mask_itself_is_one_graph():
     torch._dynamo.reset()
     x = noise(1, 2, 16, 4)

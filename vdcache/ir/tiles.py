@@ -391,6 +391,10 @@ def tile_attention(
     Raises:
         ConfigError: a mask that does not fit the grid, or tokens that are not those of grid and text.
     """
+    learns = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    if torch.compiler.is_compiling() and not learns:  # one node of the graph, which the operation itself checks
+        text_ = mask if isinstance(mask, str) else str(mask)
+        return _operation(query, key, value, bias, text_, list(grid), text[0], text[1], scale, lowering)
     if lowering not in LOWERINGS:
         raise ConfigError(f"no lowering of tile attention is called {lowering!r}; there are {', '.join(LOWERINGS)}")
     sizes = whole_numbers(grid, "tile_attention: grid")
