@@ -234,7 +234,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     kernel = [r for r in rows if r["unit"] == "of ideal"]
-    quality_rows = [r for r in rows if r["unit"] == "dB"]
+    quality_rows = [r for r in rows if r["unit"] == "dB" and r["value"] < 90]  # what is dense needs no point
     if not kernel or not quality_rows:
         return
     fig, (left, right) = plt.subplots(1, 2, figsize=(11.5, 4.2), layout="constrained")
