@@ -1,4 +1,4 @@
-"""`vdcache demo`: the shipped model, plain and with every recipe, side by side."""
+"""`vdcache demo`: the shipped model, plain, cached and under masks, side by side."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def run_demo(
         return video, time.perf_counter() - began
 
     if not console.is_terminal:  # a pipe shows no progress bars
-        console.print(f"compiling {len(chosen) + 1} ways and generating {rounds} rounds with each; one to three minutes")
+        console.print(f"compiling {len(chosen) + 1} ways and generating {rounds} rounds with each; two to five minutes")
     columns = (TextColumn("{task.description:<32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         ways: dict[str, Callable[..., Tensor]] = {"eager": model}
