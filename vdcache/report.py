@@ -60,7 +60,11 @@ def summary_table(session: Session, generation: int = -1) -> Table:
     if steps:
         times = [sum(r.seconds for r in s) for s in steps]
         one = median(sum(r.seconds for r in s) for s in computed) if computed else 0.0
-        bound = f", {one * len(steps) / sum(times):.2f}× over computing every step" if sum(times) and len(computed) < len(steps) else ""
+        bound = (
+            f", {one * len(steps) / sum(times):.2f}× over computing every step"
+            if sum(times) and len(computed) < len(steps)
+            else ""
+        )
         table.caption = f"{len(computed)} of {len(steps)} steps computed{bound}; {session.store.peak_bytes / 2**20:.2f} MiB of cache at most"
         masks = [text for graph in session.graphs if (text := getattr(graph, "masks", ""))]
         table.caption = "\n".join([table.caption, *masks])

@@ -119,6 +119,7 @@ class Program:
         pipeline = settings.recipe.pipeline
         self.guarded, self.steps = self._guard(pipeline)
         self.anatomy: Anatomy = anatomy(self.guarded)
+        self._sites = tile_sites(self.guarded)
 
         given = graph_inputs(captured.graph.graph)
         names = [n.name for n in given]
@@ -208,12 +209,12 @@ class Program:
     @property
     def tiled(self) -> bool:
         """Whether some attention has a mask."""
-        return bool(tile_sites(self.guarded))
+        return bool(self._sites)
 
     @property
     def masks(self) -> str:
         """In words: the masks on attentions, what they leave, and how they are computed."""
-        sites = tile_sites(self.guarded)
+        sites = self._sites
         if not sites:
             return ""
         density = sum(on.density for _, on in sites) / len(sites)

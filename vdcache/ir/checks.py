@@ -6,12 +6,11 @@ import math
 import operator
 from collections.abc import Iterable
 from numbers import Real
-from pathlib import Path
 from typing import Any
 
 from vdcache.ir.errors import ConfigError
 
-__all__ = ["group_name", "number", "numbers", "text_of", "whole", "whole_numbers"]
+__all__ = ["group_name", "number", "numbers", "video_grid", "whole", "whole_numbers"]
 
 
 def whole_numbers(values: Any, what: str) -> tuple[int, ...]:
@@ -43,20 +42,6 @@ def number(value: Any, what: str) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise ConfigError(f"{what}; got {value!r}")
     return float(value)
-
-
-def text_of(source: str | Path) -> str:
-    """JSON text as it is given, or of the file whose path is given.
-
-    Raises:
-        ConfigError: a path where there is no such file.
-    """
-    if isinstance(source, str) and source.lstrip()[:1] in ("{", "["):
-        return source
-    path = Path(source)
-    if not path.is_file():
-        raise ConfigError(f"there is no file {str(source)!r}, and it is no JSON text")
-    return path.read_text()
 
 
 def group_name(value: Any, what: str) -> None:
@@ -95,3 +80,15 @@ def numbers(values: Any, what: str) -> tuple[float, ...]:
             raise ConfigError(f"{what} is a list of numbers; it holds {value!r}")
         found.append(float(item))
     return tuple(found)
+
+
+def video_grid(values: Any, what: str) -> tuple[int, ...]:
+    """Frames, height and width of video tokens, or nothing.
+
+    Raises:
+        ConfigError: other than three whole numbers of at least 1.
+    """
+    grid = whole_numbers(values, f"{what}: grid")
+    if grid and (len(grid) != 3 or min(grid) < 1):
+        raise ConfigError(f"{what}: grid is (frames, height, width) of the video tokens, got {grid}")
+    return grid

@@ -81,9 +81,7 @@ class AttentionMask(abc.ABC):
         """
         from vdcache.ir.tiles import tiled
 
-        found = tiled(str(self), (frames, height, width), *text)
-        found.density  # noqa: B018 — says now what does not fit
-        return found
+        return tiled(str(self), (frames, height, width), *text)
 
     def __str__(self) -> str:
         return ":".join([self.name, *(_text(getattr(self, f.name)) for f in fields(self))])

@@ -27,7 +27,8 @@ from vdcache.ir.masks import AttentionMask, Sizes, Skip, parse_mask, volume
 __all__ = ["LOWERINGS", "TILE_ATTENTION", "Group", "Tiled", "gather", "masked", "tables_of", "tile_attention", "tiled"]
 
 # Bytes of keys that are gathered for one call: on a CPU, what fresh memory costs is more than what a larger call gains.
-AT_ONCE = {True: 8 << 20, False: 1 << 30}
+AT_ONCE = {"cpu": 8 << 20}
+ELSEWHERE = 1 << 30
 Range = tuple[int, int]  # tokens from … to, the last not included
 
 
@@ -237,7 +238,7 @@ def gather(query: Tensor, key: Tensor, value: Tensor, on: Tiled, scale: float | 
     for group in on.groups:
         shared = _merged([text[0], *of(group.shared), text[1]])
         each = (len(group.keys[0]) * on.size + on.text) * key[:, :, 0].numel() * key.element_size()  # bytes of a class's keys
-        step = max(1, AT_ONCE[key.device.type == "cpu"] // each)
+        step = max(1, AT_ONCE.get(key.device.type, ELSEWHERE) // each)
         for start in range(0, len(group.keys), step):
             classes = range(start, min(start + step, len(group.keys)))
             own = [_merged(of([t for t in group.keys[c] if t not in set(group.shared)])) for c in classes]
@@ -256,7 +257,7 @@ class _Memory:
     """
 
     def __init__(self, query: Tensor, key: Tensor, on: Tiled) -> None:
-        self.on, self.batch = on, query.shape[0]
+        self.on = on
         self.heads_first = _heads_first(query) and query.shape[1] == key.shape[1]
         self.axis = 2 if self.heads_first else 1
 

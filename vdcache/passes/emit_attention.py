@@ -17,9 +17,8 @@ import torch
 from torch import fx
 
 from vdcache.ir import dialect, library
-from vdcache.ir.checks import whole_numbers
+from vdcache.ir.checks import video_grid
 from vdcache.ir.edit import call
-from vdcache.ir.errors import ConfigError
 from vdcache.ir.facts import Fact
 from vdcache.ir.ops import ATTENTION, tensor_of
 from vdcache.passes.base import Pass, PassResult, Refusal, tag
@@ -46,9 +45,7 @@ class EmitAttention(Pass):
     grid: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "grid", whole_numbers(self.grid, f"{self.name}: grid"))
-        if self.grid and (len(self.grid) != 3 or min(self.grid) < 1):
-            raise ConfigError(f"{self.name}: grid is (frames, height, width) of the video tokens, got {self.grid}")
+        object.__setattr__(self, "grid", video_grid(self.grid, self.name))
 
     def run(self, graph: fx.GraphModule) -> PassResult:
         found = anatomy(graph)

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from vdcache.ir.checks import whole_numbers
+from vdcache.ir.checks import video_grid, whole_numbers
 from vdcache.ir.edit import call
 from vdcache.ir.errors import ConfigError
 from vdcache.ir.facts import Fact
@@ -62,10 +62,8 @@ class TileAttention(Pass):
         object.__setattr__(self, "masks", tuple(masks_text(parse_masks(m)) for m in given))
         if not self.masks:
             raise ConfigError(f"{self.name}: give one mask for all attentions, or one for each")
-        object.__setattr__(self, "grid", whole_numbers(self.grid, f"{self.name}: grid"))
+        object.__setattr__(self, "grid", video_grid(self.grid, self.name))
         object.__setattr__(self, "text", whole_numbers(self.text, f"{self.name}: text"))
-        if self.grid and (len(self.grid) != 3 or min(self.grid) < 1):
-            raise ConfigError(f"{self.name}: grid is (frames, height, width) of the video tokens, got {self.grid}")
         if self.text and (len(self.text) != 2 or min(self.text) < 0):
             raise ConfigError(f"{self.name}: text is the tokens of text (before, after) those of video, got {self.text}")
 
@@ -139,8 +137,7 @@ class TileAttention(Pass):
         self, node: fx.Node, place: Place, q: fx.Node, k: fx.Node, v: fx.Node, bias: fx.Node | None, mask: AttentionMask
     ) -> tuple[Any, ...]:
         try:
-            on = tiled(str(mask), place.grid, place.before, place.after)
-            on.allowed, on.tile  # noqa: B018 — a mask that does not fit says so
+            place.on(mask)
         except ConfigError as error:
             raise ConfigError(f"{self.name}: '{node.name}': {error}") from None
         return TILE_ATTENTION, q, k, v, bias, str(mask), list(place.grid), place.before, place.after, place.scale, "gather"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vdcache.ir.checks import number, whole
 from vdcache.ir.errors import ConfigError
+from vdcache.ir.files import saved, text_of
 from vdcache.passes import Emit
 from vdcache.passes.base import Pass
 from vdcache.passes.mark_branches import TYPES
@@ -64,10 +65,7 @@ class StepErrors:
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The table as JSON text, also written to `path`."""
-        text = json.dumps(asdict(self), indent=1)
-        if path is not None:
-            Path(path).write_text(text)
-        return text
+        return saved(json.dumps(asdict(self), indent=1), path)
 
     @staticmethod
     def from_json(text: str | Path) -> StepErrors:
@@ -77,7 +75,7 @@ class StepErrors:
             ConfigError: something else.
         """
         try:
-            data = json.loads(text.read_text() if isinstance(text, Path) else text)
+            data = json.loads(text_of(text))
             errors = {k: tuple(map(tuple, v)) for k, v in data["errors"].items()}
             return StepErrors(int(data["steps"]), errors, int(data["generations"]))
         except (ValueError, TypeError, KeyError, AttributeError) as error:

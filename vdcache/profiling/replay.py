@@ -36,7 +36,7 @@ class Call:
 
 
 class Replay:
-    """A canonical graph with some calls of it.
+    """A canonical graph with some calls of it; `sites` are the attentions that can have a mask, in the order of computation.
 
     Args:
         graph: not to be changed.
@@ -76,16 +76,12 @@ class Replay:
                 "no attention of this model can have a mask: "
                 + ("; ".join(sorted({r.reason for r in self.refused})) or "it has none among video tokens")
             )
+        self.sites = sorted(self.places, key=self._at.__getitem__)
         joins = [b.join for b in found if found.streams[b.stream].role in ("latent", "joint")]
         self.end = nodes[joins[-1]]  # the final hidden states
         self._needed = live_nodes([self.end])
         self.fixed = self._needed.difference(*map(self._depending, self.sites))  # what no site changes
         self._last = {p: i for i, n in enumerate(self.order) if n in self._needed for p in n.all_input_nodes}
-
-    @property
-    def sites(self) -> list[fx.Node]:
-        """The attentions that can have a mask, in the order in which they are computed."""
-        return sorted(self.places, key=self._at.__getitem__)
 
     def fingerprint(self) -> str:
         """Tells other inputs and other weights apart."""

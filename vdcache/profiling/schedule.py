@@ -17,8 +17,9 @@ from torch import Tensor
 
 from vdcache.api import compile_with, original
 from vdcache.backends import Settings
-from vdcache.ir.checks import number, text_of, whole, whole_numbers
+from vdcache.ir.checks import number, whole, whole_numbers
 from vdcache.ir.errors import CacheStateError, ConfigError
+from vdcache.ir.files import saved, text_of
 from vdcache.passes import Emit, MarkBranches, MergeSlots
 from vdcache.passes.predictors import LAST, Taylor
 from vdcache.profiling.paths import best_paths, cost_of
@@ -88,10 +89,7 @@ class Schedule:
 
     def to_json(self, path: str | File | None = None) -> str:
         """The schedule as JSON text, also written to `path`."""
-        text = json.dumps(asdict(self))
-        if path is not None:
-            File(path).write_text(text)
-        return text
+        return saved(json.dumps(asdict(self)), path)
 
     @staticmethod
     def from_json(text: str | File) -> Schedule:

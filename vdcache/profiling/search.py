@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,11 +14,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, fx
 
 from vdcache.backends.kernels.choose import choose
-from vdcache.ir.checks import number, text_of, whole
+from vdcache.ir.checks import number, whole
 from vdcache.ir.errors import ConfigError
+from vdcache.ir.files import saved, text_of, write_aside
 from vdcache.ir.masks import AttentionMask, Dense, parse_mask
 from vdcache.ir.ops import tensor_of
-from vdcache.ir.tiles import LOWERINGS
+from vdcache.ir.tiles import gather
 from vdcache.passes.tile_attention import Place
 from vdcache.profiling.allocate import Allocation, dynamic, lagrangian
 from vdcache.profiling.replay import Replay, Run, record
@@ -76,10 +75,7 @@ class MaskPlan:
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The plan as JSON text, also written to `path`."""
-        text = json.dumps(asdict(self), indent=1)
-        if path is not None:
-            Path(path).write_text(text)
-        return text
+        return saved(json.dumps(asdict(self), indent=1), path)
 
     @staticmethod
     def from_json(text: str | Path) -> MaskPlan:
@@ -249,7 +245,7 @@ def _by_density(options: Sequence[str], replay: Replay) -> tuple[str, ...]:
     for site in replay.sites:
         for text in options:
             try:
-                replay.places[site].on(parse_mask(text)).density  # noqa: B018 — says what does not fit
+                replay.places[site].on(parse_mask(text))
             except ConfigError as error:
                 raise ConfigError(f"search_masks: '{site.name}' ({replay.modules[site]}): {error}") from None
     first = replay.places[replay.sites[0]]
@@ -306,19 +302,20 @@ class _Search:
         for i, site in enumerate(sites):
             for one in runs:
                 one.until(site)
-            best = DENSE
-            for j, option in enumerate(self.options[1:], start=1):
+            after = replay.flops_after(site)
+
+            def loss_of(j: int, i: int = i, site: fx.Node = site, after: int = after) -> float:
                 if (loss := self.table.get(i, j)) is None:
-                    loss = max(self._loss(site, one, want, option) for one, want in zip(runs, wanted, strict=True))
+                    loss = max(self._loss(site, one, want, self.options[j]) for one, want in zip(runs, wanted, strict=True))
                     self.table.put(i, j, loss)
                     self._asked += len(runs)
-                    self._spent += len(runs) * replay.flops_after(site)
+                    self._spent += len(runs) * after
                 progress.update(bar, advance=1)
-                if threshold is not None:
-                    if not loss < threshold:
-                        progress.update(bar, advance=len(self.options) - 1 - j)
-                        break
-                    best = option
+                return loss
+
+            best = self._best(threshold, loss_of)
+            assert best is not None  # every loss was measured
+            progress.update(bar, completed=(i + 1) * (len(self.options) - 1))
             chosen.append(best)
             for one in runs:
                 value = self._attend(site, one, best) if cumulative and best != DENSE else one.compute(site)
@@ -329,23 +326,31 @@ class _Search:
         """The answer, where the table holds all that is needed."""
         chosen = []
         for i in range(len(self.replay.sites)):
-            best = DENSE
-            for j, option in enumerate(self.options[1:], start=1):
-                loss = self.table.get(i, j)
-                if loss is None:
-                    return None
-                if threshold is not None and not loss < threshold:
-                    break
-                best = option
+            best = self._best(threshold, lambda j, i=i: self.table.get(i, j))  # type: ignore[misc]
+            if best is None:
+                return None
             chosen.append(best)
         return chosen
+
+    def _best(self, threshold: float | None, loss_of: Callable[[int], float | None]) -> str | None:
+        """Algorithm 1 for one attention: the last mask before the first whose loss is not below the threshold. Without one all losses
+        are asked for. None where a loss is not known."""
+        best = DENSE
+        for j, option in enumerate(self.options[1:], start=1):
+            if (loss := loss_of(j)) is None:
+                return None
+            if threshold is not None:
+                if not loss < threshold:
+                    break
+                best = option
+        return best
 
     def _attend(self, site: fx.Node, one: Run, option: str) -> Tensor:
         place = self.replay.places[site]
         q, k, v = (one.values[n] for n in (place.query, place.key, place.value))
         bias = None if place.bias is None else one.values[place.bias]
         with torch.no_grad():
-            out = LOWERINGS["gather"](q, k, v, place.on(parse_mask(option)), place.scale, bias)
+            out = gather(q, k, v, place.on(parse_mask(option)), place.scale, bias)
         like = site.meta["val"]
         if out.stride() == like.stride():
             return out
@@ -417,10 +422,7 @@ class _Table:
     def put(self, site: int, option: int, loss: float) -> None:
         self._found[f"{site},{option}"] = loss
         if self._path is not None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self._path.parent, delete=False) as aside:
-                json.dump({**self._head, "losses": self._found}, aside, indent=1)
-            os.replace(aside.name, self._path)
+            write_aside(self._path, json.dumps({**self._head, "losses": self._found}, indent=1))
 
     def rows(self) -> tuple[tuple[float | None, ...], ...]:
         sites, options = self._size

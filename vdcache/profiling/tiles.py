@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from vdcache.ir.checks import text_of, whole
+from vdcache.ir.checks import whole
 from vdcache.ir.errors import ConfigError
+from vdcache.ir.files import saved, text_of
 from vdcache.ir.library import CHUNK
 from vdcache.passes.tile_attention import Place
 from vdcache.profiling.replay import record
@@ -72,10 +73,7 @@ class TileReport:
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The report as JSON text, also written to `path`."""
-        text = json.dumps({**asdict(self), "diagonal": self.diagonal, "decay": self.decay}, indent=1)
-        if path is not None:
-            Path(path).write_text(text)
-        return text
+        return saved(json.dumps({**asdict(self), "diagonal": self.diagonal, "decay": self.decay}, indent=1), path)
 
     @staticmethod
     def from_json(text: str | Path) -> TileReport:

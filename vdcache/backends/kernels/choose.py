@@ -6,7 +6,6 @@ import functools
 import json
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from vdcache.backends.kernels import flex, triton
 from vdcache.ir.errors import ConfigError
+from vdcache.ir.files import write_aside
 from vdcache.ir.tiles import LOWERINGS, Tiled
 
 __all__ = ["Choice", "choose", "measure"]
@@ -192,10 +192,7 @@ def _write(name: str, found: Choice) -> None:
     """Add to the file, written aside and renamed; what cannot be written is measured again."""
     path = _path()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as aside:
-            json.dump({**_read(), name: asdict(found)}, aside, indent=1)
-        os.replace(aside.name, path)
+        write_aside(path, json.dumps({**_read(), name: asdict(found)}, indent=1))
     except OSError:
         return
 
