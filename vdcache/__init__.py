@@ -26,8 +26,8 @@ _PUBLIC = {
     "step_errors": "vdcache.profiling.errors",
     "search_schedule": "vdcache.profiling.schedule",
     "step_table": "vdcache.profiling.schedule",
-    "Schedule": "vdcache.profiling.schedule",
-    "StepTable": "vdcache.profiling.schedule",
+    "Schedule": "vdcache.scheduling.schedule",
+    "StepTable": "vdcache.scheduling.table",
     "search_masks": "vdcache.profiling.search",
     "MaskPlan": "vdcache.profiling.search",
     "tiles": "vdcache.profiling.tiles",
@@ -136,7 +136,7 @@ if TYPE_CHECKING:
     from vdcache.profiling.errors import StepErrors, magnitudes, step_errors
     from vdcache.profiling.profiler import profile
     from vdcache.profiling.result import Profile
-    from vdcache.profiling.schedule import Schedule, StepTable, search_schedule, step_table
+    from vdcache.profiling.schedule import search_schedule, step_table
     from vdcache.profiling.search import MaskPlan, search_masks
     from vdcache.profiling.segment import Otsu, Sam2
     from vdcache.profiling.tiles import TileReport, tiles
@@ -147,6 +147,8 @@ if TYPE_CHECKING:
     from vdcache.runtime.schedules import Scheduled, Together
     from vdcache.runtime.session import Session
     from vdcache.runtime.steps import Intervals, Listed
+    from vdcache.scheduling.schedule import Schedule
+    from vdcache.scheduling.table import StepTable
 
 
 def __getattr__(name: str) -> Any:

@@ -25,6 +25,8 @@ def compile(
     model: Callable[..., Any],
     recipe: str | Recipe | None = None,
     *,
+    speedup: float | None = None,
+    quality_db: float | None = None,
     num_steps: int | None = None,
     inner: str = "inductor",
     strict: bool = False,
@@ -36,7 +38,9 @@ def compile(
 
     Args:
         model: a module or function that is called once a denoising step (or once a lane of guidance).
-        recipe: a `Recipe` or a name from `vdcache.recipes()`; `adacache-slow` without.
+        recipe: a `Recipe` or a name from `vdcache.recipes()`; `vdcache-auto` without: its first generation runs uncached.
+        speedup, quality_db: what `vdcache-auto` is to reach, one of the two: how many times faster (by FLOPs; 2 if neither is
+            given), or the least PSNR of the final latents to the uncached ones, in dB.
         num_steps: denoising steps of a generation; learnt from the first generation if not given.
         inner: "inductor" or "eager".
         strict: raise where vdcache would otherwise step aside with a warning.
@@ -62,7 +66,16 @@ def compile(
         if unknown[0] == "options":
             hint = "; what stands there is given directly: vdcache.compile(model, recipe=…, num_steps=…)."
         raise ConfigError(f"unknown argument {unknown[0]!r}{hint} There are {', '.join([*own, *_TORCH_COMPILE])}.")
-    options = {"recipe": recipe, "num_steps": num_steps, "inner": inner, "strict": strict, "inductor": inductor, "tiles": tiles}
+    goal = {"speedup": speedup, "quality_db": quality_db}
+    options = {
+        "recipe": recipe,
+        **goal,
+        "num_steps": num_steps,
+        "inner": inner,
+        "strict": strict,
+        "inductor": inductor,
+        "tiles": tiles,
+    }
     settings = Settings.of(options)
     return compile_with(model, settings, **torch_compile)
 

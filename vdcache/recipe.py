@@ -6,15 +6,16 @@ A recipe is scope (which slots) × policy (when to recompute) × predictor (what
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vdcache.ir.errors import ConfigError
-from vdcache.passes import Canonicalise, MarkBranches, MergeSlots, Pass, Pipeline, Probe, TileAttention
+from vdcache.passes import Canonicalise, MarkBranches, MergeSlots, Observe, Pass, Pipeline, Probe, TileAttention
 from vdcache.passes.predictors import LAST, ByGroup, Extrapolated, Frequencies, LastValue, Predictor, Scaled, Taylor
-from vdcache.runtime.policies import AdaCache, Always, Codebook, Deciding, EveryN, MoReg, Policy, scaled
+from vdcache.runtime.history import Record, by_generation
+from vdcache.runtime.policies import AdaCache, Always, Auto, Codebook, Deciding, EveryN, MoReg, Policy, scaled
 from vdcache.runtime.probing import Bounds, EasyCache, Threshold
 from vdcache.runtime.schedules import MagCache, Planned, Scheduled, Together, scaled_to
 from vdcache.runtime.steps import Gated, Grid, Intervals, Listed
@@ -75,6 +76,26 @@ class Recipe:
         given = getattr(masks, "masks", masks)
         tiles = TileAttention(given, **where)
         return replace(self, passes=(tiles, *(p for p in self.passes if not isinstance(p, TileAttention))))
+
+    def following(self, history: Iterable[Record]) -> Recipe:
+        """What this recipe did, as a fixed table: each group is reused in a step if it was in more than half of the generations.
+
+        The recipe that comes back measures nothing and waits for nothing. It is for the same number of steps.
+
+        Args:
+            history: of a session that ran this recipe, over one generation or more.
+
+        Raises:
+            ConfigError: no generation, or generations of unequal length.
+        """
+        generations = by_generation(history, f"a table for '{self.name}'")
+        rows = []
+        for step in range(len(generations[0])):
+            plans = [g[step][0].plan.reuse for g in generations]
+            groups = sorted(frozenset().union(*plans))
+            rows.append(tuple(x for x in groups if 2 * sum(x in p for p in plans) > len(plans)) if step else ())
+        passes = tuple(p for p in self.passes if not isinstance(p, (Observe, Probe)))
+        return replace(self, name=f"{self.name}-fixed", policy=Planned(tuple(rows)), passes=passes, books=())
 
     def for_steps(self, num_steps: int, said: Callable[[str], None] = lambda message: None) -> Recipe:
         """This recipe for a generation of `num_steps`.
@@ -148,7 +169,7 @@ class Recipe:
 _KINDS: dict[str, Any] = {
     k.__name__: k
     for k in (
-        *(Always, EveryN, AdaCache, Codebook, MoReg, Scheduled, Together, Planned, MagCache, Windowed, Bursts),
+        *(Always, Auto, EveryN, AdaCache, Codebook, MoReg, Scheduled, Together, Planned, MagCache, Windowed, Bursts),
         *(Threshold, EasyCache, Bounds, Listed, Intervals, Grid, Gated),
         *(LastValue, Taylor, Scaled, Extrapolated, Frequencies, ByGroup),
     )

@@ -349,6 +349,8 @@ class Program:
         if io.emits:
             session.emit(self, dict(zip(io.emits, rest[len(io.saves) + len(io.previous) :], strict=False)))
         session.leave(ticket, inputs, results, saved, observed, rest[-1] if io.measures else None)
+        if session.recorder is not None:
+            session.recorder(self, inputs, results, saved, ticket.record)
         return results
 
     def _look(self, inputs: Sequence[Any], previous: Sequence[Tensor] | None) -> Look:

@@ -9,9 +9,12 @@ from typing import Any
 
 from vdcache.backends.kernels.choose import check_lowering
 from vdcache.ir.errors import ConfigError, warn_once
-from vdcache.methods import recipe
+from vdcache.methods import for_goal
 from vdcache.recipe import Recipe
+from vdcache.runtime.policies import Always, Auto
 from vdcache.runtime.session import Session
+from vdcache.scheduling.autopilot import Autopilot
+from vdcache.scheduling.choose import Goal
 
 __all__ = ["Settings"]
 
@@ -23,7 +26,8 @@ class Settings:
     """The options of the backend.
 
     Args:
-        recipe: a recipe or the name of one; `adacache-slow` without.
+        recipe: a recipe or the name of one; `vdcache-auto` without.
+        speedup, quality_db: what `vdcache-auto` is to reach, one of the two; twice as fast without.
         num_steps: denoising steps of a generation; None to learn them from the first one.
         inner: "inductor", or "eager" (bit-exact, for tests).
         strict: what vdcache does not understand is an error instead of a warning.
@@ -58,7 +62,7 @@ class Settings:
     def of(options: Mapping[str, Any] | None) -> Settings:
         """Settings from the `options` of torch.compile."""
         options = dict(options or {})
-        known = [f.name for f in fields(Settings) if f.compare]
+        known = [*(f.name for f in fields(Settings) if f.compare), "speedup", "quality_db"]
         for name in options:
             if name not in known:
                 near = difflib.get_close_matches(str(name), known, n=1)
@@ -67,12 +71,18 @@ class Settings:
                     f"unknown option {name!r}{hint} There are {', '.join(known)}; Inductor's own go under 'inductor'."
                 )
         inductor = options.pop("inductor", {}) or {}
-        return Settings(recipe=recipe(options.pop("recipe", None)), inductor=tuple(sorted(inductor.items())), **options)
+        chosen = for_goal(options.pop("recipe", None), options.pop("speedup", None), options.pop("quality_db", None))
+        return Settings(recipe=chosen, inductor=tuple(sorted(inductor.items())), **options)
 
     def new_session(self) -> Session:
         """A session for one model."""
         if self.session is not None:
             return self.session
+        if isinstance(auto := self.recipe.policy, Auto):
+            session = Session(Always(), self.num_steps, name=self.recipe.name)
+            goal = Goal(speedup=auto.speedup, quality_db=auto.quality_db)
+            session.recorder = Autopilot(session, goal, strict=self.strict, say=self.say_once)
+            return session
         return Session(self.recipe.policy, self.num_steps, name=self.recipe.name, prepare=self.policy_for)
 
     def policy_for(self, num_steps: int) -> Any:

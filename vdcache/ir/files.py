@@ -8,7 +8,13 @@ from pathlib import Path
 
 from vdcache.ir.errors import ConfigError
 
-__all__ = ["saved", "text_of", "write_aside"]
+__all__ = ["cache_folder", "saved", "text_of", "write_aside"]
+
+
+def cache_folder() -> Path:
+    """Where vdcache keeps what it measured on this machine: `VDCACHE_CACHE_DIR`, or the user's cache."""
+    cache = os.environ.get("VDCACHE_CACHE_DIR") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vdcache"
+    return Path(cache)
 
 
 def saved(text: str, path: str | Path | None) -> str:

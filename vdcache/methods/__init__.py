@@ -2,9 +2,10 @@
 
 from vdcache.methods.adacache import ADACACHE_CODEBOOKS, adacache
 from vdcache.methods.attention import fastercache, pab, tgate
+from vdcache.methods.auto import auto
 from vdcache.methods.constants import MAGCACHE_RATIOS, PAB, TEACACHE_COEFFICIENTS
 from vdcache.methods.profilingdit import PROFILINGDIT_LISTS, profilingdit
-from vdcache.methods.registry import describe, recipe, recipes
+from vdcache.methods.registry import describe, for_goal, recipe, recipes
 from vdcache.methods.schedules import delta_dit, fora, l2c, magcache, smoothcache, taylorseer
 from vdcache.methods.thresholds import dbcache, easycache, fbcache, seacache, teacache
 
@@ -15,12 +16,14 @@ __all__ = [
     "PROFILINGDIT_LISTS",
     "TEACACHE_COEFFICIENTS",
     "adacache",
+    "auto",
     "dbcache",
     "delta_dit",
     "describe",
     "easycache",
     "fastercache",
     "fbcache",
+    "for_goal",
     "fora",
     "l2c",
     "magcache",

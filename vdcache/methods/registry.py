@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from vdcache.ir.errors import ConfigError
 from vdcache.methods.adacache import adacache
 from vdcache.methods.attention import FASTERCACHE, fastercache, pab_of, tgate
+from vdcache.methods.auto import auto
 from vdcache.methods.constants import MAGCACHE_LIMITS, MAGCACHE_RATIOS, PAB, TEACACHE_COEFFICIENTS
 from vdcache.methods.profilingdit import profilingdit_hunyuanvideo, profilingdit_wan
 from vdcache.methods.schedules import delta_dit, fora, magcache, taylorseer
@@ -17,9 +18,9 @@ from vdcache.methods.thresholds import dbcache, easycache, fbcache, seacache, te
 from vdcache.passes import TileAttention
 from vdcache.passes.base import Pass
 from vdcache.recipe import Recipe
-from vdcache.runtime.policies import Always, EveryN
+from vdcache.runtime.policies import Always, Auto, EveryN
 
-__all__ = ["describe", "recipe", "recipes"]
+__all__ = ["describe", "for_goal", "recipe", "recipes"]
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,12 @@ _TILES = Named(
 )
 NAMES = (
     Named(
+        "vdcache-auto",
+        auto,
+        "twice as fast, or as asked: the steps to compute are found on the model itself, in its first generation; the default",
+        "none: they are measured on the model, and kept",
+    ),
+    Named(
         "always",
         lambda: Recipe("always", Always(), ()),
         "recompute every step (the untouched model, with the same clock and history)",
@@ -96,7 +103,7 @@ NAMES = (
             f"adacache-{book}{plus}",
             lambda book=book, plus=plus: adacache(book, moreg=bool(plus)),
             f"AdaCache with the published {book} codebook{' and motion regularisation' if plus else ''}"
-            + (" (arXiv 2411.02397); the default" if (book, plus) == ("slow", "") else ""),
+            + (" (arXiv 2411.02397)" if (book, plus) == ("slow", "") else ""),
             "the codebooks of the reference code, for Open-Sora 1.2 at 30 and 100 steps",
         )
         for book in ("slow", "fast")
@@ -225,14 +232,14 @@ def recipes() -> dict[str, str]:
 
 
 def recipe(name: str | Recipe | None = None) -> Recipe:
-    """The recipe of a name (None: `adacache-slow`); a recipe is returned as it is.
+    """The recipe of a name (None: `vdcache-auto`); a recipe is returned as it is.
 
     Raises:
         ConfigError: there is no such recipe; the message names the nearest.
     """
     if isinstance(name, Recipe):
         return name
-    name = "adacache-slow" if name is None else name
+    name = "vdcache-auto" if name is None else name
     if not isinstance(name, str):
         raise ConfigError(f"recipe is a name or a vdcache.Recipe, got {type(name).__name__}")
     for named in NAMES:
@@ -259,6 +266,22 @@ def recipe(name: str | Recipe | None = None) -> Recipe:
         + (f"; did you mean {' or '.join(near)}?" if near else ".")
         + f" There are {', '.join(known)}."
     )
+
+
+def for_goal(chosen: str | Recipe | None, speedup: float | None, quality_db: float | None) -> Recipe:
+    """`recipe`, for what `vdcache-auto` is to reach.
+
+    Raises:
+        ConfigError: a goal for another recipe, or two goals.
+    """
+    found = recipe(chosen)
+    if speedup is None and quality_db is None:
+        return found
+    if not isinstance(found.policy, Auto):
+        raise ConfigError(
+            f"speedup and quality_db are what vdcache-auto is to reach; '{found.name}' goes by its own numbers: leave out one or the other"
+        )
+    return replace(found, policy=auto(speedup=speedup, quality_db=quality_db).policy)
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vdcache.ir.errors import ConfigError
 from vdcache.runtime.measures import Measured
 from vdcache.runtime.plan import RECOMPUTE, Plan
 
-__all__ = ["History", "Record", "record"]
+__all__ = ["History", "Record", "any_computed", "by_generation", "record"]
 
 
 @dataclass
@@ -116,6 +117,23 @@ def any_computed(step: Iterable[Record]) -> bool:
     for record in step:
         reused[record.lane] = reused.get(record.lane, False) or not record.computed
     return not all(reused.values())
+
+
+def by_generation(records: Iterable[Record], what: str) -> list[dict[int, list[Record]]]:
+    """Records by generation and step: whole generations of equal length, as whatever is derived from them needs.
+
+    Raises:
+        ConfigError: no record, steps that are missing, generations of unequal length.
+    """
+    found: dict[int, dict[int, list[Record]]] = {}
+    for r in records:
+        found.setdefault(r.generation, {}).setdefault(r.step, []).append(r)
+    if not found:
+        raise ConfigError(f"{what} is derived from at least one generation, and this history holds no call")
+    lengths = {len(steps) for steps in found.values()}
+    if len(lengths) > 1 or any(set(steps) != set(range(len(steps))) for steps in found.values()):
+        raise ConfigError(f"{what} is derived from whole generations of one length; these have {sorted(lengths)} steps")
+    return list(found.values())
 
 
 _recorders: ContextVar[tuple[History, ...]] = ContextVar("vdcache_recorders", default=())

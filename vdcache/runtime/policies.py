@@ -17,7 +17,7 @@ from vdcache.ir.errors import ConfigError
 from vdcache.runtime.measures import Measured
 from vdcache.runtime.plan import RECOMPUTE, Plan
 
-__all__ = ["AdaCache", "AdaState", "Always", "Codebook", "Deciding", "EveryN", "MoReg", "Policy", "scaled"]
+__all__ = ["AdaCache", "AdaState", "Always", "Auto", "Codebook", "Deciding", "EveryN", "MoReg", "Policy", "scaled"]
 
 
 @runtime_checkable
@@ -59,6 +59,35 @@ class Always:
 
     def plans(self) -> tuple[Plan, ...]:
         return (RECOMPUTE,)
+
+    def start(self, num_steps: int, before: Any = None) -> int:
+        return num_steps
+
+    def plan(self, state: int, step: int, times: Sequence[float] = ()) -> Plan:
+        return RECOMPUTE
+
+    def observe(self, state: int, step: int, plan: Plan, measures: Sequence[Measured] | None) -> int:
+        return state
+
+
+@dataclass(frozen=True)
+class Auto:
+    """A schedule that is found on the model itself, for a speed or a quality: until then every step is computed.
+
+    The compiled model puts the schedule in the place of this policy when it knows one.
+
+    Args:
+        speedup: how many times faster a generation is to be, by FLOPs; or
+        quality_db: the least PSNR of the final latents to the uncached ones.
+        group: the group of slots that is reused.
+    """
+
+    speedup: float | None = 2.0
+    quality_db: float | None = None
+    group: str = "all"
+
+    def plans(self) -> tuple[Plan, ...]:
+        return (RECOMPUTE, Plan.of([self.group]))
 
     def start(self, num_steps: int, before: Any = None) -> int:
         return num_steps

@@ -16,7 +16,7 @@ from vdcache.runtime.plan import RECOMPUTE, Plan
 from vdcache.runtime.policies import Deciding, Policy
 from vdcache.runtime.steps import Listed, Steps
 
-__all__ = ["MagCache", "Planned", "Scheduled", "Together", "scaled_to"]
+__all__ = ["MagCache", "Planned", "Scheduled", "Together", "same_times", "scaled_to"]
 
 TURNS = ("alternate", "split", "together")
 
@@ -95,19 +95,25 @@ class Planned:
 
     Args:
         reuse: for each step the groups of slots that it reuses.
+        times: the timesteps that the table was made for, one a step; from the first other one on every step is computed. Not
+            compared under explicit control, where nothing is read. Empty for any.
 
     Raises:
-        ConfigError: no step, or a first step that reuses.
+        ConfigError: no step, a first step that reuses, timesteps for another number of steps.
     """
 
     reuse: tuple[tuple[str, ...], ...]
+    times: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "times", tuple(number(t, "a timestep is a number") for t in self.times))
         object.__setattr__(self, "reuse", tuple(tuple(groups) for groups in self.reuse))
         if not self.reuse:
             raise ConfigError("a table of plans has a row for every step; it is empty")
         if self.reuse[0]:
             raise ConfigError("the first step of a generation has nothing to reuse, and the table says that it reuses")
+        if self.times and len(self.times) != len(self.reuse):
+            raise ConfigError(f"a table of {len(self.reuse)} plans has a timestep for each; got {len(self.times)}")
 
     def plans(self) -> tuple[Plan, ...]:
         return tuple(dict.fromkeys([RECOMPUTE, *map(Plan.of, self.reuse)]))
@@ -118,10 +124,15 @@ class Planned:
         return num_steps
 
     def plan(self, state: int, step: int, times: Sequence[float] = ()) -> Plan:
-        return Plan.of(self.reuse[step])
+        return Plan.of(self.reuse[step]) if not self.times or same_times(self.times, times) else RECOMPUTE
 
     def observe(self, state: Any, step: int, plan: Plan, measures: Sequence[Measured] | None) -> Any:
         return state
+
+
+def same_times(expected: Sequence[float], seen: Sequence[float]) -> bool:
+    """Whether the timesteps so far are those that were expected, up to the rounding of 16-bit ones."""
+    return all(abs(a - b) <= 0.01 * abs(a) + 1e-4 for a, b in zip(expected, seen))
 
 
 @dataclass(frozen=True)

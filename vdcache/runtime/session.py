@@ -117,6 +117,7 @@ class CompiledGraph(Protocol):
 
 Emitted = tuple[CompiledGraph, dict[str, Tensor]]  # a graph, and its emitted values by name
 Listener = Callable[[Record, Sequence[Emitted], Any], None]
+Recorder = Callable[[CompiledGraph, Sequence[Any], Sequence[Any], dict[str, Tensor], Record], None]
 
 
 @dataclass
@@ -186,6 +187,7 @@ class Session:
         prepare: the policy for a number of steps, where it differs with them.
         listeners: each is given, after every call of the model, the call's last record, what its graphs emitted, in the order
             in which they ran, and what the model returned.
+        recorder: is given every graph that ran, its inputs, what it returned, what it kept, and its record.
     """
 
     policy: Policy
@@ -195,6 +197,7 @@ class Session:
     history: History = field(default_factory=History)
     store: Store = field(default_factory=Store)
     listeners: list[Listener] = field(default_factory=list)
+    recorder: Recorder | None = None
 
     def __post_init__(self) -> None:
         if self.num_steps is not None and self.num_steps < 1:
@@ -279,6 +282,11 @@ class Session:
         self.begin()
 
     @property
+    def calibration(self) -> Any:
+        """What `vdcache-auto` found for this model and follows, a `Calibration`; None before, and under other recipes."""
+        return getattr(self.recorder, "calibration", None)
+
+    @property
     def graphs(self) -> tuple[CompiledGraph, ...]:
         """The graphs that have run under this session."""
         return tuple(self._graphs)
@@ -308,6 +316,15 @@ class Session:
         """A graph hands out what it emits; the listeners are given it when the model has returned."""
         if self.listeners:
             self._emitted.append((graph, values))
+
+    def follow(self, policy: Policy) -> None:
+        """From the next step on, this policy decides.
+
+        Raises:
+            ConfigError: it is not for this number of steps.
+        """
+        self._state = policy.start(self.num_steps, None) if self.num_steps is not None else None
+        self.policy = policy
 
     def adopt(self, graph: CompiledGraph) -> None:
         """A graph joins at its first run, not when it is compiled."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from vdcache.backends.kernels import flex, triton
 from vdcache.ir.errors import ConfigError
-from vdcache.ir.files import write_aside
+from vdcache.ir.files import cache_folder, write_aside
 from vdcache.ir.tiles import LOWERINGS, Tiled
 
 __all__ = ["Choice", "choose", "measure"]
@@ -176,8 +175,7 @@ def _choice(data: Any) -> Choice | None:
 
 
 def _path() -> Path:
-    cache = os.environ.get("VDCACHE_CACHE_DIR") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vdcache"
-    return Path(cache) / "lowerings.json"
+    return cache_folder() / "lowerings.json"
 
 
 def _read() -> dict[str, Any]:

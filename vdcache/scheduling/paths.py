@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
-from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +9,7 @@ import numpy as np
 from vdcache.ir.checks import whole
 from vdcache.ir.errors import ConfigError
 
-__all__ = ["Path", "best_paths", "cost_of"]
+__all__ = ["Path", "best_paths", "cost_of", "paths_up_to"]
 
 Errors = (
     np.ndarray
@@ -46,6 +43,11 @@ def best_paths(errors: Errors, computed: int, *, objective: str = "sum", keep: i
     Raises:
         ConfigError: more computed steps than there are, or none; another objective.
     """
+    return paths_up_to(errors, computed, objective=objective, keep=keep)[-1]
+
+
+def paths_up_to(errors: Errors, computed: int, *, objective: str = "sum", keep: int = 1) -> list[list[Path]]:
+    """As `best_paths`, for 1, 2 … `computed` computed steps at the cost of the last alone."""
     steps = errors.shape[1]
     whole(computed, "the number of computed steps", 1)
     whole(keep, "the number of lists", 1)
@@ -53,23 +55,43 @@ def best_paths(errors: Errors, computed: int, *, objective: str = "sum", keep: i
         raise ConfigError(f"{computed} of {steps} steps cannot be computed")
     if objective not in ("sum", "max"):
         raise ConfigError(f"objective is sum or max; got {objective!r}")
-    join: Callable[[float, float], float] = (lambda a, b: a + b) if objective == "sum" else max
-    # skipped[i + 1, j, n]: of the steps after j and before n
+    join = np.add if objective == "sum" else np.maximum
+    # skipped[i + 1, j, n]: of the steps after j and before n; n follows j
     accumulate = np.cumsum if objective == "sum" else np.maximum.accumulate
-    skipped = np.zeros((steps + 1, steps, steps + 1))
+    skipped = np.full((steps + 1, steps, steps + 1), np.inf)
     for i in range(-1, steps):
-        for j in range(i + 1, steps - 1):
+        for j in range(i + 1, steps):
+            skipped[i + 1, j, j + 1] = 0.0
             skipped[i + 1, j, j + 2 :] = accumulate(errors[i + 1, j, j + 1 :])
-    at: dict[tuple[int, int], list[Path]] = {(-1, 0): [Path(0.0, (0,))]}
-    for _ in range(computed - 1):
-        after: dict[tuple[int, int], list[Path]] = defaultdict(list)
-        for (i, j), paths in at.items():
-            for n in range(j + 1, steps):
-                more = float(skipped[i + 1, j, n])
-                after[j, n] += [Path(join(p.cost, more), (*p.steps, n)) for p in paths]
-        at = {state: heapq.nsmallest(keep, paths) for state, paths in after.items()}
-    ends = (Path(join(p.cost, float(skipped[i + 1, j, steps])), p.steps) for (i, j), paths in at.items() for p in paths)
-    return heapq.nsmallest(keep, ends)
+    # costs[i + 1, j, k]: of the k-th best list whose last computed steps are i and j
+    costs = np.full((steps + 1, steps, keep), np.inf)
+    costs[0, 0, 0] = 0.0
+    before: list[np.ndarray] = []  # [j, n, k]: which (i + 1, k) a list that ends with j and n comes from
+    found = []
+    for count in range(1, computed + 1):
+        ends = join(costs, skipped[:, :, steps, None])
+        best = np.argsort(ends, axis=None, kind="stable")[:keep]
+        places = [np.unravel_index(at, ends.shape) for at in best if np.isfinite(ends.flat[at])]
+        found.append([Path(float(ends[p]), _traced(before, *map(int, p))) for p in places])
+        if count < computed:
+            onward = join(costs[:, :, :, None], skipped[:, :, None, :steps])  # [i + 1, j, k, n]
+            onward = onward.transpose(1, 3, 0, 2).reshape(steps, steps, -1)
+            order = np.argsort(onward, axis=-1, kind="stable")[:, :, :keep]
+            before.append(order)
+            costs = np.full((steps + 1, steps, keep), np.inf)
+            costs[1:] = np.take_along_axis(onward, order, -1)
+    return found
+
+
+def _traced(before: list[np.ndarray], i: int, j: int, k: int) -> tuple[int, ...]:
+    """The computed steps of a list, from its end; `i` is one more than the last but one."""
+    path = [j]
+    for came in reversed(before):
+        last = i - 1
+        i, k = divmod(int(came[last, j, k]), came.shape[-1])
+        j = last
+        path.append(j)
+    return tuple(reversed(path))
 
 
 def cost_of(errors: Errors, steps: tuple[int, ...], objective: str = "sum") -> float:

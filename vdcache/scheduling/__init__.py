@@ -1,0 +1,1 @@
+"""Which steps to compute: tables of steps, the search over lists of them, generations run again, calibration in use."""

@@ -1,0 +1,213 @@
+"""From a table of steps to one schedule: candidates are run, the better ones on more prompts, within a budget of generations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+from vdcache.ir.checks import number, whole
+from vdcache.ir.errors import CacheStateError, ConfigError
+from vdcache.scheduling.schedule import ORDERS, Schedule, candidates, candidates_up_to
+from vdcache.scheduling.table import StepTable
+
+__all__ = ["BUDGET", "MOST", "Goal", "Runs", "Scored", "choose", "psnr_of"]
+
+MOST = 20  # candidates of one number of computed steps that are run
+BUDGET = 2.0  # generations a prompt for running candidates, after the uncached one
+LOSSLESS = 150.0  # dB
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a schedule is for: exactly one of the three.
+
+    Args:
+        computed: how many steps may be computed.
+        speedup: how many times faster a generation is to be, by FLOPs of the model, at least 1.
+        quality_db: the least PSNR of the final latents to the uncached ones, in dB of their range.
+
+    Raises:
+        ConfigError: none, several, or a number out of range.
+    """
+
+    computed: int | None = None
+    speedup: float | None = None
+    quality_db: float | None = None
+
+    def __post_init__(self) -> None:
+        given = [n for n, v in vars(self).items() if v is not None]
+        if len(given) != 1:
+            raise ConfigError(f"a schedule is for one of computed, speedup and quality_db; got {', '.join(given) or 'none'}")
+        if self.computed is not None:
+            whole(self.computed, "the number of computed steps", 1)
+        if (
+            self.speedup is not None
+            and not math.inf > number(self.speedup, "speedup is how many times faster it is to be") >= 1
+        ):
+            raise ConfigError(f"speedup is how many times faster a generation is to be, at least 1; got {self.speedup}")
+        if self.quality_db is not None and not number(self.quality_db, "quality_db is a PSNR in dB") > 0:
+            raise ConfigError(f"quality_db is a PSNR in dB, above 0; got {self.quality_db}")
+
+    def count(self, steps: int, reuse_cost: float = 0.0) -> int:
+        """How many of `steps` may be computed, where a reused one costs `reuse_cost` of a computed one.
+
+        Raises:
+            ConfigError: more than there are, or a speed-up that reuse does not give.
+        """
+        if self.computed is not None:
+            if self.computed > steps:
+                raise ConfigError(f"{self.computed} computed steps were asked for, and a generation has {steps}")
+            return self.computed
+        assert self.speedup is not None
+        found = math.floor((steps / self.speedup - reuse_cost * steps) / (1 - reuse_cost) + 1e-9)
+        if found < 1:
+            best = steps / (1 + reuse_cost * (steps - 1))
+            raise ConfigError(
+                f"no schedule of {steps} steps is {self.speedup:g} times faster: with a single computed step it is {best:.2f} times"
+            )
+        return found
+
+    def __str__(self) -> str:
+        if self.computed is not None:
+            return f"{self.computed} computed steps"
+        return f"{self.speedup:g}× speed" if self.speedup is not None else f"{self.quality_db:g} dB"
+
+
+class Runs(Protocol):
+    """Generations that can be run under a schedule, over and over, each with its own start."""
+
+    @property
+    def prompts(self) -> int: ...
+
+    def of(self, schedule: Schedule, prompt: int) -> Tensor:
+        """What the generation ends with."""
+
+    def wanted(self, prompt: int) -> Tensor:
+        """What it ends with when every step is computed."""
+
+
+@dataclass
+class Scored:
+    """What was run so far: the PSNR of every schedule on every prompt that it was tried on. Handed in again, it is not run again.
+
+    Args:
+        known: by computed steps, order and prompt.
+        tick: told what is being run, for progress bars.
+        keep: told after every run.
+    """
+
+    known: dict[tuple[tuple[int, ...], int, int], float] = field(default_factory=dict)
+    tick: Callable[[str], None] = lambda text: None
+    keep: Callable[[Scored], None] = lambda scored: None
+
+    def psnr(self, runs: Runs, schedule: Schedule, prompt: int) -> float:
+        key = schedule.computed, schedule.order, prompt
+        if key not in self.known:
+            self.tick(f"{len(schedule.computed)} of {schedule.steps} steps, order {schedule.order}, prompt {prompt + 1}")
+            self.known[key] = psnr_of(runs.of(schedule, prompt), runs.wanted(prompt))
+            self.keep(self)
+        return self.known[key]
+
+
+def choose(
+    table: StepTable,
+    runs: Runs | None,
+    goal: Goal,
+    *,
+    orders: Sequence[int] = ORDERS,
+    tries: int | None = None,
+    reuse_cost: float = 0.0,
+    scored: Scored | None = None,
+) -> Schedule:
+    """The best schedule that is known of: by the table, and by running its best candidates.
+
+    The candidates run on the first prompt, the better half of them on the next, and so on, so that all runs together take at most
+    `BUDGET` generations a prompt.
+
+    Args:
+        runs: None to go by the table alone.
+        tries: how many candidates are run; None for as many as the budget allows, at most `MOST`; 0 for none.
+
+    Raises:
+        ConfigError: a goal that cannot be reached, with the best that can.
+    """
+    scored = scored or Scored()
+    if goal.quality_db is None:
+        count = goal.count(table.steps, reuse_cost)
+        found = candidates(table, count, orders)
+        if runs is None or tries == 0 or count == table.steps:
+            return found[0]
+        return _nearest(runs, found, scored, tries, BUDGET * runs.prompts)
+    if runs is None or tries == 0:
+        raise ConfigError(f"whether a schedule keeps {goal.quality_db:g} dB is only known by running it")
+    return _fewest(table, runs, goal.quality_db, orders, scored, tries)
+
+
+def _nearest(runs: Runs, tried: Sequence[Schedule], scored: Scored, tries: int | None, budget: float) -> Schedule:
+    """The candidate whose results are nearest to the uncached ones."""
+    share = len(tried[0].computed) / tried[0].steps
+
+    def rounds(first: int) -> list[int]:
+        return [max(1, -(-first // 2**p)) for p in range(runs.prompts)]
+
+    fits = [n for n in range(1, MOST + 1) if sum(rounds(n)) * share <= budget]
+    first = max([1, *fits]) if tries is None else tries
+    left = list(tried[:first])
+    for prompt, many in enumerate(rounds(len(left))):
+        left = left[:many]
+        scores = {one: [scored.psnr(runs, one, p) for p in range(prompt + 1)] for one in left}
+        left.sort(key=lambda one: -float(np.mean(scores[one])))
+    return replace(left[0], psnr=float(np.mean(scores[left[0]])))
+
+
+def _fewest(table: StepTable, runs: Runs, quality: float, orders: Sequence[int], scored: Scored, tries: int | None) -> Schedule:
+    """The fewest computed steps that reach a quality.
+
+    How good a number of steps will be is told from those that were run: PSNR falls by 20 log10 of the predicted error.
+    """
+    ranked = dict(enumerate(candidates_up_to(table, max(1, table.steps - 1), orders), start=1))
+    seen: dict[int, Schedule] = {}
+    low, high = 0, table.steps  # what is known to fail, and to be good enough
+    middle = table.steps // 2
+    while high - low > 1:
+        tried = ranked[middle]
+        seen[middle] = _nearest(runs, tried, scored, tries or 1, math.inf)
+        if (seen[middle].psnr or 0) >= quality:
+            high = middle
+        else:
+            low = middle
+        measured = seen[middle]
+
+        def guess(count: int, near: Schedule = measured) -> float:
+            return (near.psnr or 0) + 20 * math.log10(max(near.error, 1e-12) / max(ranked[count][0].error, 1e-12))
+
+        inside = [c for c in range(low + 1, high) if guess(c) >= quality]
+        middle = min(inside, default=(low + 1 + high) // 2 if high - low > 1 else low)
+        middle = min(max(middle, low + 1), max(high - 1, low + 1))
+    if high == table.steps:
+        best = max(seen.values(), key=lambda s: -math.inf if s.psnr is None else s.psnr, default=None)
+        reached = f"{best.psnr:.1f} dB with {len(best.computed)} of {table.steps} steps" if best is not None else "nothing"
+        raise ConfigError(f"no schedule of {table.steps} steps reaches {quality:g} dB; the best reached is {reached}")
+    return seen[high]
+
+
+def psnr_of(a: Tensor, b: Tensor) -> float:
+    """In dB of the range of `b`; −∞ where it is not a number, at most 150.
+
+    Raises:
+        CacheStateError: tensors of different shapes.
+    """
+    if a.shape != b.shape:
+        raise CacheStateError(
+            f"a generation ends with {tuple(a.shape)} once and {tuple(b.shape)} another time; seed it, keep its sizes"
+        )
+    a, b = a.float(), b.float()
+    error, peak = float((a - b).square().mean()), float(b.max() - b.min())
+    if not error < math.inf:  # NaN as well
+        return -math.inf
+    return min(LOSSLESS, 10 * math.log10(max(peak * peak, 1e-30) / error)) if error > 0 else LOSSLESS
