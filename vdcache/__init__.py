@@ -24,6 +24,10 @@ _PUBLIC = {
     "StepErrors": "vdcache.profiling.errors",
     "magnitudes": "vdcache.profiling.errors",
     "step_errors": "vdcache.profiling.errors",
+    "calibrate": "vdcache.profiling.calibrate",
+    "Thresholds": "vdcache.profiling.calibrate",
+    "Calibration": "vdcache.scheduling.calibration",
+    "auto": "vdcache.methods",
     "search_schedule": "vdcache.profiling.schedule",
     "step_table": "vdcache.profiling.schedule",
     "Schedule": "vdcache.scheduling.schedule",
@@ -113,6 +117,7 @@ if TYPE_CHECKING:
     from vdcache.ir.tiles import tile_attention
     from vdcache.methods import (
         adacache,
+        auto,
         dbcache,
         delta_dit,
         easycache,
@@ -133,6 +138,7 @@ if TYPE_CHECKING:
     from vdcache.passes.base import Pass, PassResult, Pipeline
     from vdcache.passes.predictors import Blended, ByGroup, Extrapolated, LastValue, Predictor, Scaled, Taylor
     from vdcache.passes.tile_attention import TileAttention
+    from vdcache.profiling.calibrate import Thresholds, calibrate
     from vdcache.profiling.errors import StepErrors, magnitudes, step_errors
     from vdcache.profiling.profiler import profile
     from vdcache.profiling.result import Profile
@@ -147,6 +153,7 @@ if TYPE_CHECKING:
     from vdcache.runtime.schedules import Scheduled, Together
     from vdcache.runtime.session import Session
     from vdcache.runtime.steps import Intervals, Listed
+    from vdcache.scheduling.calibration import Calibration
     from vdcache.scheduling.schedule import Schedule
     from vdcache.scheduling.table import StepTable
 

@@ -350,7 +350,8 @@ class Program:
             session.emit(self, dict(zip(io.emits, rest[len(io.saves) + len(io.previous) :], strict=False)))
         session.leave(ticket, inputs, results, saved, observed, rest[-1] if io.measures else None)
         if session.recorder is not None:
-            session.recorder(self, inputs, results, saved, ticket.record)
+            probed = zip((p.layout.name for p in self.probes), ticket.look.values, strict=False)
+            session.recorder(self, inputs, results, {**saved, **observed, **dict(probed)}, ticket.record)
         return results
 
     def _look(self, inputs: Sequence[Any], previous: Sequence[Tensor] | None) -> Look:

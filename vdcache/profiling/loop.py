@@ -20,6 +20,7 @@ from vdcache.ir.files import text_of, write_aside
 from vdcache.profiling.watched import checked_prompts, until_forgotten
 from vdcache.runtime.history import Record
 from vdcache.runtime.policies import Always, Policy
+from vdcache.scheduling.autopilot import cost_of_reuse
 from vdcache.scheduling.calibration import Key, key_of
 from vdcache.scheduling.choose import Scored, psnr_of
 from vdcache.scheduling.schedule import Schedule
@@ -87,7 +88,8 @@ class Loop:
         self._now: list[Tensor] = []  # latents of the generation that runs
         self.times: tuple[float, ...] = ()
         self.key: Key | None = None
-        self.program: Any = None
+        self._program: Any = None
+        self.reuse_cost = 0.0  # of a reused step, as a share of a computed one
         self.held = 0
         self._said = False  # how much memory it takes
         self._path = None if path is None else Path(path)
@@ -128,9 +130,10 @@ class Loop:
             at = entry.generation, entry.step, entry.lane
             calls[at] = calls.get(at, -1) + 1
             own = found.setdefault(entry.generation, Gathering(None))
-            own.add(entry.lane, calls[at], {n: v for n, v in kept.items() if "#" not in n})
-            self.program = program
-            self._is(key_of(program, inputs, 0))
+            own.add(entry.lane, calls[at], {n: kept[n] for n in program.slots if n in kept})
+            if program is not self._program:
+                self._program, self.reuse_cost = program, cost_of_reuse(program)
+                self._is(key_of(program, inputs, 0))
             if entry.timestep is not None:
                 times[entry.step] = entry.timestep
             if not self._said and self._console is not None:
@@ -247,6 +250,7 @@ class Loop:
             "key": None if self.key is None else asdict(self.key),
             "times": self.times,
             "held": self.held,
+            "reuse_cost": self.reuse_cost,
             "products": [p.tolist() for p in self._products],
             "scored": [[*key, value] for key, value in self.scored.known.items()],
         }
@@ -258,7 +262,7 @@ class Loop:
             prompts = int(data["prompts"])
             self._products = [np.array(p) for p in data["products"]]
             self.scored.known = {(tuple(c), int(o), int(p)): float(v) for c, o, p, v in data["scored"]}
-            self.times, self.held = tuple(data["times"]), int(data["held"])
+            self.times, self.held, self.reuse_cost = tuple(data["times"]), int(data["held"]), float(data["reuse_cost"])
             self.key = Key(**{**data["key"], "times": tuple(data["key"]["times"])}) if data["key"] else None
         except (ValueError, TypeError, KeyError) as error:
             raise ConfigError(f"{self._what}: {path} holds no search; give another path, or delete it") from error

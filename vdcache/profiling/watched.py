@@ -46,6 +46,8 @@ def watch(
     takes: Callable[[Any, Sequence[Any]], None] | None = None,
     prompt_is: Callable[[int], None] = lambda number: None,
     dynamic: bool | None = None,
+    recipe: Recipe | None = None,
+    recorder: Callable[..., None] | None = None,
 ) -> Watched:
     """Run a model uncached.
 
@@ -57,6 +59,8 @@ def watch(
         takes: is given every graph that is called, and its inputs.
         prompt_is: is told the number of the prompt that comes next.
         dynamic: as torch.compile takes it.
+        recipe: whose scope, observations and probes are in the graph, in place of `passes`; nothing is skipped.
+        recorder: of the session.
 
     Raises:
         ConfigError: prompts is no list or is empty.
@@ -65,9 +69,12 @@ def watch(
     prompts = checked_prompts(prompts, what)
     heard: list[str] = []
     model = original(model)
-    settings = Settings(Recipe(what, Always(), tuple(passes)), inner=inner, hears=heard.append, takes=takes)
+    made = recipe or Recipe(what, Always(), tuple(passes))
+    session = Session(Always(), name=made.name) if recipe is not None else None
+    settings = Settings(made, inner=inner, hears=heard.append, takes=takes, session=session)
     watched = compile_with(model, settings, dynamic=dynamic)
-    session: Session = watched.vdcache
+    session = watched.vdcache
+    session.recorder = recorder
     if listen is not None:
         session.listeners.append(listen)
     given, forget = until_forgotten(watched, model)

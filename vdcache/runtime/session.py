@@ -187,7 +187,8 @@ class Session:
         prepare: the policy for a number of steps, where it differs with them.
         listeners: each is given, after every call of the model, the call's last record, what its graphs emitted, in the order
             in which they ran, and what the model returned.
-        recorder: is given every graph that ran, its inputs, what it returned, what it kept, and its record.
+        recorder: is given every graph that ran, its inputs, what it returned, what it kept, observed and probed by name, and its
+            record.
     """
 
     policy: Policy

@@ -81,7 +81,7 @@ class Autopilot:
         while len(run.calls) <= record.step:
             run.calls.append(0)
             run.times.append(self._time(program, inputs, record))
-        run.gathering.add(record.lane, run.calls[record.step], {n: v for n, v in kept.items() if "#" not in n})
+        run.gathering.add(record.lane, run.calls[record.step], {n: kept[n] for n in program.slots if n in kept})
         run.calls[record.step] += 1
         run.recording.add(program, inputs, results, record)
         run.inputs = inputs
