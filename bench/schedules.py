@@ -1,12 +1,15 @@
 """At equal computed steps, what does choosing the steps give, and what is left of it under a better solver?
 
-`vdcache.search_schedule` on the shipped model, calibrated on four conditions, tried on others: against evenly spaced steps with the same predictor and
-with the last value, AdaCache, and plain sampling with as many steps; under Euler, a second-order multistep solver and UniPC. PSNR to
-the same solver's 30 steps and to the converged video; differences are paired over videos, with 95 % intervals.
+`vdcache-auto` on the shipped model, calibrated in use, by its first generation (four conditions in one batch), and tried on others: against
+`vdcache.search_schedule` on four generations of one condition each, evenly spaced steps with the same predictor and with the last value,
+AdaCache, and plain sampling with as many steps; under Euler, a second-order multistep solver and UniPC. PSNR to the same
+solver's 30 steps and to the converged video; differences are paired over videos, with 95 % intervals.
 """
 
 from __future__ import annotations
 
+import os
+import tempfile
 import warnings
 from pathlib import Path
 from statistics import mean, median
@@ -28,6 +31,7 @@ from vdcache.passes import MarkBranches, MergeSlots
 
 STEPS = 30
 COUNTS = (9, 11, 13, 17)
+REUSE = 0.00753  # FLOPs of a reused step over those of a computed one
 
 
 def even(count: int, order: int) -> vdcache.Recipe:
@@ -100,6 +104,24 @@ def main() -> None:
             cached(recipe.name, "adacache", recipe)
         table = vdcache.step_table(model, lambda m, c, s=solver: generate(m, [c], solver=s, seed=77), prompts=for_search)
         for count in COUNTS:
+            found, seconds = in_use(model, for_search, solver, count)
+            bench.row(
+                f"{solver}: calibrating in use, {count} steps",
+                seconds / whole,
+                "uncached generations",
+                2.0,
+                solver=solver,
+                kind="calibration",
+                tried=len(found.tried),
+            )
+            cached(
+                f"vdcache-auto, {count} steps",
+                "vdcache-auto",
+                found.schedule.recipe(),
+                steps=list(found.schedule.computed),
+                order=found.schedule.order,
+                predicted=found.schedule.psnr,
+            )
             found = vdcache.search_schedule(
                 model,
                 lambda m, c, s=solver: generate(m, [c], solver=s, seed=77),
@@ -119,13 +141,33 @@ def main() -> None:
             cached(f"even, order 1, {count} steps", "even, order 1", even(count, 1))
             cached(f"even, last value, {count} steps", "even, last value", even(count, 0))
             score(f"plain, {count} steps", "plain", generate(plain, conditions, solver=solver, steps=count), count)
-            for other in (f"plain, {count} steps", f"even, order 1, {count} steps", f"even, last value, {count} steps"):
-                compare(bench, solver, f"searched, {count} steps", other, known)
+            rivals = ("searched", "plain", "even, order 1", "even, last value")
+            for other in rivals:
+                compare(bench, solver, f"vdcache-auto, {count} steps", f"{other}, {count} steps", known)
         for row in [r for r in bench.rows if r.get("kind") == "adacache" and r["solver"] == solver]:
             near = min((c for c in COUNTS if c <= row["computed"]), key=lambda c: row["computed"] - c, default=COUNTS[0])
-            compare(bench, solver, f"searched, {near} steps", row["case"].partition(": ")[2], known)
+            compare(bench, solver, f"vdcache-auto, {near} steps", row["case"].partition(": ")[2], known)
         bench.write(args.json)
     draw(bench.rows, args.picture)
+
+
+def in_use(model: Any, conditions: list[Any], solver: str, count: int) -> tuple[vdcache.Calibration, float]:
+    """What `vdcache-auto` finds in one generation of four videos, for so many computed steps; and what the search took, in seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["VDCACHE_CACHE_DIR"] = folder  # else it would know the schedule already
+        seconds = []
+        for _ in range(2):  # the second time everything is compiled
+            way = vdcache.compile(
+                model, vdcache.auto(speedup=STEPS / (count + (STEPS - count) * REUSE) - 1e-3), num_steps=STEPS, dynamic=False
+            )
+            generate(way, conditions, solver=solver, seed=77, begin=way.vdcache.begin)
+            found = way.vdcache.calibration
+            seconds.append(found.seconds)
+            for file in Path(folder).rglob("*.json"):
+                file.unlink()
+        del os.environ["VDCACHE_CACHE_DIR"]
+    assert len(found.schedule.computed) == count, found
+    return found, seconds[-1]
 
 
 def compare(bench: Bench, solver: str, ours: str, other: str, known: dict[str, tuple[list[float], list[float]]]) -> None:
@@ -155,14 +197,16 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         sharey="row",
     )
     kinds = (
-        ("searched", "#2b6cb0", "o"),
+        ("vdcache-auto", "#2b6cb0", "o"),
+        ("searched", "#2c7a7b", "."),
         ("even, order 1", "#63b3ed", "s"),
         ("even, last value", "#a0aec0", "s"),
         ("adacache", "#dd6b20", "^"),
         ("plain", "#4a5568", "x"),
     )
     names = {
-        "searched": "steps searched",
+        "vdcache-auto": "vdcache-auto, calibrated in use",
+        "searched": "searched on four generations",
         "even, order 1": "even steps, order 1",
         "even, last value": "even steps, last value",
         "adacache": "AdaCache",
@@ -178,7 +222,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
                 top.plot(*zip(*own, strict=True), marker=mark, linestyle=line, color=color, markersize=5, label=names[kind])
         top.set(title={"euler": "Euler", "dpm++2m": "DPM-Solver++ 2M", "unipc": "UniPC"}[solver], xlabel="computed steps of 30")
         top.grid(alpha=0.25)
-        for r in (r for r in rows if r["solver"] == solver and r.get("kind") == "searched"):
+        for r in (r for r in rows if r["solver"] == solver and r.get("kind") == "vdcache-auto"):
             low.plot(r["steps"], [r["computed"]] * len(r["steps"]), "s", color="#2b6cb0", markersize=4)
         low.set(xlim=(-1, STEPS), yticks=COUNTS, xlabel="step", ylim=(7, 19))
         for ax in (top, low):

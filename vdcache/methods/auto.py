@@ -13,14 +13,18 @@ from vdcache.runtime.policies import Auto
 
 __all__ = ["auto"]
 
+FLOOR = 30.0  # dB: differences begin to be seen below
+
 
 def auto(speedup: float | None = None, quality_db: float | None = None) -> Recipe:
     """The default recipe: what all blocks add, extrapolated from the last two computed steps, at the steps that the model, its
     solver and its number of steps ask for. They are searched after one uncached generation, and kept on disk.
 
     Args:
-        speedup: how many times faster a generation is to be, by FLOPs of the model, at least 1; 2 if neither is given.
+        speedup: how many times faster a generation is to be, by FLOPs of the model, at least 1.
         quality_db: the least PSNR of the final latents to the uncached ones, in dB of their range.
+
+    With neither it is to be twice as fast, unless that leaves less than 30 dB: then as fast as 30 dB allow.
 
     Raises:
         ConfigError: both, or a number out of range.
@@ -31,5 +35,5 @@ def auto(speedup: float | None = None, quality_db: float | None = None) -> Recip
         raise ConfigError(f"speedup is how many times faster a generation is to be, at least 1; got {speedup}")
     if quality_db is not None and not number(quality_db, "quality_db is a PSNR in dB") > 0:
         raise ConfigError(f"quality_db is a PSNR in dB, above 0; got {quality_db}")
-    policy = Auto(2.0 if speedup is None and quality_db is None else speedup, quality_db)
+    policy = Auto(speedup, quality_db) if speedup or quality_db else Auto(2.0, floor_db=FLOOR)
     return Recipe("vdcache-auto", policy, (MarkBranches(), MergeSlots()), predictor=Taylor(1))

@@ -17,6 +17,7 @@ from torch import Tensor
 from vdcache.ir.checks import whole_numbers
 from vdcache.ir.errors import ConfigError
 from vdcache.ir.files import saved, text_of
+from vdcache.methods import for_goal
 from vdcache.methods import recipe as recipe_of
 from vdcache.profiling.errors import magnitudes
 from vdcache.profiling.loop import Loop
@@ -262,10 +263,10 @@ def calibrate(
     chosen = recipe_of(recipe)
     console = console or Console(stderr=True)
     if isinstance(chosen.policy, Auto):
-        if speedup is None and quality_db is None:
-            speedup = chosen.policy.speedup
-            quality_db = chosen.policy.quality_db
-        return _schedule(model, run, prompts, Goal(speedup=speedup, quality_db=quality_db), inner, path, console)
+        auto = for_goal(chosen, speedup, quality_db).policy
+        assert isinstance(auto, Auto)
+        goal = Goal(speedup=auto.speedup, quality_db=auto.quality_db, floor_db=auto.floor_db)
+        return _schedule(model, run, prompts, goal, inner, path, console)
     if speedup is not None or quality_db is not None:
         raise ConfigError(f"'{chosen.name}' is calibrated for any speed at once: leave out the goal, and ask what comes back")
     if path is not None:

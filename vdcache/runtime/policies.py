@@ -79,11 +79,13 @@ class Auto:
     Args:
         speedup: how many times faster a generation is to be, by FLOPs; or
         quality_db: the least PSNR of the final latents to the uncached ones.
+        floor_db: with a speed-up, a PSNR below which it is given up; 0 for none.
         group: the group of slots that is reused.
     """
 
     speedup: float | None = 2.0
     quality_db: float | None = None
+    floor_db: float = 0.0
     group: str = "all"
 
     def plans(self) -> tuple[Plan, ...]:

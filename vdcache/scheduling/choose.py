@@ -20,6 +20,7 @@ __all__ = ["BUDGET", "MOST", "Goal", "Runs", "Scored", "choose", "psnr_of"]
 MOST = 20  # candidates of one number of computed steps that are run
 BUDGET = 2.0  # generations a prompt for running candidates, after the uncached one
 LOSSLESS = 150.0  # dB
+TRUSTED = 0.1  # relative error of the blocks' sum, mean over reused steps, that is taken unseen
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Goal:
         computed: how many steps may be computed.
         speedup: how many times faster a generation is to be, by FLOPs of the model, at least 1.
         quality_db: the least PSNR of the final latents to the uncached ones, in dB of their range.
+        floor_db: with a speed-up, a PSNR below which more steps are computed, and it is slower; 0 for none.
 
     Raises:
         ConfigError: none, several, or a number out of range.
@@ -38,9 +40,10 @@ class Goal:
     computed: int | None = None
     speedup: float | None = None
     quality_db: float | None = None
+    floor_db: float = 0.0
 
     def __post_init__(self) -> None:
-        given = [n for n, v in vars(self).items() if v is not None]
+        given = [n for n in ("computed", "speedup", "quality_db") if getattr(self, n) is not None]
         if len(given) != 1:
             raise ConfigError(f"a schedule is for one of computed, speedup and quality_db; got {', '.join(given) or 'none'}")
         if self.computed is not None:
@@ -75,7 +78,8 @@ class Goal:
     def __str__(self) -> str:
         if self.computed is not None:
             return f"{self.computed} computed steps"
-        return f"{self.speedup:g}× speed" if self.speedup is not None else f"{self.quality_db:g} dB"
+        floor = f", {self.floor_db:g} dB at least" if self.floor_db else ""
+        return f"{self.speedup:g}× speed{floor}" if self.speedup is not None else f"{self.quality_db:g} dB"
 
 
 class Runs(Protocol):
@@ -140,12 +144,29 @@ def choose(
     if goal.quality_db is None:
         count = goal.count(table.steps, reuse_cost)
         found = candidates(table, count, orders)
-        if runs is None or tries == 0 or count == table.steps:
+        if count == table.steps or (not goal.floor_db and (runs is None or tries == 0)):
             return found[0]
-        return _nearest(runs, found, scored, tries, BUDGET * runs.prompts)
+        if runs is None:
+            return _trusted(table, count, orders)
+        best = _nearest(runs, found, scored, tries, BUDGET * runs.prompts)
+        if (best.psnr or 0) >= goal.floor_db:
+            return best
+        try:
+            return _fewest(table, runs, goal.floor_db, orders, scored, tries, above=count)
+        except ConfigError:  # few steps leave little to skip
+            return Schedule(table.steps, tuple(range(table.steps)), orders[-1], psnr=LOSSLESS)
     if runs is None or tries == 0:
         raise ConfigError(f"whether a schedule keeps {goal.quality_db:g} dB is only known by running it")
     return _fewest(table, runs, goal.quality_db, orders, scored, tries)
+
+
+def _trusted(table: StepTable, count: int, orders: Sequence[int]) -> Schedule:
+    """Nothing can be run: at least so many computed steps that what is reused is predicted well."""
+    for ranked in candidates_up_to(table, table.steps, orders)[count - 1 :]:
+        best = ranked[0]
+        if best.error <= TRUSTED * (table.steps - len(best.computed)):
+            return best
+    raise AssertionError("computing every step has no error")
 
 
 def _nearest(runs: Runs, tried: Sequence[Schedule], scored: Scored, tries: int | None, budget: float) -> Schedule:
@@ -172,8 +193,8 @@ def _fewest(table: StepTable, runs: Runs, quality: float, orders: Sequence[int],
     """
     ranked = dict(enumerate(candidates_up_to(table, max(1, table.steps - 1), orders), start=1))
     seen: dict[int, Schedule] = {}
-    low, high = 0, table.steps  # what is known to fail, and to be good enough
-    middle = table.steps // 2
+    low, high = above, table.steps  # what is known to fail, and to be good enough
+    middle = (low + high) // 2
     while high - low > 1:
         tried = ranked[middle]
         seen[middle] = _nearest(runs, tried, scored, tries or 1, math.inf)

@@ -67,7 +67,7 @@ def draw(found: Calibration, path: str | Path | None = None) -> Any:
         front.axhline(found.goal.quality_db, color=LINE, linewidth=0.9, linestyle="--", label="floor")
     front.set(xlabel="computed steps", ylabel="dB")
     front.grid(alpha=0.25)
-    front.legend(frameon=False, fontsize=8, loc="upper left")
+    front.legend(frameon=False, fontsize=8, loc="lower right")
     for axis in (rows, front):
         axis.spines[["top", "right"]].set_visible(False)
     rows.spines["left"].set_visible(False)
