@@ -186,7 +186,15 @@ def _nearest(runs: Runs, tried: Sequence[Schedule], scored: Scored, tries: int |
     return replace(left[0], psnr=float(np.mean(scores[left[0]])))
 
 
-def _fewest(table: StepTable, runs: Runs, quality: float, orders: Sequence[int], scored: Scored, tries: int | None) -> Schedule:
+def _fewest(
+    table: StepTable,
+    runs: Runs,
+    quality: float,
+    orders: Sequence[int],
+    scored: Scored,
+    tries: int | None,
+    above: int = 0,
+) -> Schedule:
     """The fewest computed steps that reach a quality.
 
     How good a number of steps will be is told from those that were run: PSNR falls by 20 log10 of the predicted error.

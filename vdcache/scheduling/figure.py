@@ -25,7 +25,7 @@ def draw(found: Calibration, path: str | Path | None = None) -> Any:
     schedule, table = found.schedule, found.table
     steps = schedule.steps
     figure = plt.figure(figsize=(10.5, 5.2), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.15))
+    left, right = np.ravel(np.asarray(figure.subfigures(1, 2, width_ratios=(1, 1.15)), dtype=object))
     heat = left.subplots()
     shares = 100 * np.where(np.tri(steps, k=-1, dtype=bool).T, table.errors(0)[0], np.nan)
     drawn = heat.imshow(shares, cmap="viridis_r", origin="upper", interpolation="nearest", vmax=np.nanquantile(shares, 0.98))
