@@ -76,7 +76,7 @@ def search_schedule(
         model, run, prompts: as `vdcache.profile` takes them. `run` must give the same result for the same prompt: seed it. If it
             returns a tensor, that is compared, else the latents that the last step is given.
         computed: how many steps may be computed; or
-        speedup: how many times fewer steps than the generation has, at least 1; or
+        speedup: how many times fewer computed steps than the generation has, at least 1; or
         quality_db: the least PSNR of the final latents to the uncached ones: the fewest steps that reach it, with `tries` lists
             (1 without) of each number of steps that is looked at.
         orders: of the predictor, of 0 and 1.

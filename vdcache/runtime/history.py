@@ -14,7 +14,7 @@ from vdcache.ir.errors import ConfigError
 from vdcache.runtime.measures import Measured
 from vdcache.runtime.plan import RECOMPUTE, Plan
 
-__all__ = ["History", "Record", "any_computed", "by_generation", "record"]
+__all__ = ["History", "Record", "any_computed", "by_generation", "record", "unheard"]
 
 
 @dataclass
@@ -149,6 +149,16 @@ def record() -> Iterator[History]:
     token = _recorders.set((*_recorders.get(), history))
     try:
         yield history
+    finally:
+        _recorders.reset(token)
+
+
+@contextlib.contextmanager
+def unheard() -> Iterator[None]:
+    """Calls inside are vdcache's own, and nobody who is recording is told of them."""
+    token = _recorders.set(())
+    try:
+        yield
     finally:
         _recorders.reset(token)
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from vdcache.ir.errors import ConfigError, VdcacheError
+from vdcache.ir.errors import ConfigError
 from vdcache.runtime.history import Record
 from vdcache.runtime.plan import RECOMPUTE
 from vdcache.runtime.policies import Always
@@ -148,11 +148,14 @@ class Autopilot:
         key = replace(run.key, steps=len(run.calls), times=())
         try:
             self.calibration = self._calibrated(run)
-        except (VdcacheError, RuntimeError) as error:
+        except Exception as error:  # noqa: BLE001: it is the user's generation, and it is done: nothing here may lose it
             if self._strict:
                 raise
             self._hopeless.add(key)
-            self._say(f"hopeless {key}", f"vdcache: no schedule was found, and every step is computed: {error}")
+            self._say(
+                f"hopeless {key}",
+                f"vdcache: no schedule was found, and every step is computed: {error or type(error).__name__}",
+            )
             return
         where = keep(self.calibration)
         self._say(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vdcache.ir.errors import ConfigError
 from vdcache.runtime import registry
-from vdcache.runtime.history import Record
+from vdcache.runtime.history import Record, unheard
 from vdcache.runtime.policies import Always, Policy
 from vdcache.runtime.session import Session
 from vdcache.scheduling.schedule import Schedule
@@ -75,9 +75,18 @@ class Recording:
 def _kept(value: Any, before: Any = None) -> Any:
     if not isinstance(value, Tensor):
         return value
-    value = value.detach().to("cpu", copy=True)
+    value = _copied(value.detach(), "cpu")
     same = isinstance(before, Tensor) and before.shape == value.shape and before.dtype == value.dtype
     return before if same and torch.equal(before, value) else value
+
+
+def _copied(value: Tensor, device: torch.device | str) -> Tensor:
+    """A copy that lies in memory as the value does, expanded dimensions and all: compiled graphs are made for their inputs' strides."""
+    if not value.numel():
+        return value.to(device, copy=True)
+    extent = 1 + sum((n - 1) * stride for n, stride in zip(value.shape, value.stride(), strict=True))
+    flat = value.as_strided((extent,), (1,), value.storage_offset()).to(device, copy=True)
+    return flat.as_strided(value.shape, value.stride())
 
 
 @dataclass(frozen=True)
@@ -108,7 +117,7 @@ class _Parts:
 
     def placed(self, moved: Tensor, like: Tensor) -> Tensor:
         """A latent with what was moved in its place."""
-        latent = like.clone()
+        latent = _copied(like, like.device)
         for lane in latent.chunk(self.lanes):
             part = lane.narrow(self.dim, 0, self.width)
             part[self.moving] = moved.to(latent.dtype)
@@ -198,7 +207,7 @@ class Rerun:
         session = Session(policy, len(recording.steps), name="rerun")
         latents = [self._cut.of_latent(recording.steps[0][0].latent)]
         outputs: list[list[Tensor]] = []
-        with registry.using(session), torch.no_grad():
+        with registry.using(session), unheard(), torch.no_grad():
             session.begin(len(recording.steps))
             for step, calls in enumerate(recording.steps):
                 session.step()
@@ -207,7 +216,7 @@ class Rerun:
                     inputs = list(self._static)
                     latent = self._cut.placed(latents[-1], call.latent)
                     for i, value in (call.inputs | {program.latent: latent}).items():
-                        inputs[i] = value.to(recording.devices[i]) if isinstance(value, Tensor) else value
+                        inputs[i] = _copied(value, recording.devices[i]) if isinstance(value, Tensor) else value
                     results = program(*inputs)
                     outputs[-1] += self._cut.of_results([r.cpu() if isinstance(r, Tensor) else r for r in results])
                 latents.append(self._updates[min(step, len(self._updates) - 1)].of(latents, outputs))
