@@ -331,4 +331,4 @@ def _thresholds(model: Any, run: Any, prompts: Any, chosen: Recipe, inner: str) 
     seen = tuple(w.measures([t for _, t in sorted(times.get(g, {}).items())]) for g, w in found.items())
     if len(sizes := {s.steps for s in seen}) > 1:
         raise ConfigError(f"calibrate: the generations have {sorted(sizes)} steps; calibrate one number of steps at a time")
-    return Thresholds(chosen, seen, cost_of_reuse(program))
+    return Thresholds(chosen, seen, cost_of_reuse(watched.session.graphs))

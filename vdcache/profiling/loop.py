@@ -132,7 +132,7 @@ class Loop:
             own = found.setdefault(entry.generation, Gathering(None))
             own.add(entry.lane, calls[at], {n: kept[n] for n in program.slots if n in kept})
             if program is not self._program:
-                self._program, self.reuse_cost = program, cost_of_reuse(program)
+                self._program, self.reuse_cost = program, cost_of_reuse(way.fast.vdcache.graphs)
                 self._is(key_of(program, inputs, 0))
             if entry.timestep is not None:
                 times[entry.step] = entry.timestep

@@ -327,6 +327,10 @@ class Session:
         self._state = policy.start(self.num_steps, None) if self.num_steps is not None else None
         self.policy = policy
 
+    def follows(self, graph: CompiledGraph) -> bool:
+        """Whether a graph runs when the step is known; else it is computed whatever the plan."""
+        return graph.family not in self._early
+
     def adopt(self, graph: CompiledGraph) -> None:
         """A graph joins at its first run, not when it is compiled."""
         if graph not in self._graphs:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -38,6 +38,7 @@ class _Run:
     times: list[float] = field(default_factory=list)
     calls: list[int] = field(default_factory=list)  # of each step
     inputs: Sequence[Any] = ()
+    programs: dict[Any, None] = field(default_factory=dict)  # the graphs that ran
 
     @property
     def whole(self) -> bool:
@@ -66,12 +67,16 @@ class Autopilot:
         self._keys: dict[tuple[int, int], Key] = {}  # by graph and parameters: what does not change with the run
         self._misfits: set[Key] = set()  # calibrations whose timesteps turned out to be others
         self._hopeless: set[Key] = set()
+        self._before: set[Any] = set()  # graphs of which nobody knows the step
         self.calibration: Calibration | None = None  # in force, or the last that was
         session.prepare = lambda steps: Always()
 
     def __call__(
         self, program: Any, inputs: Sequence[Any], results: Sequence[Any], kept: dict[str, Tensor], record: Record
     ) -> None:
+        if not self._session.follows(program):  # it runs before the step is known, and is computed whatever the plan
+            self._before.add(program)
+            return
         if record.generation != self._generation:
             self._begin(program, inputs, record)
         run = self._now
@@ -83,6 +88,9 @@ class Autopilot:
             run.times.append(self._time(program, inputs, record))
         run.gathering.add(record.lane, run.calls[record.step], {n: kept[n] for n in program.slots if n in kept})
         run.calls[record.step] += 1
+        run.programs[program] = None
+        if self._before:
+            run.recording.unfit = "the model runs as several graphs"
         run.recording.add(program, inputs, results, record)
         run.inputs = inputs
         steps = self._session.num_steps
@@ -164,9 +172,8 @@ class Autopilot:
 
     def _calibrated(self, run: _Run) -> Calibration:
         began = time.perf_counter()
-        program = run.recording.program
         table = StepTable(np.stack([run.gathering.products()]), run.gathering.bytes)
-        steps, cost = table.steps, cost_of_reuse(program)
+        steps, cost = table.steps, cost_of_reuse([*run.programs, *self._before])
         rerun, note = None, ""
         try:
             rerun = Rerun(run.recording, run.inputs)
@@ -193,10 +200,13 @@ class Autopilot:
         )
 
 
-def cost_of_reuse(program: Any) -> float:
-    """What a step that reuses everything costs, as a share of a computed one, by FLOPs."""
-    reused = next((p for p in program.plans if p), RECOMPUTE)
-    return float(program.flops(reused)) / max(1.0, float(program.flops(RECOMPUTE)))
+def cost_of_reuse(programs: Iterable[Any]) -> float:
+    """What a step that reuses everything costs, as a share of a computed one, by FLOPs of all graphs of a model."""
+    reused = computed = 0
+    for program in programs:
+        plan = next((p for p in program.plans if p), RECOMPUTE)
+        reused, computed = reused + program.flops(plan), computed + program.flops(RECOMPUTE)
+    return reused / max(1, computed)
 
 
 def tried(scored: Scored, steps: int) -> tuple[Schedule, ...]:

@@ -67,6 +67,8 @@ class Goal:
                 raise ConfigError(f"{self.computed} computed steps were asked for, and a generation has {steps}")
             return self.computed
         assert self.speedup is not None
+        if reuse_cost >= 1:
+            raise ConfigError("nothing is saved where steps are reused")
         found = math.floor((steps / self.speedup - reuse_cost * steps) / (1 - reuse_cost) + 1e-9)
         if found < 1:
             best = steps / (1 + reuse_cost * (steps - 1))
