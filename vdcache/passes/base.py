@@ -16,6 +16,7 @@ from vdcache.ir.dump import dump
 from vdcache.ir.edit import copy_graph
 from vdcache.ir.errors import ConfigError, ContractError, VdcacheError
 from vdcache.ir.facts import Fact, check
+from vdcache.passes.watching import Watch
 
 __all__ = ["Pass", "PassResult", "Pipeline", "Refusal", "drop_dead_code", "tag"]
 
@@ -89,6 +90,7 @@ class Pipeline:
         passes: each finds the facts that it requires among those that `given` holds and earlier passes ensure.
         verify: check every ensured fact on every result, and that "no rewrites" means unchanged text.
         given: facts that hold on every captured graph.
+        checked: facts that are checked on the graph that comes in.
 
     Raises:
         ContractError: a pass requires what nothing before it ensures.
@@ -97,6 +99,7 @@ class Pipeline:
     passes: tuple[Pass, ...]
     verify: bool = False
     given: frozenset[Fact] = frozenset({Fact.FUNCTIONAL, Fact.TYPED})
+    checked: frozenset[Fact] = frozenset()
 
     def __post_init__(self) -> None:
         known = set(self.given)
@@ -116,27 +119,44 @@ class Pipeline:
         """Run all passes on a copy of `graph` (on `graph` itself when it is `copied` already).
 
         Raises:
-            ContractError: `verify` found a broken promise.
+            ContractError: a pass failed, or `verify` found a broken promise.
         """
+        for fact in self.checked:
+            check(fact, graph.graph, after="reading")
         graph = graph if copied else copy_graph(graph)
         steps: list[Step] = []
-        for a_pass in self.passes:
+        watch = Watch(graph, str(self))
+        for index, a_pass in enumerate(self.passes):
+            watch.before(graph)
             began = time.perf_counter()
-            before = dump(graph) if self.verify else ""
             try:
-                result = a_pass.run(graph)
+                result = self._run_one(a_pass, graph, self.verify or watch.debug.verify)
             except VdcacheError as error:
                 error.add_note(f"in pass '{a_pass}' after {[s.text for s in steps] or 'capture'}")
+                watch.failed(a_pass, error)
                 raise
             graph = result.graph
-            if self.verify:
-                for fact in a_pass.ensures:
-                    check(fact, graph.graph, after=f"'{a_pass}'")
-                if not result.rewrites and dump(graph) != before:
-                    raise ContractError(f"'{a_pass}' reports no rewrites, but the graph has changed")
             steps.append(Step(str(a_pass), result.rewrites, result.refusals, time.perf_counter() - began))
+            watch.after(a_pass, steps[-1], graph, index)
         graph.recompile()
         return graph, tuple(steps)
+
+    @staticmethod
+    def _run_one(a_pass: Pass, graph: fx.GraphModule, verify: bool) -> PassResult:
+        before = dump(graph) if verify else ""
+        try:
+            result = a_pass.run(graph)
+        except VdcacheError:
+            raise
+        except Exception as error:  # whoever compiles a model steps aside for a VdcacheError, and for nothing else
+            raise ContractError(f"'{a_pass}' failed: {type(error).__name__}: {error}") from error
+        if verify:
+            _lint(a_pass, result.graph)
+            for fact in a_pass.ensures:
+                check(fact, result.graph.graph, after=f"'{a_pass}'")
+            if not result.rewrites and dump(result.graph) != before:
+                raise ContractError(f"'{a_pass}' reports no rewrites, but the graph has changed")
+        return result
 
     @staticmethod
     def parse(text: str, known: dict[str, type[Pass]] | None = None) -> Pipeline:
@@ -155,6 +175,13 @@ class Pipeline:
                 raise ConfigError(f"no pass is called {name!r}; there are {', '.join(sorted(known))}")
             passes.append(_with_options(known[name], options))
         return Pipeline(tuple(passes))
+
+
+def _lint(a_pass: Pass, graph: fx.GraphModule) -> None:
+    try:
+        graph.graph.lint()
+    except RuntimeError as error:
+        raise ContractError(f"after '{a_pass}' the graph is no graph: {error}") from error
 
 
 def _with_options(kind: type[Pass], text: str) -> Pass:
