@@ -30,6 +30,7 @@ def compile(
     strict: bool = False,
     inductor: Mapping[str, Any] | None = None,
     tiles: str = "auto",
+    pipeline: Any = None,
     **torch_compile: Any,
 ) -> Any:
     """Compile a denoiser so that it skips work by a caching recipe.
@@ -42,6 +43,7 @@ def compile(
         strict: raise where vdcache would otherwise step aside with a warning.
         inductor: Inductor's own settings.
         tiles: how attention under masks is computed: "auto" measures on this device, or "gather", "flex", "triton", "masked".
+        pipeline: passes in place of the recipe's: a `Pipeline`, its text, or a sequence of passes.
         torch_compile: `fullgraph`, `dynamic`, `mode` of torch.compile. A recipe with masks compiles every size on its own
             (dynamic=False) unless told otherwise.
 
@@ -63,6 +65,7 @@ def compile(
             hint = "; what stands there is given directly: vdcache.compile(model, recipe=…, num_steps=…)."
         raise ConfigError(f"unknown argument {unknown[0]!r}{hint} There are {', '.join([*own, *_TORCH_COMPILE])}.")
     options = {"recipe": recipe, "num_steps": num_steps, "inner": inner, "strict": strict, "inductor": inductor, "tiles": tiles}
+    options["pipeline"] = pipeline
     settings = Settings.of(options)
     return compile_with(model, settings, **torch_compile)
 
@@ -72,7 +75,7 @@ def compile_with(model: Callable[..., Any], settings: Settings, **torch_compile:
     session = settings.new_session()
     model = original(model)
     backend = Backend(settings, torch_compile.pop("mode", None))
-    if settings.recipe.masks and torch_compile.get("dynamic") is None:
+    if settings.recipe.fixed_sizes and torch_compile.get("dynamic") is None:
         torch_compile["dynamic"] = False  # a mask is cut for sizes: where they are symbols it fits none
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
         # Else all recipes that one forward was ever compiled with count against Dynamo's limit of 8 together.

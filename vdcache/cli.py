@@ -91,14 +91,15 @@ def recipes(
     """List the named recipes, or explain one."""
     from vdcache.ir.errors import ConfigError
     from vdcache.methods import describe
-    from vdcache.methods import recipes as named
+    from vdcache.methods.registry import families
 
     table = Table(box=None, pad_edge=False, show_header=not name)
     table.add_column("recipe", style="bold", no_wrap=True)
     table.add_column("what it does")
     if not name:
-        for known, text in named().items():
-            table.add_row(known, text)
+        for family in families():
+            origin = "" if family.origin == "vdcache" else f" [{family.origin}]"
+            table.add_row(Text(family.name), Text(family.summary + origin))
         Console().print(table)
         Console().print(
             "N and D stand for numbers, MODEL for a model's constants: vdcache recipes NAME explains one.", style="dim"
@@ -118,6 +119,7 @@ def recipes(
         ("constants", found.constants or "none"),
         ("models", ", ".join(found.models)),
         ("source", found.source or "–"),
+        ("from", "" if found.origin == "vdcache" else found.origin),
     )
     for title, text in rows:
         if text:
@@ -158,6 +160,7 @@ def opt(
     """Run passes on the text of a graph: what they do to it, whether they keep their promises, which one breaks something."""
     from vdcache import opt as tool
     from vdcache.ir.errors import ConfigError, VdcacheError
+    from vdcache.ir.facts import holding
     from vdcache.ir.graph_files import load_graph, save_graph
     from vdcache.passes import Pipeline
 
@@ -165,7 +168,7 @@ def opt(
         saved = load_graph(graph)
         if not (text := pipeline or saved.pipeline):
             raise ConfigError('name the passes: --pipeline "canonicalise,mark-branches"; vdcache passes lists them')
-        parsed = Pipeline.parse(text)
+        parsed = Pipeline.parse(text, given=holding(saved.graph.graph))
         if bisect:
             found = tool.bisect(saved.graph, parsed, tool.checker(bisect))
             typer.echo(str(found) if found else f"no pass breaks '{bisect}'")

@@ -109,7 +109,7 @@ def test_types_devices_strides_and_literals():
 %5 = full([2, 3], nan, dtype=torch.float32, layout=torch.strided, device=device(type='cpu'), pin_memory=False) : f32[2,3]
 %6 = index(%5, [None, %7]) : f32[2,1]
 return (%6)"""
-    with pytest.raises(ConfigError, match="line 7 .*%7 is not computed before this line"):
+    with pytest.raises(ConfigError, match=r"line 7 .*%7 is not computed before this line"):
         parse(text)
     text = text.replace("[None, %7]", "[%8]").replace(
         "%6 =", "%8 = constant('at', [1]) : i64[1]\n%9 = gelu(%5, approximate='tanh # %0') : f32[2,3]\n%6 ="
@@ -117,7 +117,7 @@ return (%6)"""
     with pytest.raises(ConfigError, match="does not take this"):
         parse(text)  # a text in quotes is left alone, and the operation says what it takes
     graph = parse(text.replace("tanh # %0", "tanh").replace("f32[2,1]", "f32[1,3]"))
-    assert list(graph.graph.nodes)[0].meta["val"].stride() == (1, 2)
+    assert next(iter(graph.graph.nodes)).meta["val"].stride() == (1, 2)
     again = dump(graph)
     assert "bf16[2,3]{1,2}" in again and "alpha=-inf" in again and "constant('at', [1])" in again
     assert_round_trip(graph)

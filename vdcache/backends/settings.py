@@ -56,9 +56,9 @@ class Settings:
 
     @staticmethod
     def of(options: Mapping[str, Any] | None) -> Settings:
-        """Settings from the `options` of torch.compile."""
+        """Settings from the `options` of torch.compile; `pipeline` among them gives the recipe another scope."""
         options = dict(options or {})
-        known = [f.name for f in fields(Settings) if f.compare]
+        known = [*(f.name for f in fields(Settings) if f.compare), "pipeline"]
         for name in options:
             if name not in known:
                 near = difflib.get_close_matches(str(name), known, n=1)
@@ -67,7 +67,10 @@ class Settings:
                     f"unknown option {name!r}{hint} There are {', '.join(known)}; Inductor's own go under 'inductor'."
                 )
         inductor = options.pop("inductor", {}) or {}
-        return Settings(recipe=recipe(options.pop("recipe", None)), inductor=tuple(sorted(inductor.items())), **options)
+        chosen = recipe(options.pop("recipe", None))
+        if (passes := options.pop("pipeline", None)) is not None:
+            chosen = chosen.with_passes(passes)
+        return Settings(recipe=chosen, inductor=tuple(sorted(inductor.items())), **options)
 
     def new_session(self) -> Session:
         """A session for one model."""
