@@ -79,6 +79,7 @@ def unskippable(graph: fx.GraphModule, *args: Any, groups: Iterable[str] | None 
     kept = record_slots(graph, *args)
     kept = {slot: v for slot, v in kept.items() if chosen is None or dialect.group_of(slot) in chosen}
     dead = {n.name for n in skipped(graph.graph, chosen)}
+    graph.recompile()  # a pass that ran by itself has changed the nodes alone
     with torch.no_grad():
         return graph(*args), PoisonInterpreter(graph, kept, dead).run(*args)
 
