@@ -75,10 +75,15 @@ def test_no_model_is_named_in_code(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_private_torch_names_stay_in_their_room(path):
-    homes = {"ir/capture.py", "backends/inductor.py"}
+    homes = {"ir/capture.py", "ir/fakes.py", "backends/inductor.py"}
     private = re.compile(r"torch\._(functorch|export|subclasses|inductor\.compile_fx|guards)|_export\.utils")
     if str(path.relative_to(ROOT)) not in homes:
         assert not private.search(path.read_text())
+
+
+@pytest.mark.parametrize("path", [f for f in FILES if room(f) != "testing"], ids=lambda p: str(p.relative_to(ROOT)))
+def test_the_testing_kit_is_for_tests_alone(path):
+    assert "testing" not in imported(path)
 
 
 def test_importing_vdcache_imports_no_torch():

@@ -51,6 +51,11 @@ _PUBLIC = {
     "Sam2": "vdcache.profiling.segment",
     "trace": "vdcache.ir.capture",
     "dump": "vdcache.ir.dump",
+    "parse": "vdcache.ir.parse",
+    "Fact": "vdcache.ir.facts",
+    "debug": "vdcache.passes.watching",
+    "anatomy": "vdcache.patterns",
+    "NoMatch": "vdcache.patterns.facts",
     "Recipe": "vdcache.recipe",
     "recipes": "vdcache.methods",
     "adacache": "vdcache.methods",
@@ -95,6 +100,7 @@ _PUBLIC = {
     "ByGroup": "vdcache.passes.predictors",
     "Pass": "vdcache.passes.base",
     "PassResult": "vdcache.passes.base",
+    "Refusal": "vdcache.passes.base",
     "Pipeline": "vdcache.passes.base",
     "VdcacheError": "vdcache.ir.errors",
     "ConfigError": "vdcache.ir.errors",
@@ -113,7 +119,9 @@ if TYPE_CHECKING:
     from vdcache.ir.capture import trace
     from vdcache.ir.dump import dump
     from vdcache.ir.errors import CacheStateError, CaptureError, ConfigError, ContractError, VdcacheError, VdcacheWarning
+    from vdcache.ir.facts import Fact
     from vdcache.ir.masks import AttentionMask, Dense, Diagonal, Frames, MultiDiagonal, Radial, Skip, Stripes, Window
+    from vdcache.ir.parse import parse
     from vdcache.ir.tiles import tile_attention
     from vdcache.methods import (
         adacache,
@@ -135,9 +143,12 @@ if TYPE_CHECKING:
         teacache,
         tgate,
     )
-    from vdcache.passes.base import Pass, PassResult, Pipeline
+    from vdcache.passes.base import Pass, PassResult, Pipeline, Refusal
     from vdcache.passes.predictors import Blended, ByGroup, Extrapolated, LastValue, Predictor, Scaled, Taylor
     from vdcache.passes.tile_attention import TileAttention
+    from vdcache.passes.watching import debug
+    from vdcache.patterns import anatomy
+    from vdcache.patterns.facts import NoMatch
     from vdcache.profiling.calibrate import Thresholds, calibrate
     from vdcache.profiling.errors import StepErrors, magnitudes, step_errors
     from vdcache.profiling.profiler import profile

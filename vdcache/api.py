@@ -32,6 +32,7 @@ def compile(
     strict: bool = False,
     inductor: Mapping[str, Any] | None = None,
     tiles: str = "auto",
+    pipeline: Any = None,
     **torch_compile: Any,
 ) -> Any:
     """Compile a denoiser so that it skips work by a caching recipe.
@@ -46,6 +47,7 @@ def compile(
         strict: raise where vdcache would otherwise step aside with a warning.
         inductor: Inductor's own settings.
         tiles: how attention under masks is computed: "auto" measures on this device, or "gather", "flex", "triton", "masked".
+        pipeline: passes in place of the recipe's: a `Pipeline`, its text, or a sequence of passes.
         torch_compile: `fullgraph`, `dynamic`, `mode` of torch.compile. A recipe with masks compiles every size on its own
             (dynamic=False) unless told otherwise.
 
@@ -76,6 +78,7 @@ def compile(
         "inductor": inductor,
         "tiles": tiles,
     }
+    options["pipeline"] = pipeline
     settings = Settings.of(options)
     return compile_with(model, settings, **torch_compile)
 
@@ -85,7 +88,7 @@ def compile_with(model: Callable[..., Any], settings: Settings, **torch_compile:
     session = settings.new_session()
     model = original(model)
     backend = Backend(settings, torch_compile.pop("mode", None))
-    if settings.recipe.masks and torch_compile.get("dynamic") is None:
+    if settings.recipe.fixed_sizes and torch_compile.get("dynamic") is None:
         torch_compile["dynamic"] = False  # a mask is cut for sizes: where they are symbols it fits none
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
         # Else all recipes that one forward was ever compiled with count against Dynamo's limit of 8 together.

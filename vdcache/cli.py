@@ -1,4 +1,4 @@
-"""The command line: `vdcache demo`, `vdcache explain`, `vdcache recipes`, `vdcache info`."""
+"""The command line: `vdcache demo`, `vdcache explain`, `vdcache recipes`, `vdcache passes`, `vdcache opt`, `vdcache info`."""
 
 from __future__ import annotations
 
@@ -91,14 +91,15 @@ def recipes(
     """List the named recipes, or explain one."""
     from vdcache.ir.errors import ConfigError
     from vdcache.methods import describe
-    from vdcache.methods import recipes as named
+    from vdcache.methods.registry import families
 
     table = Table(box=None, pad_edge=False, show_header=not name)
     table.add_column("recipe", style="bold", no_wrap=True)
     table.add_column("what it does")
     if not name:
-        for known, text in named().items():
-            table.add_row(known, text)
+        for family in families():
+            origin = "" if family.origin == "vdcache" else f" [{family.origin}]"
+            table.add_row(Text(family.name), Text(family.summary + origin))
         Console().print(table)
         Console().print(
             "N and D stand for numbers, MODEL for a model's constants: vdcache recipes NAME explains one.", style="dim"
@@ -118,11 +119,67 @@ def recipes(
         ("constants", found.constants or "none"),
         ("models", ", ".join(found.models)),
         ("source", found.source or "–"),
+        ("from", "" if found.origin == "vdcache" else found.origin),
     )
     for title, text in rows:
         if text:
             table.add_row(title, Text(text))
     Console().print(table)
+
+
+@app.command()
+def passes() -> None:
+    """List the passes, with their options and where they come from."""
+    from vdcache.passes.catalogue import catalogue
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("pass", style="bold", no_wrap=True)
+    table.add_column("what it does")
+    table.add_column("from", style="dim", no_wrap=True)
+    for entry in catalogue():
+        options = f"\noptions: {', '.join(o.text for o in entry.options)}" if entry.options else ""
+        table.add_row(Text(entry.name), Text(entry.sentence + options), Text(entry.origin))
+    Console().print(table)
+
+
+@app.command()
+def opt(
+    graph: Annotated[
+        Path, typer.Argument(help="The text of a graph, as vdcache.dump prints it; a reproducer names its own passes.")
+    ],
+    pipeline: Annotated[str, typer.Option(help='The passes: "canonicalise,mark-branches{kinds=[mlp]},merge-slots".')] = "",
+    verify: Annotated[bool, typer.Option("--verify", help="Check every fact after every pass.")] = False,
+    print_changed: Annotated[bool, typer.Option("--print-changed", help="Print what each pass changes.")] = False,
+    timing: Annotated[bool, typer.Option("--time", help="Print how long each pass takes.")] = False,
+    bisect: Annotated[
+        str, typer.Option(help="Find the first pass that breaks this: a fact, runs, same, skips, or package.module:function.")
+    ] = "",
+    out: Annotated[Path | None, typer.Option(help="Write the graph after the last pass.")] = None,
+    reproducer: Annotated[Path, typer.Option(help="Where graph and passes go when one fails.")] = Path("reproducer.txt"),
+) -> None:
+    """Run passes on the text of a graph: what they do to it, whether they keep their promises, which one breaks something."""
+    from vdcache import opt as tool
+    from vdcache.ir.errors import ConfigError, VdcacheError
+    from vdcache.ir.facts import holding
+    from vdcache.ir.graph_files import load_graph, save_graph
+    from vdcache.passes import Pipeline
+
+    try:
+        saved = load_graph(graph)
+        if not (text := pipeline or saved.pipeline):
+            raise ConfigError('name the passes: --pipeline "canonicalise,mark-branches"; vdcache passes lists them')
+        parsed = Pipeline.parse(text, given=holding(saved.graph.graph))
+        if bisect:
+            found = tool.bisect(saved.graph, parsed, tool.checker(bisect))
+            typer.echo(str(found) if found else f"no pass breaks '{bisect}'")
+            raise typer.Exit(1 if found else 0)
+        result = tool.run(saved.graph, parsed, verify=verify, reproducer=reproducer)
+    except VdcacheError as error:
+        typer.echo("\n".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())]), err=True)
+        raise typer.Exit(1) from error
+    typer.echo(result.report(changed=print_changed, timing=timing))
+    if out is not None:
+        save_graph(out, result.graph)
 
 
 @app.command()

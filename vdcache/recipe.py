@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vdcache.ir.errors import ConfigError
+from vdcache.ir.plugins import Plugin, plugins
 from vdcache.passes import Canonicalise, MarkBranches, MergeSlots, Observe, Pass, Pipeline, Probe, TileAttention
 from vdcache.passes.predictors import LAST, ByGroup, Extrapolated, Frequencies, LastValue, Predictor, Scaled, Taylor
 from vdcache.runtime.history import Record, by_generation
@@ -62,6 +63,27 @@ class Recipe:
     def masks(self) -> tuple[str, ...]:
         """The masks on its attentions: one for all, or one for each."""
         return next((p.masks for p in self.passes if isinstance(p, TileAttention)), ())
+
+    @property
+    def fixed_sizes(self) -> bool:
+        """Whether some pass writes what is cut for the sizes of one graph."""
+        return any(p.fixed_sizes for p in self.passes)
+
+    def with_passes(self, passes: str | Pipeline | Iterable[Pass]) -> Recipe:
+        """This recipe with another scope: a pipeline, its text, or passes; `canonicalise` runs before them in any case.
+
+        Raises:
+            ConfigError: an unknown pass or option.
+            ContractError: a pass requires what nothing before it ensures.
+        """
+        if isinstance(passes, str):
+            passes = Pipeline.parse(passes, given=Pipeline(()).given | Canonicalise.ensures)
+        given = tuple(passes)
+        if wrong := [p for p in given if not isinstance(p, Pass)]:
+            raise ConfigError(f"a pipeline is made of passes; got {wrong[0]!r}")
+        made = replace(self, passes=tuple(p for p in given if not isinstance(p, Canonicalise)))
+        made.pipeline  # noqa: B018 — its order is checked when it is made
+        return made
 
     def with_masks(self, masks: Any, **where: Any) -> Recipe:
         """This recipe with masks on the attentions of the denoising blocks, in place of those that it had.
@@ -176,14 +198,27 @@ _KINDS: dict[str, Any] = {
 }
 
 
+def _kinds() -> dict[str, Any]:
+    """What a file may hold, by name: vdcache's own, and what installed packages say that they bring, by module and class."""
+    others = (p.value for group in ("vdcache.policies", "vdcache.predictors") for p in plugins(group, _why_no_kind))
+    return _KINDS | {f"{k.__module__}:{k.__qualname__}": k for k in others}
+
+
+def _why_no_kind(plugin: Plugin) -> str:
+    kind = plugin.value
+    return "" if isinstance(kind, type) and is_dataclass(kind) else f"{kind!r} is no dataclass of policies or predictors"
+
+
 def _plain(value: Any) -> Any:
     """A value of policies as JSON takes it."""
-    if is_dataclass(value) and type(value).__name__ in _KINDS:
-        return {"kind": type(value).__name__, **{f.name: _plain(getattr(value, f.name)) for f in fields(value)}}
+    if is_dataclass(value):
+        name = next((n for n, kind in _kinds().items() if kind is type(value)), None)
+        if name is not None:
+            return {"kind": name, **{f.name: _plain(getattr(value, f.name)) for f in fields(value)}}
     if not isinstance(value, (tuple, str, int, float, type(None))):
         raise ConfigError(
             f"{type(value).__name__} is none of vdcache's own policies and predictors ({', '.join(_KINDS)}), so a file could not be read "
-            "back: keep the code that makes the recipe"
+            "back: keep the code that makes the recipe, or name the class as an entry point in vdcache.policies or vdcache.predictors"
         )
     return [_plain(v) for v in value] if isinstance(value, tuple) else value
 
@@ -194,6 +229,10 @@ def _value(data: Any) -> Any:
         return tuple(_value(v) for v in data)
     if not isinstance(data, dict):
         return data
-    if (kind := _KINDS.get(data["kind"])) is None:
-        raise ConfigError(f"unknown policy {data['kind']!r}; there are {', '.join(_KINDS)}")
+    if (kind := _kinds().get(data["kind"])) is None:
+        package, colon, _ = str(data["kind"]).partition(":")
+        hint = (
+            f"; it is of the package {package.partition('.')[0]!r}, which is not installed or does not name it" if colon else ""
+        )
+        raise ConfigError(f"unknown policy {data['kind']!r}{hint}; there are {', '.join(_kinds())}")
     return kind(**{name: _value(v) for name, v in data.items() if name != "kind"})

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import vdcache
-from tests.support import Reference, TinyDiT, latent, time_of
 from vdcache.runtime import registry
+from vdcache.testing import Reference, TinyDiT, latent, time_of
 
 STEPS = 8
 
@@ -90,7 +90,7 @@ def test_entry_point_in_a_fresh_process():
     program = """
         import sys, torch
         sys.path.insert(0, "")
-        from tests.support import TinyDiT, latent, time_of
+        from vdcache.testing import TinyDiT, latent, time_of
         assert "vdcache.backends" not in sys.modules or True
         model = TinyDiT()
         fast = torch.compile(model, backend="vdcache", options={"recipe": "every-2", "num_steps": 4, "inner": "eager"})

@@ -14,11 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 import vdcache
-from tests.support import TinyDiT, latent, time_of
 from tests.zoo import ZOO, build
 from vdcache.cli import app
 from vdcache.explanation.target import load
 from vdcache.ir.errors import CaptureError, ConfigError
+from vdcache.testing import TinyDiT, latent, time_of
 
 
 def tiny(blocks: int = 2):

@@ -90,7 +90,7 @@ def test_the_rendered_page(chrome, tmp_path):
 def test_sixty_blocks_fit_without_scrolling(chrome, tmp_path):
     from selenium.webdriver.common.by import By
 
-    from tests.support import TinyDiT, latent, time_of
+    from vdcache.testing import TinyDiT, latent, time_of
 
     torch._dynamo.reset()
     report = vdcache.explain(TinyDiT(60), latent(0), time_of(0), latent(1, 1, 3, 4), recipe="every-3")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import vdcache
-from tests.support import Reference, TinyDiT, latent, time_of
+from vdcache.testing import Reference, TinyDiT, latent, time_of
 
 pytestmark = [
     pytest.mark.gpu,

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.support import TinyDiT, latent, time_of
 from vdcache.ir import CaptureError, capture, dump, exported, trace
+from vdcache.testing import TinyDiT, latent, time_of
 
 
 class Counter(nn.Module):

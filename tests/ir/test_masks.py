@@ -188,7 +188,7 @@ def test_the_text_of_masks_of_heads_reads_back(heads):
 
 
 def test_texts():
-    assert [str(kind()) for kind in MASKS.values()] == [
+    assert [str(kind()) for kind in MASKS.values() if kind.__module__ == "vdcache.ir.masks"] == [
         "dense",
         "skip",
         "frames:1",

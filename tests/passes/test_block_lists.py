@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 import vdcache
-from tests.support import TinyDiT, assert_skippable, guarded, latent, time_of
 from tests.zoo import ZOO, build
 from vdcache import ConfigError, profilingdit
 from vdcache.ir.capture import trace
 from vdcache.ir.dialect import guards
 from vdcache.passes import Canonicalise, MarkBranches, MergeSlots, Pipeline
 from vdcache.patterns import anatomy
+from vdcache.testing import TinyDiT, assert_skipped, guarded, latent, time_of
 
 BLOCKS, STEPS = 6, 6
 
@@ -124,7 +124,7 @@ def test_random_block_lists_against_deltas_by_hand(blocks, two, span, steps):
 @settings(deadline=None, max_examples=20)
 def test_a_skipped_run_is_gone(blocks, two):
     graph = guarded(MODELS[two], *call(0), more=(MergeSlots(),)) if len(blocks) == BLOCKS else _guarded(two, blocks)
-    assert_skippable(graph, *MODELS[two].state_dict().values(), *call(0))
+    assert_skipped(graph, *MODELS[two].state_dict().values(), *call(0))
 
 
 def _guarded(two, blocks):

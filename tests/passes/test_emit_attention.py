@@ -8,7 +8,6 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import vdcache
-from tests.support import TinyDiT
 from tests.zoo import ZOO, build
 from vdcache.ir import ConfigError, dump, library
 from vdcache.ir.capture import trace
@@ -16,6 +15,7 @@ from vdcache.ir.dialect import emissions
 from vdcache.passes import Canonicalise, EmitAttention, Pipeline
 from vdcache.recipe import Recipe
 from vdcache.runtime import Always
+from vdcache.testing import TinyDiT
 
 B, FRAMES, SIDE, DIM, HEADS = 2, 3, 2, 8, 2
 SPACE, TOKENS = SIDE * SIDE, FRAMES * SIDE * SIDE

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from tests.published_rules import sea_filter
-from tests.support import TinyDiT, latent, time_of, values_of
 from tests.zoo import ZOO, graph_of
 from vdcache.ir import dialect
 from vdcache.ir.capture import trace
 from vdcache.passes import Canonicalise, Pipeline, Probe
 from vdcache.passes.filters import FILTERS, wiener
+from vdcache.testing import TinyDiT, latent, time_of, values_of
 
 SIGMAS = (0.0, 1e-7, 0.1, 0.5, 0.9, 1.0)
 

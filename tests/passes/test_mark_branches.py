@@ -5,11 +5,10 @@ import torch
 from expecttest import assert_expected_inline
 from hypothesis import example, find, given, settings
 
-from tests.strategies import WIDTH, Net, residual_nets
-from tests.support import assert_skippable, guarded
 from vdcache.ir import ConfigError, dump, trace
 from vdcache.ir.dialect import guards
 from vdcache.passes import Canonicalise, MarkBranches, Pipeline
+from vdcache.testing import WIDTH, Net, assert_skipped, guarded, residual_nets
 
 X, W, G = torch.randn(3, WIDTH), torch.randn(WIDTH, WIDTH), torch.randn(WIDTH)
 
@@ -110,7 +109,7 @@ def test_any_net_can_be_marked_and_skipped(net):
         for a, b in zip(plain(X, W, G), graph(X, W, G), strict=True):
             assert torch.equal(a, b)
     assert len(guards(graph.graph)) == net.works(), "every branch with work is found, and nothing else"
-    assert_skippable(graph, X, W, G)
+    assert_skipped(graph, X, W, G)
 
 
 @pytest.mark.parametrize("outcome", ["rewrites", "refusals"])

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 import vdcache
-from tests.support import TinyDiT, latent, time_of
 from tests.zoo import ZOO, build
 from vdcache import ConfigError, Recipe
 from vdcache.ir.ops import is_work
 from vdcache.passes import MarkLanes
 from vdcache.passes.predictors import Frequencies, When
 from vdcache.runtime import Grid, Plan, Scheduled
+from vdcache.testing import TinyDiT, latent, time_of
 
 STEPS = 7
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 
-from tests.support import TinyDiT, latent, run_variant, time_of, values_of
 from tests.zoo import ZOO, build, graph_of
 from vdcache.ir import ConfigError, dialect, dump
 from vdcache.ir.capture import trace
 from vdcache.passes import Canonicalise, DeadCode, MarkOutput, Pipeline, Specialise, variant_io
+from vdcache.testing import TinyDiT, latent, run_variant, time_of, values_of
 
 X, W = torch.randn(1, 6, 4), torch.randn(4, 4)
 GIVEN = frozenset(Specialise.requires)

@@ -4,9 +4,9 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 
-from tests.support import TinyDiT, guarded, latent, run_variant, time_of
 from vdcache.ir import ConfigError, dump
 from vdcache.passes import DeadCode, MergeSlots, Observe, Pipeline, Specialise, variant_io
+from vdcache.testing import TinyDiT, guarded, latent, run_variant, time_of
 
 X, W = torch.randn(1, 6, 4), torch.randn(4, 4)
 GIVEN = frozenset(Specialise.requires)

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from tests.support import TinyDiT, captured, guarded, latent, time_of, values_of
 from tests.zoo import ZOO, build, graph_of
 from vdcache.ir import ConfigError, dialect, dump
 from vdcache.ir.capture import trace
 from vdcache.passes import Canonicalise, MarkBranches, MergeSlots, Pipeline, Probe
 from vdcache.passes.values import PLACES
+from vdcache.testing import TinyDiT, captured, guarded, latent, time_of, values_of
 
 STEP, TOKENS = 3, 6
 SCOPES = {

@@ -9,13 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._pytree import tree_leaves
 
-from tests.strategies import WIDTH, Net, residual_nets
-from tests.support import TinyDiT, guarded, latent, time_of
 from vdcache.ir import CaptureError, ConfigError, dialect, dump, trace
 from vdcache.ir.edit import inputs
 from vdcache.ir.ops import SLICES, VIEWS, tensor_of
 from vdcache.passes import Canonicalise, MarkBranches, MergeSlots, Pipeline, SplitAtProbe, head_io
 from vdcache.passes.base import tag
+from vdcache.testing import WIDTH, Net, TinyDiT, guarded, latent, residual_nets, time_of
 
 aten = torch.ops.aten
 X, W = torch.randn(3, WIDTH), torch.randn(WIDTH, WIDTH)

@@ -15,7 +15,6 @@ import vdcache
 from tests.ir.test_masks import written_out
 from tests.ir.test_tiles import bias_of, by_hand
 from tests.passes.test_block_lists import Stack, call
-from tests.support import TinyDiT, assert_skippable, captured, latent, time_of
 from tests.zoo import ZOO, build, graph_of
 from vdcache import Always, CaptureError, ConfigError, Recipe
 from vdcache.backends.lowering import tile_sites
@@ -28,6 +27,7 @@ from vdcache.passes import Canonicalise, MarkBranches, MergeSlots, Pipeline, Til
 from vdcache.passes.tile_attention import places
 from vdcache.patterns import Grid, anatomy
 from vdcache.patterns.cost import flops
+from vdcache.testing import TinyDiT, assert_skipped, captured, latent, time_of
 
 SITE = "scaled_dot_product_attention"
 
@@ -272,7 +272,7 @@ def test_what_a_cache_skips_is_skipped_under_a_mask():
     graph, _ = under(
         trace(Stack(True, blocks=2), *call(0)).graph, ["frames:0", "frames:1"], more=(MarkBranches(), MergeSlots())
     )
-    assert_skippable(graph, *Stack(True, blocks=2).state_dict().values(), *call(0))
+    assert_skipped(graph, *Stack(True, blocks=2).state_dict().values(), *call(0))
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------

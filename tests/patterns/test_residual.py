@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.support import TinyDiT, latent, time_of
 from vdcache.ir import trace
 from vdcache.passes import Canonicalise, Pipeline
 from vdcache.patterns import anatomy
+from vdcache.testing import TinyDiT, latent, time_of
 
 X, W, V = torch.randn(1, 6, 8), torch.randn(8, 8), torch.randn(8, 8)
 CONTEXT, GATE = torch.randn(1, 3, 8), torch.randn(1, 1, 8)

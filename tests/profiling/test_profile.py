@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 import vdcache
 from tests.passes.test_block_lists import BLOCKS, STEPS, Stack, call
-from tests.support import TinyDiT, latent, time_of
 from tests.zoo import ZOO, build
 from vdcache import CacheStateError, ConfigError, Profile
 from vdcache.patterns import Grid
 from vdcache.profiling.profiler import _prediction, _shares, to_tokens
+from vdcache.testing import TinyDiT, latent, time_of
 
 GRID = (2, 2, 3)
 MASK = torch.zeros(GRID, dtype=torch.bool)

@@ -16,12 +16,12 @@ from rich.console import Console
 
 import vdcache
 from tests.passes.test_block_lists import Stack, call
-from tests.support import TinyDiT, latent, time_of
 from vdcache import CacheStateError, ConfigError, Recipe, Schedule, StepTable, VdcacheWarning, search_schedule, step_table
 from vdcache.passes import Emit
 from vdcache.profiling.watched import watch
 from vdcache.scheduling.paths import Path, best_paths, cost_of
 from vdcache.scheduling.schedule import candidates
+from vdcache.testing import TinyDiT, latent, time_of
 
 STEPS = 8
 TEXT, OTHER = latent(99, 1, 3, 4), latent(98, 1, 3, 4)

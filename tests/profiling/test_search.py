@@ -19,7 +19,6 @@ from torch import nn
 import vdcache
 from tests.ir.test_masks import written_out
 from tests.passes.test_block_lists import Stack
-from tests.support import TinyDiT, latent, time_of
 from vdcache import CacheStateError, ConfigError, MaskPlan, Recipe, TileReport
 from vdcache.backends.kernels.choose import Choice
 from vdcache.ir.masks import parse_mask
@@ -30,6 +29,7 @@ from vdcache.profiling import search
 from vdcache.profiling.replay import final_states, record
 from vdcache.profiling.search import _Search, _Table
 from vdcache.profiling.tiles import _overlap
+from vdcache.testing import TinyDiT, latent, time_of
 
 BLOCKS, STEPS, GRID = 3, 3, (4, 2, 2)
 MASKS = ("frames:2", "frames:1", "frames:0")  # from dense to sparse

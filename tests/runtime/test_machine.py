@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 import vdcache
-from tests.support import Reference, TinyDiT, latent, time_of
+from vdcache.testing import Reference, TinyDiT, latent, time_of
 
 EVERY, STEPS = 3, 6
 MODEL = TinyDiT()

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import vdcache
-from tests.support import TinyDiT, latent, time_of
 from vdcache import ConfigError, LastValue, Recipe, Scaled, Taylor
 from vdcache.passes import MarkBranches, MergeSlots
 from vdcache.passes.predictors import When
 from vdcache.runtime import Listed, Scheduled, Together
+from vdcache.testing import TinyDiT, latent, time_of
 
 
 def number(x):

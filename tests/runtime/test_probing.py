@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 
 import vdcache
-from tests.support import TinyDiT, latent
 from tests.zoo import noise, text, when
 from vdcache import Recipe, dump
 from vdcache.backends import Settings, program
@@ -24,6 +23,7 @@ from vdcache.methods import dbcache, easycache, fbcache, seacache, teacache
 from vdcache.methods.registry import NAMES
 from vdcache.passes import MarkBranches, MergeSlots, Probe
 from vdcache.runtime import RECOMPUTE, Bounds, EasyCache, Plan, Threshold, registry
+from vdcache.testing import TinyDiT, latent
 
 STEPS = 12
 REUSE = Plan.of(["all"])

@@ -9,11 +9,11 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import vdcache
-from tests.support import TinyDiT, latent, time_of
 from vdcache import ConfigError, Recipe, profilingdit
 from vdcache.methods import PROFILINGDIT_LISTS, recipe
 from vdcache.passes import MarkBranches, MergeSlots
 from vdcache.runtime import RECOMPUTE, AdaCache, Codebook, EveryN, Intervals, Listed, Measured, Plan, Scheduled, Together
+from vdcache.testing import TinyDiT, latent, time_of
 
 
 def closed_form(warm_up, t_max, t_min, num_steps):

@@ -5,11 +5,11 @@ import torch
 from rich.console import Console
 
 import vdcache
-from tests.support import TinyDiT, latent, time_of
 from vdcache.report import timeline
 from vdcache.runtime import History, Plan, Record, Store
 from vdcache.runtime.history import any_computed
 from vdcache.runtime.measures import Layout, measured
+from vdcache.testing import TinyDiT, latent, time_of
 
 
 def test_values_that_others_hold_are_copied():

@@ -7,6 +7,7 @@ import torch
 
 import vdcache
 from tests.zoo import ZOO, build
+from vdcache.testing import assert_round_trip
 
 STEPS = 5
 UNEQUAL = ["wan", "flux", "chroma", "pixart", "sd3", "hunyuan_video", "open_sora", "qwenimage", "lumina"]
@@ -49,6 +50,11 @@ def test_architecture(name):
     assert report.variants[-1].flops == pytest.approx(report.flops * (1 - report.coverage), rel=0.01)
     assert any(g.anatomy.clocks for g in session.graphs)
     assert any(g.anatomy.latent for g in session.graphs)
+
+    # The text of every graph is the graph: as captured, guarded, and specialised.
+    for program in session.graphs:
+        for graph in (program.guarded, *map(program.variant_graph, program.plans)):
+            assert_round_trip(graph)
 
 
 @pytest.mark.parametrize("name", UNEQUAL)
@@ -99,7 +105,7 @@ def test_unmerged_reuse_equals_adding_recorded_contributions(name):
 
 @torch.no_grad()
 def test_one_tensor_a_stream_whatever_the_depth():
-    from tests.zoo.diffusers_models import _wan
+    from vdcache.testing.architectures import _wan
 
     sizes = {}
     for depth in (2, 6):

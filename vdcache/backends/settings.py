@@ -60,9 +60,9 @@ class Settings:
 
     @staticmethod
     def of(options: Mapping[str, Any] | None) -> Settings:
-        """Settings from the `options` of torch.compile."""
+        """Settings from the `options` of torch.compile; `pipeline` among them gives the recipe another scope."""
         options = dict(options or {})
-        known = [*(f.name for f in fields(Settings) if f.compare), "speedup", "quality_db"]
+        known = [*(f.name for f in fields(Settings) if f.compare), "speedup", "quality_db", "pipeline"]
         for name in options:
             if name not in known:
                 near = difflib.get_close_matches(str(name), known, n=1)
@@ -72,6 +72,8 @@ class Settings:
                 )
         inductor = options.pop("inductor", {}) or {}
         chosen = for_goal(options.pop("recipe", None), options.pop("speedup", None), options.pop("quality_db", None))
+        if (passes := options.pop("pipeline", None)) is not None:
+            chosen = chosen.with_passes(passes)
         return Settings(recipe=chosen, inductor=tuple(sorted(inductor.items())), **options)
 
     def new_session(self) -> Session:

@@ -13,6 +13,7 @@ from vdcache.ir.errors import (
     warn_once,
 )
 from vdcache.ir.facts import Fact, check
+from vdcache.ir.parse import parse
 
 __all__ = [
     "CacheStateError",
@@ -33,6 +34,7 @@ __all__ = [
     "guards",
     "observations",
     "observe",
+    "parse",
     "signature",
     "trace",
     "type_of",

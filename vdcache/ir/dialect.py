@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 __all__ = [
     "DISTANCES",
+    "FUNCTIONS",
     "SINCE",
     "emissions",
     "emit",
@@ -19,6 +20,7 @@ __all__ = [
     "guarded",
     "guards",
     "is_dialect",
+    "is_dialect_function",
     "observations",
     "observe",
     "probe",
@@ -80,8 +82,15 @@ def probe(value: Tensor, name: str, distance: str, since: str) -> Tensor:
     return value
 
 
+FUNCTIONS = {f.__name__: f for f in (guard, observe, emit, probe)}
+
+
+def is_dialect_function(target: object) -> bool:
+    return getattr(target, "__name__", "") in FUNCTIONS and target in FUNCTIONS.values()
+
+
 def is_dialect(node: fx.Node) -> bool:
-    return node.op == "call_function" and node.target in (guard, observe, emit, probe)
+    return node.op == "call_function" and is_dialect_function(node.target)
 
 
 def guards(graph: fx.Graph) -> list[fx.Node]:

@@ -11,7 +11,7 @@ from torch import fx
 from vdcache.ir import dialect
 from vdcache.ir.errors import ContractError
 
-__all__ = ["Fact", "check"]
+__all__ = ["Fact", "check", "holding"]
 
 
 class Fact(enum.Enum):
@@ -31,6 +31,11 @@ def check(fact: Fact, graph: fx.Graph, after: str = "capture") -> None:
     if problem := _CHECKS[fact](graph):
         node, why = problem
         raise ContractError(f"after {after} the graph is not {fact.value}: '{node.name}' {why}")
+
+
+def holding(graph: fx.Graph) -> frozenset[Fact]:
+    """The facts that hold on a graph, whatever ran on it."""
+    return frozenset(f for f, problem in _CHECKS.items() if not problem(graph))
 
 
 _Problem = tuple[fx.Node, str] | None

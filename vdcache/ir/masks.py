@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vdcache.ir.checks import whole
 from vdcache.ir.errors import ConfigError
+from vdcache.ir.plugins import plugins
 
 if TYPE_CHECKING:
     from vdcache.ir.tiles import Tiled
@@ -40,11 +41,26 @@ __all__ = [
 Sizes = tuple[int, int, int]  # frames, height, width
 
 
+MASKS: dict[str, type[AttentionMask]] = {}
+
+
 @dataclass(frozen=True)
 class AttentionMask(abc.ABC):
-    """A family of masks as a value; `str` gives its text, `parse_mask` reads it back, `on` prints as a picture."""
+    """A family of masks as a value; `str` gives its text, `parse_mask` reads it back, `on` prints as a picture.
+
+    A subclass that has a `name`, in small letters, is known by it from its definition on: texts are what graphs hold.
+    """
 
     name: ClassVar[str]
+
+    def __init_subclass__(cls) -> None:
+        name = cls.__dict__.get("name")
+        if name is None:
+            return
+        known = MASKS.get(name)
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ConfigError(f"a mask is called {name!r} already: {known.__module__}.{known.__qualname__}")
+        MASKS[name] = cls
 
     @abc.abstractmethod
     def tile(self, grid: Sizes) -> Sizes:
@@ -294,11 +310,6 @@ class Stripes(_Chunked):
         return (at % self.every == 0)[None] | ((at[:, None] - at).abs() < self.width)
 
 
-MASKS: dict[str, type[AttentionMask]] = {
-    kind.name: kind for kind in (Dense, Skip, Frames, Window, Radial, Diagonal, MultiDiagonal, Stripes)
-}
-
-
 def parse_mask(text: AttentionMask | str) -> AttentionMask:
     """The mask that prints as `text`: "frames:4", "window:3x3x3:1x4x4", "radial:8:1".
 
@@ -310,6 +321,8 @@ def parse_mask(text: AttentionMask | str) -> AttentionMask:
     if not isinstance(text, str):
         raise ConfigError(f"a mask is a value or its text, such as 'frames:4'; got {text!r}")
     name, *given = text.strip().split(":")
+    if name not in MASKS:
+        plugins("vdcache.masks")  # being imported makes them known
     kind = MASKS.get(name)
     if kind is None:
         raise ConfigError(f"no mask is called {name!r}; there are {', '.join(MASKS)}")

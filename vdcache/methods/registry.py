@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from vdcache.ir.errors import ConfigError
+from vdcache.ir.plugins import Plugin, plugins
 from vdcache.methods.adacache import adacache
 from vdcache.methods.attention import FASTERCACHE, fastercache, pab_of, tgate
 from vdcache.methods.auto import auto
@@ -20,7 +22,7 @@ from vdcache.passes.base import Pass
 from vdcache.recipe import Recipe
 from vdcache.runtime.policies import Always, Auto, EveryN
 
-__all__ = ["describe", "for_goal", "recipe", "recipes"]
+__all__ = ["Named", "describe", "families", "for_goal", "recipe", "recipes"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Named:
         constants: where its numbers come from.
         models: what MODEL may be.
         example: values for the letters.
+        origin: the package that brings it.
     """
 
     name: str
@@ -42,6 +45,7 @@ class Named:
     constants: str = ""
     models: tuple[str, ...] = ()
     example: tuple[str, ...] = ()
+    origin: str = "vdcache"
 
     @property
     def pattern(self) -> str:
@@ -226,9 +230,42 @@ _NEEDS = {
 }
 
 
+def families() -> tuple[Named, ...]:
+    """vdcache's own families of names, and those that other packages bring as entry points in `vdcache.recipes`."""
+    return (*NAMES, *(_of_plugin(p) for p in plugins("vdcache.recipes", _why_not)))
+
+
+def _why_not(plugin: Plugin) -> str:
+    if plugin.name in {n.name for n in NAMES}:
+        return f"vdcache has a recipe '{plugin.name}' of its own"
+    value = plugin.value
+    if not isinstance(value, Recipe | Named) and (isinstance(value, type) or not callable(value)):
+        return f"{value!r} is no recipe, and no function that makes one"
+    return ""
+
+
+def _of_plugin(plugin: Plugin) -> Named:
+    """A recipe, or a function of the numbers that stand for N and D in its name; its docstring's first line says what it does."""
+    value = plugin.value
+    if isinstance(value, Named):
+        return replace(value, name=plugin.name, origin=plugin.origin)
+    if isinstance(value, Recipe):
+        return Named(plugin.name, lambda: value, value.source or str(value), origin=plugin.origin)
+    letters = re.findall(r"(?<=-)[ND](?=-|$)", plugin.name)
+
+    def make(*texts: str) -> Recipe:
+        made = value(*(int(t) if letter == "N" else float(t) for letter, t in zip(letters, texts, strict=True)))
+        if not isinstance(made, Recipe):
+            raise ConfigError(f"'{plugin.name}' of {plugin.origin} makes {type(made).__name__}, which is no vdcache.Recipe")
+        return made
+
+    summary = (inspect.getdoc(value) or str(value)).partition("\n")[0]
+    return Named(plugin.name, make, summary, example=tuple("3" if c == "N" else "0.1" for c in letters), origin=plugin.origin)
+
+
 def recipes() -> dict[str, str]:
     """The named presets, each with one line on what it does."""
-    return {n.name: n.summary for n in NAMES}
+    return {n.name: n.summary for n in families()}
 
 
 def recipe(name: str | Recipe | None = None) -> Recipe:
@@ -242,20 +279,20 @@ def recipe(name: str | Recipe | None = None) -> Recipe:
     name = "vdcache-auto" if name is None else name
     if not isinstance(name, str):
         raise ConfigError(f"recipe is a name or a vdcache.Recipe, got {type(name).__name__}")
-    for named in NAMES:
+    for named in families():
         if (found := named.match(name)) is not None:
             return found
     masks, plus, rest = name.partition("+")
     if plus and (tiles := _TILES.match(masks)) is not None:
         return replace(recipe(rest).with_masks(tiles.masks), name=name)
     if name in _NEEDS:
-        family = [n.name for n in NAMES if n.name.startswith(f"{name}-")]
+        family = [n.name for n in families() if n.name.startswith(f"{name}-")]
         published = f" Published ones go by {' and '.join(family)}." if family else ""
         raise ConfigError(f"'{name}' needs {_NEEDS[name]}.{published}")
-    for named in NAMES:
+    for named in families():
         if named.models and re.fullmatch(named.pattern.replace("|".join(map(re.escape, named.models)), r"[\w.\-]+"), name):
             raise ConfigError(f"{name!r}: there are no constants for that model; {named.name} is for {', '.join(named.models)}")
-    for named in NAMES:
+    for named in families():
         unfinished = {named.name.rpartition("-")[0].replace("MODEL", m) for m in named.models}
         if named.name.endswith("-D") and name in unfinished:
             raise ConfigError(f"no recipe is called {name!r}; did you mean {named.name}, as in {name}-{named.example[-1]}?")
@@ -298,6 +335,7 @@ class Description:
     constants: str
     source: str
     models: tuple[str, ...] = ()
+    origin: str = "vdcache"
 
 
 def describe(name: str) -> Description:
@@ -306,13 +344,13 @@ def describe(name: str) -> Description:
     Raises:
         ConfigError: there is no such recipe.
     """
-    named = next((n for n in NAMES if n.name == name), None)
+    named = next((n for n in families() if n.name == name), None)
     if named is not None:
         made = named.make(*named.example)
     else:
         made = recipe(name)
         cached = name.partition("+")[2] if _TILES.match(name.partition("+")[0]) is not None else ""
-        named = next(n for n in NAMES if n.match(cached or name) is not None)
+        named = next(n for n in families() if n.match(cached or name) is not None)
     plans = tuple(map(str, made.policy.plans()))
     scope = tuple(_sentence(p) for p in made.passes) or ("nothing is guarded",)
     probes = any(p.name == "probe" for p in made.passes)
@@ -327,6 +365,7 @@ def describe(name: str) -> Description:
         named.constants,
         made.source,
         named.models,
+        named.origin,
     )
 
 

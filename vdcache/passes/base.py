@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -16,8 +16,9 @@ from vdcache.ir.dump import dump
 from vdcache.ir.edit import copy_graph
 from vdcache.ir.errors import ConfigError, ContractError, VdcacheError
 from vdcache.ir.facts import Fact, check
+from vdcache.passes.watching import Watch
 
-__all__ = ["Pass", "PassResult", "Pipeline", "Refusal", "drop_dead_code", "tag"]
+__all__ = ["Pass", "PassResult", "Pipeline", "Refusal", "drop_dead_code", "option_text", "tag"]
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,16 @@ class Pass(abc.ABC):
 
     A pass edits the graph that it is given (the pipeline copies once, at the start). Its text, `str(a_pass)`, is
     `name{option=value,…}` with the options that differ from their defaults.
+
+    Class attributes say what a pipeline must know: `name`, in small letters and dashes; `requires` and `ensures`, the facts that
+    hold before and after; `fixed_sizes`, whether what it writes is cut for the sizes of one graph (`vdcache.compile` then compiles
+    each size on its own).
     """
 
     name: ClassVar[str]
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.FUNCTIONAL, Fact.TYPED})
     ensures: ClassVar[frozenset[Fact]] = frozenset()
+    fixed_sizes: ClassVar[bool] = False
 
     @abc.abstractmethod
     def run(self, graph: fx.GraphModule) -> PassResult:
@@ -58,14 +64,15 @@ class Pass(abc.ABC):
 
     def __str__(self) -> str:
         changed = [f for f in fields(self) if getattr(self, f.name) != f.default]
-        options = ",".join(f"{f.name.replace('_', '-')}={_option_text(getattr(self, f.name))}" for f in changed)
+        options = ",".join(f"{f.name.replace('_', '-')}={option_text(getattr(self, f.name))}" for f in changed)
         return f"{self.name}{{{options}}}" if options else self.name
 
 
-def _option_text(value: Any) -> str:
+def option_text(value: Any) -> str:
+    """The value of an option as the text of a pass holds it."""
     if isinstance(value, (tuple, list, frozenset, set)):
         items = sorted(value) if isinstance(value, (set, frozenset)) else value
-        return "[" + ",".join(_option_text(v) for v in items) + "]"
+        return "[" + ",".join(option_text(v) for v in items) + "]"
     if isinstance(value, bool) or value is None:
         return str(value).lower()
     return str(value)
@@ -89,6 +96,7 @@ class Pipeline:
         passes: each finds the facts that it requires among those that `given` holds and earlier passes ensure.
         verify: check every ensured fact on every result, and that "no rewrites" means unchanged text.
         given: facts that hold on every captured graph.
+        checked: facts that are checked on the graph that comes in.
 
     Raises:
         ContractError: a pass requires what nothing before it ensures.
@@ -97,6 +105,7 @@ class Pipeline:
     passes: tuple[Pass, ...]
     verify: bool = False
     given: frozenset[Fact] = frozenset({Fact.FUNCTIONAL, Fact.TYPED})
+    checked: frozenset[Fact] = frozenset()
 
     def __post_init__(self) -> None:
         known = set(self.given)
@@ -116,62 +125,103 @@ class Pipeline:
         """Run all passes on a copy of `graph` (on `graph` itself when it is `copied` already).
 
         Raises:
-            ContractError: `verify` found a broken promise.
+            ContractError: a pass failed, or `verify` found a broken promise.
         """
+        for fact in self.checked:
+            check(fact, graph.graph, after="reading")
         graph = graph if copied else copy_graph(graph)
         steps: list[Step] = []
-        for a_pass in self.passes:
+        watch = Watch(graph, str(self))
+        for index, a_pass in enumerate(self.passes):
+            watch.before(graph)
             began = time.perf_counter()
-            before = dump(graph) if self.verify else ""
             try:
-                result = a_pass.run(graph)
+                result = self._run_one(a_pass, graph, self.verify or watch.debug.verify)
             except VdcacheError as error:
                 error.add_note(f"in pass '{a_pass}' after {[s.text for s in steps] or 'capture'}")
+                watch.failed(a_pass, error)
                 raise
             graph = result.graph
-            if self.verify:
-                for fact in a_pass.ensures:
-                    check(fact, graph.graph, after=f"'{a_pass}'")
-                if not result.rewrites and dump(graph) != before:
-                    raise ContractError(f"'{a_pass}' reports no rewrites, but the graph has changed")
             steps.append(Step(str(a_pass), result.rewrites, result.refusals, time.perf_counter() - began))
+            watch.after(a_pass, steps[-1], graph, index)
         graph.recompile()
         return graph, tuple(steps)
 
     @staticmethod
-    def parse(text: str, known: dict[str, type[Pass]] | None = None) -> Pipeline:
+    def _run_one(a_pass: Pass, graph: fx.GraphModule, verify: bool) -> PassResult:
+        before = dump(graph) if verify else ""
+        try:
+            result = a_pass.run(graph)
+        except VdcacheError:
+            raise
+        except Exception as error:  # whoever compiles a model steps aside for a VdcacheError, and for nothing else
+            raise ContractError(f"'{a_pass}' failed: {type(error).__name__}: {error}") from error
+        if verify:
+            _lint(a_pass, result.graph)
+            for fact in a_pass.ensures:
+                check(fact, result.graph.graph, after=f"'{a_pass}'")
+            if not result.rewrites and dump(result.graph) != before:
+                raise ContractError(f"'{a_pass}' reports no rewrites, but the graph has changed")
+        return result
+
+    @staticmethod
+    def parse(text: str, known: Mapping[str, type[Pass]] | None = None, given: frozenset[Fact] | None = None) -> Pipeline:
         """The pipeline that prints as `text`.
 
+        Args:
+            known: passes by name; vdcache's own and those of installed packages without.
+            given: facts that hold on the graph that comes in; those of every captured graph without.
+
         Raises:
-            ConfigError: an unknown pass or option.
+            ConfigError: an unknown pass or option, or no pipeline at all.
+            ContractError: a pass requires what nothing before it ensures.
         """
         if known is None:
-            from vdcache.passes import PASSES
+            from vdcache.passes.catalogue import known_passes
 
-            known = PASSES
-        passes = []
-        for name, options in re.findall(r"([a-z][a-z0-9-]*)(?:\{([^}]*)\})?(?:,|$)", text):
+            known = known_passes()
+        passes, at = [], 0
+        while at < len(text):
+            found = re.compile(r"\s*([a-z][a-z0-9-]*)(?:\{([^}]*)\})?\s*(?:,|$)").match(text, at)
+            if found is None:
+                raise ConfigError(f"{text[at:]!r} is no list of passes, as 'canonicalise,mark-branches{{kinds=[mlp]}}' is one")
+            name, options = found.groups()
             if name not in known:
                 raise ConfigError(f"no pass is called {name!r}; there are {', '.join(sorted(known))}")
-            passes.append(_with_options(known[name], options))
-        return Pipeline(tuple(passes))
+            passes.append(_with_options(known[name], options or ""))
+            at = found.end()
+        return Pipeline(tuple(passes)) if given is None else Pipeline(tuple(passes), given=given)
+
+
+def _lint(a_pass: Pass, graph: fx.GraphModule) -> None:
+    try:
+        graph.graph.lint()
+    except RuntimeError as error:
+        raise ContractError(f"after '{a_pass}' the graph is no graph: {error}") from error
 
 
 def _with_options(kind: type[Pass], text: str) -> Pass:
     options: dict[str, Any] = {}
     allowed = {f.name: f for f in fields(kind)}
-    for key, value in re.findall(r"([a-z-]+)=(\[[^\]]*\]|[^,]*)(?:,|$)", text):
+    for part in re.findall(r"(?:\[[^\]]*\]|[^,\[])+", text):
+        key, equals, value = part.strip().partition("=")
         name = key.replace("-", "_")
-        if name not in allowed:
-            raise ConfigError(f"pass '{kind.name}' has no option {key!r}; it has {', '.join(allowed) or 'none'}")
+        if name not in allowed or not equals:
+            there = ", ".join(a.replace("_", "-") for a in allowed) or "none"
+            raise ConfigError(f"pass '{kind.name}' has no option {key!r}; it has {there}, given as option=value")
         options[name] = _option_value(value, allowed[name].default)
-    return kind(**options)
+    try:
+        return kind(**options)
+    except TypeError as error:
+        raise ConfigError(f"pass '{kind.name}' cannot be made of '{text}': {error}") from error
 
 
 def _option_value(text: str, default: Any) -> Any:
     if text.startswith("["):
         items = [_option_value(t, None) for t in text[1:-1].split(",") if t]
         return frozenset(items) if isinstance(default, frozenset) else tuple(items)
+    if isinstance(default, (tuple, frozenset)) and text != "none":  # a list of one, without its brackets
+        return _option_value(f"[{text}]", default)
     if text in ("true", "false", "none"):
         return {"true": True, "false": False, "none": None}[text]
     for number in (int, float):

@@ -12,7 +12,7 @@ bit-exact. The result holds no dialect node; the order of what was added is in `
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -153,6 +153,7 @@ class Specialise(Pass):
     def run(self, graph: fx.GraphModule) -> PassResult:
         g = graph.graph
         marks = [*dialect.guards(g), *dialect.observations(g), *dialect.emissions(g)]
+        writes = bool(signature(graph).mutations)
         added = _Added(g, str(self))
         fresh: dict[str, fx.Node] = {}
         for guard in dialect.guards(g):
@@ -197,7 +198,7 @@ class Specialise(Pass):
         graph.meta["vdcache.variant"] = VariantIO(
             saves=tuple(saved), emits=tuple(emitted), measures=tuple(measures), **added.finish()
         )
-        return PassResult(graph, rewrites=len(marks) + bool(signature(graph).mutations))
+        return PassResult(graph, rewrites=len(marks) + writes)
 
     def _keeps(self, slot: str) -> bool:
         return self.save == "all" or (self.save == "needed" and slot in self.slots)
@@ -282,3 +283,4 @@ def _finish(graph: fx.GraphModule, extra: list[fx.Node]) -> None:
         for output, position in sig.mutations:
             call(g, aten.copy_.default, given[position], values[output], made_by="specialise")
     set_outputs(g, [*values[len(sig.mutations) :], *extra])
+    graph.meta["vdcache"] = replace(sig, mutations=())  # they are written here

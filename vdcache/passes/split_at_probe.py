@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import fx
 
 from vdcache.ir import dialect
+from vdcache.ir.capture import signature
 from vdcache.ir.edit import add_input, call, live_nodes, outputs, set_outputs
 from vdcache.ir.errors import CaptureError, ConfigError
 from vdcache.ir.facts import Fact
@@ -145,6 +146,7 @@ class SplitAtProbe(Pass):
         for mark in [*dialect.observations(g), *dialect.emissions(g), *marks]:
             g.erase_node(mark)
         set_outputs(g, [*crossing, *values, stacked])
+        graph.meta["vdcache"] = replace(signature(graph), mutations=())  # they are the tail's
 
 
 def _repeats(node: fx.Node) -> bool:

@@ -50,6 +50,7 @@ class TileAttention(Pass):
 
     name: ClassVar[str] = "tile-attention"
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.FUNCTIONAL, Fact.TYPED, Fact.CANONICAL})
+    fixed_sizes: ClassVar[bool] = True
 
     masks: tuple[str, ...] = ("dense",)
     sites: tuple[str, ...] = ()

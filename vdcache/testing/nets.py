@@ -76,6 +76,11 @@ def _between(between: str, x: Tensor, w: Tensor) -> Tensor:
 
 
 def residual_nets(max_branches: int = 4) -> st.SearchStrategy[Net]:
+    """Nets of one to `max_branches` branches: functions of x [N, WIDTH], w [WIDTH, WIDTH] and gate [WIDTH].
+
+    Branches with and without work, leaks, gates, casts, norms and broadcasts are among them, so a pass has work on some and
+    refuses others (`assert_reaches` proves it for a pass).
+    """
     body = st.lists(st.sampled_from(STEPS), min_size=1, max_size=3).map(tuple)
     branch = st.tuples(st.sampled_from(BETWEEN), body, st.sampled_from(JOINS), st.booleans())
     return st.lists(branch, min_size=1, max_size=max_branches).map(lambda b: Net(tuple(b)))

@@ -1,13 +1,15 @@
-"""diffusers' own classes."""
+"""Classes of diffusers, at small sizes."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from tests.zoo import noise, register, text, when
+from vdcache.testing.models import noise, register, text, when
 
 
-def _dit():
+def _dit() -> Any:
     from diffusers import DiTTransformer2DModel
 
     return DiTTransformer2DModel(
@@ -28,7 +30,7 @@ register(
 )
 
 
-def _pixart():
+def _pixart() -> Any:
     from diffusers import PixArtTransformer2DModel
 
     return PixArtTransformer2DModel(
@@ -57,7 +59,7 @@ register(
 )
 
 
-def _latte():
+def _latte() -> Any:
     from diffusers import LatteTransformer3DModel
 
     return LatteTransformer3DModel(
@@ -94,7 +96,7 @@ register(
 )
 
 
-def _wan(num_layers: int = 3):
+def _wan(num_layers: int = 3) -> Any:
     from diffusers import WanTransformer3DModel
 
     return WanTransformer3DModel(
@@ -127,7 +129,7 @@ register(
 )
 
 
-def _cogvideox():
+def _cogvideox() -> Any:
     from diffusers import CogVideoXTransformer3DModel
 
     return CogVideoXTransformer3DModel(
@@ -161,7 +163,7 @@ register(
 )
 
 
-def _hunyuan_video():
+def _hunyuan_video() -> Any:
     from diffusers import HunyuanVideoTransformer3DModel
 
     return HunyuanVideoTransformer3DModel(
@@ -199,7 +201,7 @@ register(
 )
 
 
-def _ltx():
+def _ltx() -> Any:
     from diffusers import LTXVideoTransformer3DModel
 
     return LTXVideoTransformer3DModel(
@@ -231,7 +233,7 @@ register(
 )
 
 
-def _sd3():
+def _sd3() -> Any:
     from diffusers import SD3Transformer2DModel
 
     return SD3Transformer2DModel(
@@ -267,7 +269,7 @@ register(
 )
 
 
-def _flux():
+def _flux() -> Any:
     from diffusers import FluxTransformer2DModel
 
     return FluxTransformer2DModel(

@@ -1,0 +1,427 @@
+"""Does the suite notice a bug? Bugs are planted one at a time, in a copy of the tree, and the tests of that place are run.
+
+A bug in a pass or a pattern is first shown to the tests that are written with `vdcache.testing` alone (`tests/testing`), as those of
+other packages are, and then to the project's own. One that no test notices is a missing test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.common import Bench, arguments
+
+ROOT = Path(__file__).parents[1]
+KIT = ("tests/testing/test_passes_with_the_kit.py",)
+MACHINE = ("tests/runtime/test_machine.py", "tests/backends/test_backend.py")
+
+
+@dataclass(frozen=True)
+class Bug:
+    """One planted bug: in `file`, `old` (which stands there once) becomes `new`.
+
+    Args:
+        tests: where the project tests this place.
+    """
+
+    what: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+    @property
+    def in_a_pass(self) -> bool:
+        return self.file.startswith(("passes/", "patterns/", "ir/edit"))
+
+
+def _passes(what: str, file: str, old: str, new: str, *tests: str) -> Bug:
+    return Bug(what, f"passes/{file}.py", old, new, tuple(f"tests/passes/test_{t}.py" for t in tests or (file,)))
+
+
+def _runtime(what: str, file: str, old: str, new: str, *tests: str) -> Bug:
+    return Bug(what, f"runtime/{file}.py", old, new, tests or MACHINE)
+
+
+RESIDUAL = ("tests/patterns/test_residual.py", "tests/passes/test_mark_branches.py")
+SPECIALISE = ("observe_and_specialise", "merge_slots")
+BUGS = (
+    # patterns
+    Bug("a broadcast operand taken for a stream", "patterns/residual.py", "if not _same_shape(x, y):", "if False:", RESIDUAL),
+    Bug(
+        "an effect inside a branch ignored",
+        "patterns/residual.py",
+        "if effect := next((n for n in inside if is_effectful(n)), None):",
+        "if effect := next((n for n in inside if False), None):",
+        RESIDUAL,
+    ),
+    Bug(
+        "a branch without work taken for one",
+        "patterns/residual.py",
+        "if not any(is_work(n) for n in inside):",
+        "if not inside:",
+        RESIDUAL,
+    ),
+    Bug(
+        "a stale match: the anatomy kept after attention was rewritten",
+        "patterns/anatomy.py",
+        "    graph.meta.pop(_CACHE, None)",
+        "    pass",
+        ("tests/passes/test_tile_attention.py",),
+    ),
+    # passes
+    _passes(
+        "a leaked value read from the guard",
+        "mark_branches",
+        "            join.replace_input_with(value, marked)",
+        "            fresh.replace_all_uses_with(marked, delete_user_cb=lambda user: user is not marked)",
+    ),
+    _passes(
+        "the stream not rewired to the guard of a fused sum",
+        "mark_branches",
+        "            join.replace_all_uses_with(marked, delete_user_cb=lambda user: user is not marked)",
+        "            pass",
+    ),
+    _passes(
+        "a fused sum guarded without its base",
+        "mark_branches",
+        "(dialect.guard, (join, slot, base))",
+        "(dialect.guard, (join, slot))",
+    ),
+    _passes(
+        "two branches with one slot",
+        "mark_branches",
+        'slot = _free(f"{group}/{branch.name}", used)',
+        'slot = f"{group}/{branch.kind}"',
+    ),
+    _passes(
+        "pre and post gate confused", "mark_branches", 'at_gate = self.gate == "pre" and', 'at_gate = self.gate == "post" and'
+    ),
+    _passes(
+        "a value that is still read merged away",
+        "merge_slots",
+        "        runs = _split_where_live(graph.graph, runs, self.group, refusals)\n",
+        "",
+    ),
+    _passes(
+        "a term that changes taken for a constant",
+        "merge_slots",
+        "return lambda node: node not in varying",
+        "return lambda node: True",
+    ),
+    _passes(
+        "the base of the last branch taken for that of the run",
+        "merge_slots",
+        "dialect.guarded(_before_casts(run[0].base)), run[-1].join",
+        "dialect.guarded(_before_casts(run[-1].base)), run[-1].join",
+    ),
+    _passes("a sum with a factor merged", "merge_slots", 'or users[0].kwargs.get("alpha", 1) != 1', ""),
+    _passes(
+        "the base in another type than the sum",
+        "merge_slots",
+        "            if not same_type(base, end):",
+        "            if False:",
+    ),
+    _passes(
+        "the difference saved without subtracting the base",
+        "specialise",
+        "                fresh = call(g, aten.sub.Tensor, fresh, base, made_by=str(self))",
+        "                pass",
+        *SPECIALISE,
+    ),
+    _passes(
+        "reuse without adding the base",
+        "specialise",
+        "                value = call(g, aten.add.Tensor, base, value, made_by=str(self))",
+        "                pass",
+        *SPECIALISE,
+    ),
+    _passes(
+        "what is kept not made dense",
+        "specialise",
+        "    if _surely_contiguous(fake):",
+        "    if True:",
+        *SPECIALISE,
+    ),
+    _passes(
+        "a prediction in another type than the value",
+        "specialise",
+        '            if value.meta["val"].dtype != like.dtype:',
+        "            if False:",
+        *SPECIALISE,
+    ),
+    _passes(
+        "observed in the steps that reuse the group",
+        "specialise",
+        "group_of(slot) not in self.reuse:",
+        "group_of(slot) in self.reuse:",
+        *SPECIALISE,
+    ),
+    _passes(
+        "a mutated input not written back",
+        "specialise",
+        "        for output, position in sig.mutations:",
+        "        for output, position in ():",
+        *SPECIALISE,
+    ),
+    _passes(
+        "the wrong group reused",
+        "specialise",
+        "            if group_of(slot) in self.reuse:\n                self._reuse",
+        "            if self.reuse:\n                self._reuse",
+        *SPECIALISE,
+    ),
+    _passes(
+        "dropout in training dropped",
+        "canonicalise",
+        "return first if not node.args[2] or node.args[1] == 0 else None",
+        "return first",
+    ),
+    _passes("a copy that the caller gets dropped", "canonicalise", " or _is_returned(node)\n", "\n"),
+    _passes("slices in any order taken for the whole", "canonicalise", " or start != at:", ":"),
+    _passes("slices with steps taken for the whole", "canonicalise", " or step not in (None, 1)", ""),
+    _passes(
+        "random numbers dropped as dead code",
+        "dead_code",
+        "keep=lambda n: is_effectful(n) or dialect.is_dialect(n)",
+        "keep=None",
+        "canonicalise",
+        "split_at_probe",
+    ),
+    _passes(
+        "an effect moved before the decision",
+        "split_at_probe",
+        "if wrong := next((n for n in first if is_effectful(n)), None):",
+        "if wrong := next((n for n in first if False), None):",
+    ),
+    _passes("a guard left in the head", "split_at_probe", "            if guard in first:", "            if False:"),
+    _passes(
+        "observed in the type of the gate, not of the stream",
+        "observe",
+        'if value.meta["val"].dtype != nodes[branch.source].meta["val"].dtype:',
+        "if False:",
+        "observe_and_specialise",
+    ),
+    _passes(
+        "the measure of now and of before exchanged",
+        "sums",
+        "    then = op(aten._to_copy.default, previous, dtype=torch.float32)",
+        "    now, then = op(aten._to_copy.default, previous, dtype=torch.float32), now",
+        "observe_and_specialise",
+        "probe",
+    ),
+    _passes(
+        "the output guarded without its base",
+        "mark_output",
+        "                base = (latent,)",
+        "                base = ()",
+    ),
+    Bug(
+        "the value of new nodes lost",
+        "ir/edit.py",
+        '    node.meta = {"val": result, "vdcache": made_by}\n    return node',
+        '    node.meta = {"vdcache": made_by}\n    return node',
+        ("tests/ir/test_facts.py", "tests/passes/test_merge_slots.py"),
+    ),
+    # predictors and measures
+    Bug(
+        "Taylor without its factorials",
+        "passes/predictors.py",
+        "kept[i] * (1 / math.factorial(i))",
+        "kept[i]",
+        ("tests/runtime/test_predictors.py",),
+    ),
+    Bug(
+        "a difference formed with zeros that were never computed",
+        "passes/predictors.py",
+        "torch.where(when.computed > i, 1 / when.elapsed",
+        "torch.where(when.computed > i - 1, 1 / when.elapsed",
+        ("tests/runtime/test_predictors.py",),
+    ),
+    _runtime(
+        "the change relative to now, not to before",
+        "measures",
+        "        change = _ratio(root(first), root(second))",
+        "        change = _ratio(root(first), root(third))",
+        "tests/runtime/test_store_and_history.py",
+        "tests/passes/test_observe_and_specialise.py",
+        "tests/backends/test_backend.py",
+    ),
+    # policies and schedules
+    _runtime(
+        "every-N one step late", "policies", "step % self.n == 0 or", "step % self.n == 1 or", "tests/runtime/test_policies.py"
+    ),
+    _runtime(
+        "the last step not computed",
+        "policies",
+        "or step >= state - 1 else",
+        "or step >= state else",
+        "tests/runtime/test_policies.py",
+    ),
+    _runtime(
+        "the rate passed by one step",
+        "policies",
+        "else passed >= state.rate",
+        "else passed > state.rate",
+        "tests/runtime/test_policies.py",
+    ),
+    _runtime("a change on the threshold", "policies", "if change < t)", "if change <= t)", "tests/runtime/test_policies.py"),
+    _runtime(
+        "one step fewer computed at the end",
+        "policies",
+        "step >= state.num_steps - self.last:",
+        "step > state.num_steps - self.last:",
+        "tests/runtime/test_policies.py",
+    ),
+    _runtime(
+        "the rate for the steps that really passed",
+        "policies",
+        'k = state.rate if self.rule == "code" else elapsed',
+        "k = elapsed",
+        "tests/runtime/test_policies.py",
+    ),
+    _runtime(
+        "intervals rounded down", "steps", "math.floor(exact + 0.5)", "math.floor(exact)", "tests/runtime/test_schedules.py"
+    ),
+    # clock
+    _runtime("a jump back is no new generation", "clock", "if expected and direction and direction != expected:", "if False:"),
+    _runtime("the next lane is the same lane", "clock", "                self.lane += 1\n", ""),
+    _runtime(
+        "colliding 16-bit timesteps taken for a restart",
+        "clock",
+        "if self.step == 0 and not reading.coarse:",
+        "if self.step == 0:",
+    ),
+    _runtime("another shape of latent is no new generation", "clock", "before.form != reading.form or ", ""),
+    _runtime(
+        "the direction of the last generation forgotten",
+        "clock",
+        "expected = self._direction or self._usual_direction",
+        "expected = self._direction",
+    ),
+    # store and session
+    _runtime(
+        "what the caller holds kept without a copy",
+        "store",
+        "held[slot] = value if own and value.is_contiguous() else",
+        "held[slot] = value if True else",
+        "tests/runtime/test_store_and_history.py",
+        *MACHINE,
+    ),
+    _runtime("the wrong lane's value", "session", "key = (who, call, self._lane, _forms", "key = (who, call, 0, _forms"),
+    _runtime("a value of another shape of text", "session", "self._lane, _forms(inputs, graph.activations))", "self._lane)"),
+    _runtime(
+        "values of the last generation kept",
+        "session",
+        "        self.store.drop()\n        self._computed.clear()",
+        "        self._computed.clear()",
+    ),
+    _runtime(
+        "steps since the last computed one off by one",
+        "session",
+        "        return self._step - last, count, self._step",
+        "        return self._step - last + 1, count, self._step",
+        "tests/runtime/test_predictors.py",
+    ),
+    _runtime(
+        "a decided plan kept for the next generation's measures",
+        "session",
+        "        self._pending.clear()\n        self._step_records = []",
+        "        self._step_records = []",
+    ),
+    Bug(
+        "reused slots of no group in the graph",
+        "backends/program.py",
+        "return Plan(plan.reuse & self._groups)",
+        "return plan",
+        ("tests/backends/test_backend.py",),
+    ),
+)
+
+
+def main() -> None:
+    args = arguments(__doc__, _more)
+    bench = Bench("mutation")
+    chosen = [b for b in BUGS if not args.only or args.only in b.what or args.only in b.file]
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder)
+        for name in ("vdcache", "tests", "pyproject.toml"):
+            source = ROOT / name
+            copy = shutil.copytree if source.is_dir() else shutil.copy
+            copy(source, tree / name)
+        wanted = sorted({t for b in chosen for t in b.tests} | set(KIT))
+        failed, seconds = fails(tree, wanted)
+        if failed:
+            raise SystemExit(f"without any bug these tests fail already:\n{failed}")
+        print(f"without a bug all of {len(wanted)} files pass, in {seconds:.0f} s", flush=True)
+        caught = by_kit = in_passes = 0
+        for bug in chosen:
+            with planted(tree, bug):
+                kit = bool(fails(tree, KIT)[0]) if bug.in_a_pass else False
+                own = bool(fails(tree, bug.tests)[0])
+            caught += own or kit
+            in_passes += bug.in_a_pass
+            by_kit += kit
+            bench.row(bug.what, float(own or kit), "caught", None, file=bug.file, by_kit=kit, by_own=own)
+    bench.row("bugs planted", len(chosen), "", ">= 30" if not args.only else None)
+    bench.row("caught by the suite", caught / len(chosen), "share", ">= 0.95")
+    if in_passes:
+        bench.row("of those in passes and patterns, caught by vdcache.testing alone", by_kit / in_passes, "share", ">= 0.95")
+    bench.write(args.json)
+
+
+def _more(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--only", default="", help="bugs whose words or file hold this")
+
+
+class planted:
+    """A bug in the tree, gone afterwards."""
+
+    def __init__(self, tree: Path, bug: Bug) -> None:
+        self._path, self._bug = tree / "vdcache" / bug.file, bug
+        self._text = self._path.read_text()
+
+    def __enter__(self) -> None:
+        if (found := self._text.count(self._bug.old)) != 1:
+            raise SystemExit(
+                f"'{self._bug.what}': its place stands {found} times in {self._bug.file}, not once: {self._bug.old!r}"
+            )
+        self._path.write_text(self._text.replace(self._bug.old, self._bug.new))
+
+    def __exit__(self, *error: object) -> None:
+        self._path.write_text(self._text)
+
+
+def fails(tree: Path, tests: tuple[str, ...] | list[str]) -> tuple[str, float]:
+    """The end of what pytest says where a test fails, "" where all pass; and seconds."""
+    env = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "-p",
+        "no:logging",
+        "-p",
+        "no:cacheprovider",
+        "--hypothesis-seed=0",
+        *tests,
+    ]
+    began = time.perf_counter()
+    try:
+        done = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, timeout=600)
+    except subprocess.TimeoutExpired:
+        return "it never ends", time.perf_counter() - began
+    return "" if done.returncode == 0 else done.stdout[-2000:] + done.stderr[-500:], time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    main()

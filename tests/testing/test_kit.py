@@ -1,0 +1,235 @@
+"""The testing kit notices what it is for: each statement fails where it should, and says why."""
+
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import pytest
+import torch
+
+import vdcache
+from vdcache.passes import Canonicalise, MarkBranches, Pipeline
+from vdcache.testing import (
+    RecordingBackend,
+    TinyDiT,
+    assert_bit_identical,
+    assert_pass,
+    assert_policy,
+    assert_predictor,
+    assert_reaches,
+    assert_refuses,
+    assert_skipped,
+    dump,
+    latent,
+    parse,
+    residual_nets,
+    small_models,
+    time_of,
+)
+
+TEXT = "%0 = input() : f32[2]\n%1 = relu(%0)\nreturn (%1)"
+
+
+@dataclass(frozen=True)
+class ReluToSin(vdcache.Pass):
+    name: ClassVar[str] = "relu-to-sin"
+    says: str = ""
+
+    def run(self, graph):
+        found = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.relu.default)
+        if self.says:
+            return vdcache.PassResult(graph, 0, tuple(vdcache.Refusal(n.name, (self.says,)) for n in found))
+        for node in found:
+            node.target = torch.ops.aten.sin.default
+        return vdcache.PassResult(graph, len(found))
+
+
+def test_assert_pass():
+    assert_pass(ReluToSin(), TEXT, TEXT.replace("relu", "sin"))
+    with pytest.raises(AssertionError, match=r"(?s)'relu-to-sin' gives another graph.*-%1 = cos.*\+%1 = sin"):
+        assert_pass(ReluToSin(), TEXT, TEXT.replace("relu", "cos"))
+    assert_pass(Pipeline((ReluToSin(), Canonicalise())), parse(TEXT), TEXT.replace("relu", "sin"))
+
+
+def test_assert_refuses():
+    assert_refuses(ReluToSin("no"), TEXT, "no")
+    with pytest.raises(AssertionError, match="made 1 rewrites"):
+        assert_refuses(ReluToSin(), TEXT, "no")
+    with pytest.raises(AssertionError, match=r"no refusal of .* says 'yes'; it says:\nrelu: no"):
+        assert_refuses(ReluToSin("no"), TEXT, "yes")
+
+
+def test_assert_bit_identical():
+    sin = parse(TEXT.replace("relu", "sin"))
+    assert_bit_identical(sin, torch.sin, torch.tensor([1.0, float("nan")]))
+    with pytest.raises(AssertionError, match="result 0 differs: 2 of 2 elements"):
+        assert_bit_identical(sin, parse(TEXT.replace("relu", "cos")))
+    with pytest.raises(AssertionError, match="2 results instead of 1"):
+        assert_bit_identical(torch.sin, lambda x: (x, x), torch.ones(2))
+    with pytest.raises(AssertionError, match=r"\(2,\) torch.float64 instead of"):
+        assert_bit_identical(torch.sin, lambda x: x.double(), torch.ones(2))
+    with pytest.raises(AssertionError, match="differs"):
+        assert_bit_identical(torch.zeros_like, lambda x: x * float("nan"), torch.ones(2))
+
+
+def test_assert_skipped():
+    """A value that is drawn at random where it is computed is another one each time: what was kept is not what comes."""
+    good = "%0 = input() : f32[2]\n%1 = sin(%0)\n%2 = guard(%1, 'all/a')\n%3 = relu(%2)\nreturn (%3)"
+    assert_skipped(parse(good))
+
+    two = "%0 = input() : f32[2]\n%1 = sin(%0)\n%2 = guard(%1, 'a/x', %1)\n%3 = guard(%2, 'b/y')\nreturn (%3)"
+    for groups in (["a"], ["b"], None):
+        assert_skipped(parse(two), groups=groups)
+    noisy = parse("%0 = input() : f32[2]\n%1 = rand_like(%0)\n%2 = guard(%1, 'all/a')\nreturn (%2)")
+    with pytest.raises(AssertionError, match="Tensor-likes are not close"):
+        assert_skipped(noisy)
+
+
+def test_assert_skipped_sees_a_leak():
+    """What the interpreter poisons is what a reused step leaves out; a variant that reads it all the same is caught."""
+    from vdcache.ir.oracle import PoisonInterpreter, record_slots, skipped
+
+    graph = parse("%0 = input() : f32[2]\n%1 = sin(%0)\n%2 = guard(%1, 'all/a')\n%3 = relu(%2)\nreturn (%3)")
+    kept, dead = record_slots(graph, torch.ones(2)), {n.name for n in skipped(graph.graph)}
+    assert dead == {"sin"}
+    leaking = parse("%0 = input() : f32[2]\n%1 = sin(%0)\n%2 = guard(%1, 'all/a')\n%3 = add(%2, %1)\nreturn (%3)")
+    assert PoisonInterpreter(leaking, kept, dead).run(torch.ones(2))[0].isnan().all()
+
+
+class Forgetful:
+    """Keeps state of its own."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def plans(self):
+        return (vdcache.Plan(), vdcache.Plan.of(["all"]))
+
+    def start(self, num_steps, before=None):
+        return None
+
+    def plan(self, state, step, times=()):
+        self.calls += 1
+        return vdcache.Plan() if self.calls % 3 == 1 else vdcache.Plan.of(["all"])
+
+    def observe(self, state, step, plan, measures):
+        return state
+
+
+@dataclass(frozen=True)
+class Fixed:
+    plan_of: dict = field(default_factory=dict)
+
+    def plans(self):
+        return (vdcache.Plan(), vdcache.Plan.of(["all"]))
+
+    def start(self, num_steps, before=None):
+        return None
+
+    def plan(self, state, step, times=()):
+        return self.plan_of.get(step, vdcache.Plan())
+
+    def observe(self, state, step, plan, measures):
+        return state
+
+
+def test_assert_policy():
+    from vdcache.methods import recipe
+
+    for name in ("every-3", "adacache-fast+moreg", "fbcache-5", "taylorseer-3-1"):
+        plans = assert_policy(recipe(name).policy, 12, changes=(0.01, 0.2))
+        assert len(plans) == 12 and any(plans) and not plans[0]
+    with pytest.raises(AssertionError, match=r"on a replay of .*: it keeps state of its own"):
+        assert_policy(Forgetful(), 10)
+    with pytest.raises(AssertionError, match="reuses in the first step"):
+        assert_policy(Fixed({0: vdcache.Plan.of(["all"])}))
+    with pytest.raises(AssertionError, match=r"returns reuse\{some\}, which plans\(\) does not list"):
+        assert_policy(Fixed({1: vdcache.Plan.of(["some"])}))
+    with pytest.raises(vdcache.ConfigError, match="leaves step 1 to 'decide'"):
+        assert_policy(Fixed({1: None}))
+
+
+@dataclass(frozen=True)
+class Divides:
+    """Forgets that nothing was kept before the first step."""
+
+    tensors = 2
+
+    def keep(self, fresh, before, when):
+        return fresh, fresh / before[0].mean()
+
+    def predict(self, kept, when):
+        return kept[0] * kept[1]
+
+
+def test_assert_predictor():
+    taylor = assert_predictor(vdcache.Taylor(1), steps=3)
+    assert [float(x[0, 0]) for x in taylor] == [1.0, 4 + 3.0, 9 + 5.0]
+    with pytest.raises(AssertionError, match="keeps no number after 1 computed steps"):
+        assert_predictor(Divides())
+
+
+def test_assert_reaches():
+    assert assert_reaches(residual_nets(), lambda net: net.works()).works()
+    with pytest.raises(AssertionError, match="never reaches this outcome in 20 tries"):
+        assert_reaches(residual_nets(), lambda net: False, tries=20)
+
+
+def test_small_models_are_real():
+    cases = small_models()
+    assert len(cases) >= 10 and {"tiny", "demo", "wan", "flux", "latte"} <= set(cases)
+    with torch.no_grad():
+        for name in ("tiny", "demo"):
+            case = cases[name]
+            report = vdcache.explain(case.build(), **case.call(0, 6))
+            assert report.count() == case.branches
+
+
+def test_the_recording_backend_keeps_every_stage_of_a_real_compilation():
+    torch._dynamo.reset()
+    backend, model = RecordingBackend("every-2", num_steps=4), TinyDiT()
+    compiled = torch.compile(model, backend=backend)
+    with torch.no_grad():
+        for step in range(4):
+            out = compiled(latent(step), time_of(step), latent(9))
+            assert torch.equal(out, model(latent(step), time_of(step), latent(9))) == (step in (0, 2, 3))
+    names = [s.a_pass.name for s in backend.stages]
+    assert names[:3] == ["canonicalise", "mark-branches", "merge-slots"] and "specialise" in names
+    marked = backend.stage("mark-branches")
+    assert marked.rewrites == 4 and "guard(" not in dump(marked.before) and dump(marked.after).count("guard(") == 4
+    assert dump(backend.stage("merge-slots").before) == dump(marked.after), "what comes after does not change what was kept"
+    assert str(marked).startswith("mark-branches: 4 rewrites\n%0 = input() : f32[1,6,4]\n")
+    with pytest.raises(KeyError, match="no pass 'nope' ran on graph 0; there ran canonicalise"):
+        backend.stage("nope")
+    assert backend.programs[0].slots
+
+
+def test_the_plugin_gives_all_of_it_as_fixtures(tmp_path):
+    (tmp_path / "conftest.py").write_text('pytest_plugins = "vdcache.testing.plugin"\n')
+    (tmp_path / "test_mine.py").write_text(
+        "from vdcache.passes import Canonicalise\n"
+        "def test_a(assert_pass, assert_refuses, assert_round_trip, parse):\n"
+        "    text = '%0 = input() : f32[2]\\n%1 = alias(%0)\\n%2 = relu(%1)\\nreturn (%2)'\n"
+        "    assert_pass(Canonicalise(), text, '%0 = input() : f32[2]\\n%1 = relu(%0)\\nreturn (%1)')\n"
+        "    assert_round_trip(parse(text))\n"
+        "def test_b(small_model):\n"
+        "    assert small_model.branches\n"
+        "def test_c(recording_backend):\n"
+        "    assert recording_backend('every-2').stages == []\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:logging", "-p", "no:cacheprovider", str(tmp_path)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    assert f"{2 + len(small_models())} passed" in done.stdout
+
+
+def test_marks_of_a_stale_copy_are_not_shared():
+    """What a stage keeps is a copy: passes that run later change their own graph."""
+    graph = parse("%0 = input() : f32[3,4]\n%1 = parameter() : f32[4,4]\n%2 = matmul(%0, %1)\n%3 = add(%0, %2)\nreturn (%3)")
+    before = dump(graph)
+    Pipeline((Canonicalise(), MarkBranches())).run(graph)
+    assert dump(graph) == before

@@ -1,0 +1,44 @@
+"""Fake values for a graph that is read from a file. The private torch names that this takes are in this file only.
+
+Seen to work on torch 2.13.0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+__all__ = ["Fakes"]
+
+
+class Fakes:
+    """Tensors without data and sizes without numbers, all of one graph."""
+
+    def __init__(self) -> None:
+        from torch._subclasses.fake_tensor import FakeTensorMode
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+        self._env = ShapeEnv()
+        self.mode = FakeTensorMode(shape_env=self._env, allow_non_fake_inputs=True)
+
+    def symbol(self, name: str, number: int) -> Any:
+        """A size that is `number` in the example that the graph was made from."""
+        from torch._dynamo.source import ConstantSource
+        from torch.fx.experimental.symbolic_shapes import DimDynamic
+
+        source = ConstantSource(name)
+        symbol = self._env.create_symbol(number, source, DimDynamic.DYNAMIC)
+        return self._env.create_symintnode(symbol, hint=number, source=source)
+
+    def tensor(self, sizes: Sequence[Any], strides: Sequence[Any] | None, dtype: torch.dtype, device: str) -> torch.Tensor:
+        """A tensor; contiguous where no strides are given."""
+        with self.mode:
+            if strides is None:
+                return torch.empty(tuple(sizes), dtype=dtype, device=device)
+            return torch.empty_strided(tuple(sizes), tuple(strides), dtype=dtype, device=device)
+
+    def like(self, value: torch.Tensor) -> torch.Tensor:
+        """The fake of a real tensor."""
+        return self.mode.from_tensor(value, static_shapes=True)
