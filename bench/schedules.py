@@ -109,7 +109,7 @@ def main() -> None:
                 f"{solver}: calibrating in use, {count} steps",
                 seconds / whole,
                 "uncached generations",
-                2.0,
+                "<= 2",
                 solver=solver,
                 kind="calibration",
                 tried=len(found.tried),
