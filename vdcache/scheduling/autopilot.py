@@ -110,6 +110,12 @@ class Autopilot:
         session = self._session
         if self._now is not None and session.num_steps == len(self._now.calls) and self._now.whole:
             self._finish()  # its length was not known before
+        elif (run := self._now) is not None and len(run.calls) < (session.num_steps or 0):
+            self._say(
+                f"short {run.key}",
+                f"vdcache: a generation that was to calibrate ended after {len(run.calls)} of {session.num_steps} steps, and taught nothing. "
+                f"If this is its real number, pass num_steps={len(run.calls)}.",
+            )
         self._now, self._generation = None, record.generation
         key = self._key(program, inputs, (self._time(program, inputs, record),))
         if replace(key, times=()) in self._hopeless:
