@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import vdcache
@@ -19,7 +20,9 @@ from vdcache.exporting.loops import traced_loop
 from vdcache.exporting.manifest import FILE, FORMS, KINDS, Manifest, facts_of
 from vdcache.recipe import Recipe
 
-__all__ = ["export"]
+__all__ = ["INPUTS", "export"]
+
+INPUTS = "inputs.npz"  # one set of the loop's inputs, so that a package can generate as it is
 
 
 def export(
@@ -84,6 +87,8 @@ def export(
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         written = write(what, around, aside, on_progress)
+        if inputs is not None:
+            np.savez(aside / INPUTS, **{name: value.detach().cpu().numpy() for name, value in inputs.items()})
         on_progress("hashing the files")
         manifest = Manifest(
             kind=kind,

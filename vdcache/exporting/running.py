@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -60,6 +61,11 @@ class Runner(abc.ABC):
     def num_steps(self) -> int:
         """Denoising steps of a generation."""
         return len(self.manifest.steps)
+
+    @property
+    def cache_bytes(self) -> int:
+        """What a lane keeps from step to step."""
+        return sum(math.prod(c.shape) * np.dtype(c.dtype).itemsize for c in self.manifest.caches)
 
     # ---- what the runtime does ---------------------------------------------------------------------------------------
 
