@@ -29,7 +29,9 @@ from vdcache.profiling.schedule import Schedule
 from vdcache.recipe import Recipe
 from vdcache.runtime.plan import Plan
 
-__all__ = ["Fixed", "Variant", "Written", "fixed", "recipe_of", "unused"]
+__all__ = ["PLAN", "Fixed", "Variant", "Written", "fixed", "recipe_of", "unused"]
+
+PLAN = "plan"  # the input that says which plan a graph of several follows
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,9 @@ def fixed(
     positions = dict(zip(tensors, names, strict=True))
     caches: dict[str, Cache] = {}
     variants = tuple(_variant(program, plan, positions, caches, found) for plan in dict.fromkeys(plans))
+    own = [PLAN, *(c.name for c in caches.values()), *(str(n) for v in variants for kind, n in v.roles if kind == "number")]
+    if clash := set(own) & set(names):
+        raise ConfigError(f"{name} has an input called {min(clash)!r}, which is a name of the package's own: call it otherwise")
     return Fixed(
         model=name,
         recipe=recipe,

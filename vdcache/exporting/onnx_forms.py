@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from vdcache.exporting.fixed import Fixed, Variant, Written
+from vdcache.exporting.fixed import PLAN, Fixed, Variant, Written
 from vdcache.exporting.loops import TracedLoop
 from vdcache.exporting.manifest import Graph, Loop, Stage, Step
 from vdcache.exporting.to_onnx import OPSET, convert, converted, keep_outside, operators, own, save, variant_graph
@@ -20,7 +20,6 @@ __all__ = ["write_plans", "write_single", "write_unrolled"]
 
 WEIGHTS = "weights.bin"
 FUNCTIONS = "vdcache.variants"
-PLAN = "plan"
 
 Progress = Callable[[str], None]
 
@@ -106,10 +105,10 @@ def _joined(what: Fixed, models: Sequence[ir.Model]) -> tuple[ir.Model, Graph]:
     results = [(v.name, v.shape, v.dtype) for v in what.outputs] + [(f"new_{c.name}", c.shape, c.dtype) for c in what.caches]
     body = branches[-1]
     for i in reversed(range(len(branches) - 1)):
-        number = ir.Value(name=f"number_{i}", shape=ir.Shape(()), type=ir.TensorType(ir.DataType.INT64))
+        number = ir.Value(name=f"vdcache_number_{i}", shape=ir.Shape(()), type=ir.TensorType(ir.DataType.INT64))
         constant = ir.Node("", "Constant", [], [ir.AttrTensor("value", ir.tensor(np.asarray(i, np.int64)))], outputs=[number])
-        same = ir.Node("", "Equal", [plan[PLAN], number], outputs=[_named(f"is_{i}", (), "bool")])
-        outs = [_named(n if not i else f"else_{i}_{n}", shape, dtype) for n, shape, dtype in results]
+        same = ir.Node("", "Equal", [plan[PLAN], number], outputs=[_named(f"vdcache_is_{i}", (), "bool")])
+        outs = [_named(n if not i else f"vdcache_else_{i}_{n}", shape, dtype) for n, shape, dtype in results]
         attributes = [ir.AttrGraph("then_branch", branches[i]), ir.AttrGraph("else_branch", body)]
         choice = ir.Node("", "If", [same.outputs[0]], attributes, outputs=outs)
         body = ir.Graph([], outs, nodes=[constant, same, choice], opset_imports={"": OPSET}, name=f"plans_from_{i}")
@@ -118,6 +117,8 @@ def _joined(what: Fixed, models: Sequence[ir.Model]) -> tuple[ir.Model, Graph]:
     for value in initializers.values():
         graph.register_initializer(value)
     held = [str(v.name) for v in graph.inputs]
+    for value, (name, _, _) in zip(graph.outputs, results, strict=True):
+        value.name = name
     graph.name = "single"
     model = ir.Model(graph, ir_version=models[0].ir_version)
     about = Graph(

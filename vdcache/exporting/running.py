@@ -50,7 +50,7 @@ class Runner(abc.ABC):
         self.history = History()
         self._generation, self._step = -1, -1
         self._lanes: dict[int | str, Any] = {}
-        self._called: set[int | str] = set()
+        self._done: dict[int | str, int] = {}  # the last step of each lane
 
     def __repr__(self) -> str:
         m = self.manifest
@@ -98,7 +98,7 @@ class Runner(abc.ABC):
         self._generation += 1
         self._step = -1
         self._lanes.clear()
-        self._called.clear()
+        self._done.clear()
 
     def step(self) -> None:
         """The next calls belong to the next denoising step.
@@ -113,7 +113,6 @@ class Runner(abc.ABC):
                 f"{self.path} is a schedule of {self.num_steps} steps, and a further one is asked for: begin() starts the next generation"
             )
         self._step += 1
-        self._called.clear()
 
     def __call__(self, inputs: Mapping[str, Any], lane: int | str = 0) -> list[np.ndarray]:
         """One call of the model: its results.
@@ -123,26 +122,26 @@ class Runner(abc.ABC):
             lane: which call of this step it is, where there are several.
 
         Raises:
-            CacheStateError: outside a step, a lane twice in a step, or a lane that was left out at a computed step.
+            CacheStateError: outside a step, a lane twice in a step, or one that was left out in an earlier step.
             ConfigError: inputs of other names, shapes or types.
         """
         if self._step < 0:
             raise CacheStateError("a call belongs to a step: call runner.begin() and runner.step() first")
-        if lane in self._called:
+        if self._done.get(lane) == self._step:
             raise CacheStateError(
                 f"lane {lane!r} was called in step {self._step} already; name a second call of a step: lane=1"
             )
-        if lane not in self._lanes and self._step:
+        if (done := self._done.get(lane, -1)) != self._step - 1:
             raise CacheStateError(
-                f"lane {lane!r} begins in step {self._step}: its cached tensors are those of no step; call it from step 0 on"
+                f"lane {lane!r} was left out in step {done + 1}, so its cached tensors are not those of the schedule: call every lane in every step"
             )
         given = checked(inputs, self.manifest.inputs, f"the model of {self.path}")
         step = self.manifest.steps[self._step]
-        kept = self._lanes.setdefault(lane, None) or self._new_lane()
-        self._lanes[lane] = kept
+        if lane not in self._lanes:
+            self._lanes[lane] = self._new_lane()
         began = time.perf_counter()
-        results = self._run(self.manifest.graph(step.graph), step, given, kept)
-        self._called.add(lane)
+        results = self._run(self.manifest.graph(step.graph), step, given, self._lanes[lane])
+        self._done[lane] = self._step
         self._record(self._step, lane, step, time.perf_counter() - began)
         return results
 

@@ -125,7 +125,8 @@ class TorchRunner(Runner):
 
     def __init__(self, path: str | Path, *, hashes: bool = True) -> None:
         super().__init__(path, hashes=hashes)
-        state = load_file(self.path / self.manifest.weights)
+        # Copied, because a kernel may add up in another order where a tensor does not begin at a round address.
+        state = {name: value.clone() for name, value in load_file(self.path / self.manifest.weights).items()}
         if lost := {n for g in self.manifest.graphs for n in g.weights.values()} - set(state):
             raise ConfigError(f"{self.path / self.manifest.weights} holds no {min(lost)!r}, which a graph reads")
         self._graphs: dict[str, Callable[..., Any]] = {}

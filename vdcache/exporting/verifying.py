@@ -20,7 +20,7 @@ from vdcache.exporting.running import Runner
 from vdcache.recipe import Recipe
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group
 
 __all__ = ["TOLERANCE", "Compared", "Verified", "runner_of", "verify"]
 
@@ -71,17 +71,18 @@ class Verified:
         whole = "" if self.psnr is None else f", the whole generation {self.psnr:.1f} dB from PyTorch's"
         return f"{self.package}: largest difference {self.largest:.2g} in {len(self.calls)} calls{whole}: {'the same' if self.ok else 'DIFFERENT'}"
 
-    def __rich__(self) -> Table:
+    def __rich__(self) -> Group:
+        from rich.console import Group
         from rich.table import Table
 
-        table = Table(title=str(self), title_justify="left", box=None, pad_edge=False)
+        table = Table(box=None, pad_edge=False)
         for name, side in (("step", "right"), ("lane", "right"), ("plan", "left"), ("difference", "right")):
             table.add_column(name, justify=side)  # type: ignore[arg-type]
         for c in self.calls:
             mark = "" if c.difference <= self.tolerance else "  [red]too large[/red]"
             plan = f"reuse {', '.join(c.plan)}" if c.plan else "[bold]recompute[/bold]"
             table.add_row(str(c.step), str(c.lane), plan, f"{c.difference:.2g}{mark}")
-        return table
+        return Group(table, str(self))
 
 
 def runner_of(path: str | Path, **options: Any) -> Runner:
