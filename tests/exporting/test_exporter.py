@@ -80,14 +80,21 @@ def short_loop(model, noise, text):
     return noise
 
 
+def lacking_loop(model, noise, text):
+    for _ in range(STEPS):
+        noise = noise - model(noise, torch.ones(1))
+    return noise
+
+
 @pytest.mark.parametrize(
     ("around", "message"),
     [
         (odd_loop, "the loop calls the model 7 times, and the schedule has 6 steps"),
         (drawing_loop, "the loop draws at random"),
         (short_loop, r"the loop gives text as torch.float32 \[1, 1, 4\], and the model was exported with float32 \[1, 3, 4\]"),
+        (lacking_loop, "the loop calls the model wrongly: missing a required argument: 'text'"),
     ],
-    ids=["calls", "draws", "shape"],
+    ids=["calls", "draws", "shape", "arguments"],
 )
 def test_loops_that_are_refused(tmp_path, around, message):
     with pytest.raises(vdcache.VdcacheError, match=message):

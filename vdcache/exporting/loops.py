@@ -112,7 +112,7 @@ def traced_loop(what: Fixed, model: Callable[..., Any], loop: Callable[..., Any]
             arguments[value.name] = names[argument]
         back = []
         for i, value in enumerate(what.outputs):
-            like = torch.empty(value.shape, dtype=getattr(torch, value.dtype))
+            like = torch.empty(value.shape, dtype=getattr(torch, value.dtype), device=what.examples[0].device)
             name = f"call_{number}_{value.name}"
             fresh = add_input(g, name, like, "loop")
             names[fresh] = name
@@ -166,14 +166,18 @@ def _stand_in(what: Fixed, model: Callable[..., Any], door: _Door) -> Callable[.
     model = original(model)
     called = inspect.signature(model.forward if isinstance(model, nn.Module) else model)
     args, kwargs = pytree.tree_unflatten(list(range(what.arity)), what.call)
-    wanted, wanted_spec = pytree.tree_flatten(dict(called.bind(*args, **kwargs).arguments))
+    exported = dict(called.bind(*args, **kwargs).arguments)
+    wanted, wanted_spec = pytree.tree_flatten(exported)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        values, spec = pytree.tree_flatten(dict(called.bind(*args, **kwargs).arguments))
+        try:
+            given = dict(called.bind(*args, **kwargs).arguments)
+        except TypeError as error:
+            raise ConfigError(f"the loop calls the model wrongly: {error}") from error
+        values, spec = pytree.tree_flatten(given)
         if spec != wanted_spec:
             raise ConfigError(
-                f"the loop calls the model with {', '.join(called.bind(*args, **kwargs).arguments)}, and it was exported with "
-                f"{', '.join(called.bind(*pytree.tree_unflatten(list(range(what.arity)), what.call)[0], **pytree.tree_unflatten(list(range(what.arity)), what.call)[1]).arguments)}"
+                f"the loop calls the model with {', '.join(given)}, and it was exported with {', '.join(exported)}"
             )
         by_place = dict(zip(wanted, values, strict=True))
         tensors = [by_place[place] for place in what.arguments]

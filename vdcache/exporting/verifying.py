@@ -195,7 +195,7 @@ class _Beside:
 
     def call(self, step: int, given: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         rest = iter(torch.from_numpy(np.array(given[n])) for n in self._names)
-        leaves = [next(rest) if isinstance(v, Tensor) else v for v in self._leaves]
+        leaves = [next(rest).to(v.device) if isinstance(v, Tensor) else v for v in self._leaves]
         args, kwargs = pytree.tree_unflatten(leaves, self._spec)
         self._place()
         return _arrays(self._compiled(*args, **kwargs))
