@@ -50,7 +50,8 @@ def test_recipes_that_follow_the_clock(recipe, graphs, tmp_path):
     assert result.ok and len(result.calls) == 8
 
 
-def test_attention_under_masks_is_made_of_standard_operators(tmp_path):
+def test_attention_under_masks_is_made_of_standard_operators(tmp_path, monkeypatch):
+    monkeypatch.setattr("vdcache.backends.lowering.PIECES", 1)  # as where a video has many frames
     torch.manual_seed(0)
     found = DemoDiT(DemoConfig(num_layers=1)).eval().requires_grad_(False)
     args = (with_positions(latent(0, 1, 3, 4, 8, 8)), torch.tensor([900.0]), torch.zeros(1, 5, 32))
@@ -65,6 +66,22 @@ def test_attention_under_masks_is_made_of_standard_operators(tmp_path):
     result = vdcache.verify(path, found, args)
     assert result.ok
     assert vdcache.verify(tmp_path / "plain", found, args, recipe=recipe).largest > 1e-3
+    none = vdcache.Schedule(4, (0, 2)).recipe("none").with_masks("skip")
+    manifest = vdcache.export(found, args, schedule=none, path=tmp_path / "none")
+    assert manifest.graph("recompute").operators["Softmax"] == 1  # the text's
+    assert vdcache.verify(tmp_path / "none", found, args).ok
+
+
+def test_arguments_in_another_order_and_a_predictor_of_ones_own(tmp_path):
+    found = TinyDiT(blocks=2, dim=16)
+    x, timestep, text = call()
+    swapped = {"text": text, "timestep": timestep, "x": x}
+    halfway = vdcache.Blended(lambda values, when: 0.5 * (values[0] + values[1]), 2)
+    recipe = vdcache.Recipe("mine", vdcache.Scheduled(vdcache.Listed((0, 1, 3))), predictor=halfway)
+    vdcache.export(found, (), swapped, schedule=recipe, num_steps=6, path=tmp_path / "mine")
+    with pytest.raises(vdcache.ConfigError, match="could not keep its recipe"):
+        vdcache.verify(tmp_path / "mine", found, (), swapped)
+    assert vdcache.verify(tmp_path / "mine", found, (), swapped, recipe=recipe).largest < 1e-5
 
 
 @pytest.fixture(scope="module")

@@ -108,12 +108,23 @@ def export(
         )
         manifest.write(aside)
         aside.chmod(0o755)
-        if target.exists():
-            shutil.rmtree(target)
-        aside.rename(target)
+        _put(aside, target)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return manifest
+
+
+def _put(folder: Path, target: Path) -> None:
+    """Put a complete package in its place; one that is there goes when the new one stands."""
+    if not target.exists():
+        folder.rename(target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        target.rename(old / "old")
+        folder.rename(target)
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _writer(kind: str, form: str) -> Callable[..., Written]:

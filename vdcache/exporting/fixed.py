@@ -232,7 +232,7 @@ def _variant(program: Program, plan: Plan, positions: dict[int, str], caches: di
     needs = program.needs(plan)
     slots = program.slots_kept(plan)
     if tile_sites(graph):
-        lower_tiles(graph, "gather")
+        lower_tiles(graph, "gather", always=True)
     g = graph.graph
     roles: list[tuple[str, Any]] = [
         ("input", positions[i]) if i in positions else ("weight" if i in found.state else "fixed", i)

@@ -250,5 +250,5 @@ def _difference(found: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) -> fl
 
 def _psnr(found: np.ndarray, wanted: np.ndarray) -> float:
     error = float(np.square(found.astype(np.float64) - wanted).mean())
-    spread = float(wanted.max() - wanted.min())
+    spread = float(wanted.max() - wanted.min()) or float(np.abs(wanted).max()) or 1.0  # a constant has no range
     return math.inf if error == 0 else 10 * math.log10(spread**2 / error)
