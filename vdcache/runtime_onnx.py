@@ -23,7 +23,7 @@ from vdcache.exporting.running import Runner
 
 __all__ = ["OnnxRunner"]
 
-DEVICES = {"CUDAExecutionProvider": "cuda", "ROCMExecutionProvider": "cuda", "DmlExecutionProvider": "dml"}
+DEVICES = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cuda"}  # where cached tensors stay; else on the CPU
 
 
 class OnnxRunner(Runner):

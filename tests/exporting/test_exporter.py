@@ -62,6 +62,11 @@ def test_a_step_that_reuses_what_was_never_computed(tmp_path):
         export(tmp_path, schedule=vdcache.Recipe("late", Late()), num_steps=3)
 
 
+def test_a_model_without_anything_to_reuse(tmp_path):
+    with pytest.raises(vdcache.ConfigError, match="finds nothing to reuse in this model"):
+        export(tmp_path, model=nn.Linear(4, 4), args=call()[:1])
+
+
 def odd_loop(model, noise, text):
     for _ in range(STEPS + 1):
         noise = noise - model(noise, torch.ones(1), text)

@@ -136,9 +136,11 @@ def _writer(kind: str, form: str) -> Callable[..., Written]:
     if kind == "onnx":
         if missing := [m for m in ("onnx", "onnxscript", "onnxruntime") if find_spec(m) is None]:
             raise ConfigError(f"ONNX needs {', '.join(missing)}: pip install 'vdcache[onnx]'")
-        from vdcache.exporting import onnx_forms
+        from vdcache.exporting.onnx_plans import write_plans
+        from vdcache.exporting.onnx_single import write_single
+        from vdcache.exporting.onnx_unrolled import write_unrolled
 
-        return {"plans": onnx_forms.write_plans, "single": onnx_forms.write_single, "unrolled": onnx_forms.write_unrolled}[form]
+        return {"plans": write_plans, "single": write_single, "unrolled": write_unrolled}[form]
     from vdcache.exporting import to_torch
 
     return {"pt2": to_torch.write_pt2, "aoti": to_torch.write_aoti}[kind]

@@ -177,7 +177,12 @@ def fixed(
     positions = dict(zip(tensors, names, strict=True))
     caches: dict[str, Cache] = {}
     variants = tuple(_variant(program, plan, positions, caches, found) for plan in dict.fromkeys(plans))
-    own = [PLAN, *(c.name for c in caches.values()), *(str(n) for v in variants for kind, n in v.roles if kind == "number")]
+    own = [
+        PLAN,
+        *(f"weight_{p}" for p in found.state),
+        *(c.name for c in caches.values()),
+        *(str(n) for v in variants for kind, n in v.roles if kind == "number"),
+    ]
     if clash := set(own) & set(names):
         raise ConfigError(f"{name} has an input called {min(clash)!r}, which is a name of the package's own: call it otherwise")
     return Fixed(
@@ -219,11 +224,16 @@ def _plans(program: Program, recipe: Recipe, steps: int) -> list[Plan]:
         )
     policy = recipe.policy
     state = policy.start(steps)
-    plans = []
+    asked, plans = [], []
     for step in range(steps):
-        plan = program.narrow(policy.plan(state, step) or Plan())
-        state = policy.observe(state, step, plan, None)
-        plans.append(plan)
+        asked.append(policy.plan(state, step) or Plan())
+        plans.append(program.narrow(asked[-1]))
+        state = policy.observe(state, step, plans[-1], None)
+    if any(asked) and not any(plans):
+        reasons = dict.fromkeys(why for r in program.refusals for why in r.reasons)
+        raise ConfigError(
+            f"'{recipe.name}' finds nothing to reuse in this model: {'; '.join(reasons) or 'it shows no residual stream'}"
+        )
     return plans
 
 
@@ -253,7 +263,8 @@ def _variant(program: Program, plan: Plan, positions: dict[int, str], caches: di
         else:
             g.erase_node(node)
     if wrong := [r for r in left if r[0] == "fixed"]:
-        raise ConfigError(f"an input of the model that is no tensor is read by its graph: {program.anatomy} {wrong[0]}")
+        what = found.captured.signature.names[wrong[0][1]]
+        raise ConfigError(f"the graph reads {what}, which is no tensor: bind it before exporting, as functools.partial does")
     graph.recompile()
     name = "recompute" if not plan else "reuse_" + "_".join(map(_plain, sorted(plan.reuse)))
     return Variant(name, plan, graph, tuple(left), len(kept), tuple(writes), needs.slots)

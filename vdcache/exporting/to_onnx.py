@@ -25,9 +25,22 @@ from vdcache.exporting.fixed import Fixed, Variant
 from vdcache.exporting.manifest import Graph
 from vdcache.exporting.weights import Weights
 
-__all__ = ["OPSET", "check_model", "convert", "converted", "keep_outside", "operators", "own", "save", "variant_graph"]
+__all__ = [
+    "OPSET",
+    "WEIGHTS",
+    "content",
+    "convert",
+    "converted",
+    "keep_outside",
+    "named",
+    "operators",
+    "own",
+    "save",
+    "variant_graph",
+]
 
 OPSET = 20
+WEIGHTS = "weights.bin"
 SMALL = 1024  # bytes: shapes, axes and the like stay in the graph
 
 
@@ -205,6 +218,20 @@ def _rename(graph: ir.Graph, names: set[Any]) -> None:
         graph.initializers.pop(str(value.name))
         value.name = f"{value.name}_inner"
         graph.register_initializer(value)
+
+
+def named(name: str, shape: Sequence[int], dtype: str) -> ir.Value:
+    """A typed value; `dtype` is numpy's name."""
+    kind = ir.DataType.BOOL if dtype == "bool" else ir.DataType.from_numpy(np.dtype(dtype))
+    return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(kind))
+
+
+def content(value: ir.Value) -> str:
+    """What tells initializers apart: the place in the shared file, or the numbers."""
+    tensor = value.const_value
+    assert tensor is not None
+    place = f"{tensor.offset}" if isinstance(tensor, ir.ExternalTensor) else tensor.tobytes().hex()
+    return f"{place} {tensor.dtype} {tensor.shape}"
 
 
 @contextlib.contextmanager
