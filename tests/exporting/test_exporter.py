@@ -85,6 +85,13 @@ def short_loop(model, noise, text):
     return noise
 
 
+def wasteful_loop(model, noise, text):
+    for _ in range(STEPS):
+        noise = noise - model(noise, torch.ones(1), text)
+        model(noise, torch.zeros(1), text)
+    return noise
+
+
 def lacking_loop(model, noise, text):
     for _ in range(STEPS):
         noise = noise - model(noise, torch.ones(1))
@@ -97,9 +104,10 @@ def lacking_loop(model, noise, text):
         (odd_loop, "the loop calls the model 7 times, and the schedule has 6 steps"),
         (drawing_loop, "the loop draws at random"),
         (short_loop, r"the loop gives text as torch.float32 \[1, 1, 4\], and the model was exported with float32 \[1, 3, 4\]"),
+        (wasteful_loop, "uses what 6 of its 12 calls of the model return"),
         (lacking_loop, "the loop calls the model wrongly: missing a required argument: 'text'"),
     ],
-    ids=["calls", "draws", "shape", "arguments"],
+    ids=["calls", "draws", "shape", "waste", "arguments"],
 )
 def test_loops_that_are_refused(tmp_path, around, message):
     with pytest.raises(vdcache.VdcacheError, match=message):
@@ -131,6 +139,24 @@ def test_schedules_from_files_and_lists(tmp_path):
     assert recipe_of([0, 2, 3], 6)[0].policy == SCHEDULE.recipe().policy
     with pytest.raises(vdcache.ConfigError, match="there is no file 'gone\\.json'"):
         recipe_of("gone.json")
+
+
+@pytest.mark.parametrize("form", ["onnx", "onnx-unrolled"])
+def test_a_loop_with_tensors_of_its_own(form, tmp_path):
+    _, _, text = call()
+    sizes = torch.linspace(0.2, 0.1, 4)
+
+    def own(model, noise):
+        first = noise
+        for step in range(4):
+            noise = noise - sizes[step] * model(noise, torch.full((1,), 900.0 - step), text)
+        return noise, first
+
+    given = {"noise": call()[0]}
+    path = tmp_path / "own"
+    vdcache.export(model(), call(), schedule=[0, 2], num_steps=4, path=path, format=form, loop=own, inputs=given)
+    found = vdcache.verify(path, model(), call(), loop=own, inputs=given)
+    assert found.ok and found.largest < 1e-5 and found.psnr > 100
 
 
 def test_a_compiled_model_and_a_function_export_as_what_they_are(tmp_path):

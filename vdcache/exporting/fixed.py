@@ -29,7 +29,7 @@ from vdcache.profiling.schedule import Schedule
 from vdcache.recipe import Recipe
 from vdcache.runtime.plan import Plan
 
-__all__ = ["PLAN", "Fixed", "Variant", "Written", "fixed", "recipe_of", "unused"]
+__all__ = ["PLAN", "Fixed", "Variant", "Written", "fixed", "recipe_of", "unused", "value_of"]
 
 PLAN = "plan"  # the input that says which plan a graph of several follows
 
@@ -189,8 +189,8 @@ def fixed(
         model=name,
         recipe=recipe,
         whole=found,
-        inputs=tuple(_value(n, given[p].meta["val"]) for p, n in positions.items()),
-        outputs=tuple(_value(f"output_{i}", v) for i, v in enumerate(_results(found))),
+        inputs=tuple(value_of(n, given[p].meta["val"]) for p, n in positions.items()),
+        outputs=tuple(value_of(f"output_{i}", v) for i, v in enumerate(_results(found))),
         caches=tuple(caches.values()),
         variants=variants,
         steps=_steps(program, plans, variants),
@@ -287,7 +287,7 @@ def _distinct(g: fx.Graph, values: list[fx.Node]) -> None:
 
 def _cache(caches: dict[str, Cache], slot: str, node: fx.Node) -> Cache:
     if slot not in caches:
-        like = _value(f"cache_{_plain(slot)}", node.meta["val"])
+        like = value_of(f"cache_{_plain(slot)}", node.meta["val"])
         caches[slot] = Cache(unused(like.name, {c.name for c in caches.values()}), slot, like.shape, like.dtype)
     return caches[slot]
 
@@ -325,7 +325,8 @@ def _results(found: Whole) -> list[Tensor]:
     return [n.meta["val"] for n in outputs(found.captured.graph.graph) if isinstance(n, fx.Node)]
 
 
-def _value(name: str, like: Tensor) -> Value:
+def value_of(name: str, like: Tensor) -> Value:
+    """A tensor as the manifest lists it."""
     return Value(name, tuple(int(s) for s in like.shape), str(like.dtype).removeprefix("torch."))
 
 

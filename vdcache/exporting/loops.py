@@ -16,11 +16,12 @@ from torch import Tensor, fx, nn
 
 from vdcache.api import original
 from vdcache.errors import ConfigError
-from vdcache.exporting.fixed import Fixed, unused
-from vdcache.exporting.manifest import Call, Loop, Value
+from vdcache.exporting.fixed import Fixed, unused, value_of
+from vdcache.exporting.manifest import Call, Loop
 from vdcache.ir.edit import add_input, outputs, set_outputs
 from vdcache.ir.edit import inputs as graph_inputs
 from vdcache.ir.whole import whole
+from vdcache.passes.base import drop_dead_code
 
 __all__ = ["TracedLoop", "traced_loop"]
 
@@ -89,54 +90,53 @@ def traced_loop(what: Fixed, model: Callable[..., Any], loop: Callable[..., Any]
             f"the loop calls the model {calls} times, and the schedule has {steps} steps: they must agree (or each step have as many calls)"
         )
     graph = found.captured.graph
-    _draws_nothing(graph.graph)
     g = graph.graph
+    _draws_nothing(g)
     given = [graph_inputs(g)[p] for p in found.given]
-    names = dict(zip(given, inputs, strict=True))
-    for position, node in enumerate(graph_inputs(g)):
-        if node not in names and position not in found.state:
-            raise ConfigError(f"the loop holds {node.name}, which is no tensor")
+    if wrong_nodes := [n.name for i, n in enumerate(graph_inputs(g)) if i not in found.given and i not in found.state]:
+        raise ConfigError(f"the loop holds {wrong_nodes[0]}, which is no tensor")
     results = [_copied(g, v) for v in outputs(g) if isinstance(v, fx.Node)]
-    taken = {*inputs, *(f"output_{i}" for i in range(len(results)))}
+    names: dict[fx.Node, str] = dict(zip(given, inputs, strict=True))
     for i, node in enumerate(results):
         names[node] = unused(f"output_{i}", set(names.values()))
     cut = [n for n in g.nodes if n.target is torch.ops.vdcache.loop_call.default]
-    kept, about = list(results), []
-    added: list[tuple[str, Tensor]] = []
+    if len(cut) != calls:
+        raise ConfigError(f"the loop uses what {len(cut)} of its {calls} calls of the model return: leave out the others")
+    answers = [_answered(what, g, node, number) for number, node in enumerate(cut)]
+    names |= {node: node.name for nodes in answers for node in nodes}
+    kept, about, lanes = list(results), [], calls // steps
     for number, node in enumerate(cut):
-        arguments: dict[str, str] = {}
+        arguments = {}
         for value, argument in zip(what.inputs, node.args[0], strict=True):  # type: ignore[arg-type]
             if argument not in names:
-                names[argument] = unused(f"call_{number}_{value.name}", taken)
+                names[argument] = f"call_{number}_{value.name}"
                 kept.append(argument)
             arguments[value.name] = names[argument]
-        back = []
-        for i, value in enumerate(what.outputs):
-            like = torch.empty(value.shape, dtype=getattr(torch, value.dtype), device=what.examples[0].device)
-            name = f"call_{number}_{value.name}"
-            fresh = add_input(g, name, like, "loop")
-            names[fresh] = name
-            added.append((name, torch.zeros_like(like)))
-            back.append(name)
-            for use in [u for u in node.users if u.target is operator.getitem and u.args[1] == i]:
-                use.replace_all_uses_with(fresh)
-                kept = [fresh if k is use else k for k in kept]
-        about.append(Call(number * steps // calls, number % (calls // steps), arguments, tuple(back)))
+        about.append(Call(number // lanes, number % lanes, arguments, tuple(n.name for n in answers[number])))
     set_outputs(g, kept)
-    for node in reversed([n for n in g.nodes if n.op != "placeholder"]):
-        if not node.users and node.op != "output":
-            g.erase_node(node)
+    drop_dead_code(g)
     graph.recompile()
-    values = [Value(n, tuple(v.shape), str(v.dtype).removeprefix("torch.")) for n, v in inputs.items()]
-    ends = [Value(names[r], tuple(r.meta["val"].shape), str(r.meta["val"].dtype).removeprefix("torch.")) for r in results]
+    added = [node for nodes in answers for node in nodes]
+    ends = tuple(value_of(names[r], r.meta["val"]) for r in results)
     return TracedLoop(
         graph=graph,
         constants=tuple(found.state[p].detach() for p in sorted(found.state)),
-        inputs=(*inputs, *(n for n, _ in added)),
-        examples=(*inputs.values(), *(v for _, v in added)),
+        inputs=(*inputs, *(n.name for n in added)),
+        examples=(*inputs.values(), *(torch.zeros_like(n.meta["val"]) for n in added)),
         outputs=tuple(names[k] for k in kept),
-        about=Loop(tuple(values), tuple(ends), (), tuple(about)),
+        about=Loop(tuple(value_of(n, v) for n, v in inputs.items()), ends, (), tuple(about)),
     )
+
+
+def _answered(what: Fixed, g: fx.Graph, call: fx.Node, number: int) -> list[fx.Node]:
+    """Inputs of the graph in the place of what a call of the model returns."""
+    found = []
+    for i, value in enumerate(what.outputs):
+        like = torch.empty(value.shape, dtype=getattr(torch, value.dtype), device=what.examples[0].device)
+        found.append(add_input(g, f"call_{number}_{value.name}", like, "loop"))
+        for use in [u for u in call.users if u.target is operator.getitem and u.args[1] == i]:
+            use.replace_all_uses_with(found[-1])
+    return found
 
 
 class _Loop(nn.Module):
