@@ -17,6 +17,8 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "compile": "vdcache.api",
+    "export": "vdcache.exporting.exporter",
+    "verify": "vdcache.exporting.verifying",
     "explain": "vdcache.explanation.reader",
     "Report": "vdcache.explanation.report",
     "profile": "vdcache.profiling.profiler",
@@ -116,6 +118,8 @@ if TYPE_CHECKING:
     from vdcache.api import compile
     from vdcache.explanation.reader import explain
     from vdcache.explanation.report import Report
+    from vdcache.exporting.exporter import export
+    from vdcache.exporting.verifying import verify
     from vdcache.ir.capture import trace
     from vdcache.ir.dump import dump
     from vdcache.ir.errors import CacheStateError, CaptureError, ConfigError, ContractError, VdcacheError, VdcacheWarning

@@ -1,4 +1,4 @@
-"""The command line: `vdcache demo`, `vdcache explain`, `vdcache recipes`, `vdcache passes`, `vdcache opt`, `vdcache info`."""
+"""The command line: `vdcache demo`, `explain`, `recipes`, `passes`, `opt`, `export`, `run`, `verify`, `info`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
+
+from vdcache import cli_packages
 
 app = typer.Typer(help="Diffusion transformers several times faster, by compiling.", no_args_is_help=True, add_completion=False)
 
@@ -193,6 +195,9 @@ def info() -> None:
     for name, text in facts():
         table.add_row(name, text)
     Console().print(table)
+
+
+cli_packages.add_to(app)
 
 
 def _missing(*modules: str) -> list[str]:

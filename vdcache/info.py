@@ -35,6 +35,8 @@ def facts() -> list[tuple[str, str]]:
         ("torchmetrics", "vdcache demo"),
         ("matplotlib", "timeline pictures"),
         ("imageio", "vdcache demo"),
+        ("onnxscript", "vdcache export"),
+        ("onnxruntime", "vdcache run"),
     ):
         rows.append((package, _version(package, what)))
     return rows

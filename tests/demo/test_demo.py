@@ -12,9 +12,10 @@ import vdcache
 from vdcache.cli import app
 from vdcache.demo.conditions import Condition, encode
 from vdcache.demo.data import all_conditions, draw, random_conditions
+from vdcache.demo.fixed import schedule
 from vdcache.demo.judge import judge
 from vdcache.demo.model import DemoConfig, DemoDiT, with_positions
-from vdcache.demo.run import run_demo
+from vdcache.demo.run import STATIC, run_demo
 from vdcache.demo.sampler import sample
 from vdcache.demo.weights import load_model, weights_path
 
@@ -122,6 +123,14 @@ def test_the_demo_writes_what_it_says(tmp_path):
 
     assert iio.imread(tmp_path / "videos.gif").shape[0] == 8
     assert iio.imread(tmp_path / "timeline.png").shape[0] > 100
+
+
+@pytest.mark.slow
+def test_the_demo_runs_fixed_graphs(tmp_path):
+    rows = run_demo(tmp_path, recipes=[STATIC], conditions=[Condition()], steps=8, rounds=1, inner="eager")
+    (row,) = [r for r in rows if r.recipe == STATIC]
+    assert row.computed == len(schedule(8).computed) < 8 and row.psnr > 20 and row.cache_mib > 0 and row.rival_steps
+    assert (tmp_path / "package/manifest.json").is_file()
 
 
 def test_command_line():

@@ -6,14 +6,19 @@ Seen to work on torch 2.13.0.
 from __future__ import annotations
 
 import contextlib
+import shutil
+import subprocess
 import sys
+import tempfile
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
 
-__all__ = ["Context", "compile_now", "frame_of_backend_call", "no_autocast"]
+__all__ = ["Context", "compile_now", "frame_of_backend_call", "no_autocast", "package_ahead"]
 
 Compiled = Callable[..., Sequence[Any]]
 
@@ -27,6 +32,32 @@ def compile_now(graph: fx.GraphModule, inputs: Sequence[Any], options: Mapping[s
     from torch._inductor.compile_fx import compile_fx
 
     return compile_fx(graph, list(inputs), config_patches=dict(options) or None)  # type: ignore[no-any-return,return-value,arg-type]
+
+
+def package_ahead(program: Any, path: Path) -> None:
+    """Compile an exported program ahead of time into one file that `torch._inductor.aoti_load_package` takes.
+
+    Sources and symbols are left out: they are most of the file, and nothing reads them.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / path.name
+        torch._inductor.aoti_compile_and_package(program, package_path=str(made))
+        with zipfile.ZipFile(made) as whole, zipfile.ZipFile(path, "w") as slim:
+            for entry in whole.infolist():
+                data = whole.read(entry)
+                if entry.filename.endswith(".cpp"):
+                    continue
+                slim.writestr(entry.filename, _stripped(data, Path(folder)) if entry.filename.endswith(".so") else data)
+
+
+def _stripped(library: bytes, folder: Path) -> bytes:
+    """A library without its symbols, where there is `strip`, which comes with a compiler."""
+    if (strip := shutil.which("strip")) is None:
+        return library
+    file = folder / "library.so"
+    file.write_bytes(library)
+    done = subprocess.run([strip, str(file)], capture_output=True)
+    return file.read_bytes() if done.returncode == 0 else library
 
 
 def no_autocast() -> contextlib.AbstractContextManager[Any]:

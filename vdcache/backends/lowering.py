@@ -22,12 +22,15 @@ def tile_sites(graph: fx.GraphModule) -> list[tuple[fx.Node, Tiled]]:
     return [(n, tables_of(n)) for n in graph.graph.find_nodes(op="call_function", target=TILE_ATTENTION)]
 
 
-def lower_tiles(graph: fx.GraphModule, lowering: str = "auto", *, expand: bool = True) -> dict[str, Choice]:
+def lower_tiles(
+    graph: fx.GraphModule, lowering: str = "auto", *, expand: bool = True, always: bool = False
+) -> dict[str, Choice]:
     """Choose the lowering of every attention that has a mask, in place; what was measured, by the node's name.
 
     Args:
         lowering: "auto" to measure, or the name of one.
         expand: write a gather out as slices and dense attention, which a compiler fuses with what surrounds it.
+        always: even where that are many slices: no operation of our own is left.
     """
     choices: dict[str, Choice] = {}
     for node, on in tile_sites(graph):
@@ -39,7 +42,8 @@ def lower_tiles(graph: fx.GraphModule, lowering: str = "auto", *, expand: bool =
             choices[node.name] = choice = choose(query, key, value, bias, on, scale)
             name = choice.lowering
         node.update_arg(9, name)
-        if name == "gather" and expand and not isinstance(on.mask, Skip) and on.pieces <= PIECES:
+        few = not isinstance(on.mask, Skip) and on.pieces <= PIECES
+        if name == "gather" and expand and (few or always):
             _expand(graph.graph, node, on, scale)
     graph.graph.lint()
     graph.recompile()

@@ -258,6 +258,10 @@ class Program:
             self._needs_of[plan] = Needs(io.reads, io.before, layouts, io.times, tuple(self._groups - plan.reuse), io.reused)
         return self._needs_of[plan]
 
+    def slots_kept(self, plan: Plan) -> tuple[str, ...]:
+        """What the plan's variant returns after the model's results, by the name under which it is kept."""
+        return self._specialised(plan)[1].saves
+
     def flops(self, plan: Plan) -> int:
         """FLOPs of one call under a plan, the head's included; counted by `patterns.cost`."""
         graphs = [self.variant_graph(plan), *([self._head.graph] if self._head is not None else [])]

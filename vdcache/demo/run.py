@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 
 import vdcache
 from vdcache.demo.conditions import Condition
+from vdcache.demo.fixed import Velocity, packaged
 from vdcache.demo.judge import motion
 from vdcache.demo.sampler import sample
 from vdcache.demo.weights import load_model
@@ -26,8 +28,9 @@ from vdcache.recipe import Recipe
 from vdcache.report import timeline
 from vdcache.runtime.history import Record
 
-__all__ = ["CONDITIONS", "Row", "calibrated_recipe", "run_demo"]
+__all__ = ["CONDITIONS", "STATIC", "Row", "calibrated_recipe", "run_demo"]
 
+STATIC = "static schedule (ONNX)"  # fixed graphs that onnxruntime runs
 CONDITIONS = (
     Condition("disc", "red", "right", "still", "clouds"),
     Condition("triangle", "yellow", "up", "slow", "checks"),
@@ -63,6 +66,8 @@ def calibrated_recipe() -> Recipe:
 
 
 def default_recipes() -> list[str | Recipe]:
+    exports = not torch.cuda.is_available() and all(find_spec(m) for m in ("onnx", "onnxscript", "onnxruntime"))
+    static = [STATIC] if exports else []
     return [
         "vdcache-auto",
         "adacache-slow",
@@ -71,6 +76,7 @@ def default_recipes() -> list[str | Recipe]:
         calibrated_recipe(),
         "tiles-4",
         "tiles-4+adacache-fast",
+        *static,
     ]
 
 
@@ -94,7 +100,9 @@ def run_demo(
     out.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(weights, device)
-    chosen = [vdcache.methods.recipe(r) for r in (default_recipes() if recipes is None else recipes)]
+    wanted = default_recipes() if recipes is None else list(recipes)
+    chosen = [vdcache.methods.recipe(r) for r in wanted if r != STATIC]
+    named = [r.name for r in chosen] + [STATIC] * (STATIC in wanted)
 
     def generate(
         velocity: Callable[..., Tensor], n: int = steps, tick: Callable[[], None] = lambda: None
@@ -108,7 +116,7 @@ def run_demo(
         return video, time.perf_counter() - began
 
     if not console.is_terminal:  # a pipe shows no progress bars
-        console.print(f"compiling {len(chosen) + 1} ways and generating {rounds} rounds with each; two to six minutes")
+        console.print(f"compiling {len(named) + 1} ways and generating {rounds} rounds with each; two to six minutes")
     columns = (TextColumn("{task.description:<32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         ways: dict[str, Callable[..., Tensor]] = {"eager": model}
@@ -116,6 +124,12 @@ def run_demo(
         for r in chosen:
             ways[r.name] = vdcache.compile(model, r, num_steps=steps, inner=inner)
         compile_seconds = {}
+        if STATIC in wanted:
+            exporting = progress.add_task("exporting the static schedule", total=None)
+            began = time.perf_counter()
+            ways[STATIC] = packaged(out / "package", conditions, steps, model)
+            compile_seconds[STATIC] = time.perf_counter() - began
+            progress.remove_task(exporting)
         bar = progress.add_task("compiling", total=len(ways) - 1)
         for name, way in ways.items():
             began = time.perf_counter()
@@ -125,9 +139,11 @@ def run_demo(
                 session.reset()
                 if (
                     session.recorder is not None
-                ):  # it calibrates itself on a generation, which is not one of those that are shown
+                ):  # it calibrates itself, on a generation that is not one of those that are shown
                     sample(way, conditions, steps=steps, seed=seed + 1, device=device)
-            compile_seconds[name] = time.perf_counter() - began
+            if isinstance(way, Velocity):
+                way.begin()
+            compile_seconds[name] = compile_seconds.get(name, 0.0) + time.perf_counter() - began
             progress.update(bar, advance=name != "eager", description=f"compiling: {name}")
         videos: dict[str, Tensor] = {}
         times: dict[str, list[float]] = {name: [] for name in ways}
@@ -139,29 +155,31 @@ def run_demo(
                 times[name].append(seconds)
         plain = median(times["torch.compile"])
         rivals: dict[str, tuple[int, Tensor]] = {}
-        bar = progress.add_task("the honest rivals", total=len(chosen))
-        for r in chosen:
-            n = max(1, round(steps * median(times[r.name]) / plain))
-            rivals[r.name] = (n, generate(ways["torch.compile"], min(n, steps))[0])
+        bar = progress.add_task("the honest rivals", total=len(named))
+        for name in named:
+            n = max(1, round(steps * median(times[name]) / plain))
+            rivals[name] = (n, generate(ways["torch.compile"], min(n, steps))[0])
             progress.advance(bar)
 
     rows, runs = [], {}
     reference = videos["torch.compile"]
     for name, way in ways.items():
         session = getattr(way, "__dict__", {}).get("vdcache")
-        records: list[Record] = session.history.generation() if session else []
+        runner = way.runner if isinstance(way, Velocity) else None
+        history = session.history if session else runner.history if runner else None
+        records: list[Record] = history.generation() if history else []
         if records:
             runs[name] = records
         psnr, ssim = quality(videos[name], reference) if name != "torch.compile" else (None, None)
         row = Row(
             recipe=name,
-            computed=len(session.history.computed_steps()) if session else steps,
+            computed=len(history.computed_steps()) if history else steps,
             steps=steps,
             seconds=median(times[name]),
             speedup=plain / median(times[name]),
             psnr=psnr,
             ssim=ssim,
-            cache_mib=session.store.peak_bytes / 2**20 if session else 0.0,
+            cache_mib=(session.store.peak_bytes if session else runner.cache_bytes if runner else 0) / 2**20,
             compile_seconds=compile_seconds[name],
         )
         if name in rivals:

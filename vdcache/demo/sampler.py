@@ -11,7 +11,7 @@ from vdcache.demo.conditions import Condition, encode, unconditional
 from vdcache.demo.data import FRAMES, SIZE
 from vdcache.demo.model import with_positions
 
-__all__ = ["GUIDANCE", "sample"]
+__all__ = ["GUIDANCE", "denoiser", "sample"]
 
 GUIDANCE = 2.5
 
@@ -36,14 +36,29 @@ def sample(
     """
     b = len(conditions)
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(b, 3, FRAMES, SIZE, SIZE, generator=generator).to(device, dtype)
+    noise = torch.randn(b, 3, FRAMES, SIZE, SIZE, generator=generator).to(device, dtype)
     text = torch.cat([encode(conditions), unconditional(b)]).to(device, dtype)
-    sigmas = torch.linspace(1.0, 0.0, steps + 1)
     with torch.no_grad():
+        return denoiser(steps, guidance, on_step)(velocity, noise, text)
+
+
+def denoiser(
+    steps: int = 30, guidance: float = GUIDANCE, on_step: Callable[[int], None] = lambda step: None
+) -> Callable[[Callable[..., Tensor], Tensor, Tensor], Tensor]:
+    """The loop of `sample` as a function of the model, noise [B, 3, T, H, W] and text [2 B, L, text_dim]: it draws nothing and reads no tensor, so
+    it can be exported.
+    """
+    sigmas = torch.linspace(1.0, 0.0, steps + 1)
+    times, widths = (1000 * sigmas).tolist(), (sigmas[1:] - sigmas[:-1]).tolist()
+
+    def loop(velocity: Callable[..., Tensor], noise: Tensor, text: Tensor) -> Tensor:
+        x = noise
         for i in range(steps):
-            timestep = (1000 * sigmas[i]).expand(2 * b).to(device)
+            timestep = torch.full((text.shape[0],), times[i], device=x.device)
             with_text, without = velocity(with_positions(torch.cat([x, x])), timestep, text).chunk(2)
             direction = without + guidance * (with_text - without)
-            x = x + (sigmas[i + 1] - sigmas[i]).item() * direction
+            x = x + widths[i] * direction
             on_step(i)
-    return x
+        return x
+
+    return loop

@@ -12,9 +12,10 @@ from vdcache.backends.program import Program
 from vdcache.backends.settings import Settings
 from vdcache.explanation.report import GraphFacts, Report, Slot, Variant
 from vdcache.ir import dialect
-from vdcache.ir.capture import Captured, Part, Parts, exported, parts
+from vdcache.ir.capture import Captured, Part, Parts, parts
 from vdcache.ir.errors import CaptureError, ConfigError, VdcacheError
 from vdcache.ir.ops import tensor_of, unviewed
+from vdcache.ir.whole import exported
 from vdcache.methods import recipe as named
 from vdcache.passes import Canonicalise, MergeSlots, Pipeline
 from vdcache.patterns import Anatomy, Branch, NoMatch, anatomy, cost

@@ -9,7 +9,7 @@ from typing import Any
 
 from vdcache.ir.errors import ConfigError
 
-__all__ = ["load"]
+__all__ = ["load", "load_with_loop"]
 
 _WANTED = "it returns (model, args, kwargs): a module or function, a tuple or list, a dict"
 
@@ -20,6 +20,27 @@ def load(target: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     Raises:
         ConfigError: the module or the function does not exist, fails, or returns something else.
     """
+    return load_with_loop(target)[:3]
+
+
+def load_with_loop(target: str) -> tuple[Any, tuple[Any, ...], dict[str, Any], Any, dict[str, Any] | None]:
+    """`load` for a function that may return (model, args, kwargs, loop, inputs): the denoising loop and one set of its inputs as well; None
+    for both where it does not.
+
+    Raises:
+        ConfigError: as `load`.
+    """
+    found = _called(target)
+    if not isinstance(found, tuple) or len(found) not in (3, 5):
+        raise ConfigError(f"{target} returns {_what(found)}; {_WANTED}")
+    model, args, kwargs, loop, inputs = (*found, None, None)[:5]
+    wrong = len(found) == 5 and not (callable(loop) and isinstance(inputs, dict))
+    if not callable(model) or not isinstance(args, (tuple, list)) or not isinstance(kwargs, dict) or wrong:
+        raise ConfigError(f"{target} returns ({', '.join(_what(x) for x in found)}); {_WANTED}")
+    return model, tuple(args), kwargs, loop, inputs
+
+
+def _called(target: str) -> Any:
     module_name, _, name = target.partition(":")
     if not module_name or not name:
         raise ConfigError(f"{target!r} is not package.module:function, as in my_models.wan:small; {_WANTED}")
@@ -44,12 +65,7 @@ def load(target: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         raise ConfigError(
             f"{target} fails: {type(error).__name__}: {error}; it is called without arguments and {_WANTED[3:]}"
         ) from error
-    if not isinstance(found, tuple) or len(found) != 3:
-        raise ConfigError(f"{target} returns {_what(found)}; {_WANTED}")
-    model, args, kwargs = found
-    if not callable(model) or not isinstance(args, (tuple, list)) or not isinstance(kwargs, dict):
-        raise ConfigError(f"{target} returns ({', '.join(_what(x) for x in found)}); {_WANTED}")
-    return model, tuple(args), kwargs
+    return found
 
 
 def _what(value: object) -> str:

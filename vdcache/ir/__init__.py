@@ -1,6 +1,6 @@
 """One graph form: how models enter it, what its nodes mean, how it prints, what may be known of it."""
 
-from vdcache.ir.capture import Captured, Signature, capture, exported, signature, trace
+from vdcache.ir.capture import Captured, Signature, capture, signature, trace
 from vdcache.ir.dialect import group_of, guard, guards, observations, observe
 from vdcache.ir.dump import dump, type_of
 from vdcache.ir.errors import (
@@ -14,6 +14,7 @@ from vdcache.ir.errors import (
 )
 from vdcache.ir.facts import Fact, check
 from vdcache.ir.parse import parse
+from vdcache.ir.whole import exported
 
 __all__ = [
     "CacheStateError",

@@ -4,7 +4,7 @@ Three doors lead to the same form, `Captured`:
 
 - `capture`: what Dynamo hands to a backend (a graph of torch calls and its inputs);
 - `trace`: any Python function or module, by make_fx;
-- `exported`: a whole model, by torch.export.
+- `vdcache.ir.whole.whole`: a whole model and its weights, by torch.export.
 
 Composite operations (`linear`, `scaled_dot_product_attention`, `layer_norm` …) stay whole, because patterns read them and
 the eager inner compiler is then bit-identical to the model. Dispatch runs below autograd and autocast, so the casts
@@ -32,7 +32,7 @@ from vdcache.ir.errors import CaptureError
 from vdcache.ir.ops import is_work, tensor_of
 from vdcache.ir.wrapped import Wrapped
 
-__all__ = ["Captured", "Part", "Parts", "Signature", "capture", "exported", "parts", "readable", "signature", "trace"]
+__all__ = ["Captured", "Part", "Parts", "Signature", "capture", "first_line", "parts", "readable", "signature", "trace"]
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def capture(graph: nn.Module, example_inputs: Sequence[Any]) -> Captured:
         if "Restart" in type(error).__name__ or "SkipFrame" in type(error).__name__:
             raise  # Dynamo's control flow
         raise CaptureError(
-            f"the graph cannot be made functional: {type(error).__name__}: {_first_line(error)}. "
+            f"the graph cannot be made functional: {type(error).__name__}: {first_line(error)}. "
             "vdcache reads graphs through AOTAutograd; check that torch.compile(backend='aot_eager') takes this model."
         ) from error
 
@@ -188,34 +188,6 @@ def trace(fn: Callable[..., Any], *args: Any, dynamic: bool = False) -> Captured
     return _captured(captured.graph, Signature(sig.mutations, sig.results, frozenset(range(len(names)))))
 
 
-def exported(model: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Captured:
-    """Bring a whole model into functional ATen through torch.export: one graph, or an error that says where it breaks.
-
-    Parameters and buffers come first among the inputs, then the tensors among `args` and `kwargs`.
-    """
-    from torch.export.graph_signature import InputKind, OutputKind
-
-    try:
-        with torch.no_grad():
-            program = torch.export.export(model, args, kwargs or {}, strict=False).run_decompositions({})
-    except Exception as error:
-        raise CaptureError(
-            f"{type(model).__name__} cannot be exported as one graph: {type(error).__name__}: {_first_line(error)}"
-        ) from error
-    graph, sig = program.graph_module, program.graph_signature
-    index = {spec.arg.name: i for i, spec in enumerate(sig.input_specs)}
-    by_target = {spec.target: i for i, spec in enumerate(sig.input_specs) if spec.target is not None}
-    static = frozenset(i for i, spec in enumerate(sig.input_specs) if spec.kind is not InputKind.USER_INPUT)
-    mutations = []
-    for i, spec in enumerate(sig.output_specs):
-        if spec.kind is OutputKind.BUFFER_MUTATION:
-            mutations.append((i, by_target[spec.target]))
-        elif spec.kind is OutputKind.USER_INPUT_MUTATION:
-            mutations.append((i, index[spec.target]))  # type: ignore[index]
-    names = tuple(spec.target or spec.arg.name for spec in sig.input_specs)
-    return _captured(graph, Signature(tuple(mutations), len(sig.output_specs) - len(mutations), static, names))
-
-
 @dataclass(frozen=True)
 class Part:
     """One graph of a forward that Dynamo may have broken into several.
@@ -270,7 +242,7 @@ def parts(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
         name = type(fn).__name__ if isinstance(fn, nn.Module) else getattr(fn, "__name__", str(fn))
         place = _users_line(error)
         raise CaptureError(
-            f"{name} cannot be traced{f', at {place}' if place else ''}: {type(error).__name__}: {_first_line(error)}. "
+            f"{name} cannot be traced{f', at {place}' if place else ''}: {type(error).__name__}: {first_line(error)}. "
             "Check that the same call works without vdcache."
             + (
                 " A model that looks into its tensors cannot run on the meta device: give it real ones."
@@ -303,7 +275,7 @@ def _collect(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[.
         captured=captured,
         problem=problem,
         line=last_line(stacks[0]) if stacks else "",
-        ends=_first_line(reason.reason) if broken and reason is not None else "",
+        ends=first_line(reason.reason) if broken and reason is not None else "",
         ends_at=f"{stack[-1].filename}:{stack[-1].lineno}" if broken and stack else "",
     )
 
@@ -394,7 +366,8 @@ def _is_static(value: Any) -> bool:
     return isinstance(value, nn.Parameter) or getattr(value, "_dynamo_static_input_type", None) is not None
 
 
-def _first_line(error: BaseException | str) -> str:
+def first_line(error: BaseException | str) -> str:
+    """What an error says first, and the explanation that Dynamo gives further down."""
     lines = str(error).strip().splitlines()
     explained = next((line.strip() for line in lines if line.strip().startswith("Explanation:")), "")
     return ": ".join(part for part in (lines[0] if lines else "", explained.removeprefix("Explanation: ")) if part)

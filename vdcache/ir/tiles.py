@@ -204,7 +204,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scal
 def masked(query: Tensor, key: Tensor, value: Tensor, on: Tiled, scale: float | None, bias: Tensor | None) -> Tensor:
     """Dense attention with the mask written out: what every other lowering is compared with."""
     if isinstance(on.mask, Skip):
-        return _like(query, value, torch.zeros)
+        return _like(query, value, lambda *shape, **form: query.new_zeros(shape))
     keeps = on.keeps().to(query.device)
     if bias is not None:
         keeps = keeps & bias if bias.dtype == torch.bool else bias.masked_fill(~keeps, -torch.inf)
@@ -220,7 +220,7 @@ def gather(query: Tensor, key: Tensor, value: Tensor, on: Tiled, scale: float | 
         bias: of keys alone, [B or 1, H or 1, 1, N], as `scaled_dot_product_attention` takes it.
     """
     if isinstance(on.mask, Skip):
-        return _like(query, value, torch.zeros)
+        return _like(query, value, lambda *shape, **form: query.new_zeros(shape))
     memory = _Memory(query, key, on)
     q, k, v = (memory.tiles_first(t) for t in (query, key, value))
     bias = memory.tiles_first_bias(bias)

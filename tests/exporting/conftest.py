@@ -1,0 +1,34 @@
+"""Packages that are exported once."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from tests.exporting.packages import FORMATS, exported
+
+
+@pytest.fixture(scope="session")
+def packages(tmp_path_factory):
+    """The tiny model in a form, exported when first asked for; not to be changed."""
+    folder, made = tmp_path_factory.mktemp("packages"), {}
+
+    def get(format="onnx"):
+        if format not in made:
+            made[format] = exported(folder / format, format)
+        return made[format]
+
+    return get
+
+
+@pytest.fixture(params=FORMATS)
+def package(request, packages):
+    return packages(request.param)
+
+
+@pytest.fixture
+def copy(packages, tmp_path):
+    """A package to spoil."""
+    shutil.copytree(packages(), tmp_path / "copy")
+    return tmp_path / "copy"

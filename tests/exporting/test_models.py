@@ -1,0 +1,143 @@
+"""Real architectures, recipes of every kind and the shipped model as packages."""
+
+from __future__ import annotations
+
+import onnx
+import pytest
+import torch
+
+import vdcache
+from tests.exporting.packages import call
+from tests.support import TinyDiT, latent, time_of
+from tests.zoo import ZOO, build
+from vdcache.demo.fixed import generation, schedule
+from vdcache.demo.model import DemoConfig, DemoDiT, with_positions
+from vdcache.exporting.manifest import Manifest
+
+MODELS = ("wan", "cogvideox", "hunyuan_video", "latte", "flux", "sd3")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_published_architectures(name, tmp_path):
+    found, given = build(name), ZOO[name].call(0, 6)
+    path = tmp_path / name
+    manifest = vdcache.export(found, (), given, schedule=vdcache.Schedule(5, (0, 1, 3)), path=path)
+    result = vdcache.verify(path, found, (), given)
+    assert result.ok and result.largest < 2e-5
+    sizes = {g.name: sum(g.operators.values()) for g in manifest.graphs}
+    assert sizes["reuse_all"] * 5 < sizes["recompute"]
+    own = sum(t.numel() * t.element_size() for t in {*found.parameters(), *found.buffers()})
+    assert manifest.files["weights.bin"].bytes <= 1.05 * own + 64 * len(list(found.parameters())) + 4096
+
+
+TAYLOR = vdcache.Recipe("taylor-2", vdcache.Scheduled(vdcache.Listed((0, 1, 2, 4, 7))), predictor=vdcache.Taylor(2))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "graphs"),
+    [("fora-3", 2), ("taylorseer-3-2", 2), ("delta-dit-2", 3), ("pab-latte", 4), ("always", 1), (TAYLOR, 2)],
+    ids=["fora", "taylorseer", "delta-dit", "pab", "always", "taylor"],
+)
+def test_recipes_that_follow_the_clock(recipe, graphs, tmp_path):
+    args = (latent(0), time_of(0), latent(1, 1, 3, 4))
+    found = TinyDiT(blocks=4, dim=16)
+    path = tmp_path / "package"
+    manifest = vdcache.export(
+        found, args, schedule=recipe, num_steps=8, path=path, format="onnx-single" if graphs == 3 else "onnx"
+    )
+    assert len({s.plan for s in manifest.steps}) == graphs
+    result = vdcache.verify(path, found, args)
+    assert result.ok and len(result.calls) == 8
+
+
+def test_attention_under_masks_is_made_of_standard_operators(tmp_path, monkeypatch):
+    monkeypatch.setattr("vdcache.backends.lowering.PIECES", 1)  # as where a video has many frames
+    torch.manual_seed(0)
+    found = DemoDiT(DemoConfig(num_layers=1)).eval().requires_grad_(False)
+    args = (with_positions(latent(0, 1, 3, 4, 8, 8)), torch.tensor([900.0]), torch.zeros(1, 5, 32))
+    recipe = vdcache.Schedule(4, (0, 2)).recipe("masked").with_masks("frames:1")
+    path = tmp_path / "masked"
+    vdcache.export(found, args, schedule=recipe, path=path)
+    plain = vdcache.export(found, args, schedule=vdcache.Schedule(4, (0, 2)), path=tmp_path / "plain")
+    masked = Manifest.read(path)
+    assert all("::" not in name for graph in masked.graphs for name in graph.operators)
+    softmaxes = [m.graph("recompute").operators["Softmax"] for m in (masked, plain)]
+    assert softmaxes[0] > softmaxes[1]
+    result = vdcache.verify(path, found, args)
+    assert result.ok
+    assert vdcache.verify(tmp_path / "plain", found, args, recipe=recipe).largest > 1e-3
+    none = vdcache.Schedule(4, (0, 2)).recipe("none").with_masks("skip")
+    manifest = vdcache.export(found, args, schedule=none, path=tmp_path / "none")
+    assert manifest.graph("recompute").operators["Softmax"] == 1  # the text's
+    assert vdcache.verify(tmp_path / "none", found, args).ok
+
+
+def test_arguments_in_another_order_and_a_predictor_of_ones_own(tmp_path):
+    found = TinyDiT(blocks=2, dim=16)
+    x, timestep, text = call()
+    swapped = {"text": text, "timestep": timestep, "x": x}
+    halfway = vdcache.Blended(lambda values, when: 0.5 * (values[0] + values[1]), 2)
+    recipe = vdcache.Recipe("mine", vdcache.Scheduled(vdcache.Listed((0, 1, 3))), predictor=halfway)
+    vdcache.export(found, (), swapped, schedule=recipe, num_steps=6, path=tmp_path / "mine")
+    with pytest.raises(vdcache.ConfigError, match="could not keep its recipe"):
+        vdcache.verify(tmp_path / "mine", found, (), swapped)
+    assert vdcache.verify(tmp_path / "mine", found, (), swapped, recipe=recipe).largest < 1e-5
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return generation(steps=12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["onnx", "onnx-single", "onnx-unrolled"])
+def test_the_shipped_model(form, shipped, tmp_path):
+    found, args, kwargs, loop, inputs = shipped
+    path = tmp_path / form
+    manifest = vdcache.export(found, args, kwargs, schedule=schedule(12), path=path, format=form, loop=loop, inputs=inputs)
+    result = vdcache.verify(path, found, args, kwargs, loop=loop, inputs=inputs)
+    assert result.ok and result.largest < 1e-4 and result.psnr > 60
+    weights = sum(p.numel() * p.element_size() for p in found.parameters())
+    assert sum(f.bytes for f in manifest.files.values()) <= 1.05 * weights + 2 * 5e6
+    for graph in manifest.graphs:
+        onnx.checker.check_model(str(path / graph.file), full_check=True)
+
+
+def test_the_shipped_schedule_scales():
+    assert len(schedule().computed) == 11 and schedule().steps == 30
+    assert schedule(12).steps == 12 and schedule(12).computed[0] == 0 and len(schedule(12).computed) < 12
+
+
+def test_a_model_in_half_precision(tmp_path):
+    found = TinyDiT(blocks=2, dim=16).half()
+    args = tuple(v.half() if v.ndim > 1 else v for v in call())
+    vdcache.export(found, args, schedule=[0, 2], num_steps=4, path=tmp_path / "half")
+    assert {c.dtype for c in Manifest.read(tmp_path / "half").caches} == {"float16"}
+    assert vdcache.verify(tmp_path / "half", found, args, tolerance=5e-3).ok
+    with pytest.raises(
+        vdcache.ConfigError, match=r"is torch\.bfloat16, which numpy does not have: export the model in float32"
+    ):
+        vdcache.export(found.bfloat16(), tuple(v.bfloat16() for v in args), schedule=[0], num_steps=2, path=tmp_path / "brain")
+
+
+@pytest.mark.parametrize("format", ["pt2", "aoti"])
+def test_torchs_own_formats(format, tmp_path):
+    path = tmp_path / format
+    scheduled = vdcache.Schedule(6, (0, 1, 3))
+    found = TinyDiT(blocks=1, dim=32)
+    manifest = vdcache.export(found, call(), schedule=scheduled, path=path, format=format)
+    result = vdcache.verify(path, found, call())
+    assert result.ok and (format == "aoti" or result.largest == 0)  # exported programs are the very operations
+    weights = sum(p.numel() * p.element_size() for p in found.parameters())
+    assert manifest.files["weights.safetensors"].bytes <= 1.05 * weights + 8192
+    for graph in manifest.graphs:
+        assert manifest.files[graph.file].bytes < 3e6
+        assert graph.weights and set(graph.weights) <= set(graph.inputs)
+    from vdcache.exporting.to_torch import TorchRunner
+    from vdcache.runtime_onnx import OnnxRunner
+
+    with pytest.raises(vdcache.ConfigError, match=f"of kind '{format}', and OnnxRunner runs onnx"):
+        OnnxRunner(path)
+    (path / "weights.safetensors").write_bytes(b"short")
+    with pytest.raises(vdcache.ConfigError, match=r"weights\.safetensors is truncated"):
+        TorchRunner(path)

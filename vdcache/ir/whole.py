@@ -1,0 +1,75 @@
+"""A whole model as one graph, by torch.export: the third door into vdcache's graph form, and the only one that keeps the weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vdcache.ir.capture import Captured, Signature, first_line
+from vdcache.ir.errors import CaptureError
+
+__all__ = ["Whole", "exported", "whole"]
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A model as one graph.
+
+    Args:
+        captured: parameters, buffers and constants come first among the inputs, then what the user gives, flattened.
+        state: parameters, buffers and constants by the position of their input.
+        given: positions of the user's inputs, in the order of the flattened (args, kwargs).
+        takes: the structure of (args, kwargs), a pytree's.
+        returns: how the flat results become what the model returns (a pytree).
+    """
+
+    captured: Captured
+    state: dict[int, Tensor]
+    given: tuple[int, ...]
+    takes: Any
+    returns: Any
+
+
+def exported(model: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Captured:
+    """Bring a whole model into functional ATen through torch.export: one graph, or an error that says where it breaks.
+
+    Parameters and buffers come first among the inputs, then the tensors among `args` and `kwargs`.
+    """
+    return whole(model, args, kwargs).captured
+
+
+def whole(model: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Whole:
+    """`exported`, with the values of what the model owns.
+
+    Raises:
+        CaptureError: torch.export does not take the model as one graph.
+    """
+    from torch.export.graph_signature import InputKind, OutputKind
+
+    try:
+        with torch.no_grad():
+            program = torch.export.export(model, args, kwargs or {}, strict=False).run_decompositions({})
+    except Exception as error:
+        raise CaptureError(
+            f"{type(model).__name__} cannot be exported as one graph: {type(error).__name__}: {first_line(error)}"
+        ) from error
+    graph, sig = program.graph_module, program.graph_signature
+    index = {spec.arg.name: i for i, spec in enumerate(sig.input_specs)}
+    by_target = {spec.target: i for i, spec in enumerate(sig.input_specs) if spec.target is not None}
+    static = frozenset(i for i, spec in enumerate(sig.input_specs) if spec.kind is not InputKind.USER_INPUT)
+    mutations = []
+    for i, spec in enumerate(sig.output_specs):
+        if spec.kind is OutputKind.BUFFER_MUTATION:
+            mutations.append((i, by_target[spec.target]))
+        elif spec.kind is OutputKind.USER_INPUT_MUTATION:
+            mutations.append((i, index[spec.target]))  # type: ignore[index]
+    names = tuple(spec.target or spec.arg.name for spec in sig.input_specs)
+    signature = Signature(tuple(mutations), len(sig.output_specs) - len(mutations), static, names)
+    graph.meta["vdcache"] = signature
+    owned = {**program.constants, **program.state_dict}
+    state = {i: owned[names[i]] for i in sorted(static) if isinstance(owned.get(names[i]), Tensor)}
+    given = tuple(i for i in range(len(names)) if i not in static)
+    return Whole(Captured(graph, signature), state, given, program.call_spec.in_spec, program.call_spec.out_spec)
