@@ -31,6 +31,7 @@ from vdcache.passes import MarkBranches, MergeSlots
 
 STEPS = 30
 COUNTS = (9, 11, 13, 17)
+KINDS = ("vdcache-auto", "searched", "even", "adacache", "plain")
 REUSE = 0.00753  # FLOPs of a reused step over those of a computed one
 
 
@@ -51,6 +52,9 @@ def main() -> None:
         __doc__,
         lambda p: p.add_argument("--videos", type=int, default=32),
         lambda p: p.add_argument("--solvers", nargs="*", default=list(SOLVERS), choices=SOLVERS),
+        lambda p: p.add_argument(
+            "--kinds", nargs="*", default=list(KINDS), choices=KINDS, help="what is compared; rows of other runs may be added"
+        ),
         lambda p: p.add_argument("--picture", type=Path, default=Path("docs/pictures/schedules.png")),
     )
     warnings.simplefilter("ignore")
@@ -100,9 +104,11 @@ def main() -> None:
             computed = [len(session.history.computed_steps(g)) for g in {r.generation for r in session.history.records}]
             score(case, kind, videos, round(mean(computed)), speed=whole / median(seconds), recipe=recipe.name, **more)
 
-        for recipe in adacaches():
+        for recipe in adacaches() if "adacache" in args.kinds else ():
             cached(recipe.name, "adacache", recipe)
-        table = vdcache.step_table(model, lambda m, c, s=solver: generate(m, [c], solver=s, seed=77), prompts=for_search)
+        table = None
+        if "searched" in args.kinds:
+            table = vdcache.step_table(model, lambda m, c, s=solver: generate(m, [c], solver=s, seed=77), prompts=for_search)
         for count in COUNTS:
             found, seconds = in_use(model, for_search, solver, count)
             bench.row(
@@ -122,27 +128,30 @@ def main() -> None:
                 order=found.schedule.order,
                 predicted=found.schedule.psnr,
             )
-            found = vdcache.search_schedule(
-                model,
-                lambda m, c, s=solver: generate(m, [c], solver=s, seed=77),
-                count,
-                prompts=for_search,
-                table=table,
-                console=None,
-            )
-            cached(
-                f"searched, {count} steps",
-                "searched",
-                found.recipe(),
-                steps=list(found.computed),
-                order=found.order,
-                predicted=found.psnr,
-            )
-            cached(f"even, order 1, {count} steps", "even, order 1", even(count, 1))
-            cached(f"even, last value, {count} steps", "even, last value", even(count, 0))
-            score(f"plain, {count} steps", "plain", generate(plain, conditions, solver=solver, steps=count), count)
+            if table is not None:
+                found = vdcache.search_schedule(
+                    model,
+                    lambda m, c, s=solver: generate(m, [c], solver=s, seed=77),
+                    count,
+                    prompts=for_search,
+                    table=table,
+                    console=None,
+                )
+                cached(
+                    f"searched, {count} steps",
+                    "searched",
+                    found.recipe(),
+                    steps=list(found.computed),
+                    order=found.order,
+                    predicted=found.psnr,
+                )
+            if "even" in args.kinds:
+                cached(f"even, order 1, {count} steps", "even, order 1", even(count, 1))
+                cached(f"even, last value, {count} steps", "even, last value", even(count, 0))
+            if "plain" in args.kinds:
+                score(f"plain, {count} steps", "plain", generate(plain, conditions, solver=solver, steps=count), count)
             rivals = ("searched", "plain", "even, order 1", "even, last value")
-            for other in rivals:
+            for other in (o for o in rivals if f"{o}, {count} steps" in known):
                 compare(bench, solver, f"vdcache-auto, {count} steps", f"{other}, {count} steps", known)
         for row in [r for r in bench.rows if r.get("kind") == "adacache" and r["solver"] == solver]:
             near = min((c for c in COUNTS if c <= row["computed"]), key=lambda c: row["computed"] - c, default=COUNTS[0])
@@ -155,11 +164,10 @@ def in_use(model: Any, conditions: list[Any], solver: str, count: int) -> tuple[
     """What `vdcache-auto` finds in one generation of four videos, for so many computed steps; and what the search took, in seconds."""
     with tempfile.TemporaryDirectory() as folder:
         os.environ["VDCACHE_CACHE_DIR"] = folder  # else it would know the schedule already
+        speedup = STEPS / (count + (STEPS - count) * REUSE) - 1e-3
+        way = vdcache.compile(model, vdcache.auto(speedup=speedup), num_steps=STEPS, dynamic=False)
         seconds = []
         for _ in range(2):  # the second time everything is compiled
-            way = vdcache.compile(
-                model, vdcache.auto(speedup=STEPS / (count + (STEPS - count) * REUSE) - 1e-3), num_steps=STEPS, dynamic=False
-            )
             generate(way, conditions, solver=solver, seed=77, begin=way.vdcache.begin)
             found = way.vdcache.calibration
             seconds.append(found.seconds)

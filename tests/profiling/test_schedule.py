@@ -10,7 +10,7 @@ from collections import defaultdict
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -485,6 +485,7 @@ def test_one_order_alone():
         assert {c.order for c in candidates(shared(), 4, (order,))} == {order}
 
 
+@settings(deadline=None)
 @given(st.integers(2, STEPS), st.data(), SEEDS)
 def test_candidates_are_lists_of_the_right_length_and_each_comes_once(steps, data, seed):
     computed = data.draw(st.integers(1, steps))

@@ -36,4 +36,5 @@ def auto(speedup: float | None = None, quality_db: float | None = None) -> Recip
     if quality_db is not None and not number(quality_db, "quality_db is a PSNR in dB") > 0:
         raise ConfigError(f"quality_db is a PSNR in dB, above 0; got {quality_db}")
     policy = Auto(speedup, quality_db) if speedup or quality_db else Auto(2.0, floor_db=FLOOR)
-    return Recipe("vdcache-auto", policy, (MarkBranches(), MergeSlots()), predictor=Taylor(1))
+    source = "arXiv 2503.06923 (the predictor); the steps are searched"
+    return Recipe("vdcache-auto", policy, (MarkBranches(), MergeSlots()), source, predictor=Taylor(1))
