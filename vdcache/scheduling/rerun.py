@@ -59,8 +59,9 @@ class Recording:
         call = len(self.steps[record.step])
         before = self.steps[record.step - 1] if record.step else self.steps[record.step][:-1]
         like = before[min(call, len(before) - 1)].inputs if before else {}
-        self.devices |= {i: inputs[i].device for i in program.activations if isinstance(inputs[i], Tensor)}
-        kept = {i: _kept(inputs[i], like.get(i)) for i in program.activations if i != program.latent}
+        given_at = [i for i in range(len(inputs)) if i not in program.static]
+        self.devices |= {i: inputs[i].device for i in given_at if isinstance(inputs[i], Tensor)}
+        kept = {i: _kept(inputs[i], like.get(i)) for i in given_at if i != program.latent}
         given = tuple(_kept(r) for r in results)
         self.steps[record.step].append(_Call(_kept(inputs[program.latent]), kept, given))
 
