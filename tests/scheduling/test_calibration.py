@@ -205,7 +205,7 @@ def test_a_file_with_anything_in_it_is_found_whole_or_not_at_all():
                     found.schedule.policy(found.key.times).start(4)
                     Session(found.schedule.policy(found.key.times), 4)
                     str(found)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001
                 wrong.append((at, value, repr(error)))
     assert not wrong
 
