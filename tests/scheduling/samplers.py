@@ -1,0 +1,117 @@
+"""Samplers written by hand, and generations with them: what schedules are tried on."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tests.support import latent
+
+TEXT, OTHER = latent(99, 1, 3, 4), latent(98, 1, 3, 4)
+
+Call = Callable[[Tensor, float], Tensor]  # latent and noise level -> velocity
+
+
+def sigmas(steps: int, shift: float = 1.0) -> list[float]:
+    """Noise levels of flow matching, from 1 down to 0."""
+    straight = [1 - i / steps for i in range(steps + 1)]
+    return [shift * s / (1 + (shift - 1) * s) for s in straight]
+
+
+def euler(call: Call, x: Tensor, levels: list[float]) -> Tensor:
+    for now, after in itertools.pairwise(levels):
+        x = x - (now - after) * call(x, now)
+    return x
+
+
+def multistep(call: Call, x: Tensor, levels: list[float]) -> Tensor:
+    """Adams-Bashforth of second order with variable steps."""
+    before, wide = None, 0.0
+    for now, after in itertools.pairwise(levels):
+        v, step = call(x, now), after - now
+        slope = torch.zeros_like(v) if before is None else (v - before) / wide
+        x = x + step * v + step**2 / 2 * slope
+        before, wide = v, step
+    return x
+
+
+def predictor_corrector(call: Call, x: Tensor, levels: list[float]) -> Tensor:
+    """As UniPC does: the latent of a step is corrected when its own output is known, from up to three outputs before it."""
+    found: list[Tensor] = []
+    start = x
+    for i, (now, after) in enumerate(itertools.pairwise(levels)):
+        v = call(x, now)
+        if found:  # Adams-Moulton over the step that was just predicted
+            known = [v, *reversed(found)][:4]
+            weights = {2: (1 / 2, 1 / 2), 3: (5 / 12, 8 / 12, -1 / 12), 4: (9 / 24, 19 / 24, -5 / 24, 1 / 24)}[len(known)]
+            start = start + (now - levels[i - 1]) * sum(w * k for w, k in zip(weights, known, strict=True))
+        found.append(v)
+        known = [*reversed(found)][:3]
+        weights = {1: (1.0,), 2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12)}[len(known)]
+        x = start + (after - now) * sum(w * k for w, k in zip(weights, known, strict=True))
+    return x
+
+
+def ddim(call: Call, x: Tensor, levels: list[float]) -> Tensor:
+    """DDIM with coefficients that change from step to step; the model predicts noise."""
+    keep = [(1 - 0.98 * s) ** 1.5 for s in levels]
+    for now, after in itertools.pairwise(keep):
+        noise = call(x, levels[keep.index(now)])
+        clean = (x - (1 - now) ** 0.5 * noise) / now**0.5
+        x = after**0.5 * clean + (1 - after) ** 0.5 * noise
+    return x
+
+
+def heun(call: Call, x: Tensor, levels: list[float]) -> Tensor:
+    """Two evaluations a step."""
+    for now, after in itertools.pairwise(levels):
+        first = call(x, now)
+        guess = x + (after - now) * first
+        second = call(guess, after + 1e-3)
+        x = x + (after - now) / 2 * (first + second)
+    return x
+
+
+def ancestral(call: Call, x: Tensor, levels: list[float]) -> Tensor:
+    noise = torch.Generator().manual_seed(7)
+    for now, after in itertools.pairwise(levels):
+        x = x - (now - after) * call(x, now) + 0.1 * (now - after) * torch.randn(x.shape, generator=noise)
+    return x
+
+
+def clamped(call: Call, x: Tensor, levels: list[float]) -> Tensor:
+    for now, after in itertools.pairwise(levels):
+        x = (x - (now - after) * call(x, now)).clamp(-1, 1)
+    return x
+
+
+LINEAR = {"euler": euler, "multistep": multistep, "predictor-corrector": predictor_corrector, "ddim": ddim, "heun": heun}
+
+
+def time(level: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.tensor([1000 * level], dtype=dtype)
+
+
+def generate(model, seed=0, steps=8, shift=1.0, sampler=euler, tokens=6, texts=(TEXT,), dtype=torch.float32, stop=None):
+    """One generation; `texts` are calls of one step, of which the first is guided away from the second.
+
+    Args:
+        stop: calls of the model after which the user loses patience.
+    """
+    calls = 0
+
+    def call(x: Tensor, level: float) -> Tensor:
+        nonlocal calls
+        found = []
+        for text in texts:
+            if calls == stop:
+                raise KeyboardInterrupt
+            calls += 1
+            found.append(model(x, time(level), text.to(dtype)))
+        return found[0] if len(found) == 1 else found[1] + 2 * (found[0] - found[1])
+
+    with torch.no_grad():
+        return sampler(call, latent(seed, 1, tokens, 4, dtype=dtype), sigmas(steps, shift))
