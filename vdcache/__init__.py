@@ -17,6 +17,9 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "compile": "vdcache.api",
+    "apply": "vdcache.pipelines",
+    "remove": "vdcache.pipelines",
+    "summary": "vdcache.pipelines",
     "explain": "vdcache.explanation.reader",
     "Report": "vdcache.explanation.report",
     "profile": "vdcache.profiling.profiler",
@@ -133,6 +136,7 @@ if TYPE_CHECKING:
     from vdcache.passes.base import Pass, PassResult, Pipeline
     from vdcache.passes.predictors import Blended, ByGroup, Extrapolated, LastValue, Predictor, Scaled, Taylor
     from vdcache.passes.tile_attention import TileAttention
+    from vdcache.pipelines import apply, remove, summary
     from vdcache.profiling.errors import StepErrors, magnitudes, step_errors
     from vdcache.profiling.profiler import profile
     from vdcache.profiling.result import Profile
