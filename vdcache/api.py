@@ -94,17 +94,23 @@ class Runner:
     Args:
         model: what is compiled.
         settings: recipe and compiler.
+        recompile_limit: how many graphs Dynamo may make of one forward before it gives up; its own limit without, and always
+            before torch 2.13.
         torch_compile: `fullgraph`, `dynamic`, `mode` of torch.compile.
     """
 
-    def __init__(self, model: Callable[..., Any], settings: Settings, **torch_compile: Any) -> None:
+    def __init__(
+        self, model: Callable[..., Any], settings: Settings, *, recompile_limit: int | None = None, **torch_compile: Any
+    ) -> None:
         self.settings = settings
         self._backend = Backend(settings, torch_compile.pop("mode", None))
         if settings.recipe.masks and torch_compile.get("dynamic") is None:
             torch_compile["dynamic"] = False  # a mask is cut for sizes: where they are symbols it fits none
-        if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+        if "isolate_recompiles" in (known := inspect.signature(torch.compile).parameters):
             # Else all recipes that one forward was ever compiled with count against Dynamo's limit of 8 together.
             torch_compile["isolate_recompiles"] = True
+        if recompile_limit is not None and "recompile_limit" in known:
+            torch_compile["recompile_limit"] = recompile_limit
         self.compiled: Any = torch.compile(model, backend=self._backend, **torch_compile)  # type: ignore[call-overload]
 
     def __call__(

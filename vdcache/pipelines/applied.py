@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from collections.abc import Callable, Mapping
@@ -15,14 +16,15 @@ from vdcache.backends import Settings
 from vdcache.ir.errors import CacheStateError, CaptureError, ConfigError, warn_once
 from vdcache.pipelines.denoiser import Denoiser, Lanes, Switch
 from vdcache.pipelines.experts import Experts
-from vdcache.pipelines.foreign import cache_on, is_encoder, runs_loop
 from vdcache.pipelines.forecast import most_reused
+from vdcache.pipelines.foreign import cache_on, is_encoder, runs_loop
 from vdcache.pipelines.loop import Bars, Loop
 from vdcache.recipe import Recipe
 
 __all__ = ["Applied", "applied_to", "apply", "remove"]
 
 FEW_STEPS = 4
+MOST_GRAPHS = 64  # a pipeline lives long: sizes, dtypes, adapters and offloading each make graphs of their own
 
 Recipes = str | Recipe | None | Mapping[str, str | Recipe | None]
 _runners: weakref.WeakValueDictionary[Any, Runner] = weakref.WeakValueDictionary()
@@ -218,7 +220,7 @@ class Applied:
         for name, module in found.items():
             if name not in self.denoisers:
                 settings = self.settings[name] if isinstance(self.settings, dict) else self.settings
-                self.denoisers[name] = Denoiser(name, module, _fresh(settings), lambda f, s=settings: self._runner(f, s))
+                self.denoisers[name] = Denoiser(name, module, _fresh(settings), functools.partial(self._runner, settings))
             Switch.put_on(module).users.add(self)
             if "cache_context" not in module.__dict__ and callable(getattr(module, "cache_context", None)):
                 Lanes(module, "cache_context").install()
@@ -226,14 +228,14 @@ class Applied:
     def denoiser(self, module: nn.Module) -> Denoiser | None:
         return next((d for d in self.denoisers.values() if d.module is module), None)
 
-    def _runner(self, forward: Callable[..., Any], settings: Settings) -> Runner:
+    def _runner(self, settings: Settings, forward: Callable[..., Any]) -> Runner:
         """The compiled forward: models of one class share it, also those of other pipelines."""
         options = tuple(sorted(self.torch_compile.items()))
         key = (forward, settings, options)
         with _making:
             found = _runners.get(key)
             if found is None:
-                found = _runners[key] = Runner(forward, _fresh(settings), **self.torch_compile)
+                found = _runners[key] = Runner(forward, _fresh(settings), recompile_limit=MOST_GRAPHS, **self.torch_compile)
             self._runners.append(found)  # as long as this pipeline is cached
         return found
 
@@ -303,7 +305,13 @@ class Applied:
         ]
         message = f"the recipe '{recipe.name}' finds no slot in {denoiser.name} ({type(denoiser.module).__name__}), so every step of it is computed"
         message += f"; {', '.join(others)} is cached" if others else ""
-        hint = f"vdcache.apply(pipe, {{{denoiser.name!r}: another_recipe, …}}) gives each its own; vdcache.explain shows what there is"
+        hooked = any("forward" in m.__dict__ and not any(m.children()) for m in denoiser.module.modules())
+        hint = (
+            "Hooks on its single layers break it into pieces that hold no branch: offload whole models (enable_model_cpu_offload) or whole "
+            "blocks (enable_group_offload with offload_type='block_level') instead"
+            if hooked
+            else f"vdcache.apply(pipe, {{{denoiser.name!r}: another_recipe, …}}) gives each its own; vdcache.explain shows what there is"
+        )
         if denoiser.settings.strict:
             raise CaptureError(f"{message}. {hint}")
         self.say(f"{message}. {hint}", key=f"no slot {denoiser.name}")

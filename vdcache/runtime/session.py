@@ -232,7 +232,7 @@ class Session:
         self._first_lane: dict[Hashable, _Latent] = {}  # what graphs returned in the first lane of this step
         self._same_halves: bool | None = None  # of this generation's batch; None where nobody has looked
         self._computed: dict[Hashable, dict[str, tuple[int, int]]] = {}  # of each lane: group -> last computed step, how many
-        self._due: dict[str, int] = {}  # group -> the last step that was planned to compute it
+        self._due: dict[Hashable, int] = {}  # graph, call and group -> the last step that was planned to compute it
 
     def __repr__(self) -> str:
         done = self.history.computed_steps() if len(self.history) else []
@@ -437,7 +437,7 @@ class Session:
             for group in ticket.needs.computes:
                 own[group] = (self._step, own.get(group, (0, 0))[1] + 1)
                 if group not in self._plan.reuse:
-                    self._due[group] = self._step
+                    self._due[ticket.key[0], ticket.key[1], group] = self._step  # type: ignore[index]
         elif not ticket.plan:
             self._drop(ticket.key)
         if self._last():  # nothing will read this lane again
@@ -533,7 +533,8 @@ class Session:
     def _is_stale(self, key: Hashable, plan: Plan) -> bool:
         """Whether the model was computed at a later step than this lane last was, as where guidance was off in between."""
         own = self._computed.get(key, {})
-        return any(own.get(g, (self._step, 0))[0] < self._due.get(g, -1) for g in plan.reuse)
+        call = key[0], key[1]  # type: ignore[index]
+        return any(own.get(g, (self._step, 0))[0] < self._due.get((*call, g), -1) for g in plan.reuse)
 
     def _drop(self, key: Hashable) -> None:
         self.store.drop(key)
