@@ -329,8 +329,9 @@ def _sequential_offload(name: str) -> str:
     from accelerate import cpu_offload
 
     def change(pipe: Any) -> None:
-        for m in denoisers(pipe):
-            cpu_offload(m, torch.device("cpu"))
+        for m in pipe.components.values():
+            if isinstance(m, nn.Module):
+                cpu_offload(m, torch.device("cpu"))
 
     return holds(name, change, scheduled=False)
 

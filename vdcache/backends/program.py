@@ -21,6 +21,7 @@ from vdcache.ir.edit import copy_graph
 from vdcache.ir.edit import inputs as graph_inputs
 from vdcache.ir.errors import ConfigError
 from vdcache.ir.facts import Fact
+from vdcache.ir.ops import is_work
 from vdcache.ir.sizes import Bindings
 from vdcache.passes import DeadCode, Pipeline, Refusal, Specialise, SplitAtProbe, Step, VariantIO, head_io, variant_io
 from vdcache.passes.canonicalise import Canonicalise
@@ -120,6 +121,7 @@ class Program:
         self.guarded, self.steps = self._guard(pipeline)
         self.anatomy: Anatomy = anatomy(self.guarded)
         self._sites = tile_sites(self.guarded)
+        self.kind: Hashable = (frame, _structure(self.guarded))
 
         given = graph_inputs(captured.graph.graph)
         names = [n.name for n in given]
@@ -386,3 +388,17 @@ class Program:
 
     def _zeros(self, values: Sequence[Tensor], inputs: Sequence[Any]) -> list[Tensor]:
         return [torch.zeros(self.bindings.shape(v, inputs), dtype=v.dtype, device=v.device) for v in values]
+
+
+def _structure(graph: fx.GraphModule) -> tuple[Hashable, ...]:
+    """What recompilations of one frame for other sizes have in common: the operations that do work and the slots between them,
+    in order, with the dtypes of what is kept.
+    """
+    found: list[Hashable] = []
+    for n in graph.graph.nodes:
+        if is_work(n):
+            found.append(str(n.target))
+        elif n.op == "call_function" and n.target in (dialect.guard, dialect.observe, dialect.probe):
+            value = n.args[0].meta.get("val")
+            found.append((str(n.args[1]), getattr(value, "dtype", None)))
+    return tuple(found)

@@ -68,8 +68,10 @@ class Loop:
         self.applied.experts.learn([(t, name) for t, name in self._ran if name not in helpers])
         self._made.clear()
 
-    def stepped(self) -> None:
-        """The scheduler went on."""
+    def stepped(self, stepper: Steps) -> None:
+        """A scheduler went on."""
+        if self._between and stepper is self._steppers[0]:  # a step of a denoiser that is none of ours
+            self.index += 1
         self._between = True
 
     # ---- one call of a denoiser --------------------------------------------------------------------------------------
@@ -143,7 +145,7 @@ class Steps(Override):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         result = self.plain(*args, **kwargs)
-        self.loop.stepped()
+        self.loop.stepped(self)
         return result
 
 

@@ -93,6 +93,8 @@ class CompiledGraph(Protocol):
     @property
     def family(self) -> Hashable: ...  # the user's frame: recompilations of one frame are one family
     @property
+    def kind(self) -> Hashable: ...  # graphs of one kind compute the same for other sizes: one goes on where another left off
+    @property
     def clocks(self) -> tuple[int, ...]: ...
     @property
     def latent(self) -> int | None: ...
@@ -348,7 +350,7 @@ class Session:
         # One graph may serve several blocks (regional compilation) or be called again with the same weights. Within a forward they
         # are told apart by their order, because offloading puts other objects in the place of weights.
         watched = self._in_forward is not None
-        who = (graph, 0 if watched else next((id(inputs[i]) for i in graph.static), 0))
+        who = (graph.kind, 0 if watched else next((id(inputs[i]) for i in graph.static), 0))
         follows = self._place(graph, inputs, who)
         if self._in_forward is not None:
             self._in_forward += 1
@@ -780,9 +782,9 @@ class Session:
 
 
 def _forms(inputs: Sequence[Any], positions: Sequence[int]) -> Hashable:
-    """Shape, dtype and device of the inputs that are not parameters: values never cross any of them."""
-    forms = []
-    for position in positions:
-        value = inputs[position]
-        forms.append((value.shape, value.dtype, value.device) if isinstance(value, Tensor) else None)
-    return tuple(forms)
+    """Shape, dtype and device of the tensors that are not parameters: values never cross any of them.
+
+    Sizes that a graph for many sizes takes as numbers say nothing more, and a graph for one size does not take them.
+    """
+    values = (inputs[position] for position in positions)
+    return tuple((v.shape, v.dtype, v.device) for v in values if isinstance(v, Tensor))
