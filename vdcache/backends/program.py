@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -66,8 +67,10 @@ class Part:
         if not self._by_size and (found := self._compiled.get(())) is not None:
             return found
         size: Hashable = self._of.bindings.sizes(inputs) if self._by_size and inputs is not None else ()
-        if (found := self._compiled.get(size)) is not None:
-            return found
+        with self._of.making:  # threads may run one program at once
+            return self._compiled.get(size) or self._make(size, inputs)
+
+    def _make(self, size: Hashable, inputs: Sequence[Any] | None) -> Compiled:
         if size:
             found = self._for_one_size(inputs or ())
         else:
@@ -131,8 +134,13 @@ class Program:
         self.clocks = tuple(names.index(c) for c in self.anatomy.clocks)
         self.latent = names.index(self.anatomy.latent) if self.anatomy.latent else None
         self.static = tuple(sorted(captured.signature.static))
-        self.activations = tuple(i for i in range(len(names)) if i not in captured.signature.static)
+        timed = {
+            *captured.signature.static,
+            *self.clocks,
+        }  # a timestep's own dtype says nothing of what is kept: pipelines change it
+        self.activations = tuple(i for i in range(len(names)) if i not in timed)
         self.context = Context()
+        self.making = threading.RLock()
 
         self._carried: tuple[Tensor, ...] = ()
         self._lanes = lanes_io(self.guarded)
@@ -272,7 +280,9 @@ class Program:
     def _specialised(self, plan: Plan) -> tuple[fx.GraphModule, VariantIO]:
         if plan not in self._graphs:
             keeps = bool(self.slots) and len(self.plans) > 1
-            self._graphs[plan] = self._specialise(plan, "needed" if keeps else "none", self._needed if keeps else ())
+            with self.making:
+                if plan not in self._graphs:
+                    self._graphs[plan] = self._specialise(plan, "needed" if keeps else "none", self._needed if keeps else ())
         return self._graphs[plan]
 
     def _specialise(self, plan: Plan, save: str, slots: tuple[str, ...] = ()) -> tuple[fx.GraphModule, VariantIO]:

@@ -99,7 +99,7 @@ class CompiledGraph(Protocol):
     @property
     def latent(self) -> int | None: ...
     @property
-    def activations(self) -> tuple[int, ...]: ...
+    def activations(self) -> tuple[int, ...]: ...  # all but parameters and timesteps
     @property
     def static(self) -> tuple[int, ...]: ...  # parameters and buffers
     @property
@@ -782,7 +782,7 @@ class Session:
 
 
 def _forms(inputs: Sequence[Any], positions: Sequence[int]) -> Hashable:
-    """Shape, dtype and device of the tensors that are not parameters: values never cross any of them.
+    """Shape, dtype and device of the tensors at these positions: values never cross any of them.
 
     Sizes that a graph for many sizes takes as numbers say nothing more, and a graph for one size does not take them.
     """
