@@ -24,6 +24,7 @@ ALLOWED = {
     "report": {"runtime"},
     "profiling": {"ir", "patterns", "passes", "runtime", "backends", "recipe", "api", "profiling"},
     "pipelines": {"ir", "runtime", "backends", "recipe", "api", "report", "pipelines"},
+    "quality": {"ir", "quality"},
     "explanation": {"ir", "patterns", "passes", "runtime", "backends", "recipe", "methods", "explanation"},
 }
 FILES = sorted(ROOT.rglob("*.py"))

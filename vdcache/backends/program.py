@@ -66,8 +66,8 @@ class Part:
         """The compiled graph for these inputs (the model's, and what is carried)."""
         if not self._by_size and (found := self._compiled.get(())) is not None:
             return found
-        size: Hashable = self._of.bindings.sizes(inputs) if self._by_size and inputs is not None else ()
         with self._of.making:  # threads may run one program at once
+            size: Hashable = self._of.bindings.sizes(inputs) if self._by_size and inputs is not None else ()
             return self._compiled.get(size) or self._make(size, inputs)
 
     def _make(self, size: Hashable, inputs: Sequence[Any] | None) -> Compiled:
