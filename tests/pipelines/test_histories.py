@@ -15,33 +15,35 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
-from torch import Tensor
+from torch import Tensor, nn
 
 import vdcache
 from tests.pipelines.modes import Stop, cached, computed, due
-from tests.pipelines.tiny import generator, made, text
-from tests.zoo import build
+from tests.pipelines.tiny import generator, made, redrawn, text
+from tests.zoo.diffusers_models import _wan
 
 pytest.importorskip("diffusers")
 
 
+def denoiser(seed: int) -> nn.Module:
+    return redrawn(_wan(num_layers=1), seed)
+
+
 @functools.cache
 def parts() -> dict[str, Any]:
-    """The models and schedulers that are exchanged, made once. Nobody writes into the models but `weights`."""
+    """The schedulers and weights that are exchanged, made once."""
     from diffusers import FlowMatchHeunDiscreteScheduler
 
-    pipe = made("Wan")
     return {
-        "models": [pipe.transformer, build("wan", seed=4)],
-        "schedulers": [pipe.scheduler, FlowMatchHeunDiscreteScheduler()],
-        "weights": [{k: v.clone() for k, v in build("wan", seed=s).state_dict().items()} for s in (0, 9)],
+        "schedulers": [made("Wan").scheduler, FlowMatchHeunDiscreteScheduler()],
+        "weights": [{k: v.clone() for k, v in denoiser(s).state_dict().items()} for s in (0, 9)],
     }
 
 
 def pipeline(model: int = 0, scheduler: int = 0, weights: int = 0) -> Any:
     """A pipeline that shares nothing that has a state with any other."""
     pipe = made("Wan")
-    pipe.transformer = build("wan", seed=4 if model else 0)
+    pipe.transformer = denoiser(4 if model else 0)
     if weights:
         pipe.transformer.load_state_dict(parts()["weights"][1])
     pipe.scheduler = copy.deepcopy(parts()["schedulers"][scheduler])
@@ -140,7 +142,7 @@ class Histories(RuleBasedStateMachine):
     def other_model(self) -> None:
         self.state[0] = 1 - self.state[0]
         self.state[2] = 0
-        self.pipe.transformer = build("wan", seed=4 if self.state[0] else 0)
+        self.pipe.transformer = denoiser(4 if self.state[0] else 0)
 
     @rule()
     def other_weights(self) -> None:
