@@ -22,7 +22,8 @@ def drawn(model: nn.Module) -> nn.Module:
     model.eval().requires_grad_(False)
     for p in model.parameters():
         scale = 0.2 if p.ndim < 2 else 0.5 * p[0].numel() ** -0.5
-        p.copy_((p if p.ndim < 2 else 0) + scale * torch.randn(p.shape, generator=draw))
+        around = p.mean().round() if p.ndim < 2 else 0  # 1 for the weights of norms
+        p.copy_(around + scale * torch.randn(p.shape, generator=draw))
     return model
 
 

@@ -230,8 +230,11 @@ class Applied:
 
     def _runner(self, settings: Settings, forward: Callable[..., Any]) -> Runner:
         """The compiled forward: models of one class share it, also those of other pipelines."""
-        options = tuple(sorted(self.torch_compile.items()))
-        key = (forward, settings, options)
+        key: Any = (forward, settings, tuple(sorted(self.torch_compile.items())))
+        try:
+            hash(key)
+        except TypeError:  # a policy or predictor of the user's own that has no hash
+            key = object()
         with _making:
             found = _runners.get(key)
             if found is None:

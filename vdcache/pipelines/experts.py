@@ -8,13 +8,13 @@ __all__ = ["Experts"]
 
 
 class Experts:
-    """Learns from every loop. Before the first one it goes by a boundary, where the pipeline's configuration has one."""
+    """Goes by the boundary, where the pipeline's configuration has one, else by the loops before."""
 
     def __init__(self) -> None:
         self._known: dict[float, frozenset[str]] = {}  # timestep -> who ran there, in the order of a loop
 
     def learn(self, ran: Sequence[tuple[float, str]]) -> None:
-        """Keep who ran at which timestep of a loop. A loop that contradicts what is known counts alone."""
+        """Keep who ran at which timestep of a whole loop. A loop that contradicts what is known counts alone."""
         found: dict[float, set[str]] = {}
         for time, name in ran:
             found.setdefault(time, set()).add(name)
@@ -33,10 +33,10 @@ class Experts:
             times: timesteps of the steps that are left.
             edge: below it another denoiser runs.
         """
-        if name in self._at(times[0]):
-            own = [name in self._at(t) for t in times]
-        elif edge is not None and not self._known:
+        if edge is not None:
             own = [(t >= edge) == (times[0] >= edge) for t in times]
+        elif name in self._at(times[0]):
+            own = [name in self._at(t) for t in times]
         else:
             return len(times)
         return own.index(False) if False in own else len(own)

@@ -11,7 +11,9 @@ __all__ = ["most_reused"]
 def most_reused(policy: Policy, num_steps: int) -> list[int]:
     """The steps that a policy reuses something in when nothing ever changes."""
     groups = sorted({g for plan in policy.plans() for g in plan.reuse})
-    still = tuple(Measured(group, 0.0, 0.0, 1.0, 0.0, 0.0) for group in groups)
+    still = [Measured(group, 0.0, 0.0, 1.0, 0.0, 0.0) for group in groups]
+    # an input that moves and an output that does not, for policies that look at the whole model
+    still += [Measured("observed.input", 0.0, 1.0, 1.0), Measured("observed.output", 0.0, 0.0, 1.0)]
     state, reused = policy.start(num_steps), []
     for step in range(num_steps):
         plan = policy.plan(state, step)

@@ -65,7 +65,8 @@ class Loop:
         for denoiser in self._begun:
             denoiser.session.end()
         helpers = {d.name for d in self._begun if d.helper}
-        self.applied.experts.learn([(t, name) for t, name in self._ran if name not in helpers])
+        if self.index == len(self.times) - 1:  # it was not cut short
+            self.applied.experts.learn([(t, name) for t, name in self._ran if name not in helpers])
         self._made.clear()
 
     def stepped(self, stepper: Steps) -> None:
@@ -119,7 +120,7 @@ class Loop:
                 raise
             denoiser.aside = str(error)
             self.applied.say(
-                f"{denoiser.name}: '{denoiser.settings.recipe.name}' cannot be followed for {steps} steps, so all are computed: {error}"
+                f"{denoiser.name}: '{denoiser.settings.recipe.name}' cannot be followed for {steps} {'steps' if steps > 1 else 'step'}, so all are computed: {error}"
             )
             return
         self.applied.say_how_little(denoiser, steps)
@@ -196,6 +197,8 @@ class Bar:
         self._bar.close()
 
     def __getattr__(self, name: str) -> Any:
+        if name in ("_bar", "_loop"):  # not there yet
+            raise AttributeError(name)
         return getattr(self._bar, name)
 
     def __del__(self) -> None:
