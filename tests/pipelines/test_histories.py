@@ -174,7 +174,7 @@ class Histories(RuleBasedStateMachine):
 
 
 Histories.TestCase.settings = settings(
-    max_examples=int(os.environ.get("VDCACHE_HISTORIES", "20")),
+    max_examples=int(os.environ.get("VDCACHE_HISTORIES", "12")),
     stateful_step_count=8,
     deadline=None,
     derandomize="VDCACHE_HISTORIES" not in os.environ,

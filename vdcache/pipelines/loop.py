@@ -44,7 +44,7 @@ class Loop:
         self._between = True  # the next call of a denoiser begins a step
         self._begun: list[Denoiser] = []
         self._ran: list[tuple[float, str]] = []  # timestep and denoiser of every step
-        self._made: dict[int, tuple[Tensor, Denoiser]] = {}  # what the helpers of this step returned
+        self._made: dict[int, tuple[Tensor, Denoiser]] = {}  # what the modules of this step returned, where there are several
         self.over = False
 
     # ---- begin and end ---------------------------------------------------------------------------------------------
@@ -97,7 +97,7 @@ class Loop:
             self._ran.append((self.times[self.index], denoiser.name))
         denoiser.at_step(self.index, self.times[self.index] if self.index < len(self.times) else None)
         result = denoiser.run(forward, self.lane_names.get(id(module)), args, kwargs)
-        for leaf in pytree.tree_leaves(result):
+        for leaf in pytree.tree_leaves(result) if len(self.applied.denoisers) > 1 else ():
             if isinstance(leaf, Tensor):
                 self._made[id(leaf)] = leaf, denoiser
         if not denoiser.checked:
