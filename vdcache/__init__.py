@@ -19,6 +19,11 @@ _PUBLIC = {
     "compile": "vdcache.api",
     "export": "vdcache.exporting.exporter",
     "verify": "vdcache.exporting.verifying",
+    "apply": "vdcache.pipelines",
+    "remove": "vdcache.pipelines",
+    "summary": "vdcache.pipelines",
+    "compare": "vdcache.quality",
+    "Comparison": "vdcache.quality",
     "explain": "vdcache.explanation.reader",
     "Report": "vdcache.explanation.report",
     "profile": "vdcache.profiling.profiler",
@@ -161,6 +166,7 @@ if TYPE_CHECKING:
     from vdcache.profiling.search import MaskPlan, search_masks
     from vdcache.profiling.segment import Otsu, Sam2
     from vdcache.profiling.tiles import TileReport, tiles
+    from vdcache.quality import Comparison, compare
     from vdcache.recipe import Recipe
     from vdcache.runtime.history import History, record
     from vdcache.runtime.plan import Plan

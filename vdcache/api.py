@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +15,9 @@ from vdcache.backends import Backend, Settings
 from vdcache.ir.errors import CaptureError, ConfigError, VdcacheError
 from vdcache.recipe import Recipe
 from vdcache.runtime import registry
+from vdcache.runtime.session import Session
 
-__all__ = ["compile", "compile_with", "original"]
+__all__ = ["Runner", "check_options", "compile", "compile_with", "original"]
 
 _TORCH_COMPILE = ("fullgraph", "dynamic", "mode")
 
@@ -61,13 +62,7 @@ def compile(
         raise ConfigError(f"pass an instance, {model.__name__}(…), not the class")
     if not callable(model):
         raise ConfigError(f"compile takes a module or a function; got {type(model).__name__}")
-    if unknown := [name for name in torch_compile if name not in _TORCH_COMPILE]:
-        own = [name for name in inspect.signature(compile).parameters if name not in ("model", "torch_compile")]
-        near = difflib.get_close_matches(unknown[0], [*own, *_TORCH_COMPILE], n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        if unknown[0] == "options":
-            hint = "; what stands there is given directly: vdcache.compile(model, recipe=…, num_steps=…)."
-        raise ConfigError(f"unknown argument {unknown[0]!r}{hint} There are {', '.join([*own, *_TORCH_COMPILE])}.")
+    check_options(torch_compile, compile)
     goal = {"speedup": speedup, "quality_db": quality_db}
     options = {
         "recipe": recipe,
@@ -87,27 +82,13 @@ def compile_with(model: Callable[..., Any], settings: Settings, **torch_compile:
     """`compile` with settings that are made already."""
     session = settings.new_session()
     model = original(model)
-    backend = Backend(settings, torch_compile.pop("mode", None))
-    if settings.recipe.fixed_sizes and torch_compile.get("dynamic") is None:
-        torch_compile["dynamic"] = False  # a mask is cut for sizes: where they are symbols it fits none
-    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
-        # Else all recipes that one forward was ever compiled with count against Dynamo's limit of 8 together.
-        torch_compile["isolate_recompiles"] = True
-    compiled = torch.compile(model, backend=backend, **torch_compile)  # type: ignore[call-overload]
+    runner = Runner(model, settings, **torch_compile)
+    compiled = runner.compiled
 
     def under_session(run: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(run)
         def call(*args: Any, **kwargs: Any) -> Any:
-            try:
-                with registry.using(session):
-                    result = session.watch(run, args, kwargs)
-            except torch._dynamo.exc.BackendCompilerFailed as error:
-                if isinstance(error.inner_exception, VdcacheError):
-                    raise error.inner_exception from None  # what the user can catch and read
-                raise
-            if not backend.called:
-                _never_called(settings)
-            return result
+            return runner(session, args, kwargs, run)
 
         return call
 
@@ -121,6 +102,66 @@ def compile_with(model: Callable[..., Any], settings: Settings, **torch_compile:
     call.vdcache = session  # type: ignore[attr-defined]
     call.vdcache_original = model  # type: ignore[attr-defined]
     return call
+
+
+class Runner:
+    """A model or function under this backend, which runs under any session: it holds no state of a generation itself.
+
+    Args:
+        model: what is compiled.
+        settings: recipe and compiler.
+        recompile_limit: how many graphs Dynamo may make of one forward before it gives up; its own limit without, and always
+            before torch 2.13.
+        torch_compile: `fullgraph`, `dynamic`, `mode` of torch.compile.
+    """
+
+    def __init__(
+        self, model: Callable[..., Any], settings: Settings, *, recompile_limit: int | None = None, **torch_compile: Any
+    ) -> None:
+        self.settings = settings
+        self._backend = Backend(settings, torch_compile.pop("mode", None))
+        if settings.recipe.fixed_sizes and torch_compile.get("dynamic") is None:
+            torch_compile["dynamic"] = False  # a mask is cut for sizes: where they are symbols it fits none
+        if "isolate_recompiles" in (known := inspect.signature(torch.compile).parameters):
+            # Else all recipes that one forward was ever compiled with count against Dynamo's limit of 8 together.
+            torch_compile["isolate_recompiles"] = True
+        if recompile_limit is not None and "recompile_limit" in known:
+            torch_compile["recompile_limit"] = recompile_limit
+        self.compiled: Any = torch.compile(model, backend=self._backend, **torch_compile)  # type: ignore[call-overload]
+
+    def __call__(
+        self, session: Session, args: Sequence[Any], kwargs: dict[str, Any], run: Callable[..., Any] | None = None
+    ) -> Any:
+        """One forward under a session.
+
+        Args:
+            run: the compiled callable, where it is not `compiled` itself.
+        """
+        try:
+            with registry.using(session):
+                result = session.watch(run or self.compiled, args, kwargs)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            if isinstance(error.inner_exception, VdcacheError):
+                raise error.inner_exception from None  # what the user can catch and read
+            raise
+        if not self._backend.called:
+            _never_called(self.settings)
+        return result
+
+
+def check_options(given: Mapping[str, Any], function: Callable[..., Any], rest: str = "torch_compile") -> None:
+    """Refuse what torch.compile is not asked for here.
+
+    Raises:
+        ConfigError: an argument that neither `function` nor torch.compile has; the message names the nearest.
+    """
+    if unknown := [name for name in given if name not in _TORCH_COMPILE]:
+        own = [name for name in inspect.signature(function).parameters if name not in ("model", "pipe", rest)]
+        near = difflib.get_close_matches(unknown[0], [*own, *_TORCH_COMPILE], n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        if unknown[0] == "options":
+            hint = "; what stands there is given directly: vdcache.compile(model, recipe=…, num_steps=…)."
+        raise ConfigError(f"unknown argument {unknown[0]!r}{hint} There are {', '.join([*own, *_TORCH_COMPILE])}.")
 
 
 def original(model: Callable[..., Any]) -> Callable[..., Any]:

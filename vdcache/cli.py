@@ -1,4 +1,4 @@
-"""The command line: `vdcache demo`, `explain`, `recipes`, `passes`, `opt`, `export`, `run`, `verify`, `info`."""
+"""The command line: `vdcache demo`, `explain`, `recipes`, `passes`, `opt`, `export`, `run`, `verify`, `compare`, `info`."""
 
 from __future__ import annotations
 
@@ -182,6 +182,36 @@ def opt(
     typer.echo(result.report(changed=print_changed, timing=timing))
     if out is not None:
         save_graph(out, result.graph)
+
+
+@app.command()
+def compare(
+    reference: Annotated[
+        Path, typer.Argument(help="A video, a picture, a folder of pictures, or a tensor (.pt, .npy, .safetensors).")
+    ],
+    candidate: Annotated[Path, typer.Argument(help="The same, of what is judged.")],
+    json: Annotated[Path | None, typer.Option(help="Write the numbers of every frame.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Write the worst frame: reference, candidate, difference.")] = None,
+    curve: Annotated[Path | None, typer.Option(help="Write a picture of PSNR and SSIM over frames.")] = None,
+    layout: Annotated[str, typer.Option(help="Of tensors: TCHW, CTHW, THWC, CHW or HWC; read off the shape without.")] = "",
+) -> None:
+    """Compare two videos: PSNR and SSIM of every frame and overall, LPIPS where its weights are at hand."""
+    if missing := _missing("torchmetrics", "imageio", *(["matplotlib"] if curve else [])):
+        Console(stderr=True).print(f"compare needs {', '.join(missing)}: pip install 'vdcache\\[video]'")
+        raise typer.Exit(1)
+    from vdcache.ir.errors import VdcacheError
+    from vdcache.quality import compare as compared
+
+    try:
+        found = compared(reference, candidate, layout=layout)
+        for path, write in ((json, found.to_json), (picture, found.picture), (curve, found.curve)):
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write(path)
+    except (VdcacheError, OSError) as error:
+        Console(stderr=True).print(f"[red]{escape(str(error))}[/red]")
+        raise typer.Exit(1) from error
+    Console().print(found)
 
 
 @app.command()

@@ -171,6 +171,19 @@ class Recipe:
         return text
 
     @staticmethod
+    def from_config(config: Any) -> Recipe:
+        """The recipe of a cache configuration of diffusers or cache-dit (`vdcache.methods.configs`).
+
+        A `VdcacheWarning` names what was set in it and is not carried over.
+
+        Raises:
+            ConfigError: no such configuration, or one that cannot be followed at all.
+        """
+        from vdcache.methods.configs import from_config
+
+        return from_config(config)
+
+    @staticmethod
     def from_json(text: str | Path) -> Recipe:
         """The recipe that `to_json` wrote: JSON text, or the path of a file of it.
 

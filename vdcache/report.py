@@ -53,7 +53,7 @@ def summary_table(session: Session, generation: int = -1) -> Table:
             "–" if first.timestep is None else f"{first.timestep:g}",
             str(len({r.lane for r in step})),
             "[dim]reused[/dim]" if reused else "[bold]computed[/bold]",
-            f"{first.measures[0].change:.4f}" if first.measures else "",
+            f"{seen[0].change:.4f}" if (seen := first.measures or first.probe) else "",
             f"{1e3 * sum(r.seconds for r in step):.1f}",
             next((r.why for r in step if r.why and not (reused and r.computed)), ""),
         )

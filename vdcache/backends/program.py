@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from vdcache.ir.edit import copy_graph
 from vdcache.ir.edit import inputs as graph_inputs
 from vdcache.ir.errors import ConfigError
 from vdcache.ir.facts import Fact
+from vdcache.ir.ops import is_work
 from vdcache.ir.sizes import Bindings
 from vdcache.passes import DeadCode, Pipeline, Refusal, Specialise, SplitAtProbe, Step, VariantIO, head_io, variant_io
 from vdcache.passes.canonicalise import Canonicalise
@@ -64,9 +66,11 @@ class Part:
         """The compiled graph for these inputs (the model's, and what is carried)."""
         if not self._by_size and (found := self._compiled.get(())) is not None:
             return found
-        size: Hashable = self._of.bindings.sizes(inputs) if self._by_size and inputs is not None else ()
-        if (found := self._compiled.get(size)) is not None:
-            return found
+        with self._of.making:  # threads may run one program at once
+            size: Hashable = self._of.bindings.sizes(inputs) if self._by_size and inputs is not None else ()
+            return self._compiled.get(size) or self._make(size, inputs)
+
+    def _make(self, size: Hashable, inputs: Sequence[Any] | None) -> Compiled:
         if size:
             found = self._for_one_size(inputs or ())
         else:
@@ -120,6 +124,7 @@ class Program:
         self.guarded, self.steps = self._guard(pipeline)
         self.anatomy: Anatomy = anatomy(self.guarded)
         self._sites = tile_sites(self.guarded)
+        self.kind: Hashable = (frame, _structure(self.guarded))
 
         given = graph_inputs(captured.graph.graph)
         names = [n.name for n in given]
@@ -129,8 +134,13 @@ class Program:
         self.clocks = tuple(names.index(c) for c in self.anatomy.clocks)
         self.latent = names.index(self.anatomy.latent) if self.anatomy.latent else None
         self.static = tuple(sorted(captured.signature.static))
-        self.activations = tuple(i for i in range(len(names)) if i not in captured.signature.static)
+        timed = {
+            *captured.signature.static,
+            *self.clocks,
+        }  # a timestep's own dtype says nothing of what is kept: pipelines change it
+        self.activations = tuple(i for i in range(len(names)) if i not in timed)
         self.context = Context()
+        self.making = threading.RLock()
 
         self._carried: tuple[Tensor, ...] = ()
         self._lanes = lanes_io(self.guarded)
@@ -274,7 +284,9 @@ class Program:
     def _specialised(self, plan: Plan) -> tuple[fx.GraphModule, VariantIO]:
         if plan not in self._graphs:
             keeps = bool(self.slots) and len(self.plans) > 1
-            self._graphs[plan] = self._specialise(plan, "needed" if keeps else "none", self._needed if keeps else ())
+            with self.making:
+                if plan not in self._graphs:
+                    self._graphs[plan] = self._specialise(plan, "needed" if keeps else "none", self._needed if keeps else ())
         return self._graphs[plan]
 
     def _specialise(self, plan: Plan, save: str, slots: tuple[str, ...] = ()) -> tuple[fx.GraphModule, VariantIO]:
@@ -393,3 +405,17 @@ class Program:
 
     def _zeros(self, values: Sequence[Tensor], inputs: Sequence[Any]) -> list[Tensor]:
         return [torch.zeros(self.bindings.shape(v, inputs), dtype=v.dtype, device=v.device) for v in values]
+
+
+def _structure(graph: fx.GraphModule) -> tuple[Hashable, ...]:
+    """What recompilations of one frame for other sizes have in common: the operations that do work and the slots between them,
+    in order, with the dtypes of what is kept.
+    """
+    found: list[Hashable] = []
+    for n in graph.graph.nodes:
+        if is_work(n):
+            found.append(str(n.target))
+        elif n.op == "call_function" and n.target in (dialect.guard, dialect.observe, dialect.probe):
+            value = n.args[0].meta.get("val")
+            found.append((str(n.args[1]), getattr(value, "dtype", None)))
+    return tuple(found)

@@ -93,11 +93,13 @@ class CompiledGraph(Protocol):
     @property
     def family(self) -> Hashable: ...  # the user's frame: recompilations of one frame are one family
     @property
+    def kind(self) -> Hashable: ...  # graphs of one kind compute the same for other sizes: one goes on where another left off
+    @property
     def clocks(self) -> tuple[int, ...]: ...
     @property
     def latent(self) -> int | None: ...
     @property
-    def activations(self) -> tuple[int, ...]: ...
+    def activations(self) -> tuple[int, ...]: ...  # all but parameters and timesteps
     @property
     def static(self) -> tuple[int, ...]: ...  # parameters and buffers
     @property
@@ -225,6 +227,7 @@ class Session:
         self._graphs: dict[CompiledGraph, None] = {}
         self._entered = 0  # how many calls have come through
         self._driver: Hashable = None  # under explicit control: the call that began the current lane
+        self._in_forward: int | None = None  # graphs that ran in this forward of the model; None where nobody watches forwards
         self._calls: dict[Hashable, int] = {}  # how often each graph ran in the current lane
         self._lanes = 0  # how many lanes the current step has had under explicit control
         self._explicit_step = False  # step() was called in this generation
@@ -235,6 +238,7 @@ class Session:
         self._first_lane: dict[Hashable, _Latent] = {}  # what graphs returned in the first lane of this step
         self._same_halves: bool | None = None  # of this generation's batch; None where nobody has looked
         self._computed: dict[Hashable, dict[str, tuple[int, int]]] = {}  # of each lane: group -> last computed step, how many
+        self._due: dict[Hashable, int] = {}  # graph, call and group -> the last step that was planned to compute it
 
     def __repr__(self) -> str:
         done = self.history.computed_steps() if len(self.history) else []
@@ -257,10 +261,13 @@ class Session:
         self._clock.begin()
         self._explicit_step, self._explicit_lane, self._begun = False, None, True
 
-    def step(self) -> None:
+    def step(self, timestep: float | None = None) -> None:
         """The next calls belong to the next denoising step.
 
         The plan of the step is chosen here, so this may wait for a measure of the step before; the calls then wait for nothing.
+
+        Args:
+            timestep: where the step stands, for the history and for policies that go by the noise level; in the model's units.
 
         Raises:
             CacheStateError: no generation was begun.
@@ -268,8 +275,17 @@ class Session:
         if not self._begun and not self._explicit_step:
             raise CacheStateError("session.step() says that a step of a generation starts; call session.begin() first")
         self._begun, self._explicit_step, self._explicit_lane = False, True, None
-        self._timestep = None
+        self._timestep = timestep
         self._new_step()
+
+    def end(self) -> None:
+        """The generation is over, also where it was cut short: free what it kept. The next call begins another one."""
+        self.store.drop()
+        self._computed.clear()
+        self._latent = None
+        self._first_lane.clear()
+        self._clock.begin()
+        self._explicit_step, self._begun = False, False
 
     def lane(self, name: int | str) -> None:
         """The next call belongs to this lane of the step, for example "cond" or "uncond"."""
@@ -301,7 +317,11 @@ class Session:
         """Run one call of the model, and say once if it went past every graph of vdcache although earlier ones did not."""
         before = self._entered
         self._emitted.clear()
-        result = run(*args, **kwargs)
+        self._in_forward = 0
+        try:
+            result = run(*args, **kwargs)
+        finally:
+            self._in_forward = None
         for listen in self.listeners if self._entered > before else ():
             listen(self.history[-1], tuple(self._emitted), result)
         if before and self._entered == before:
@@ -349,9 +369,13 @@ class Session:
         began = time.perf_counter()
         self._entered += 1
         self._syncs = 0
-        # One graph may serve several blocks (regional compilation) or be called again with the same weights.
-        who = (graph, next((id(inputs[i]) for i in graph.static), 0))
+        # One graph may serve several blocks (regional compilation) or be called again with the same weights. Within a forward they
+        # are told apart by their order, because offloading puts other objects in the place of weights.
+        watched = self._in_forward is not None
+        who = (graph.kind, 0 if watched else next((id(inputs[i]) for i in graph.static), 0))
         follows = self._place(graph, inputs, who)
+        if self._in_forward is not None:
+            self._in_forward += 1
         call = self._calls[who] = self._calls.get(who, -1) + 1
         key = (who, call, self._lane, _forms(inputs, graph.activations))
         seen = Look()
@@ -375,6 +399,8 @@ class Session:
             found = self.store.get(key, graph.needs(plan).reads)
             if found is None:
                 plan, why = RECOMPUTE, "nothing is stored for this lane"
+            elif self._is_stale(key, plan):
+                plan, why = RECOMPUTE, "this lane sat out the last computed step"
             else:
                 reads = found
         elif follows and self._plan:
@@ -434,6 +460,8 @@ class Session:
             own = self._computed.setdefault(ticket.key, {})
             for group in ticket.needs.computes:
                 own[group] = (self._step, own.get(group, (0, 0))[1] + 1)
+                if group not in self._plan.reuse:
+                    self._due[ticket.key[0], ticket.key[1], group] = self._step  # type: ignore[index]
         elif not ticket.plan:
             self._drop(ticket.key)
         if self._last():  # nothing will read this lane again
@@ -526,6 +554,12 @@ class Session:
         last, count = self._computed.get(key, {}).get(group, (self._step - 1, 0))
         return self._step - last, count, self._step
 
+    def _is_stale(self, key: Hashable, plan: Plan) -> bool:
+        """Whether the model was computed at a later step than this lane last was, as where guidance was off in between."""
+        own = self._computed.get(key, {})
+        call = key[0], key[1]  # type: ignore[index]
+        return any(own.get(g, (self._step, 0))[0] < self._due.get((*call, g), -1) for g in plan.reuse)
+
     def _drop(self, key: Hashable) -> None:
         self.store.drop(key)
         self._computed.pop(key, None)
@@ -546,7 +580,8 @@ class Session:
     def _place(self, graph: CompiledGraph, inputs: Sequence[Any], who: Hashable) -> bool:
         """Advance the clock where this graph drives it. False for a graph that runs before the clock does."""
         if self._explicit_step:
-            if self._driver in (None, who):  # the step's first graph comes again with every lane
+            # A lane begins with a forward; where nobody watches those, with the step's first graph, which comes again with every lane.
+            if self._in_forward == 0 or (self._in_forward is None and self._driver in (None, who)):
                 self._driver = who
                 self._lane = self._lanes if self._explicit_lane is None else self._explicit_lane
                 self._explicit_lane = None
@@ -672,6 +707,7 @@ class Session:
             )
         self.store.drop()
         self._computed.clear()
+        self._due.clear()
         self._pending.clear()
         self._step_records = []
         self._timesteps = []
@@ -768,9 +804,9 @@ class Session:
 
 
 def _forms(inputs: Sequence[Any], positions: Sequence[int]) -> Hashable:
-    """Shape, dtype and device of the inputs that are not parameters: values never cross any of them."""
-    forms = []
-    for position in positions:
-        value = inputs[position]
-        forms.append((value.shape, value.dtype, value.device) if isinstance(value, Tensor) else None)
-    return tuple(forms)
+    """Shape, dtype and device of the tensors at these positions: values never cross any of them.
+
+    Sizes that a graph for many sizes takes as numbers say nothing more, and a graph for one size does not take them.
+    """
+    values = (inputs[position] for position in positions)
+    return tuple((v.shape, v.dtype, v.device) for v in values if isinstance(v, Tensor))

@@ -1,0 +1,504 @@
+"""`vdcache.apply`: what it touches, what it follows, what it refuses."""
+
+from __future__ import annotations
+
+import gc
+import io
+import warnings
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import vdcache
+from tests.pipelines.modes import Stop, cached, computed, due, stopping
+from tests.pipelines.tiny import generator, made, sample, text
+from tests.zoo import build
+from vdcache.pipelines.applied import applied_to
+from vdcache.pipelines.denoiser import Switch, here
+
+pytest.importorskip("diffusers")
+NAME = "CogVideoX"  # the quickest to compile
+
+
+def session(pipe, name="transformer"):
+    return applied_to(pipe).denoisers[name].session
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    """One pipeline for tests that leave it as they find it."""
+    return cached(made(NAME))
+
+
+# ---- nothing is touched ----------------------------------------------------------------------------------------------
+
+
+def test_everything_is_where_it_was():
+    pipe = made(NAME)
+    kind, parts, inside = type(pipe), dict(pipe.components), set(pipe.__dict__)
+    in_model = dict(pipe.transformer.__dict__)
+    before = {k: getattr(pipe.scheduler, k) for k in ("step", "set_timesteps")}
+    assert cached(pipe) is pipe
+    sample(pipe, NAME, 3)
+    assert type(pipe) is kind and all(pipe.components[n] is p for n, p in parts.items())
+    assert pipe.scheduler.step == before["step"] and "step" not in pipe.scheduler.__dict__
+    vdcache.remove(pipe)
+    assert set(pipe.__dict__) - inside <= {"_progress_bar_config"} | {k for k in pipe.__dict__ if k.startswith("_")}
+    assert "progress_bar" not in pipe.__dict__
+    assert {k for k in pipe.transformer.__dict__ if k != "_diffusers_hook"} == set(in_model)
+    assert all(pipe.transformer.__dict__[k] is v for k, v in in_model.items())
+    assert pipe.transformer.forward.__func__ is type(pipe.transformer).forward
+
+
+def test_what_the_user_had_put_there_is_put_back():
+    pipe = made(NAME)
+    plain = sample(pipe, NAME, 3)
+    calls = []
+    own = pipe.transformer.forward
+
+    def forward(*args, **kwargs):
+        calls.append(1)
+        return own(*args, **kwargs)
+
+    def bar(iterable=None, total=None):
+        return type(pipe).progress_bar(pipe, iterable, total)
+
+    pipe.transformer.forward, pipe.progress_bar = forward, bar
+    assert torch.equal(sample(cached(pipe, "always"), NAME, 3), plain)
+    vdcache.remove(pipe)
+    assert pipe.transformer.forward is forward and pipe.progress_bar is bar
+    assert calls and torch.equal(sample(pipe, NAME, 3), plain)
+
+
+def test_outside_the_pipeline_a_denoiser_runs_as_ever(pipe):
+    model, count = pipe.transformer, len(session(pipe).history)
+    call = {
+        "hidden_states": text(1, 3, 4, 8, 8),
+        "encoder_hidden_states": text(1, 6, 12),
+        "timestep": torch.tensor([500]),
+        "return_dict": False,
+    }
+    assert torch.equal(model(**call)[0], type(model).forward(model, **call)[0])
+    assert len(session(pipe).history) == count
+
+
+def test_hooks_before_and_after_stay_where_they_are():
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    pipe, calls = made(NAME), []
+
+    class Counting(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            calls.append(1)
+            return args, kwargs
+
+    add_hook_to_module(pipe.transformer, Counting())
+    hooked = pipe.transformer.forward
+    cached(pipe)
+    assert pipe.transformer.forward is hooked
+    sample(pipe, NAME, 3)
+    assert len(calls) == 3 and computed(pipe) == [due(3)]
+    remove_hook_from_module(pipe.transformer)
+    assert isinstance(pipe.transformer.forward, Switch)
+    add_hook_to_module(pipe.transformer, Counting())
+    sample(pipe, NAME, 3)
+    vdcache.remove(pipe)
+    assert Switch.on(pipe.transformer) is None
+    remove_hook_from_module(pipe.transformer)
+    assert pipe.transformer.forward.__func__ is type(pipe.transformer).forward
+
+
+def test_saving_and_loading(tmp_path):
+    from diffusers import CogVideoXPipeline
+
+    pipe = made(NAME)
+    plain = sample(pipe, NAME, 3)
+    cached(pipe).save_pretrained(tmp_path)
+    loaded = CogVideoXPipeline.from_pretrained(tmp_path, tokenizer=None, text_encoder=None, vae=None)
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(sample(loaded, NAME, 3), plain)
+    with pytest.raises(vdcache.ConfigError, match="not applied"):
+        vdcache.remove(loaded)
+
+
+def test_a_pipeline_that_is_let_go_of_is_freed():
+    pipe = cached(made(NAME))
+    sample(pipe, NAME, 3)
+    gone = weakref.ref(pipe), weakref.ref(pipe.transformer), weakref.ref(session(pipe))
+    del pipe
+    gc.collect()
+    assert [g() for g in gone] == [None] * 3
+
+
+def test_no_global_setting_is_changed():
+    import torch._dynamo.config as dynamo
+
+    before = dynamo.recompile_limit, torch.is_grad_enabled(), torch.backends.cudnn.benchmark
+    sample(cached(made(NAME)), NAME, 3)
+    assert (dynamo.recompile_limit, torch.is_grad_enabled(), torch.backends.cudnn.benchmark) == before
+
+
+# ---- where a call stands ---------------------------------------------------------------------------------------------
+
+
+def test_lanes_have_the_names_that_the_pipeline_gives_them(pipe):
+    sample(pipe, NAME, 4)
+    assert {r.lane for r in session(pipe).history.generation()} == {"cond_uncond"}
+    wan = cached(made("Wan"))
+    sample(wan, "Wan", 4)
+    records = session(wan).history.generation()
+    assert [r.lane for r in records] == ["cond", "uncond"] * 4
+    assert [r.timestep for r in records[::2]] == wan.scheduler.timesteps.tolist()
+
+
+def test_two_denoisers_know_their_own_steps():
+    """Half of the steps each, by the boundary; a schedule that is bound to a number of steps can be followed."""
+    pipe = cached(made("Wan 2.2"))
+    sample(pipe, "Wan 2.2", 12)
+    own = [session(pipe, n).num_steps for n in ("transformer", "transformer_2")]
+    times = pipe.scheduler.timesteps.tolist()
+    assert own == [sum(t >= 875 for t in times), sum(t < 875 for t in times)] and min(own) > 2
+    assert computed(pipe) == [due(n) for n in own]
+
+
+def test_a_boundary_that_nobody_tells_is_learned():
+    pipe = made("Wan 2.2")
+    kind = type(pipe)
+
+    class Silent(kind):
+        """Its boundary is no configuration."""
+
+        def __call__(self, *args, **kwargs):
+            self.register_to_config(boundary_ratio=0.875)
+            bar = self.progress_bar
+
+            def quiet(*args, **kwargs):
+                self.register_to_config(boundary_ratio=None)
+                return bar(*args, **kwargs)
+
+            self.__dict__["progress_bar"] = quiet
+            try:
+                return kind.__call__(self, *args, **kwargs)
+            finally:
+                self.__dict__["progress_bar"] = bar
+
+    pipe.__class__ = Silent
+    cached(pipe)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sample(pipe, "Wan 2.2", 12)
+        first = session(pipe).num_steps, session(pipe, "transformer_2").num_steps
+        sample(pipe, "Wan 2.2", 12)
+    times = pipe.scheduler.timesteps.tolist()
+    high = sum(t >= 875 for t in times)
+    assert first == (12, 12 - high)
+    assert (session(pipe).num_steps, session(pipe, "transformer_2").num_steps) == (high, 12 - high)
+
+
+def test_image_to_image_has_the_steps_that_are_left():
+    from diffusers import AutoencoderKL, FluxImg2ImgPipeline
+    from PIL import Image
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(4,), norm_num_groups=2, latent_channels=1, shift_factor=0.0, scaling_factor=1.0
+    ).eval()
+    parts = {**made("Flux").components, "vae": vae}
+    pipe = FluxImg2ImgPipeline(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    cached(pipe)
+    image = Image.new("RGB", (8, 8), (200, 60, 20))
+    call = {
+        "prompt_embeds": text(1, 6, 12),
+        "pooled_prompt_embeds": text(1, 8),
+        "height": 8,
+        "width": 8,
+        "output_type": "latent",
+    }
+    pipe(**call, image=image, strength=0.5, num_inference_steps=12, generator=generator())
+    assert session(pipe).num_steps == 6 and computed(pipe) == [due(6)]
+
+
+def test_memory_is_freed_when_the_loop_ends(pipe):
+    for at in (1, 99):
+        call = stopping(NAME, at)
+        if at == 1:
+            with pytest.raises(Stop):
+                sample(pipe, NAME, 5, **call)
+        else:
+            sample(pipe, NAME, 5, **call)
+        assert len(session(pipe).store) == 0 and session(pipe).store.peak_bytes > 0
+    assert not here.loops
+
+
+def test_components_may_be_exchanged(pipe):
+    pipe = cached(made(NAME))
+    first = sample(pipe, NAME, 4)
+    old = pipe.transformer
+    pipe.transformer = build("cogvideox", seed=3)
+    other = sample(pipe, NAME, 4)
+    assert not torch.equal(first, other) and computed(pipe) == [due(4)]
+    assert old.forward.__func__ is type(old).forward
+    pipe.transformer = old
+    assert torch.equal(sample(pipe, NAME, 4), first)
+
+
+def test_a_recipe_for_each_component():
+    pipe = vdcache.apply(made("Wan 2.2"), {"transformer_2": "every-3"}, inner="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sample(pipe, "Wan 2.2", 10)
+    assert list(applied_to(pipe).denoisers) == ["transformer_2"]
+    assert computed(pipe) == [due(session(pipe, "transformer_2").num_steps, 3)]
+    assert pipe.transformer.forward.__func__ is type(pipe.transformer).forward
+
+
+def test_a_module_whose_result_another_one_takes_is_left_alone():
+    """As a ControlNet's is: it is no denoiser."""
+    pipe = made(NAME)
+    kind = type(pipe)
+
+    class Helper(nn.Module):
+        """Adds something to the text, with a clock and branches of its own."""
+
+        def __init__(self):
+            super().__init__()
+            self.net = build("cogvideox", seed=5)
+
+        def forward(self, hidden_states, encoder_hidden_states, timestep):
+            out = self.net(hidden_states, encoder_hidden_states, timestep, return_dict=False)[0]
+            return encoder_hidden_states + out.mean()
+
+    class Helped(kind):
+        def __call__(self, **kwargs):
+            plain = self.transformer.forward
+
+            def forward(**given):
+                words = self.helper(given["hidden_states"], given["encoder_hidden_states"], given["timestep"])
+                return plain(**{**given, "encoder_hidden_states": words})
+
+            self.transformer.__dict__["call"] = forward
+            denoiser, self.transformer = self.transformer, Calls(self.transformer, forward)
+            try:
+                return kind.__call__(self, **kwargs)
+            finally:
+                self.transformer = denoiser
+
+        @property
+        def components(self):
+            return {**super().components, "helper": self.helper, "transformer": self.__dict__["main"]}
+
+    class Calls:
+        """The denoiser, called by way of the helper."""
+
+        def __init__(self, model, forward):
+            self.model, self.call = model, forward
+
+        def __getattr__(self, name):
+            return getattr(self.model, name)
+
+        def __call__(self, **given):
+            return self.call(**given)
+
+    pipe.__class__ = Helped
+    pipe.__dict__["helper"] = Helper().eval().requires_grad_(False)
+    pipe.__dict__["main"] = pipe.transformer
+    cached(pipe)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        first = sample(pipe, NAME, 5)
+        assert applied_to(pipe).denoisers["helper"].helper and not applied_to(pipe).denoisers["transformer"].helper
+        assert session(pipe).history.computed_steps() == due(5)
+        assert torch.equal(sample(pipe, NAME, 5), first)
+    out = io.StringIO()
+    vdcache.summary(pipe, file=out)
+    assert "left alone, because another denoiser takes what it returns: helper" in out.getvalue()
+
+
+# ---- what is said ----------------------------------------------------------------------------------------------------
+
+
+def test_summary(pipe, capsys):
+    sample(pipe, NAME, 4)
+    vdcache.summary(pipe)
+    printed = capsys.readouterr().out
+    assert "transformer (CogVideoXTransformer3DModel)" in printed and "2 of 4 steps" not in printed
+    assert "3 of 4 steps computed" in printed and "MiB of cache at most" in printed and "cond" not in printed.split("\n")[0]
+    vdcache.summary(cached(made(NAME)))
+    assert "no loop has run yet" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        (1, "1 step, so the first step has nothing to reuse: 'every-2' reuses at most 0 of 1$"),
+        (4, r"4 steps, so little can be skipped: 'every-2' reuses at most 1 of 4 \(steps 1, counted from 0\)"),
+    ],
+)
+def test_few_steps_leave_little_to_skip(pipe, steps, message):
+    fresh = cached(made(NAME))
+    with pytest.warns(vdcache.VdcacheWarning, match=f"transformer: {message}"):
+        sample(fresh, NAME, steps)
+    assert computed(fresh) == [due(steps)]
+
+
+def test_a_schedule_for_another_number_of_steps_computes_everything_and_says_so():
+    table = vdcache.Recipe("table", vdcache.Planned(((), ("all",), ())))
+    pipe = cached(made(NAME), table)
+    with pytest.warns(vdcache.VdcacheWarning, match="transformer: 'table' cannot be followed for 5 steps.*is for 3 steps"):
+        got = sample(pipe, NAME, 5)
+    assert torch.equal(got, sample(made(NAME), NAME, 5))
+    assert not torch.equal(sample(pipe, NAME, 3), sample(made(NAME), NAME, 3))
+    strict = cached(made(NAME), table, strict=True)
+    with pytest.raises(vdcache.ConfigError, match="is for 3 steps"):
+        sample(strict, NAME, 5)
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+
+def refused(match, *args, **kwargs):
+    with pytest.raises(vdcache.ConfigError, match=match):
+        vdcache.apply(*args, **kwargs)
+
+
+def test_no_pipeline():
+    from diffusers import WanPipeline
+
+    refused(r"got the model Linear, for which there is vdcache\.compile", nn.Linear(2, 2))
+    refused("takes a diffusers pipeline .* got str", "wan")
+    refused("not the class", WanPipeline)
+
+
+def test_no_denoiser():
+    pipe = made(NAME)
+    pipe.transformer = None
+    refused(r"CogVideoXPipeline holds no denoiser.*scheduler \(CogVideoXDDIMScheduler\)", pipe)
+
+
+def test_no_scheduler():
+    pipe = made(NAME)
+    pipe.scheduler = None
+    refused("holds no scheduler", pipe)
+
+
+def test_no_loop():
+    from diffusers import DiffusionPipeline
+
+    class Bare(DiffusionPipeline):
+        def __init__(self, transformer, scheduler):
+            super().__init__()
+            self.register_modules(transformer=transformer, scheduler=scheduler)
+
+        def __call__(self):
+            return self.transformer
+
+    parts = made(NAME).components
+    refused(r"Bare never asks for self\.progress_bar", Bare(parts["transformer"], parts["scheduler"]))
+
+
+def test_twice(pipe):
+    refused(r"applied to this pipeline already, with 'every-2'; .*vdcache\.remove\(pipe\)", pipe, "adacache-fast")
+
+
+def test_removed_twice():
+    pipe = cached(made(NAME))
+    vdcache.remove(pipe)
+    with pytest.raises(vdcache.ConfigError, match=r"not applied to this CogVideoXPipeline; vdcache\.apply"):
+        vdcache.remove(pipe)
+    with pytest.raises(vdcache.ConfigError, match="not applied"):
+        vdcache.summary(pipe)
+
+
+def test_options():
+    pipe = made(NAME)
+    refused("no recipe is called 'adacache-fats'; did you mean adacache-fast", pipe, "adacache-fats")
+    refused("unknown argument 'ful_graph'; did you mean 'fullgraph'", pipe, "every-2", ful_graph=True)
+    refused("inner is inductor or eager", pipe, "every-2", inner="fast")
+    refused("no denoiser called 'unet'; its modules are transformer", pipe, {"unet": "every-2"})
+    assert "progress_bar" not in pipe.__dict__
+
+
+def test_a_cache_of_somebody_elses():
+    from diffusers import FirstBlockCacheConfig
+    from diffusers.hooks import apply_first_block_cache
+
+    pipe = made(NAME)
+    pipe.transformer.enable_cache(FirstBlockCacheConfig())
+    refused(r"transformer has a cache enabled already.*: pipe\.transformer\.disable_cache\(\)", pipe)
+    pipe.transformer.disable_cache()
+    plain = sample(cached(pipe), NAME, 4)
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.0))
+    count = len(session(pipe).history)
+    with pytest.warns(vdcache.VdcacheWarning, match=r"another cache enabled, so vdcache leaves it alone.*disable_cache"):
+        sample(pipe, NAME, 4)
+    assert len(session(pipe).history) == count
+    pipe.transformer.disable_cache()
+    assert torch.equal(sample(pipe, NAME, 4), plain)
+    other = made(NAME)
+    apply_first_block_cache(other.transformer, FirstBlockCacheConfig())
+    refused("turn it off first: .*remove_hook", other)
+
+
+def test_cache_dit_is_named_by_its_own_line():
+    pipe = made(NAME)
+    pipe.transformer._is_cached = True
+    refused(r"cache_dit\.disable_cache\(pipe\)", pipe)
+
+
+def test_compiled_already():
+    pipe = made(NAME)
+    model = pipe.transformer
+    pipe.transformer = torch.compile(model, backend="eager")
+    refused(r"compiled already.*pipe\.transformer = pipe\.transformer\._orig_mod", pipe)
+    pipe.transformer = model
+    model.compile(backend="eager")
+    refused(r"compiled in place already", pipe)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_recipe_that_finds_no_slot_in_one_of_two_transformers(strict):
+    """The second expert has one block, and the recipe reuses all but the first two."""
+    from tests.zoo.diffusers_models import _wan
+
+    pipe = made("Wan 2.2")
+    short = _wan(num_layers=1).eval().requires_grad_(False)
+    pipe.transformer_2 = short
+    recipe = vdcache.dbcache(2, 0, 0.5, warm_up=1)
+    cached(pipe, recipe, strict=strict)
+    if strict:
+        with pytest.raises(vdcache.CaptureError, match=r"no slot|nothing to probe"):
+            sample(pipe, "Wan 2.2", 12)
+        return
+    with pytest.warns(
+        vdcache.VdcacheWarning, match=r"finds no slot in transformer_2 .*every step of it is computed; transformer is cached"
+    ):
+        sample(pipe, "Wan 2.2", 12)
+    assert not torch.equal(sample(pipe, "Wan 2.2", 12), torch.zeros(1))
+
+
+def test_running_in_two_threads_is_refused():
+    """A pipeline has one scheduler; two loops at once would mix its steps."""
+    import threading
+
+    pipe, errors = cached(made(NAME)), []
+
+    def second(*args, **kwargs):
+        def call():
+            try:
+                sample(pipe, NAME, 3)
+            except vdcache.CacheStateError as error:
+                errors.append(str(error))
+
+        if not errors:
+            thread = threading.Thread(target=call)
+            thread.start()
+            thread.join()
+        return {}
+
+    want = sample(cached(made(NAME)), NAME, 4)
+    got = sample(pipe, NAME, 4, callback_on_step_end=second)
+    assert errors and "is running in another thread" in errors[0]
+    assert got.shape == want.shape

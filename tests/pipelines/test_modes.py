@@ -1,0 +1,44 @@
+"""What must hold for every pipeline, and each other mode on one of them; the table in the documentation is the recorded one.
+
+`python -m tests.pipelines.modes` checks every mode on every pipeline and records it.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.pipelines.modes import MODES, PAGE, RESULTS, result, table, written
+from tests.pipelines.tiny import PIPELINES
+
+pytest.importorskip("diffusers")
+
+MUST = ("always", "called again", "after an error")  # the second also takes vdcache off and looks at the steps
+OTHERS = [m for m in MODES if m not in MUST]
+QUICK = ("CogVideoX", "PixArt", "LTX", "Sana")  # each mode on one of these
+
+
+def recorded() -> dict[str, dict[str, str]]:
+    return json.loads(RESULTS.read_text())
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_every_pipeline(name):
+    assert [result(name, check) for check in MUST] == ["yes"] * len(MUST)
+
+
+@pytest.mark.parametrize(("check", "name"), [(m, QUICK[i % len(QUICK)]) for i, m in enumerate(OTHERS)])
+def test_every_mode(check, name):
+    assert result(name, check) == recorded()[name][check]
+
+
+def test_the_record_is_of_all_pipelines_and_modes_and_nothing_failed():
+    rows = recorded()
+    assert list(rows) == list(PIPELINES) and all(list(row) == list(MODES) for row in rows.values())
+    assert not [cell for row in rows.values() for cell in row.values() if "FAILED" in cell]
+
+
+def test_the_page_shows_what_was_recorded():
+    page = PAGE.read_text()
+    assert table(recorded()) in page and written(page, recorded()) == page

@@ -1,0 +1,338 @@
+"""`vdcache.apply` and `vdcache.remove`: a pipeline's denoisers under their sessions, and everything put back."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from vdcache.api import Runner, check_options
+from vdcache.backends import Settings
+from vdcache.ir.errors import CacheStateError, CaptureError, ConfigError, warn_once
+from vdcache.pipelines.denoiser import Denoiser, Lanes, Switch
+from vdcache.pipelines.experts import Experts
+from vdcache.pipelines.forecast import most_reused
+from vdcache.pipelines.foreign import cache_on, is_encoder, runs_loop
+from vdcache.pipelines.loop import Bars, Loop
+from vdcache.recipe import Recipe
+
+__all__ = ["Applied", "applied_to", "apply", "remove"]
+
+FEW_STEPS = 4
+MOST_GRAPHS = 64  # a pipeline lives long: sizes, dtypes, adapters and offloading each make graphs of their own
+
+Recipes = str | Recipe | None | Mapping[str, str | Recipe | None]
+_runners: weakref.WeakValueDictionary[Any, Runner] = weakref.WeakValueDictionary()
+_making = threading.Lock()
+
+
+def apply(
+    pipe: Any,
+    recipe: Recipes = None,
+    *,
+    inner: str = "inductor",
+    strict: bool = False,
+    inductor: Mapping[str, Any] | None = None,
+    tiles: str = "auto",
+    **torch_compile: Any,
+) -> Any:
+    """Make a diffusers pipeline skip work by a caching recipe.
+
+    Every denoiser that the pipeline's loop calls is compiled when it is first called. Generations, steps and their number come
+    from the pipeline's own loop, lanes of guidance from its `cache_context` or from the order of calls. The components stay the
+    very objects that they are; called outside the pipeline, they run as before.
+
+    Args:
+        pipe: a pipeline.
+        recipe: a `Recipe` or a name from `vdcache.recipes()`, `adacache-slow` without; or one for each component by its name, where
+            components that are not named stay as they are.
+        inner: "inductor" or "eager".
+        strict: raise where vdcache would otherwise step aside with a warning.
+        inductor: Inductor's own settings.
+        tiles: how attention under masks is computed, as for `vdcache.compile`.
+        torch_compile: `fullgraph`, `dynamic`, `mode` of torch.compile.
+
+    Returns the pipeline itself.
+
+    Raises:
+        ConfigError: no pipeline, nothing in it that could be a denoiser, a cache of somebody else's, an unknown recipe.
+    """
+    _check_pipeline(pipe)
+    if (known := _bars(pipe)) is not None:
+        raise ConfigError(
+            f"vdcache is applied to this pipeline already, with {known.applied.recipe_names}; for another recipe call vdcache.remove(pipe) first"
+        )
+    check_options(torch_compile, apply)
+    options = {"inner": inner, "strict": strict, "inductor": inductor, "tiles": tiles}
+    if isinstance(recipe, Mapping):
+        settings: Settings | dict[str, Settings] = {n: Settings.of({"recipe": r, **options}) for n, r in recipe.items()}
+    else:
+        settings = Settings.of({"recipe": recipe, **options})
+    applied = Applied(pipe, settings, torch_compile)
+    applied.check()
+    applied.scan()
+    Bars(pipe, applied).install()
+    return pipe
+
+
+def remove(pipe: Any) -> Any:
+    """Take vdcache off a pipeline: every object is where it was, every cached value is freed.
+
+    Returns the pipeline itself.
+
+    Raises:
+        ConfigError: vdcache was not applied to it.
+    """
+    applied = applied_to(pipe)
+    applied.release()
+    bars = _bars(pipe)
+    assert bars is not None
+    bars.uninstall()
+    return pipe
+
+
+def applied_to(pipe: Any) -> Applied:
+    """What vdcache holds of a pipeline.
+
+    Raises:
+        ConfigError: vdcache was not applied to it.
+    """
+    if (bars := _bars(pipe)) is None:
+        raise ConfigError(f"vdcache is not applied to this {type(pipe).__name__}; vdcache.apply(pipe, recipe) does that")
+    return bars.applied
+
+
+def _bars(pipe: Any) -> Bars | None:
+    found = getattr(pipe, "__dict__", {}).get("progress_bar")
+    while found is not None and not isinstance(found, Bars):
+        found = getattr(found, "__wrapped__", None)
+    return found
+
+
+def _check_pipeline(pipe: Any) -> None:
+    if isinstance(pipe, type):
+        raise ConfigError(f"pass a pipeline that is made, {pipe.__name__}.from_pretrained(…), not the class")
+    if isinstance(pipe, nn.Module):
+        raise ConfigError(
+            f"apply takes a whole pipeline; got the model {type(pipe).__name__}, for which there is vdcache.compile(model, recipe)"
+        )
+    if not (isinstance(getattr(pipe, "components", None), Mapping) and callable(getattr(pipe, "progress_bar", None))):
+        raise ConfigError(
+            f"apply takes a diffusers pipeline (a DiffusionPipeline: it has components and a progress bar); got {type(pipe).__name__}. "
+            "For the denoiser of a loop of your own there is vdcache.compile(model, recipe)"
+        )
+    if not runs_loop(pipe):
+        raise ConfigError(
+            f"{type(pipe).__name__} never asks for self.progress_bar, which tells vdcache where its loop begins and ends; write "
+            "`with self.progress_bar(total=steps)` around the loop, or use vdcache.compile(model, recipe)"
+        )
+
+
+class Applied:
+    """What vdcache holds of one pipeline.
+
+    Args:
+        pipe: held weakly.
+        settings: recipe and compiler, for all denoisers or for each by its component's name.
+        torch_compile: what torch.compile is given besides.
+    """
+
+    def __init__(self, pipe: Any, settings: Settings | dict[str, Settings], torch_compile: Mapping[str, Any]) -> None:
+        self._pipe = weakref.ref(pipe)
+        self.settings, self.torch_compile = settings, dict(torch_compile)
+        self.denoisers: dict[str, Denoiser] = {}
+        self.experts = Experts()
+        self._loop: weakref.ref[Loop] | None = None
+        self._said: set[str] = set()
+        self._runners: list[Runner] = []
+
+    @property
+    def pipe(self) -> Any:
+        return self._pipe()
+
+    @property
+    def recipe_names(self) -> str:
+        each = self.settings.values() if isinstance(self.settings, dict) else [self.settings]
+        return ", ".join(dict.fromkeys(f"'{s.recipe.name}'" for s in each))
+
+    def for_copy(self, pipe: Any) -> Applied:
+        """The same for a copy of the pipeline, with a state of its own. What it holds is found when its first loop begins."""
+        if isinstance(self.settings, dict):
+            return Applied(pipe, {n: _fresh(s) for n, s in self.settings.items()}, self.torch_compile)
+        return Applied(pipe, _fresh(self.settings), self.torch_compile)
+
+    # ---- what the pipeline consists of -------------------------------------------------------------------------------
+
+    def candidates(self) -> dict[str, nn.Module]:
+        """Components that may be denoisers: modules that are no encoders."""
+        modules = {n: m for n, m in self.pipe.components.items() if isinstance(m, nn.Module) and not is_encoder(m)}
+        if isinstance(self.settings, dict):
+            modules = {n: m for n, m in modules.items() if n in self.settings}
+        own: dict[int, str] = {}
+        return {n: m for n, m in modules.items() if own.setdefault(id(m), n) == n}
+
+    def schedulers(self) -> list[Any]:
+        parts = self.pipe.components.values()
+        return [p for p in parts if callable(getattr(p, "step", None)) and callable(getattr(p, "set_timesteps", None))]
+
+    def check(self) -> None:
+        """Refuse what cannot be.
+
+        Raises:
+            ConfigError: nothing here could be a denoiser, no scheduler, compiled or cached by somebody else.
+        """
+        kind, found = type(self.pipe).__name__, self.candidates()
+        if isinstance(self.settings, dict):
+            there = sorted(n for n, m in self.pipe.components.items() if isinstance(m, nn.Module))
+            if wrong := [n for n in self.settings if n not in found]:
+                raise ConfigError(f"{kind} has no denoiser called {wrong[0]!r}; its modules are {', '.join(there) or 'none'}")
+        if not found:
+            held = ", ".join(f"{n} ({type(m).__name__})" for n, m in self.pipe.components.items() if m is not None) or "nothing"
+            raise ConfigError(f"{kind} holds no denoiser, only encoders and the like: {held}. Give it its transformer first")
+        if not self.schedulers():
+            raise ConfigError(f"{kind} holds no scheduler, whose step() tells vdcache where a denoising step ends")
+        for name, module in found.items():
+            if line := cache_on(self.pipe, name, module):
+                raise ConfigError(
+                    f"{name} has a cache enabled already, and two would cache each other's values; turn it off first: {line}"
+                )
+            if hasattr(module, "_orig_mod"):
+                raise ConfigError(
+                    f"{name} is compiled already, and apply compiles it itself: pipe.{name} = pipe.{name}._orig_mod gives back the model"
+                )
+            if getattr(module, "_compiled_call_impl", None) is not None:
+                raise ConfigError(
+                    f"{name} is compiled in place already ({name}.compile()), and apply compiles it itself: "
+                    f"pipe.{name}._compiled_call_impl = None gives back the model"
+                )
+
+    def scan(self) -> None:
+        """Find the denoisers that the pipeline holds now: components may be exchanged between calls."""
+        found = self.candidates()
+        for name, denoiser in list(self.denoisers.items()):
+            if denoiser.module is None or denoiser.module is not found.get(name):
+                self._let_go(self.denoisers.pop(name))
+        for name, module in found.items():
+            if name not in self.denoisers:
+                settings = self.settings[name] if isinstance(self.settings, dict) else self.settings
+                self.denoisers[name] = Denoiser(name, module, _fresh(settings), functools.partial(self._runner, settings))
+            Switch.put_on(module).users.add(self)
+            if "cache_context" not in module.__dict__ and callable(getattr(module, "cache_context", None)):
+                Lanes(module, "cache_context").install()
+
+    def denoiser(self, module: nn.Module) -> Denoiser | None:
+        return next((d for d in self.denoisers.values() if d.module is module), None)
+
+    def _runner(self, settings: Settings, forward: Callable[..., Any]) -> Runner:
+        """The compiled forward: models of one class share it, also those of other pipelines."""
+        key: Any = (forward, settings, tuple(sorted(self.torch_compile.items())))
+        try:
+            hash(key)
+        except TypeError:  # a policy or predictor of the user's own that has no hash
+            key = object()
+        with _making:
+            found = _runners.get(key)
+            if found is None:
+                found = _runners[key] = Runner(forward, _fresh(settings), recompile_limit=MOST_GRAPHS, **self.torch_compile)
+            self._runners.append(found)  # as long as this pipeline is cached
+        return found
+
+    def release(self) -> None:
+        """Let go of everything."""
+        if (loop := self._running()) is not None:
+            loop.end()
+        for denoiser in self.denoisers.values():
+            self._let_go(denoiser)
+        self.denoisers.clear()
+        self._runners.clear()
+
+    def _let_go(self, denoiser: Denoiser) -> None:
+        denoiser.session.end()
+        module = denoiser.module
+        if module is None or (switch := Switch.on(module)) is None:
+            return
+        switch.users.discard(self)
+        if not switch.users:
+            switch.take_off()
+            if isinstance(lanes := module.__dict__.get("cache_context"), Lanes):
+                lanes.uninstall()
+
+    # ---- what happens --------------------------------------------------------------------------------------------
+
+    def begin(self, total: int | None, iterable: Any) -> Loop:
+        """The pipeline's loop begins."""
+        running = self._running()
+        if running is not None:
+            if running.thread != threading.get_ident():
+                raise CacheStateError(
+                    f"this {type(self.pipe).__name__} is running in another thread, and a pipeline has one scheduler: give every thread a "
+                    "pipeline of its own, type(pipe)(**components) with a copy of the scheduler; they may share the models"
+                )
+            running.end()
+        self.scan()
+        loop = Loop(self, total, iterable)
+        self._loop = weakref.ref(loop)
+        loop.begin()
+        return loop
+
+    def _running(self) -> Loop | None:
+        loop = self._loop() if self._loop is not None else None
+        return None if loop is None or loop.over else loop
+
+    def say(self, message: str, key: str | None = None) -> None:
+        warn_once(self._said, f"vdcache: {message}", key=key)
+
+    def foreign_cache(self, denoiser: Denoiser) -> str:
+        """Why the denoiser is left alone in this loop; "" where it is not."""
+        line = cache_on(self.pipe, denoiser.name, denoiser.module)
+        if line is None:
+            return ""
+        self.say(f"{denoiser.name} has another cache enabled, so vdcache leaves it alone; to use vdcache: {line}")
+        return "another cache is enabled"
+
+    def look_for_slots(self, denoiser: Denoiser) -> None:
+        """A recipe that does nothing for one of several denoisers is said once, by its name."""
+        recipe = denoiser.settings.recipe
+        graphs = denoiser.session.graphs
+        if denoiser.helper or len(recipe.policy.plans()) < 2 or any(getattr(g, "slots", ()) for g in graphs):
+            return
+        others = [
+            n
+            for n, d in self.denoisers.items()
+            if d is not denoiser and d.checked and any(getattr(g, "slots", ()) for g in d.session.graphs)
+        ]
+        message = f"the recipe '{recipe.name}' finds no slot in {denoiser.name} ({type(denoiser.module).__name__}), so every step of it is computed"
+        message += f"; {', '.join(others)} is cached" if others else ""
+        hooked = any("forward" in m.__dict__ and not any(m.children()) for m in denoiser.module.modules())
+        hint = (
+            "Hooks on its single layers break it into pieces that hold no branch: offload whole models (enable_model_cpu_offload) or whole "
+            "blocks (enable_group_offload with offload_type='block_level') instead"
+            if hooked
+            else f"vdcache.apply(pipe, {{{denoiser.name!r}: another_recipe, …}}) gives each its own; vdcache.explain shows what there is"
+        )
+        if denoiser.settings.strict:
+            raise CaptureError(f"{message}. {hint}")
+        self.say(f"{message}. {hint}", key=f"no slot {denoiser.name}")
+
+    def say_how_little(self, denoiser: Denoiser, steps: int) -> None:
+        """Few steps leave little to skip; nobody should have to find that out by measuring."""
+        policy = denoiser.session.policy
+        if len(policy.plans()) < 2 or ((reused := most_reused(policy, steps)) and steps > FEW_STEPS):
+            return
+        which = f" (steps {', '.join(map(str, reused))}, counted from 0)" if reused else ""
+        least = "the first step has nothing to reuse" if steps == 1 else "little can be skipped"
+        self.say(
+            f"{denoiser.name}: {steps} {'steps' if steps > 1 else 'step'}, so {least}: '{denoiser.settings.recipe.name}' reuses at most "
+            f"{len(reused)} of {steps}{which}",
+            key=f"few {denoiser.name} {steps}",
+        )
+
+
+def _fresh(settings: Settings) -> Settings:
+    """The same settings that have said nothing yet."""
+    return replace(settings, programs=[], _said=set())

@@ -1,0 +1,160 @@
+"""One denoiser of a pipeline: its session, and the switch in front of its forward."""
+
+from __future__ import annotations
+
+import threading
+import types
+import weakref
+from collections import Counter
+from collections.abc import Callable, Hashable
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from torch import nn
+
+from vdcache.api import Runner
+from vdcache.backends import Settings
+from vdcache.pipelines.foreign import places
+from vdcache.pipelines.override import Override, method_of
+from vdcache.runtime.session import Session
+
+__all__ = ["Denoiser", "Lanes", "Switch", "here"]
+
+
+class Listening(Protocol):
+    """A denoising loop that runs now."""
+
+    def call(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any: ...
+    def holds(self, module: nn.Module) -> bool: ...
+
+    lane_names: dict[int, str]
+
+
+class _Here(threading.local):
+    """The loops that run in this thread, the innermost last."""
+
+    def __init__(self) -> None:
+        self.loops: list[Any] = []
+
+    def of(self, module: nn.Module) -> Listening | None:
+        return next((loop for loop in reversed(self.loops) if loop.holds(module)), None)
+
+
+here = _Here()
+
+
+class Switch(Override):
+    """Stands where the forward of a module was, behind the hooks of offloading.
+
+    Within the loop of a pipeline that vdcache is applied to, the loop runs the forward; everywhere else it runs as ever.
+    """
+
+    __slots__ = ("users",)
+
+    def __init__(self, module: nn.Module, before: Callable[..., Any] | None) -> None:
+        super().__init__(module, "forward", before)
+        self.users: weakref.WeakSet[Any] = weakref.WeakSet()  # the pipelines that it serves
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module = self.owner
+        loop = here.of(module)
+        return self.plain(*args, **kwargs) if loop is None else loop.call(module, self.plain, args, kwargs)
+
+    @staticmethod
+    def on(module: nn.Module) -> Switch | None:
+        """The switch of a module, wherever hooks have moved it."""
+        return next((p.get() for p in places(module) if isinstance(p.get(), Switch)), None)
+
+    @staticmethod
+    def put_on(module: nn.Module) -> Switch:
+        """The switch of a module, put there if there is none: as far behind hooks as it goes."""
+        if (switch := Switch.on(module)) is not None:
+            return switch
+        place = list(places(module))[-1]
+        found = place.get()
+        own = found is None or _is_method(found, module)
+        switch = Switch(module, None if own else found)
+        place.put(switch)
+        return switch
+
+    def take_off(self) -> None:
+        for place in places(self.owner):
+            if place.get() is self:
+                first = place.held is self.owner.__dict__ and place.key == "forward"
+                place.put(self.before if self.before is not None or first else method_of(self.owner, "forward"))
+                return
+
+
+def _is_method(found: Any, module: nn.Module) -> bool:
+    """Whether this is no more than the class's method, as removed hooks and copies leave it."""
+    return isinstance(found, types.MethodType) and found.__self__ is module and found.__func__ is type(module).forward
+
+
+class Lanes(Override):
+    """Stands in front of `cache_context` and hears what the pipeline calls the lane."""
+
+    __slots__ = ()
+
+    @contextmanager
+    def __call__(self, name: str, **kwargs: Any) -> Any:
+        module = self.owner
+        loop = here.of(module)
+        with self.plain(name, **kwargs):
+            if loop is not None:
+                loop.lane_names[id(module)] = name
+            try:
+                yield
+            finally:
+                if loop is not None:
+                    loop.lane_names.pop(id(module), None)
+
+
+class Denoiser:
+    """One module that a pipeline may call in its loop.
+
+    Args:
+        name: of the component.
+        module: held weakly: the pipeline owns it.
+        settings: recipe and compiler.
+        runner: makes the compiled forward, shared among models of one class.
+    """
+
+    def __init__(
+        self, name: str, module: nn.Module, settings: Settings, runner: Callable[[Callable[..., Any]], Runner]
+    ) -> None:
+        self.name, self.settings = name, settings
+        self._module, self._runner = weakref.ref(module), runner
+        self._compiled: Runner | None = None
+        self.session: Session = settings.new_session()
+        self.helper = False  # another denoiser takes what it returns: a ControlNet
+        self.aside = ""  # why the loop that runs now is not cached
+        self.checked = False  # slots were looked for
+        self.step = -1  # of the loop, in which it was called last
+        self._labels: Counter[Hashable] = Counter()  # of this step
+
+    @property
+    def module(self) -> Any:
+        return self._module()
+
+    def at_step(self, step: int, timestep: float | None) -> None:
+        """Be at a step of the loop."""
+        if self.step != step:
+            self.step = step
+            self._labels.clear()
+            self.session.step(timestep)
+
+    def run(self, forward: Callable[..., Any], label: str | None, args: Any, kwargs: Any) -> Any:
+        """One forward as one lane of the step."""
+        if label is None:
+            lane: int | str = sum(self._labels.values())
+        else:
+            again = self._labels[label]
+            lane = f"{label} {again + 1}" if again else label
+        self._labels[label] += 1
+        self.session.lane(lane)
+        module = self.module
+        function = getattr(forward, "__func__", None)
+        bound = function is not None and getattr(forward, "__self__", None) is module
+        if self._compiled is None:
+            self._compiled = self._runner(function if bound else forward)  # type: ignore[arg-type]
+        return self._compiled(self.session, (module, *args) if bound else args, kwargs)

@@ -1,0 +1,229 @@
+"""One denoising loop of a pipeline: where it begins and ends, its steps, and whose they are."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from vdcache.ir.errors import ConfigError
+from vdcache.pipelines.denoiser import Denoiser, here
+from vdcache.pipelines.foreign import boundary
+from vdcache.pipelines.override import Override
+
+if TYPE_CHECKING:
+    from vdcache.pipelines.applied import Applied
+
+__all__ = ["Bar", "Bars", "Loop"]
+
+
+class Loop:
+    """One run of the denoising loop.
+
+    It begins when the pipeline asks for its progress bar and ends with that bar, however it ends. Within it a step ends with
+    the scheduler's `step`.
+
+    Args:
+        applied: the pipeline's.
+        total: steps that the pipeline announces.
+        times: what it loops over, where it says so.
+    """
+
+    def __init__(self, applied: Applied, total: int | None, times: Any = None) -> None:
+        self.applied = applied
+        self.thread = threading.get_ident()
+        self.lane_names: dict[int, str] = {}
+        self._steppers = [Steps(s, self) for s in applied.schedulers()]
+        given = _floats(times)
+        self.times = given if given is not None else evaluations([s.owner for s in self._steppers], total)
+        self._edge = boundary(applied.pipe, [s.owner for s in self._steppers])
+        self.index = -1
+        self._between = True  # the next call of a denoiser begins a step
+        self._begun: list[Denoiser] = []
+        self._ran: list[tuple[float, str]] = []  # timestep and denoiser of every step
+        self._made: dict[int, tuple[Tensor, Denoiser]] = {}  # what the modules of this step returned, where there are several
+        self.over = False
+
+    # ---- begin and end ---------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        here.loops.append(self)
+        for stepper in self._steppers:
+            stepper.install()
+
+    def end(self) -> None:
+        if self.over:
+            return
+        self.over = True
+        if self in here.loops:
+            here.loops.remove(self)
+        for stepper in self._steppers:
+            stepper.uninstall()
+        for denoiser in self._begun:
+            denoiser.session.end()
+        helpers = {d.name for d in self._begun if d.helper}
+        if self.index == len(self.times) - 1:  # it was not cut short
+            self.applied.experts.learn([(t, name) for t, name in self._ran if name not in helpers])
+        self._made.clear()
+
+    def stepped(self, stepper: Steps) -> None:
+        """A scheduler went on."""
+        if self._between and stepper is self._steppers[0]:  # a step of a denoiser that is none of ours
+            self.index += 1
+        self._between = True
+
+    # ---- one call of a denoiser --------------------------------------------------------------------------------------
+
+    def holds(self, module: nn.Module) -> bool:
+        return self.applied.denoiser(module) is not None
+
+    def call(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run a forward: through the compiled one, at its place in the generation."""
+        denoiser = self.applied.denoiser(module)
+        if self.over or denoiser is None or denoiser.helper:
+            return forward(*args, **kwargs)
+        if self._between:
+            self._between, self.index = False, self.index + 1
+            self._made.clear()
+        self._find_helpers(denoiser, args, kwargs)
+        if denoiser not in self._begun:
+            self._begin(denoiser)
+        if denoiser.aside:
+            return forward(*args, **kwargs)
+        if denoiser.step != self.index and self.index < len(self.times):
+            self._ran.append((self.times[self.index], denoiser.name))
+        denoiser.at_step(self.index, self.times[self.index] if self.index < len(self.times) else None)
+        result = denoiser.run(forward, self.lane_names.get(id(module)), args, kwargs)
+        for leaf in pytree.tree_leaves(result) if len(self.applied.denoisers) > 1 else ():
+            if isinstance(leaf, Tensor):
+                self._made[id(leaf)] = leaf, denoiser
+        if not denoiser.checked:
+            denoiser.checked = True
+            self.applied.look_for_slots(denoiser)
+        return result
+
+    def _begin(self, denoiser: Denoiser) -> None:
+        self._begun.append(denoiser)
+        denoiser.step = -1
+        denoiser.aside = self.applied.foreign_cache(denoiser)
+        if denoiser.aside:
+            return
+        rest = self.times[self.index :]
+        steps = self.applied.experts.share(denoiser.name, rest, self._edge) if rest else max(1, len(self.times))
+        try:
+            denoiser.session.begin(steps)
+        except ConfigError as error:
+            if denoiser.settings.strict:
+                raise
+            denoiser.aside = str(error)
+            self.applied.say(
+                f"{denoiser.name}: '{denoiser.settings.recipe.name}' cannot be followed for {steps} {'steps' if steps > 1 else 'step'}, so all are computed: {error}"
+            )
+            return
+        self.applied.say_how_little(denoiser, steps)
+
+    def _find_helpers(self, denoiser: Denoiser, args: Any, kwargs: Any) -> None:
+        """What one module returns and another one takes within a step is no prediction: the former is left alone from now on."""
+        if not self._made:
+            return
+        for leaf in pytree.tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor) and (found := self._made.get(id(leaf))) is not None and found[1] is not denoiser:
+                found[1].helper = True
+                found[1].session.end()
+
+
+class Steps(Override):
+    """Stands in front of a scheduler's `step` while a loop runs."""
+
+    __slots__ = ("loop",)
+
+    def __init__(self, scheduler: Any, loop: Loop) -> None:
+        super().__init__(scheduler, "step", scheduler.__dict__.get("step"))
+        self.loop = loop
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        result = self.plain(*args, **kwargs)
+        self.loop.stepped(self)
+        return result
+
+
+class Bars(Override):
+    """Stands in front of a pipeline's `progress_bar`: every loop of diffusers asks for one when it begins."""
+
+    __slots__ = ("applied",)
+
+    def __init__(self, pipe: Any, applied: Applied) -> None:
+        super().__init__(pipe, "progress_bar", pipe.__dict__.get("progress_bar"))
+        self.applied = applied
+
+    def __call__(self, iterable: Any = None, total: int | None = None) -> Any:
+        bar = self.plain(iterable=iterable, total=total)
+        return Bar(bar, self.applied.begin(total, iterable))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy of the pipeline is cached as the pipeline is, with a state of its own."""
+        copied = memo.get(id(self.owner))
+        return self if copied is None else Bars(copied, self.applied.for_copy(copied))
+
+
+class Bar:
+    """The progress bar that the pipeline asked for, which also tells when the loop ends."""
+
+    def __init__(self, bar: Any, loop: Loop) -> None:
+        self._bar, self._loop = bar, loop
+
+    def __enter__(self) -> Any:
+        self._bar.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> Any:
+        self._loop.end()
+        return self._bar.__exit__(*error)
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from self._bar
+        finally:
+            self._loop.end()
+
+    def __len__(self) -> int:
+        return len(self._bar)
+
+    def close(self) -> None:
+        self._loop.end()
+        self._bar.close()
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("_bar", "_loop"):  # not there yet
+            raise AttributeError(name)
+        return getattr(self._bar, name)
+
+    def __del__(self) -> None:
+        self._loop.end()
+
+
+def evaluations(schedulers: Sequence[Any], total: int | None) -> list[float]:
+    """The timesteps that the loop will evaluate the model at.
+
+    A loop that starts from a picture leaves out the first ones, and schedulers of second order have two for most steps.
+    """
+    for scheduler in schedulers:
+        times = _floats(getattr(scheduler, "timesteps", None))
+        if times:
+            set_to = getattr(scheduler, "num_inference_steps", None) or total or len(times)
+            left_out = max(0, set_to - (total or set_to)) * getattr(scheduler, "order", 1)
+            return times[left_out:] or times
+    return [float("nan")] * (total or 0)
+
+
+def _floats(times: Any) -> list[float] | None:
+    """Timesteps as numbers of the host; None for what is no sequence of numbers."""
+    if times is None or not hasattr(times, "__len__"):
+        return None
+    try:
+        return [float(t) for t in (times.tolist() if hasattr(times, "tolist") else times)]
+    except (TypeError, ValueError):
+        return None
