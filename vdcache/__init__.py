@@ -158,6 +158,8 @@ if TYPE_CHECKING:
     from vdcache.passes.watching import debug
     from vdcache.patterns import anatomy
     from vdcache.patterns.facts import NoMatch
+    from vdcache.pipelines.applied import apply, remove
+    from vdcache.pipelines.summary import summary
     from vdcache.profiling.calibrate import Thresholds, calibrate
     from vdcache.profiling.errors import StepErrors, magnitudes, step_errors
     from vdcache.profiling.profiler import profile
