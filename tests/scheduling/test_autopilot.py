@@ -142,10 +142,6 @@ def test_a_new_session_without_num_steps_follows_once_it_knows_them():
     torch.testing.assert_close(result, by_hand(model, again.vdcache.calibration.schedule, 4))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="without num_steps a new process searches again what is on disk already: its length is known, and nobody looks",
-)
 def test_a_new_session_without_num_steps_searches_nothing_that_is_known(folder):
     quiet(generate, made(small()))
     (before,) = folder.glob("*.json")
@@ -239,9 +235,6 @@ def test_the_history_holds_what_the_user_ran():
     assert [(r.generation, r.step) for r in fast.vdcache.history] == [(0, s) for s in range(STEPS)]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="vdcache.record() is told of the generations that the search runs, as if the user had run them"
-)
 def test_a_recording_holds_what_the_user_ran():
     fast = torch.compile(small(), backend="vdcache", options={"num_steps": STEPS, "inner": "eager"})
     with vdcache.record() as history:
@@ -349,9 +342,6 @@ def test_another_shift_is_left_at_once_and_calibrated_next(folder):
     assert len(kept(folder)) == 2
 
 
-@pytest.mark.xfail(
-    strict=True, reason="timesteps that were left once are never followed again: every generation is calibrated anew"
-)
 def test_shifts_that_come_and_go_are_calibrated_once_each():
     model = small()
     fast = made(model)
@@ -364,10 +354,6 @@ def test_shifts_that_come_and_go_are_calibrated_once_each():
     assert results[-1] < STEPS
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="keys are kept by the identity of the first parameter: weights loaded in place follow the schedule of the old ones",
-)
 def test_weights_loaded_in_place_are_calibrated_anew(folder):
     model = small()
     fast = made(model)
@@ -401,10 +387,6 @@ def test_sizes_that_come_and_go_are_calibrated_once_each(folder):
         assert not heard and f"1×{tokens}×4" in fast.vdcache.calibration.key.sizes
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="a graph with symbolic sizes is given integers as well, and they are in the key: a size is calibrated once more when Dynamo makes it dynamic",
-)
 def test_sizes_are_calibrated_once_each(folder):
     fast = made(small())
     for tokens in (6, 5, 6):
@@ -412,10 +394,6 @@ def test_sizes_are_calibrated_once_each(folder):
     assert len(kept(folder)) == 2
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="the key of a dynamic graph differs from that of a static one, so a size is calibrated again where it comes second",
-)
 def test_a_size_is_known_to_another_process_that_met_other_sizes_first(folder):
     quiet(generate, made(small()))
     torch._dynamo.reset()
@@ -530,7 +508,6 @@ def test_unreadable_files_are_measured_again(text, folder):
 
 
 @pytest.mark.parametrize("times", [["a"] * STEPS, [1000.0], [None] * STEPS, "timesteps"], ids=str)
-@pytest.mark.xfail(strict=True, reason="a file whose timesteps are none raises out of the model's call")
 def test_files_with_other_timesteps_harm_no_generation(times, folder):
     model = small()
     quiet(generate, made(model))
@@ -541,9 +518,6 @@ def test_files_with_other_timesteps_harm_no_generation(times, folder):
     assert torch.equal(quiet(generate, made(small())), generate(model))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="an OSError of the cache folder is raised out of the model's last call, and the generation is lost"
-)
 def test_a_folder_that_cannot_be_written_costs_no_generation(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("VDCACHE_CACHE_DIR", str(tmp_path / "file"))
@@ -564,10 +538,6 @@ def test_a_model_that_returns_what_is_no_number_is_left_alone(folder):
     torch.testing.assert_close(quiet(generate, fast), generate(model), equal_nan=True, rtol=0, atol=0)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="a generation whose last step has fewer calls than its first is never calibrated, in silence, and recorded every time",
-)
 def test_guidance_in_some_steps_alone_is_said_or_calibrated():
     """Guidance intervals: two calls in the first steps, one in the others."""
     model = small()
@@ -589,10 +559,6 @@ def test_guidance_in_some_steps_alone_is_said_or_calibrated():
     assert heard or fast.vdcache.calibration is not None
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="a generation without a schedule is compared with the timesteps of the last calibration, which is given up for good",
-)
 def test_steps_without_a_schedule_do_not_spoil_those_with_one(folder):
     """What is computed in full for want of a schedule has nothing to do with the timesteps of one that is known."""
     fast = made(small(), None)
@@ -615,12 +581,7 @@ def test_steps_without_a_schedule_do_not_spoil_those_with_one(folder):
     "explicit",
     [
         False,
-        pytest.param(
-            True,
-            marks=pytest.mark.xfail(
-                strict=True, reason="under explicit control only the second step's timestep is compared, to 1 %"
-            ),
-        ),
+        True,
     ],
 )
 def test_a_slightly_other_shift_is_another(explicit, folder):

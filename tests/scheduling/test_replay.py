@@ -149,12 +149,7 @@ def test_replayed_is_what_really_happens(kind):
     [
         "adacache-moreg",
         "teacache",
-        pytest.param(
-            "fbcache",
-            marks=pytest.mark.xfail(
-                strict=True, reason="of two calls a step the first alone decides, and a replay adds up what both lanes probed"
-            ),
-        ),
+        "fbcache",
     ],
 )
 def test_lanes_are_added_up(kind):

@@ -104,20 +104,9 @@ def check(runner, least=90.0, seen=lambda x: x):
     return rerun
 
 
-REFUSED = pytest.mark.xfail(
-    strict=True,
-    raises=ConfigError,
-    reason="normal equations of nearly parallel outputs lose what a third-order update looks back for",
-)
-
-
 @pytest.mark.parametrize(
     ("sampler", "guidance"),
-    [
-        pytest.param(s, g, marks=REFUSED if s == "predictor-corrector" and g != "none" else ())
-        for s in LINEAR
-        for g in ("none", "calls", "batch")
-    ],
+    [(s, g) for s in LINEAR for g in ("none", "calls", "batch")],
 )
 def test_linear_samplers_are_told_from_one_generation(sampler, guidance):
     """The update after the last call is thrown away: what the model is given last is compared."""

@@ -124,7 +124,8 @@ class Program:
         self.guarded, self.steps = self._guard(pipeline)
         self.anatomy: Anatomy = anatomy(self.guarded)
         self._sites = tile_sites(self.guarded)
-        self.kind: Hashable = (frame, _structure(self.guarded))
+        self.structure = _structure(self.guarded)
+        self.kind: Hashable = (frame, self.structure)
 
         given = graph_inputs(captured.graph.graph)
         names = [n.name for n in given]

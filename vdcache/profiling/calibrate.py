@@ -90,6 +90,11 @@ class Thresholds:
         """
         rates = whole_numbers(rates, "rates")
         low, high = self.range
+        if not low < high and len(rates) > 1:
+            raise ConfigError(
+                f"every change that was measured is {low:.3g}, so there is no range to split over {len(rates)} rates; calibrate with more steps or "
+                "prompts"
+            )
         return Codebook(tuple((low + (high - low) * (i + 1) / len(rates), r) for i, r in enumerate(rates)))
 
     def with_rates(self, *rates: int) -> Recipe:

@@ -21,7 +21,7 @@ from vdcache.profiling.watched import checked_prompts, until_forgotten
 from vdcache.runtime.history import Record
 from vdcache.runtime.policies import Always, Policy
 from vdcache.scheduling.autopilot import cost_of_reuse
-from vdcache.scheduling.calibration import Key, key_of
+from vdcache.scheduling.calibration import Key, key_of, time_of, weights_of
 from vdcache.scheduling.choose import Scored, psnr_of
 from vdcache.scheduling.schedule import Schedule
 from vdcache.scheduling.table import Gathering, StepTable
@@ -94,6 +94,8 @@ class Loop:
         self._said = False  # how much memory it takes
         self._path = None if path is None else Path(path)
         self._products: list[np.ndarray] = []
+        self._prompts_text = [p if isinstance(p, (str, int, float)) else type(p).__name__ for p in self._given or [None]]
+        self._weights = weights_of(self._model.parameters()) if isinstance(self._model, torch.nn.Module) else ""
         self.scored = Scored(keep=lambda scored: self._keep())
         if self._path is not None and self._path.exists():
             self._resume(self._path)
@@ -134,8 +136,8 @@ class Loop:
             if program is not self._program:
                 self._program, self.reuse_cost = program, cost_of_reuse(way.fast.vdcache.graphs)
                 self._is(key_of(program, inputs, 0))
-            if entry.timestep is not None:
-                times[entry.step] = entry.timestep
+            if entry.step not in times:
+                times[entry.step] = time_of(program, inputs, entry.timestep)
             if not self._said and self._console is not None:
                 self._said = True
                 size = own.bytes / 2**20
@@ -246,7 +248,8 @@ class Loop:
             return
         data = {
             "vdcache search": 1,
-            "prompts": self.prompts,
+            "prompts": self._prompts_text,
+            "weights": self._weights,
             "key": None if self.key is None else asdict(self.key),
             "times": self.times,
             "held": self.held,
@@ -259,12 +262,14 @@ class Loop:
     def _resume(self, path: Path) -> None:
         try:
             data = json.loads(text_of(path))
-            prompts = int(data["prompts"])
+            prompts, weights = list(data["prompts"]), str(data["weights"])
             self._products = [np.array(p) for p in data["products"]]
             self.scored.known = {(tuple(c), int(o), int(p)): float(v) for c, o, p, v in data["scored"]}
             self.times, self.held, self.reuse_cost = tuple(data["times"]), int(data["held"]), float(data["reuse_cost"])
             self.key = Key(**{**data["key"], "times": tuple(data["key"]["times"])}) if data["key"] else None
         except (ValueError, TypeError, KeyError) as error:
             raise ConfigError(f"{self._what}: {path} holds no search; give another path, or delete it") from error
-        if prompts != self.prompts:
-            raise ConfigError(f"{self._what}: {path} is of {prompts} prompts, and {self.prompts} are given")
+        if prompts != self._prompts_text:
+            raise ConfigError(f"{self._what}: {path} is of the prompts {prompts}; given are {self._prompts_text}")
+        if weights != self._weights:
+            raise ConfigError(f"{self._what}: {path} was measured with another model; give another path, or delete it")

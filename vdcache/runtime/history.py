@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vdcache.ir.errors import ConfigError
+from vdcache.errors import ConfigError
 from vdcache.runtime.measures import Measured
 from vdcache.runtime.plan import RECOMPUTE, Plan
 

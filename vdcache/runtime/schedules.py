@@ -132,7 +132,7 @@ class Planned:
 
 def same_times(expected: Sequence[float], seen: Sequence[float]) -> bool:
     """Whether the timesteps so far are those that were expected, up to the rounding of 16-bit ones."""
-    return all(abs(a - b) <= 0.01 * abs(a) + 1e-4 for a, b in zip(expected, seen))
+    return all(abs(a - b) <= 0.0025 * abs(a) + 1e-4 for a, b in zip(expected, seen))
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,9 @@ from vdcache.ir.errors import ConfigError
 from vdcache.runtime.history import Record
 from vdcache.runtime.plan import RECOMPUTE
 from vdcache.runtime.policies import Always
-from vdcache.runtime.read import read
 from vdcache.runtime.schedules import same_times
 from vdcache.runtime.session import Session
-from vdcache.scheduling.calibration import Calibration, Key, find, keep, key_of, solver_of, versions
+from vdcache.scheduling.calibration import Calibration, Key, find, keep, key_of, time_of, versions
 from vdcache.scheduling.choose import Goal, Scored, choose
 from vdcache.scheduling.rerun import Recording, Rerun, Reruns
 from vdcache.scheduling.schedule import Schedule
@@ -32,18 +31,11 @@ ORDER = 1  # of the recipe's predictor
 class _Run:
     """One uncached generation as it goes."""
 
-    key: Key
     recording: Recording
     gathering: Gathering
-    times: list[float] = field(default_factory=list)
     calls: list[int] = field(default_factory=list)  # of each step
     inputs: Sequence[Any] = ()
     programs: dict[Any, None] = field(default_factory=dict)  # the graphs that ran
-
-    @property
-    def whole(self) -> bool:
-        """Whether the last step was called as often as the first."""
-        return len(self.calls) > 0 and self.calls[-1] == self.calls[0]
 
 
 class Autopilot:
@@ -63,12 +55,15 @@ class Autopilot:
     def __init__(self, session: Session, goal: Goal, *, strict: bool, say: Callable[[str, str], None]) -> None:
         self._session, self._goal, self._strict, self._say = session, goal, strict, say
         self._generation: int | None = None
-        self._now: _Run | None = None
-        self._keys: dict[tuple[int, int], Key] = {}  # by graph and parameters: what does not change with the run
-        self._misfits: set[Key] = set()  # calibrations whose timesteps turned out to be others
+        self._now: _Run | None = None  # the generation that is recorded
+        self._following: Calibration | None = None  # in this generation
+        self._key = Key("", 0, "")  # of this generation, without timesteps
+        self._times: list[float] = []  # of this generation's steps, as far as they are known
+        self._seen: dict[Key, tuple[float, ...]] = {}  # timesteps of the last generation of each key
+        self._found: list[Calibration] = []  # by this session, should the disk take none
         self._hopeless: set[Key] = set()
         self._before: set[Any] = set()  # graphs of which nobody knows the step
-        self.calibration: Calibration | None = None  # in force, or the last that was
+        self.calibration: Calibration | None = None  # the last that was found
         session.prepare = lambda steps: Always()
 
     def __call__(
@@ -77,15 +72,19 @@ class Autopilot:
         if not self._session.follows(program):  # it runs before the step is known, and is computed whatever the plan
             self._before.add(program)
             return
-        if record.generation != self._generation:
+        new = record.generation != self._generation
+        if new:
+            self._end()
+        if record.step == len(self._times) and (self._now or new or record.timestep is not None or record.step < 2):
+            self._times.append(time_of(program, inputs, record.timestep))  # else it would wait for the device
+        if new:
             self._begin(program, inputs, record)
-        run = self._now
-        if run is None:
-            self._check(program, inputs, record)
+        if self._now is None:
+            self._check(record.step)
             return
+        run = self._now
         while len(run.calls) <= record.step:
             run.calls.append(0)
-            run.times.append(self._time(program, inputs, record))
         run.gathering.add(record.lane, run.calls[record.step], {n: kept[n] for n in program.slots if n in kept})
         run.calls[record.step] += 1
         run.programs[program] = None
@@ -97,70 +96,79 @@ class Autopilot:
         if record.step == 0 and run.calls[0] == 1:
             size = (run.gathering.will_hold() + run.recording.bytes * (steps or 50)) / 2**20
             self._say(
-                f"calibrating {run.key}",
+                f"calibrating {self._key}",
                 f"vdcache: no schedule is known for this model, number of steps and size: this generation is computed in full and keeps "
                 f"{size:.0f} MiB beside. When it ends, schedules are tried on it, once, for about the time of two generations; from then on the best "
                 f"is followed ({self._goal}).",
             )
-        if steps is not None and record.step == steps - 1 and run.whole:
+        if steps is not None and record.step == steps - 1 and run.calls[-1] == run.calls[0]:
             self._finish()
 
-    def _begin(self, program: Any, inputs: Sequence[Any], record: Record) -> None:
-        """A generation starts: finish what the one before left, and follow what is known."""
-        session = self._session
-        if self._now is not None and session.num_steps == len(self._now.calls) and self._now.whole:
-            self._finish()  # its length was not known before
-        elif (run := self._now) is not None and len(run.calls) < (session.num_steps or 0):
+    def _end(self) -> None:
+        """A generation has ended, or was given up."""
+        run, steps = self._now, self._session.num_steps
+        if self._times:
+            self._seen[self._key] = tuple(self._times)
+        if run is not None and steps == len(run.calls):
+            self._finish()  # its length was not known before, or its last step was called less often than the first
+        elif run is not None and len(run.calls) < (steps or 0):
             self._say(
-                f"short {run.key}",
-                f"vdcache: a generation that was to calibrate ended after {len(run.calls)} of {session.num_steps} steps, and taught nothing. "
+                f"short {self._key}",
+                f"vdcache: a generation that was to calibrate ended after {len(run.calls)} of {steps} steps, and taught nothing. "
                 f"If this is its real number, pass num_steps={len(run.calls)}.",
             )
-        self._now, self._generation = None, record.generation
-        key = self._key(program, inputs, (self._time(program, inputs, record),))
-        if replace(key, times=()) in self._hopeless:
-            return
-        if session.num_steps is not None and (found := find(key, self._goal, self._misfits)) is not None:
-            self.calibration = found
-            session.follow(found.schedule.policy(found.key.times))
-            return
-        self._now = _Run(key, Recording(program), Gathering(session.num_steps))
+        self._now, self._following, self._times = None, None, []
 
-    def _check(self, program: Any, inputs: Sequence[Any], record: Record) -> None:
+    def _begin(self, program: Any, inputs: Sequence[Any], record: Record) -> None:
+        """Follow what is known, or record."""
+        self._generation = record.generation
+        steps = self._session.num_steps
+        self._key = key_of(program, inputs, steps or 0)
+        if self._key in self._hopeless:
+            return
+        expected = self._seen.get(self._key, ())
+        if not same_times(expected, self._times):
+            expected = tuple(self._times)
+        self._following = self._known(expected or tuple(self._times)) if steps is not None else None
+        if self._following is not None:
+            self.calibration = self._following
+            schedule = self._following.schedule
+            if (
+                record.timestep is None and schedule.steps > 1
+            ):  # what this generation's second timestep is, its second step tells
+                schedule = replace(schedule, computed=tuple(sorted({1, *schedule.computed})))
+            self._session.follow(schedule.policy(self._following.key.times))
+        else:
+            self._now = _Run(Recording(program), Gathering(steps))
+
+    def _known(self, times: Sequence[float]) -> Calibration | None:
+        """What was found before for this generation's key, by this session or any other, if its timesteps begin so."""
+        wanted = replace(self._key, times=tuple(times))
+        own = (c for c in reversed(self._found) if replace(c.key, times=()) == self._key and same_times(c.key.times, times))
+        return next(own, None) or find(wanted, self._goal)
+
+    def _check(self, step: int) -> None:
         """A calibration whose timesteps are not those of this generation is left."""
-        followed = self.calibration
-        explicit = record.timestep is None
-        if followed is None or record.step >= len(followed.key.times) or (explicit and record.step > 1):
+        left = self._following
+        if left is None or step >= len(self._times) or same_times(left.key.times, self._times):
             return
-        if not same_times(followed.key.times[record.step : record.step + 1], [self._time(program, inputs, record)]):
-            self._misfits.add(followed.key)
-            self._session.follow(Always())
-            self._say(
-                f"other timesteps {followed.key}",
-                f"vdcache: the timesteps of this generation are not those of the calibration from step {record.step} on (another solver, "
-                "or another shift): the rest is computed in full, and the next generation is calibrated.",
-            )
-
-    def _key(self, program: Any, inputs: Sequence[Any], times: tuple[float, ...]) -> Key:
-        who = id(program), next((id(inputs[i]) for i in program.static), 0)
-        steps = self._session.num_steps or 0
-        if who not in self._keys:
-            self._keys[who] = key_of(program, inputs, steps)
-        return replace(self._keys[who], steps=steps, times=times, sizes=key_of(program, inputs, steps).sizes)
-
-    @staticmethod
-    def _time(program: Any, inputs: Sequence[Any], record: Record) -> float:
-        """The timestep: of the clock, or read where the caller keeps the clock."""
-        if record.timestep is not None:
-            return record.timestep
-        value = next((inputs[i] for i in program.clocks), 0.0)
-        return max(read([value])[0][0]) if isinstance(value, Tensor) else float(value)
+        self._following = None
+        self._session.follow(Always())
+        self._say(
+            f"other timesteps {left.key}",
+            f"vdcache: the timesteps of this generation are not those of the calibration from step {step} on (another solver, "
+            "or another shift): the rest is computed in full, and the next generation is calibrated where nothing fits it.",
+        )
 
     def _finish(self) -> None:
         run, self._now = self._now, None
         assert run is not None
-        key = replace(run.key, steps=len(run.calls), times=())
+        self._key = key = replace(self._key, steps=len(run.calls))  # which was not known before
+        self._seen[key] = tuple(self._times)
         try:
+            if (known := self._known(self._times)) is not None:
+                self.calibration = known
+                return
             self.calibration = self._calibrated(run)
         except Exception as error:  # noqa: BLE001: it is the user's generation, and it is done: nothing here may lose it
             if self._strict:
@@ -171,10 +179,12 @@ class Autopilot:
                 f"vdcache: no schedule was found, and every step is computed: {error or type(error).__name__}",
             )
             return
-        where = keep(self.calibration)
-        self._say(
-            f"calibrated {key}", f"vdcache: calibrated in {self.calibration.seconds:.0f} s: {self.calibration}\nkept in {where}"
-        )
+        self._found.append(self.calibration)
+        try:
+            where = f"kept in {keep(self.calibration)}"
+        except OSError as error:
+            where = f"not kept for other processes: {error}"
+        self._say(f"calibrated {key}", f"vdcache: calibrated in {self.calibration.seconds:.0f} s: {self.calibration}\n{where}")
 
     def _calibrated(self, run: _Run) -> Calibration:
         began = time.perf_counter()
@@ -192,9 +202,8 @@ class Autopilot:
             note = f"chosen by the table of steps alone, because {error}"
         scored = Scored()
         schedule = choose(table, Reruns([rerun]) if rerun else None, self._goal, orders=[ORDER], reuse_cost=cost, scored=scored)
-        solver = solver_of(rerun.solver) if rerun else ""
         return Calibration(
-            key=replace(run.key, steps=steps, times=tuple(run.times), solver=solver),
+            key=replace(self._key, times=tuple(self._times)),
             goal=self._goal,
             schedule=schedule,
             products=tuple(tuple(map(tuple, g)) for g in table.products.tolist()),

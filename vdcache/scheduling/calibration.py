@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vdcache.ir.checks import number, whole
 from vdcache.ir.errors import ConfigError
 from vdcache.ir.files import cache_folder, saved, text_of, write_aside
+from vdcache.runtime.read import read
 from vdcache.runtime.schedules import same_times
 from vdcache.scheduling.choose import Goal
 from vdcache.scheduling.schedule import Schedule, candidates_up_to
 from vdcache.scheduling.table import StepTable
 
-__all__ = ["Calibration", "Key", "find", "folder", "keep", "key_of", "solver_of", "versions"]
-
-SAMPLED = 8  # parameters, and as many numbers of each, that tell one model from another of the same form
+__all__ = ["Calibration", "Key", "find", "folder", "keep", "key_of", "time_of", "versions", "weights_of"]
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,19 @@ class Key:
         steps: of a generation.
         sizes: shapes and types of what the model is given.
         times: timesteps of the generation; empty where they are not known.
-        solver: a digest of the sampler's updates; empty where they could not be told.
+
+    Raises:
+        ConfigError: timesteps that are none, or not one a step.
     """
 
     model: str
     steps: int
     sizes: str
     times: tuple[float, ...] = ()
-    solver: str = ""
+
+    def __post_init__(self) -> None:
+        whole(self.steps, "the number of steps that a calibration is for")
+        object.__setattr__(self, "times", tuple(number(t, "a timestep is a number") for t in self.times))
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,13 @@ class Calibration:
     seconds: float = 0.0
     note: str = ""
     versions: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.key.steps != self.schedule.steps or len(self.key.times) not in (0, self.key.steps):
+            raise ConfigError(
+                f"a calibration for {self.key.steps} steps has a schedule of as many and a timestep for each, or none; got "
+                f"{self.schedule.steps} and {len(self.key.times)}"
+            )
 
     @property
     def table(self) -> StepTable:
@@ -144,48 +156,48 @@ def _stem(key: Key, goal: Goal) -> str:
 
 
 def keep(found: Calibration) -> Path:
-    """Write a calibration where `find` looks; one of another solver stays beside it."""
-    path = folder() / f"{_stem(found.key, found.goal)}-{_digest(found.key.times, found.key.solver)}.json"
+    """Write a calibration where `find` looks; one for other timesteps stays beside it."""
+    path = folder() / f"{_stem(found.key, found.goal)}-{_digest([f'{t:.4g}' for t in found.key.times])}.json"
     write_aside(path, found.to_json())
     return path
 
 
-def find(key: Key, goal: Goal, without: Iterable[Key] = ()) -> Calibration | None:
-    """The newest calibration for this model, number of steps, sizes and goal, whose timesteps begin as `key` says.
-
-    Args:
-        without: keys that turned out not to hold.
-    """
+def find(key: Key, goal: Goal) -> Calibration | None:
+    """The newest calibration for this model, number of steps, sizes and goal, whose timesteps begin as those of `key`."""
     known = []
     for path in folder().glob(f"{_stem(key, goal)}-*.json"):
         try:
-            one = Calibration.from_json(path)
+            one, when = Calibration.from_json(path), path.stat().st_mtime
         except (ConfigError, OSError):
             continue  # of another version, or half gone: it is measured again
-        fits = one.key.sizes == key.sizes and one.goal == goal and one.schedule.steps == key.steps
-        if fits and same_times(one.key.times, key.times) and one.key not in set(without):
-            known.append((path.stat().st_mtime, one))
+        same = replace(one.key, times=()) == replace(key, times=()) and one.goal == goal
+        if same and same_times(one.key.times, key.times):
+            known.append((when, one))
     return max(known, key=lambda k: k[0])[1] if known else None
 
 
 def key_of(program: Any, inputs: Sequence[Any], steps: int) -> Key:
-    """What a calibration of this graph, with these parameters and sizes, holds for."""
+    """What a calibration of this graph, with these parameters and sizes, holds for; the timesteps come later."""
+    given = (inputs[i] for i in program.activations if isinstance(inputs[i], Tensor))
+    sizes = " ".join(f"{'×'.join(map(str, v.shape))}:{str(v.dtype).removeprefix('torch.')}" for v in given)
     params = [inputs[i] for i in program.static if isinstance(inputs[i], Tensor)]
-    forms = [(tuple(p.shape), str(p.dtype)) for p in params]
-    some = [p for p in params if p.is_floating_point()][:: max(1, len(params) // SAMPLED)][:SAMPLED]
-    numbers = [p.detach().reshape(-1)[:SAMPLED].double().cpu().tolist() for p in some]
-    targets = [n.target for n in program.guarded.graph.nodes if n.op == "call_function"]
-    nodes = [str(t) if isinstance(t, torch._ops.OpOverload) else getattr(t, "__name__", "") for t in targets]
-    sizes = " ".join(
-        f"{'×'.join(map(str, v.shape))}:{str(v.dtype).removeprefix('torch.')}" if isinstance(v, Tensor) else type(v).__name__
-        for v in (inputs[i] for i in program.activations)
-    )
-    return Key(_digest(nodes, forms, numbers), steps, sizes)
+    return Key(_digest(program.structure, weights_of(params)), steps, sizes)
 
 
-def solver_of(updates: Sequence[Sequence[float]]) -> str:
-    """A digest of a sampler's updates: their weights, roughly."""
-    return _digest([[round(w, 2) + 0.0 for w in u] for u in updates])
+def weights_of(params: Iterable[Tensor]) -> str:
+    """A digest of parameters: the form of each, its first number and its last."""
+    params = [p.detach() for p in params]
+    some = [p[(at,) * p.dim()] for p in params if p.numel() and not p.is_meta for at in (0, -1)]
+    numbers, _ = read([s.float() for s in some])
+    return _digest([(tuple(p.shape), str(p.dtype)) for p in params], numbers)
+
+
+def time_of(program: Any, inputs: Sequence[Any], timestep: float | None) -> float:
+    """The timestep of a call: of the session's clock, or read where the caller keeps the clock."""
+    if timestep is not None:
+        return timestep
+    value = next((inputs[i] for i in program.clocks), 0.0)
+    return max(read([value])[0][0]) if isinstance(value, Tensor) else float(value)
 
 
 def versions() -> dict[str, str]:

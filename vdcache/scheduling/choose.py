@@ -150,9 +150,14 @@ def choose(
             return found[0]
         if runs is None:
             return _trusted(table, count, orders)
-        best = _nearest(runs, found, scored, tries, BUDGET * runs.prompts)
-        if (best.psnr or 0) >= goal.floor_db:
+        budget = BUDGET * runs.prompts
+        if not goal.floor_db:
+            best = _nearest(runs, found, scored, tries, budget)
+            if best.psnr == -math.inf:
+                raise ConfigError(f"every schedule of {count} of {table.steps} steps that was tried gives what is not a number")
             return best
+        if (_nearest(runs, found, scored, 1, budget).psnr or 0) >= goal.floor_db:
+            return _nearest(runs, found, scored, tries, budget)
         try:
             return _fewest(table, runs, goal.floor_db, orders, scored, tries, above=count)
         except ConfigError:  # few steps leave little to skip
@@ -197,34 +202,50 @@ def _fewest(
     tries: int | None,
     above: int = 0,
 ) -> Schedule:
-    """The fewest computed steps that reach a quality.
+    """The fewest computed steps that reach a quality: found on the first prompt, then seen on all.
 
     How good a number of steps will be is told from those that were run: PSNR falls by 20 log10 of the predicted error.
     """
-    ranked = dict(enumerate(candidates_up_to(table, max(1, table.steps - 1), orders), start=1))
+    steps, many = table.steps, tries or 1
+    ranked = dict(enumerate(candidates_up_to(table, max(1, steps - 1), orders), start=1))
+    left = BUDGET * runs.prompts - sum(len(c) / steps for c, _, _ in scored.known)
     seen: dict[int, Schedule] = {}
-    low, high = above, table.steps  # what is known to fail, and to be good enough
+    low, high = above, steps  # what is known to fail, and to be good enough
+
+    def cost(count: int, prompts: int) -> float:
+        return prompts * many * count / steps
+
     middle = (low + high) // 2
     while high - low > 1:
-        tried = ranked[middle]
-        seen[middle] = _nearest(runs, tried, scored, tries or 1, math.inf)
-        if (seen[middle].psnr or 0) >= quality:
-            high = middle
-        else:
-            low = middle
-        measured = seen[middle]
+        if tries is None and cost(middle, 1) + cost(max(middle, high % steps), runs.prompts - 1) > left:
+            break
+        left -= cost(middle, 1)
+        seen[middle] = near = _nearest(_First(runs), ranked[middle], scored, many, math.inf)
+        good = (near.psnr or 0) >= quality
+        low, high = (low, middle) if good else (middle, high)
+        shift = (near.psnr or 0) + 20 * math.log10(max(near.error, 1e-12))
+        guessed = [c for c in range(low + 1, high) if shift - 20 * math.log10(max(ranked[c][0].error, 1e-12)) >= quality]
+        middle = min(guessed, default=high - 1)
+    while high < steps:  # the first prompt may be an easy one
+        seen[high] = _nearest(runs, ranked[high], scored, many, math.inf)
+        if (seen[high].psnr or 0) >= quality:
+            return seen[high]
+        left -= cost(high, runs.prompts - 1)
+        high += 1
+        if tries is None and cost(high, runs.prompts) > left:
+            break
+    best = max(seen.values(), key=lambda s: -math.inf if s.psnr is None else s.psnr, default=None)
+    reached = f"{best.psnr:.1f} dB with {len(best.computed)} of {steps} steps" if best is not None else "nothing"
+    untried = "" if low >= steps - 1 or high < steps else f" (more than {max(low, above)} computed steps were not tried)"
+    raise ConfigError(f"no schedule of {steps} steps reaches {quality:g} dB; the best reached is {reached}{untried}")
 
-        def guess(count: int, near: Schedule = measured) -> float:
-            return (near.psnr or 0) + 20 * math.log10(max(near.error, 1e-12) / max(ranked[count][0].error, 1e-12))
 
-        inside = [c for c in range(low + 1, high) if guess(c) >= quality]
-        middle = min(inside, default=(low + 1 + high) // 2 if high - low > 1 else low)
-        middle = min(max(middle, low + 1), max(high - 1, low + 1))
-    if high == table.steps:
-        best = max(seen.values(), key=lambda s: -math.inf if s.psnr is None else s.psnr, default=None)
-        reached = f"{best.psnr:.1f} dB with {len(best.computed)} of {table.steps} steps" if best is not None else "nothing"
-        raise ConfigError(f"no schedule of {table.steps} steps reaches {quality:g} dB; the best reached is {reached}")
-    return seen[high]
+class _First:
+    """The first prompt alone."""
+
+    def __init__(self, runs: Runs) -> None:
+        self.of, self.wanted = runs.of, runs.wanted
+        self.prompts = 1
 
 
 def psnr_of(a: Tensor, b: Tensor) -> float:

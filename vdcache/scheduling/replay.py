@@ -89,8 +89,10 @@ class Watching:
             )
         steps = lengths.pop()
         pairs: dict[str, dict[tuple[int, int], Measured]] = {}
-        for name, lanes in self._held.items():
+        for name, own in self._held.items():
             layout, found = self._layouts[name], {}
+            # A step is decided in its first lane; what is observed is added up when all of them are done.
+            lanes = dict(list(own.items())[:1]) if name in self._since else own
             elements = sum(v[0].numel() for v in lanes.values())
             for late in range(1, steps):
                 for early in range(late):

@@ -259,7 +259,7 @@ def _fitted(latents: Sequence[Tensor], outputs: Sequence[Sequence[Tensor]], step
         gram, right = (terms @ terms.T).cpu(), (terms @ wanted).cpu()
         scale = gram.diagonal().clamp_min(1e-300).sqrt()
         solved = torch.linalg.lstsq(
-            gram / scale[:, None] / scale, (right / scale)[:, None], driver="gelsd", rcond=1e-10
+            gram / scale[:, None] / scale, (right / scale)[:, None], driver="gelsd", rcond=1e-13
         ).solution[:, 0]
         weights = solved / scale
         missed = float((terms.T @ weights.to(terms.device) - wanted).norm())
