@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 
+import onnx
 import pytest
 
 from tests.exporting.packages import call
 from vdcache.errors import CacheStateError, ConfigError
-from vdcache.exporting.manifest import Manifest
+from vdcache.exporting.manifest import Manifest, facts_of
 from vdcache.runtime_onnx import OnnxRunner
 
 
@@ -110,6 +112,21 @@ def test_a_link_that_leaves_the_folder(copy):
     (copy / "weights.bin").rename(copy.parent / "elsewhere.bin")
     (copy / "weights.bin").symlink_to(copy.parent / "elsewhere.bin")
     refused(copy, r"weights\.bin is a link out of the package's folder")
+
+
+def test_a_graph_whose_weights_lie_outside_the_folder(copy):
+    """Even where the manifest was changed with it."""
+    (copy.parent / "secret.bin").write_bytes((copy / "weights.bin").read_bytes())
+    found = onnx.load(copy / "recompute.onnx", load_external_data=False)
+    for initializer in found.graph.initializer:
+        for entry in initializer.external_data:
+            if entry.key == "location":
+                entry.value = "../secret.bin"
+    (copy / "recompute.onnx").write_bytes(found.SerializeToString())
+    files = json.loads((copy / "manifest.json").read_text())["files"]
+    files["recompute.onnx"] = asdict(facts_of(copy / "recompute.onnx"))
+    changed(copy, files=files)
+    refused(copy, r"onnxruntime .* does not take .*recompute\.onnx: .*escapes")
 
 
 def test_another_kind(copy):
