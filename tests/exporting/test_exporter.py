@@ -67,6 +67,14 @@ def test_a_model_without_anything_to_reuse(tmp_path):
         export(tmp_path, model=nn.Linear(4, 4), args=call()[:1])
 
 
+def test_a_model_without_weights(tmp_path):
+    kind = type(model())
+    with torch.device("meta"):
+        bare, args = kind(), tuple(torch.empty(v.shape) for v in call())
+    with pytest.raises(vdcache.ConfigError, match="TinyDiT is on the meta device, so it has no weights to export"):
+        export(tmp_path, model=bare, args=args)
+
+
 def odd_loop(model, noise, text):
     for _ in range(STEPS + 1):
         noise = noise - model(noise, torch.ones(1), text)

@@ -163,6 +163,8 @@ def fixed(
     model = original(model)
     name = type(model).__name__ if isinstance(model, nn.Module) else getattr(model, "__name__", "model")
     found = whole(model if isinstance(model, nn.Module) else _Module(model), tuple(args), dict(kwargs or {}))
+    if any(v.is_meta for v in found.state.values()):
+        raise ConfigError(f"{name} is on the meta device, so it has no weights to export: load them first")
     signature = found.captured.signature
     if signature.mutations:
         raise ConfigError(f"{name} writes into its inputs or buffers, which a graph without state cannot do")
