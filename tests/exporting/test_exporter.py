@@ -32,10 +32,11 @@ def export(tmp_path, **changed):
         ({"num_steps": 8}, "the schedule is for 6 steps, and num_steps is 8"),
         ({"schedule": "adacache-fast", "num_steps": 6}, "'adacache-fast' decides while it runs what to reuse"),
         ({"schedule": "fbcache-0.1", "num_steps": 6}, "'fbcache-0.1' decides while it runs what to reuse"),
+        ({"schedule": "every-3", "num_steps": 1}, "'every-3' reuses nothing in a generation of 1 steps"),
         ({"format": "onnx-unrolled"}, "give loop and inputs"),
         ({"loop": loop}, "loop and inputs belong together"),
     ],
-    ids=["format", "form", "list", "recipe", "name", "steps", "adaptive", "probing", "unrolled", "loop"],
+    ids=["format", "form", "list", "recipe", "name", "steps", "adaptive", "probing", "idle", "unrolled", "loop"],
 )
 def test_refusals(tmp_path, changed, message):
     with pytest.raises(vdcache.ConfigError, match=message):

@@ -236,6 +236,8 @@ def _plans(program: Program, recipe: Recipe, steps: int) -> list[Plan]:
         raise ConfigError(
             f"'{recipe.name}' finds nothing to reuse in this model: {'; '.join(reasons) or 'it shows no residual stream'}"
         )
+    if any(policy.plans()) and not any(plans):
+        raise ConfigError(f"'{recipe.name}' reuses nothing in a generation of {steps} steps, so there is nothing to export")
     return plans
 
 

@@ -85,7 +85,7 @@ def _weight(what: Fixed, position: int) -> str:
 
 
 def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors that share no storage, as safetensors asks for."""
+    """Tensors that share no storage, as safetensors needs them."""
     seen: set[int] = set()
     found = {}
     for name, value in state.items():
