@@ -18,7 +18,7 @@ ALLOWED = {
     "ir": {"ir", "errors"},
     "patterns": {"ir", "patterns"},
     "passes": {"ir", "patterns", "passes"},
-    "runtime": {"ir", "runtime"},
+    "runtime": {"errors", "ir", "runtime"},
     "backends": {"ir", "patterns", "passes", "runtime", "backends", "recipe", "methods", "scheduling"},
     "recipe": {"ir", "passes", "runtime"},
     "methods": {"ir", "passes", "runtime", "recipe", "methods"},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -18,6 +18,8 @@ from vdcache.errors import VdcacheError
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from vdcache.runtime.history import Record
 
 __all__ = ["add_to"]
 
@@ -123,15 +125,16 @@ def run(
             _gif(out, results)
         else:
             np.savez(out, **results)  # type: ignore[arg-type]
-    records = runner.history.generation()
-    computed, reused = ([r.seconds for r in records if r.computed is kind] for kind in (True, False))
-    parts = [
-        f"{len(times)} calls {what}, {1e3 * median(times):.1f} ms each"
-        for what, times in (("computed", computed), ("reused", reused))
-        if times
+    Console().print(f"{_times(runner.history.generation(), runner.manifest.form)}; written: {out}")
+
+
+def _times(records: Sequence[Record], form: str) -> str:
+    if form == "unrolled":  # one run, whose steps cannot be told apart
+        return f"{len(records)} calls in one graph, {sum(r.seconds for r in records):.2f} s"
+    kinds = [
+        (what, [r.seconds for r in records if r.computed is kind]) for kind, what in ((True, "computed"), (False, "reused"))
     ]
-    one = " (the loop is one graph: a mean)" if runner.manifest.form == "unrolled" else ""
-    Console().print(f"{'; '.join(parts)}{one}; written: {out}")
+    return "; ".join(f"{len(times)} calls {what}, {1e3 * median(times):.1f} ms each" for what, times in kinds if times)
 
 
 def verify(

@@ -5,8 +5,15 @@ from __future__ import annotations
 import shutil
 
 import pytest
+import torch
 
 from tests.exporting.packages import FORMATS, exported
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    """Verifying compiles, and Dynamo counts what it compiled of one forward over all tests."""
+    torch._dynamo.reset()
 
 
 @pytest.fixture(scope="session")

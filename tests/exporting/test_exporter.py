@@ -32,10 +32,11 @@ def export(tmp_path, **changed):
         ({"num_steps": 8}, "the schedule is for 6 steps, and num_steps is 8"),
         ({"schedule": "adacache-fast", "num_steps": 6}, "'adacache-fast' decides while it runs what to reuse"),
         ({"schedule": "fbcache-0.1", "num_steps": 6}, "'fbcache-0.1' decides while it runs what to reuse"),
+        ({"schedule": "every-3", "num_steps": 1}, "'every-3' reuses nothing in a generation of 1 steps"),
         ({"format": "onnx-unrolled"}, "give loop and inputs"),
         ({"loop": loop}, "loop and inputs belong together"),
     ],
-    ids=["format", "form", "list", "recipe", "name", "steps", "adaptive", "probing", "unrolled", "loop"],
+    ids=["format", "form", "list", "recipe", "name", "steps", "adaptive", "probing", "idle", "unrolled", "loop"],
 )
 def test_refusals(tmp_path, changed, message):
     with pytest.raises(vdcache.ConfigError, match=message):
@@ -65,6 +66,14 @@ def test_a_step_that_reuses_what_was_never_computed(tmp_path):
 def test_a_model_without_anything_to_reuse(tmp_path):
     with pytest.raises(vdcache.ConfigError, match="finds nothing to reuse in this model"):
         export(tmp_path, model=nn.Linear(4, 4), args=call()[:1])
+
+
+def test_a_model_without_weights(tmp_path):
+    kind = type(model())
+    with torch.device("meta"):
+        bare, args = kind(), tuple(torch.empty(v.shape) for v in call())
+    with pytest.raises(vdcache.ConfigError, match="TinyDiT is on the meta device, so it has no weights to export"):
+        export(tmp_path, model=bare, args=args)
 
 
 def odd_loop(model, noise, text):

@@ -163,6 +163,8 @@ def fixed(
     model = original(model)
     name = type(model).__name__ if isinstance(model, nn.Module) else getattr(model, "__name__", "model")
     found = whole(model if isinstance(model, nn.Module) else _Module(model), tuple(args), dict(kwargs or {}))
+    if any(v.is_meta for v in found.state.values()):
+        raise ConfigError(f"{name} is on the meta device, so it has no weights to export: load them first")
     signature = found.captured.signature
     if signature.mutations:
         raise ConfigError(f"{name} writes into its inputs or buffers, which a graph without state cannot do")
@@ -234,6 +236,8 @@ def _plans(program: Program, recipe: Recipe, steps: int) -> list[Plan]:
         raise ConfigError(
             f"'{recipe.name}' finds nothing to reuse in this model: {'; '.join(reasons) or 'it shows no residual stream'}"
         )
+    if any(policy.plans()) and not any(plans):
+        raise ConfigError(f"'{recipe.name}' reuses nothing in a generation of {steps} steps, so there is nothing to export")
     return plans
 
 

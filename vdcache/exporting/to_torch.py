@@ -54,6 +54,8 @@ def _write(
 ) -> Written:
     if around is not None:
         raise ConfigError("a loop is exported to ONNX alone; where there is torch, the loop that you have calls the runner")
+    if elsewhere := {v.device for v in (*what.examples, *what.whole.state.values()) if v.device.type != "cpu"}:
+        raise ConfigError(f"pt2 and aoti packages are for the CPU, and the model is on {elsewhere.pop()}: export model.cpu()")
     graphs = []
     for variant in what.variants:
         on_progress(f"{doing} {variant.plan}")
