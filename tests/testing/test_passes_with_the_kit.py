@@ -399,6 +399,8 @@ def test_head_and_tail_compute_what_the_whole_does(tiny):
         assert sums.shape == (3,) and torch.isclose(sums[2], value.abs().sum())
     assert "probe(" not in dump(head.graph) + dump(tail.graph)
     assert "guard(" not in dump(head.graph)
+    for part in (probed, head.graph, tail.graph):
+        assert_round_trip(part)
 
 
 def test_a_head_with_an_effect_is_refused():
