@@ -324,7 +324,8 @@ def test_what_is_kept_is_dense_and_of_its_type():
 return (%5)"""
     assert "clone(%3, memory_format=torch.contiguous_format)" in dump(variant(text))
     reuse = variant(text, ["all"], Taylor(1))
-    assert "f32[4,3]" in dump(reuse) and dump(reuse).splitlines()[-2].endswith("bf16[4,3]")
+    assert "f32[4,3]" in dump(reuse)
+    assert_round_trip(reuse)  # what follows the prediction has the type that it had: types are worked out anew
 
 
 def test_observations_are_measured_where_their_group_is_computed():
