@@ -186,7 +186,7 @@ BUGS = (
     ),
     _passes("a copy that the caller gets dropped", "canonicalise", " or _is_returned(node)\n", "\n"),
     _passes("slices in any order taken for the whole", "canonicalise", " or start != at:", ":"),
-    _passes("slices with steps taken for the whole", "canonicalise", " or step not in (None, 1)", ""),
+    _passes("slices of two tensors taken for one", "canonicalise", "(source is not None and of is not source) or ", ""),
     _passes(
         "random numbers dropped as dead code",
         "dead_code",
