@@ -349,7 +349,7 @@ BUGS = (
 def main() -> None:
     args = arguments(__doc__, _more)
     bench = Bench("mutation")
-    chosen = [b for b in BUGS if not args.only or args.only in b.what or args.only in b.file]
+    chosen = [b for b in BUGS if not args.only or any(word in b.what or word in b.file for word in args.only)]
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder)
         for name in ("vdcache", "tests", "pyproject.toml"):
@@ -378,7 +378,7 @@ def main() -> None:
 
 
 def _more(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--only", default="", help="bugs whose words or file hold this")
+    parser.add_argument("--only", action="append", default=[], help="bugs whose words or file hold this; again for more")
 
 
 class planted:
