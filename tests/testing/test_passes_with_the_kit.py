@@ -24,6 +24,7 @@ from vdcache.testing import (
     TinyDiT,
     assert_bit_identical,
     assert_pass,
+    assert_predictor,
     assert_reaches,
     assert_refuses,
     assert_round_trip,
@@ -441,3 +442,9 @@ def test_masks_leave_out_what_they_say():
 def test_facts_are_asked_before_a_pass_runs():
     with pytest.raises(ContractError, match="after reading the graph is not canonical"):
         run_pass(MarkBranches(), "%0 = input() : f32[2]\n%1 = alias(%0)\nreturn (%1)")
+
+
+def test_taylor_of_squares():
+    """Of 1, 4, 9, 16: exact differences once enough steps were computed, and nothing of what never was."""
+    assert [float(x[0, 0]) for x in assert_predictor(Taylor(1))] == [1, 7, 14, 23]
+    assert [float(x[0, 0]) for x in assert_predictor(Taylor(2))] == [1, 7, 15, 24]
