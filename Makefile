@@ -29,7 +29,7 @@ test: setup browser
 # Each script answers one question and writes its rows.
 bench: setup
 	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev,bench]'
-	for question in steps compile_time passes anatomy coverage demo moreg profilingdit solvers peers methods tiles schedules export; do \
+	for question in steps compile_time passes anatomy coverage demo moreg profilingdit solvers peers methods tiles schedules export mutation; do \
 	  $(BIN)/python -m bench.$$question --json bench/results/$$question.json || exit 1; done
 
 lint: setup

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,8 +31,57 @@ def test_page(page, tmp_path, monkeypatch):
         if kind == "python":
             out = io.StringIO()
             with contextlib.redirect_stdout(out):
-                exec(compile(code, page.name, "exec"), scope)  # the page itself is what is tested
+                exec(compile(code, page.name, "exec", dont_inherit=True), scope)  # the page itself is what is tested
             printed, ran = out.getvalue(), ran + 1
         elif ran:
             assert printed.strip() == code.strip()
     assert ran, f"{page.name} has no example"
+
+
+MARK = "<!-- made from the passes"
+
+
+def test_the_page_of_passes_is_what_the_passes_say():
+    from vdcache.passes.catalogue import page
+
+    path = ROOT / "docs" / "passes.md"
+    head, _, rest = path.read_text().partition(MARK)
+    line, _, found = rest.partition("\n\n")
+    if os.environ.get("EXPECTTEST_ACCEPT"):
+        path.write_text(f"{head}{MARK}{line}\n\n{page()}")
+    else:
+        assert found == page(), "EXPECTTEST_ACCEPT=1 python -m pytest tests/test_docs.py writes it"
+
+
+def test_every_option_of_a_pass_is_documented():
+    from vdcache.passes.catalogue import catalogue, documented_options
+
+    for entry in catalogue():
+        assert entry.sentence and entry.more, entry.name
+        assert {o.name.replace("-", "_") for o in entry.options} == set(documented_options(entry.kind)), entry.name
+
+
+def test_the_page_of_the_graph_names_every_fact_and_every_dialect_node():
+    from vdcache.ir import Fact
+    from vdcache.ir.dialect import FUNCTIONS
+    from vdcache.ir.dump import DTYPES
+
+    text = (ROOT / "docs" / "ir.md").read_text()
+    for fact in Fact:
+        assert f"| {fact.value} |" in text
+    for name in (*FUNCTIONS, "tile_attention", "attention_received"):
+        assert f"`{name}(" in text or f"vdcache.{name}(" in text, name
+    for name in DTYPES:
+        assert name in text
+
+
+def test_from_scratch():
+    """vdcache in some 300 lines: every section checks itself."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "docs" / "from_scratch.py")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "8 residual branches" in done.stdout and "6 of 20 steps computed" in done.stdout

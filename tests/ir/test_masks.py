@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
+from typing import ClassVar
 
 import pytest
 import torch
@@ -29,6 +31,7 @@ from vdcache.ir.masks import (
     parse_masks,
 )
 from vdcache.ir.tiles import Tiled
+from vdcache.passes import Pipeline, TileAttention
 
 # ---- the rules, on two tokens of the video: (frame, row, column) of the query and of the key -------------------------
 
@@ -311,3 +314,29 @@ def test_a_token_that_attends_to_nothing_is_refused_unless_there_is_text():
         Tiled(Odd(), (4, 2, 2))
     assert Tiled(Odd(), (4, 2, 2), after=1).keeps().any(1).all()
     assert not Skip().on(4, 2, 2).keeps().any() and Skip().density(4, 2, 2, text=3) == 0
+
+
+def test_a_mask_of_ones_own_is_known_by_its_name():
+    """From its definition on: graphs and pipelines hold its text."""
+
+    @dataclass(frozen=True)
+    class Near(AttentionMask):
+        name: ClassVar[str] = "test-near"
+        reach: int = 1
+
+        def tile(self, grid):
+            return (1, *grid[1:])
+
+        def allowed(self, grid):
+            frames = torch.arange(grid[0])
+            return (frames[:, None] - frames[None]).abs() <= self.reach
+
+    assert parse_mask("test-near:2") == Near(2)
+    a_pass = TileAttention((Near(2),))
+    assert str(a_pass) == "tile-attention{masks=[test-near:2]}"
+    assert Pipeline.parse(f"canonicalise,{a_pass}").passes[1] == a_pass
+    assert Near(1).density(4) == 10 / 16
+    with pytest.raises(ConfigError, match=r"a mask is called 'frames' already: vdcache.ir.masks.Frames"):
+
+        class Frames(AttentionMask):
+            name = "frames"

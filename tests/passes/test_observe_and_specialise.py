@@ -6,7 +6,7 @@ from expecttest import assert_expected_inline
 
 from vdcache.ir import ConfigError, dump
 from vdcache.passes import DeadCode, MergeSlots, Observe, Pipeline, Specialise, variant_io
-from vdcache.testing import TinyDiT, guarded, latent, run_variant, time_of
+from vdcache.testing import TinyDiT, assert_bit_identical, guarded, latent, parse, run_variant, time_of
 
 X, W = torch.randn(1, 6, 4), torch.randn(4, 4)
 GIVEN = frozenset(Specialise.requires)
@@ -138,3 +138,26 @@ def test_bad_observations():
         guarded(net, X, W, more=(Observe(kind="other", blocks=(9,)),))
     with pytest.raises(ConfigError, match="no mlp branch to observe; the graph has 2 other"):
         guarded(net, X, W, more=(Observe(kind="mlp"),))
+
+
+def test_a_value_that_lies_otherwise_in_memory_fits_the_views_behind_it():
+    """What is kept is dense, and `view` copies nothing: where the views of a guarded value need its own strides, reuse gives them."""
+    text = """
+%0 = input() : f32[1,2,6,4]
+%1 = input() : f32[4,4]
+%2 = transpose.int(%0, 1, 2)
+%3 = clone(%2, memory_format=torch.contiguous_format)
+%4 = transpose.int(%3, 1, 2)
+%5 = guard(%4, 'all/a')
+%6 = transpose.int(%5, 1, 2)
+%7 = view(%6, [1, 6, 8])
+%8 = relu(%7)
+return (%8)"""
+    graph = parse(text)
+    x = torch.randn(1, 2, 6, 4)
+    full, reuse = variant(graph), variant(graph, ["all"])
+    outputs = full(x, torch.ones(4, 4))
+    assert outputs[-1].is_contiguous()
+    assert_bit_identical(graph, lambda *args: reuse(*args, outputs[-1])[0], x, torch.ones(4, 4))
+    unviewed = parse(text.replace("view(%6, [1, 6, 8])", "cos(%6)"))
+    assert "clone" not in dump(variant(unviewed, ["all"])), "nothing is copied for nothing"

@@ -39,6 +39,20 @@ def test_unknown_names_are_refused():
         Pipeline.parse("merge-slots{colour=red}")
 
 
+def test_texts_that_people_write():
+    text = "canonicalise, mark-branches{kinds=mlp,group=g}, specialise{reuse=g}"
+    passes = Pipeline.parse(text).passes
+    assert passes[1:] == (MarkBranches(kinds=("mlp",), group="g"), Specialise(reuse=frozenset({"g"})))
+    for wrong in ("canonicalise;merge-slots", "Canonicalise", "canonicalise mark-branches"):
+        with pytest.raises(ConfigError, match="is no list of passes"):
+            Pipeline.parse(wrong)
+    with pytest.raises(ConfigError, match="given as option=value"):
+        Pipeline.parse("merge-slots{run}")
+    with pytest.raises(ContractError, match="'mark-branches' requires canonical"):
+        Pipeline.parse("mark-branches")
+    assert Pipeline.parse("mark-branches", given=frozenset(Fact)).passes == (MarkBranches(),)
+
+
 def test_order_is_checked_without_a_graph():
     with pytest.raises(ContractError, match="'mark-branches' requires canonical; nothing before it ensures that"):
         Pipeline((MarkBranches(),))

@@ -84,3 +84,23 @@ Machine.TestCase.settings = settings(
     phases=[Phase.explicit, Phase.reuse, Phase.generate],  # shrinking recompiles thousands of times
 )
 TestMachine = pytest.mark.filterwarnings("ignore::vdcache.VdcacheWarning")(Machine.TestCase)
+
+
+@torch.no_grad()
+def test_a_lane_that_missed_a_generations_first_step_gets_nothing_of_the_last_generation():
+    torch._dynamo.reset()
+    model = TinyDiT()
+    compiled = vdcache.compile(model, "every-4", num_steps=6, inner="eager")
+    session = compiled.vdcache
+    for generation, lanes in enumerate((("a", "b"), ("a",))):
+        session.begin(6)
+        session.step()
+        for lane in lanes:
+            session.lane(lane)
+            compiled(latent(generation), time_of(0), latent(9))
+    session.step()
+    for lane, computed in (("a", False), ("b", True)):
+        session.lane(lane)
+        call = (latent(5), time_of(1), latent(9))
+        assert torch.equal(compiled(*call), model(*call)) == computed
+    assert session.history[-1].why == "nothing is stored for this lane"

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from vdcache import ConfigError, adacache
 from vdcache.methods import ADACACHE_CODEBOOKS, recipe
 from vdcache.runtime import RECOMPUTE, AdaCache, Codebook, EveryN, Measured, MoReg
+from vdcache.runtime.policies import AdaState
 
 FAST = Codebook.of(ADACACHE_CODEBOOKS["fast"][30])
 
@@ -163,3 +164,16 @@ def test_recipes_survive_json(tmp_path):
         text = recipe(name).to_json(path)
         assert recipe(name).from_json(text) == recipe(name).from_json(path) == recipe(name)
         assert name in str(recipe(name))
+
+
+def test_a_change_on_a_threshold_belongs_to_the_next_entry():
+    book = Codebook.of({0.1: 4, 0.2: 2, 1.0: 1})
+    assert [book.rate(c) for c in (0.0999, 0.1, 0.1999, 0.2, 5.0)] == [4, 2, 2, 1, 1]
+
+
+@pytest.mark.parametrize(("rule", "k"), [("code", 6), ("vdcache", 1), ("paper", 1)])
+def test_a_change_is_shared_among_the_steps_that_the_rule_counts(rule, k):
+    """At the end steps are computed before the rate has passed: the reference code divides by the rate all the same."""
+    policy = AdaCache(Codebook.of({0.2: 6, 1.0: 1}), rule=rule)
+    state = policy.observe(AdaState(10, last=7, rate=6), 8, RECOMPUTE, [Measured("all/x", 0.6, 0.6)])
+    assert state.trace == ((8, pytest.approx(0.6 / k), 6 if k == 6 else 1),)

@@ -24,6 +24,7 @@ from vdcache.testing import (
     TinyDiT,
     assert_bit_identical,
     assert_pass,
+    assert_predictor,
     assert_reaches,
     assert_refuses,
     assert_round_trip,
@@ -69,7 +70,8 @@ return (%8)"""
         "%1 = clone(%0)\nreturn (%1)",  # the caller may write into it
         "%1 = _to_copy(%0, dtype=torch.float64)\n%2 = sin(%1)\nreturn (%2)",
         "%1 = slice(%0, 1, 2, 4)\n%2 = slice(%0, 1, 0, 2)\n%3 = cat([%1, %2], 1)\nreturn (%3)",  # in another order
-        "%1 = slice(%0, 1, 0, 4, 2)\n%2 = slice(%0, 1, 0, 2)\n%3 = cat([%1, %2], 1)\nreturn (%3)",
+        "%1 = slice(%0, 1, 2, 4)\n%2 = slice(%0, 1, 2, 4)\n%3 = cat([%1, %2], 1)\nreturn (%3)",  # one of them twice
+        "%1 = sin(%0)\n%2 = slice(%1, 1, 0, 2)\n%3 = slice(%0, 1, 2, 4)\n%4 = cat([%2, %3], 1)\nreturn (%4)",  # of two tensors
         "%1 = rand([2])\nreturn (%0)",  # it moves the generator
     ],
 )
@@ -324,7 +326,8 @@ def test_what_is_kept_is_dense_and_of_its_type():
 return (%5)"""
     assert "clone(%3, memory_format=torch.contiguous_format)" in dump(variant(text))
     reuse = variant(text, ["all"], Taylor(1))
-    assert "f32[4,3]" in dump(reuse) and dump(reuse).splitlines()[-2].endswith("bf16[4,3]")
+    assert "f32[4,3]" in dump(reuse)
+    assert_round_trip(reuse)  # what follows the prediction has the type that it had: types are worked out anew
 
 
 def test_observations_are_measured_where_their_group_is_computed():
@@ -378,12 +381,22 @@ def test_the_output_is_guarded_with_the_latent_as_base(tiny):
 
 
 def test_the_observed_value_has_the_streams_type():
-    model = TinyDiT().to(torch.bfloat16)
-    graph = run_pass(
-        Canonicalise(), trace(model, latent(0, dtype=torch.bfloat16), time_of(0), latent(1, dtype=torch.bfloat16)).graph
-    )
-    line = next(x for x in dump(run_pass(Observe(), graph.graph).graph).splitlines() if "observe(" in x)
-    assert line.endswith("bf16[1,6,8]")
+    """Also where gate and sum are computed in float32: what is kept takes the bytes of the stream."""
+    text = """
+%0 = input() : bf16[1,6,4]
+%1 = parameter() : bf16[4,4]
+%2 = input() : f32[4]
+%3 = linear(%0, %1)
+%4 = _to_copy(%3, dtype=torch.float32)
+%5 = mul(%4, %2)
+%6 = _to_copy(%0, dtype=torch.float32)
+%7 = add(%6, %5)
+%8 = _to_copy(%7, dtype=torch.bfloat16)
+return (%8)"""
+    result = run_pass(Observe(kind="other"), text)
+    (line,) = (x for x in dump(result.graph).splitlines() if "observe(" in x)
+    assert line.endswith("bf16[1,6,4]")
+    assert_round_trip(result.graph)
 
 
 def test_head_and_tail_compute_what_the_whole_does(tiny):
@@ -399,6 +412,8 @@ def test_head_and_tail_compute_what_the_whole_does(tiny):
         assert sums.shape == (3,) and torch.isclose(sums[2], value.abs().sum())
     assert "probe(" not in dump(head.graph) + dump(tail.graph)
     assert "guard(" not in dump(head.graph)
+    for part in (probed, head.graph, tail.graph):
+        assert_round_trip(part)
 
 
 def test_a_head_with_an_effect_is_refused():
@@ -427,3 +442,10 @@ def test_masks_leave_out_what_they_say():
 def test_facts_are_asked_before_a_pass_runs():
     with pytest.raises(ContractError, match="after reading the graph is not canonical"):
         run_pass(MarkBranches(), "%0 = input() : f32[2]\n%1 = alias(%0)\nreturn (%1)")
+
+
+def test_taylor_of_squares():
+    """Of 1, 4, 9, 16: exact differences once enough steps were computed, and nothing of what never was."""
+    assert [float(x[0, 0]) for x in assert_predictor(Taylor(1))] == [1, 7, 14, 23]
+    for order in (2, 3):
+        assert [float(x[0, 0]) for x in assert_predictor(Taylor(order))] == pytest.approx([1, 7, 15, 24])

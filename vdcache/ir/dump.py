@@ -27,7 +27,7 @@ from torch import fx
 
 from vdcache.ir import dialect
 
-__all__ = ["DTYPES", "SHOWN", "dump", "name_of_op", "numbers", "type_of"]
+__all__ = ["DTYPES", "SHOWN", "attribute", "dump", "name_of_op", "numbers", "type_of"]
 
 DTYPES = {
     "f64": torch.float64,
@@ -150,7 +150,7 @@ def _lines(graph: fx.Graph, module: fx.GraphModule | None, symbols: Symbols) -> 
         if node.op == "placeholder":
             call = "parameter()" if position[node] in getattr(sig, "static", ()) else "input()"
         elif node.op == "get_attr":
-            held = _attribute(module, str(node.target))
+            held = attribute(module, str(node.target))
             if isinstance(held, fx.GraphModule):
                 inner = [f"  {line}" for line in _lines(held.graph, held, symbols)]
                 lines += [f"%{number[node]} = graph({node.target!r}) {{", *inner, "}"]
@@ -181,7 +181,8 @@ def _results(node: fx.Node, text: Any, sig: Any, given: dict[int, fx.Node]) -> s
     return "(" + ", ".join(text(v) + (f" -> {text(given[back[i]])}" if i in back else "") for i, v in enumerate(results)) + ")"
 
 
-def _attribute(module: fx.GraphModule | None, path: str) -> Any:
+def attribute(module: fx.GraphModule | None, path: str) -> Any:
+    """What a graph holds under a name, of its own or in a submodule; None for nothing."""
     found: Any = module
     for name in path.split("."):
         found = getattr(found, name, None)

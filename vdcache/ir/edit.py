@@ -14,7 +14,18 @@ from torch import fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["add_input", "call", "copy_graph", "evaluate", "inline", "inputs", "live_nodes", "outputs", "set_outputs"]
+__all__ = [
+    "add_input",
+    "call",
+    "copy_graph",
+    "evaluate",
+    "inline",
+    "inputs",
+    "laid_out",
+    "live_nodes",
+    "outputs",
+    "set_outputs",
+]
 
 
 def call(graph: fx.Graph, target: Any, *args: Any, made_by: str, **kwargs: Any) -> fx.Node:
@@ -24,6 +35,17 @@ def call(graph: fx.Graph, target: Any, *args: Any, made_by: str, **kwargs: Any) 
     node = graph.call_function(target, args, kwargs)
     node.meta = {"val": result, "vdcache": made_by}
     return node
+
+
+def laid_out(graph: fx.Graph, x: fx.Node, like: torch.Tensor, *, made_by: str) -> fx.Node:
+    """The same value at the graph's insertion point, in memory as `like` lies: views that follow were made for that."""
+    strides = like.stride()
+    if x.meta["val"].stride() == strides:
+        return x
+    order = sorted(range(like.ndim), key=lambda d: (-strides[d], d))
+    x = call(graph, torch.ops.aten.permute.default, x, order, made_by=made_by)
+    x = call(graph, torch.ops.aten.clone.default, x, memory_format=torch.contiguous_format, made_by=made_by)
+    return call(graph, torch.ops.aten.permute.default, x, [order.index(d) for d in range(like.ndim)], made_by=made_by)
 
 
 def evaluate(target: Any, args: Any, kwargs: Any) -> Any:

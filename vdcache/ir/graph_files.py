@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import fx
 
-from vdcache.ir.dump import SHOWN, dump
+from vdcache.ir.dump import SHOWN, attribute, dump
 from vdcache.ir.errors import ConfigError
 from vdcache.ir.parse import parse
 
@@ -59,7 +59,7 @@ def load_graph(path: Path) -> Saved:
 def _large_constants(graph: fx.GraphModule) -> dict[str, torch.Tensor]:
     found = {}
     for node in graph.graph.find_nodes(op="get_attr"):
-        held = getattr(graph, str(node.target), None)
+        held = attribute(graph, str(node.target))
         if (
             isinstance(held, torch.Tensor)
             and type(held) in (torch.Tensor, torch.nn.Parameter)

@@ -10,7 +10,7 @@ from typing import Any
 from vdcache.ir.plugins import Plugin, plugins
 from vdcache.passes.base import Pass, option_text
 
-__all__ = ["Entry", "Option", "catalogue", "known_passes"]
+__all__ = ["Entry", "Option", "catalogue", "documented_options", "known_passes", "page"]
 
 
 @dataclass(frozen=True)
@@ -94,3 +94,49 @@ def _default(option: Any) -> str | None:
     if option.default is not MISSING:
         return option_text(option.default)
     return option_text(option.default_factory()) if option.default_factory is not MISSING else None
+
+
+def page() -> str:
+    """The passes as Markdown: a row each, and what its module says. `docs/passes.md` ends with it."""
+    entries = [e for e in catalogue() if e.origin == "vdcache"]
+    lines = ["| pass | what it does | requires | ensures |", "|---|---|---|---|"]
+    for e in entries:
+        requires, ensures = (", ".join(sorted(f.value for f in facts)) or "–" for facts in (e.kind.requires, e.kind.ensures))
+        lines.append(f"| [`{e.name}`](#{e.name}) | {e.sentence} | {requires} | {ensures} |")
+    for e in entries:
+        lines += ["", f"### {e.name}", "", _capitalised(e.sentence)]
+        if e.change:
+            lines += ["", "```", *(line.removeprefix("    ") for line in e.change.splitlines()), "```"]
+        if e.more:
+            lines += ["", e.more]
+        if e.options:
+            documented = documented_options(e.kind)
+            lines += ["", "| option | default | |", "|---|---|---|"]
+            for o in e.options:
+                lines.append(f"| `{o.name}` | {_cell(o.default)} | {documented.get(o.name.replace('-', '_'), '')} |")
+    return "\n".join(lines) + "\n"
+
+
+def documented_options(kind: type[Pass]) -> dict[str, str]:
+    """What the docstring of a pass says of each option; options that share an entry ("start, stop") share its words."""
+    _, _, args = (inspect.getdoc(kind) or "").partition("Args:")
+    args, _, _ = args.partition("\nRaises:")
+    names = {f.name for f in fields(kind)}
+    found: dict[str, str] = {}
+    current: list[str] = []
+    for line in args.splitlines():
+        entry = re.match(r"\s+((?:\w+)(?:, \w+)*): (.*)", line)
+        if entry and set(entry[1].split(", ")) <= names:
+            current = entry[1].split(", ")
+            found |= dict.fromkeys(current, entry[2].strip())
+        elif line.strip():
+            found |= {name: f"{found[name]} {line.strip()}" for name in current}
+    return {name: text.replace("|", "\\|") for name, text in found.items()}
+
+
+def _capitalised(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _cell(default: str | None) -> str:
+    return "must be given" if default is None else f"`{default}`" if default else "empty"

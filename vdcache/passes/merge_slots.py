@@ -50,6 +50,7 @@ class MergeSlots(Pass):
     """Merge the slots of a group along each stream.
 
     Args:
+        group: the group whose slots are merged.
         span: "run" keeps one value for a run of any length (ProfilingDiT equation 9); "block" one for each block (equation 8, with the
             accumulated state of equation 10 read as the last difference of every block). The sum over a run telescopes to the first.
 

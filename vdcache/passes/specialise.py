@@ -21,9 +21,9 @@ from torch import fx
 from vdcache.ir import dialect
 from vdcache.ir.capture import signature
 from vdcache.ir.dialect import group_of
-from vdcache.ir.edit import add_input, call, inline, inputs, live_nodes, outputs, set_outputs
+from vdcache.ir.edit import add_input, call, evaluate, inline, inputs, laid_out, live_nodes, outputs, set_outputs
 from vdcache.ir.facts import Fact
-from vdcache.ir.ops import is_effectful, is_work
+from vdcache.ir.ops import VIEWS, is_effectful, is_work
 from vdcache.passes.base import Pass, PassResult, drop_dead_code
 from vdcache.passes.predictors import LAST, ByGroup, Predictor, When, predictor_of
 from vdcache.passes.sums import sums_of
@@ -216,6 +216,8 @@ class Specialise(Pass):
                 value = call(g, aten._to_copy.default, value, dtype=like.dtype, made_by=str(self))
             if isinstance(base, fx.Node):
                 value = call(g, aten.add.Tensor, base, value, made_by=str(self))
+            if not _views_fit(guard, value.meta["val"]):
+                value = laid_out(g, value, like, made_by=str(self))
         guard.replace_all_uses_with(value)
         g.erase_node(guard)
 
@@ -242,6 +244,22 @@ class Specialise(Pass):
         kept = {name: dense(g, v, mark, str(self)) for name, v in zip(_names(predictor, slot), values, strict=True)}
         g.erase_node(mark)
         return kept
+
+
+def _views_fit(guard: fx.Node, value: torch.Tensor) -> bool:
+    """Whether the views of a guarded value can be taken of one that lies otherwise in memory: `view` copies nothing."""
+    if not all(isinstance(s, int) for s in (*value.shape, *guard.meta["val"].stride(), *value.stride())):
+        return True  # asking symbols would add shape guards
+    todo: list[tuple[fx.Node, Any]] = [(guard, value)] if value.stride() != guard.meta["val"].stride() else []
+    while todo:
+        node, now = todo.pop()
+        for user in node.users:
+            if user.target in VIEWS and user.args[0] is node:
+                try:
+                    todo.append((user, evaluate(user.target, (now, *user.args[1:]), user.kwargs)))
+                except (RuntimeError, ValueError):
+                    return False
+    return True
 
 
 def _names(predictor: Predictor, slot: str) -> list[str]:

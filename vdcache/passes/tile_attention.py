@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from vdcache.ir.checks import video_grid, whole_numbers
-from vdcache.ir.edit import call
+from vdcache.ir.edit import call, laid_out
 from vdcache.ir.errors import ConfigError
 from vdcache.ir.facts import Fact
 from vdcache.ir.masks import AttentionMask, Dense, masks_text, parse_masks
@@ -129,7 +129,7 @@ class TileAttention(Pass):
                 if place.key.meta["val"].shape[1] != heads:
                     raise ConfigError(f"{self.name}: '{node.name}' shares keys among heads, so all its heads have one mask")
                 out = self._by_head(op, node, place, masks)
-            out = _laid_out(op, out, node.meta["val"])
+            out = laid_out(graph, out, node.meta["val"], made_by=str(self))
         out.meta = {**node.meta, "val": out.meta["val"], "vdcache": str(self)}
         node.replace_all_uses_with(out)
         graph.erase_node(node)
@@ -269,18 +269,6 @@ def _where(
     if span[1] - span[0] != known.tokens:
         return NoMatch(attention.node, f"its {tokens} tokens are not the {known.tokens} of all frames")
     return *size, span[0], tokens - span[1]
-
-
-def _laid_out(op: Any, x: fx.Node, like: torch.Tensor) -> fx.Node:
-    """The same value, in memory as `like` lies: views that follow were made for that."""
-    value = x.meta["val"]
-    if value.stride() == like.stride():
-        return x
-    strides = like.stride()
-    order = sorted(range(like.ndim), key=lambda d: (-strides[d], d))
-    x = op(aten.permute.default, x, order)
-    x = op(aten.clone.default, x, memory_format=torch.contiguous_format)
-    return op(aten.permute.default, x, [order.index(d) for d in range(like.ndim)])
 
 
 def _heads(op: Any, x: fx.Node, own: Sequence[int]) -> fx.Node:

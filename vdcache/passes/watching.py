@@ -139,7 +139,7 @@ class Watch:
         self.debug, self._listeners, self._text = current(), _listeners.get(), text
         self._writes = self.debug.changed or _LOG.isEnabledFor(logging.DEBUG)
         self._before: Any = None
-        self._folder = Path(self.debug.dump) / f"{next(_COUNT):03d}" if self.debug.dump else None
+        self._folder = Path(self.debug.dump) / f"{os.getpid()}_{next(_COUNT):03d}" if self.debug.dump else None
         if self._folder is not None:
             save_graph(self._folder / "00_before.txt", graph, comment=f"before {text}")
 
