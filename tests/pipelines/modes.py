@@ -447,7 +447,7 @@ def table(results: dict[str, dict[str, str]]) -> str:
 
 def written(page: str, results: dict[str, dict[str, str]]) -> str:
     """The page with its table replaced."""
-    return re.sub(r"(<!-- modes -->\n).*?(\n<!-- end -->)", lambda m: m[1] + table(results) + m[2], page, flags=re.DOTALL)
+    return re.sub(r"(<!-- modes -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{table(results)}\n{m[2]}", page, flags=re.DOTALL)
 
 
 def main() -> None:
