@@ -105,8 +105,14 @@ CALLS = st.tuples(
 class Histories(RuleBasedStateMachine):
     """One pipeline, cached, and everything that a caller may do with it."""
 
+    made = 0
+
     @initialize()
     def make(self) -> None:
+        Histories.made += 1
+        if Histories.made % 40 == 0:  # Dynamo gives up on a frame after 256 attempts, and a call that fails is one
+            torch._dynamo.reset()
+            anchor.cache_clear()
         anchor()
         self.state = [0, 0, 0]  # model, scheduler, weights
         self.pipe = cached(pipeline())

@@ -148,7 +148,7 @@ def test_json_pictures_and_the_command(tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda p: (video(), video(frames=4)), "reference has 5 frames of 3 channels, 32 × 24, the candidate 4 frames"),
+        (lambda p: (video(), video(frames=6)), "reference has 5 frames of 3 channels, 32 × 24, the candidate 6 frames"),
         (lambda p: (p / "nothing.mp4", video()), "no such file or folder"),
         (lambda p: (p, video()), "no pictures in this folder"),
         (lambda p: (video()[:, :, :3, :3], video()), r"fits .* say which with layout="),

@@ -127,7 +127,7 @@ def _arranged(value: Tensor, layout: str, where: str) -> Tensor:
 
 
 def _layout(shape: tuple[int, ...], where: str) -> str:
-    channels = [i for i, n in enumerate(shape) if n == 3] or [i for i, n in enumerate(shape) if n in (1, 4)]
+    channels = [i for i, n in enumerate(shape) if n in (3, 4)] or [i for i, n in enumerate(shape) if n == 1]
     ends = {3: {0: "CHW", 2: "HWC"}, 4: {0: "CTHW", 1: "TCHW", 3: "THWC"}}.get(len(shape), {})
     fits = [ends[i] for i in channels if i in ends]
     if len(fits) == 1:
