@@ -320,6 +320,28 @@ def test_a_module_whose_result_another_one_takes_is_left_alone():
 # ---- what is said ----------------------------------------------------------------------------------------------------
 
 
+def test_without_a_recipe_the_steps_are_found_on_the_pipeline(monkeypatch, tmp_path):
+    monkeypatch.setenv("VDCACHE_CACHE_DIR", str(tmp_path))
+    pipe = made(NAME)
+    plain, again = sample(pipe, NAME, 8), sample(pipe, NAME, 8, seed=1)
+    vdcache.apply(pipe, inner="eager", speedup=1.5)
+    with pytest.warns(vdcache.VdcacheWarning, match="computed in full"):
+        assert torch.equal(sample(pipe, NAME, 8), plain)
+    found = session(pipe).calibration
+    cached = sample(pipe, NAME, 8, seed=1)
+    assert (
+        session(pipe).history.computed_steps() == list(found.schedule.computed)
+        and len(found.schedule.computed) < found.schedule.steps
+    )
+    assert not found.note and not torch.equal(cached, again)
+    vdcache.remove(pipe)
+    vdcache.apply(pipe, inner="eager", speedup=1.5)  # as another process would
+    assert torch.equal(sample(pipe, NAME, 8, seed=1), cached)
+    vdcache.remove(pipe)
+    with pytest.raises(vdcache.ConfigError, match="a goal stands there"):
+        vdcache.apply(pipe, {"transformer": "vdcache-auto"}, speedup=2.0)
+
+
 def test_summary(pipe, capsys):
     sample(pipe, NAME, 4)
     vdcache.summary(pipe)

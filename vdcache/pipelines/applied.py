@@ -35,6 +35,8 @@ def apply(
     pipe: Any,
     recipe: Recipes = None,
     *,
+    speedup: float | None = None,
+    quality_db: float | None = None,
     inner: str = "inductor",
     strict: bool = False,
     inductor: Mapping[str, Any] | None = None,
@@ -49,8 +51,9 @@ def apply(
 
     Args:
         pipe: a pipeline.
-        recipe: a `Recipe` or a name from `vdcache.recipes()`, `adacache-slow` without; or one for each component by its name, where
+        recipe: a `Recipe` or a name from `vdcache.recipes()`, `vdcache-auto` without (its first generation runs uncached); or one for each component by its name, where
             components that are not named stay as they are.
+        speedup, quality_db: what `vdcache-auto` is to reach, as for `vdcache.compile`.
         inner: "inductor" or "eager".
         strict: raise where vdcache would otherwise step aside with a warning.
         inductor: Inductor's own settings.
@@ -69,10 +72,15 @@ def apply(
         )
     check_options(torch_compile, apply)
     options = {"inner": inner, "strict": strict, "inductor": inductor, "tiles": tiles}
+    goal = {"speedup": speedup, "quality_db": quality_db}
     if isinstance(recipe, Mapping):
+        if speedup is not None or quality_db is not None:
+            raise ConfigError(
+                "with a recipe for each component a goal stands there: {'transformer': vdcache.auto(speedup=2.0)}"
+            )
         settings: Settings | dict[str, Settings] = {n: Settings.of({"recipe": r, **options}) for n, r in recipe.items()}
     else:
-        settings = Settings.of({"recipe": recipe, **options})
+        settings = Settings.of({"recipe": recipe, **goal, **options})
     applied = Applied(pipe, settings, torch_compile)
     applied.check()
     applied.scan()
