@@ -90,8 +90,8 @@ def shipped():
 
     found = generation(steps=12)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exporter, "fixed", functools.cache(lambda *_: fixed(found[0], found[1], found[2], schedule(12))))
-        patch.setattr(exporter, "fixed", lambda *_, once=exporter.fixed: once())
+        once = functools.cache(lambda: fixed(found[0], found[1], found[2], schedule(12)))
+        patch.setattr(exporter, "fixed", lambda model, *rest: once() if model is found[0] else fixed(model, *rest))
         yield found
 
 

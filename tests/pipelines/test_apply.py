@@ -483,7 +483,7 @@ def test_compiled_already():
 @pytest.mark.parametrize("strict", [False, True])
 def test_a_recipe_that_finds_no_slot_in_one_of_two_transformers(strict):
     """The second expert has one block, and the recipe reuses all but the first two."""
-    from tests.zoo.diffusers_models import _wan
+    from vdcache.testing.architectures import _wan
 
     pipe = made("Wan 2.2")
     short = _wan(num_layers=1).eval().requires_grad_(False)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import vdcache
 from tests.pipelines.modes import Stop, cached, computed, due
 from tests.pipelines.tiny import generator, made, redrawn, text
-from tests.zoo.diffusers_models import _wan
+from vdcache.testing.architectures import _wan
 
 pytest.importorskip("diffusers")
 

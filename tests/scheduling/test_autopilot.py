@@ -8,6 +8,7 @@ import json
 import math
 import os
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -169,8 +170,10 @@ def test_explicit_begin_and_step(given, folder):
     assert torch.equal(quiet(generation, 0), generate(model))
     second = quiet(generation, 1)
     (found,) = kept(folder)
-    assert session.history.computed_steps() == list(found.schedule.computed)
-    torch.testing.assert_close(second, by_hand(model, found.schedule, 1))
+    # nobody reads the second timestep before its step is planned, so that one is computed whatever the schedule says
+    followed = replace(found.schedule, computed=tuple(sorted({1, *found.schedule.computed})))
+    assert session.history.computed_steps() == list(followed.computed)
+    torch.testing.assert_close(second, by_hand(model, followed, 1))
     assert found.key.times == pytest.approx([1000 * s for s in sigmas(STEPS)[:-1]])
 
 

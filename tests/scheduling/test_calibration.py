@@ -47,7 +47,7 @@ def one(computed=(0, 2), times=TIMES, model="m", sizes="1×6×4:float32", goal=N
     st.sets(st.integers(1, 9)),
     st.none() | st.floats(-50, 150),
     st.text(max_size=9),
-    st.lists(st.floats(0, 1e3), max_size=10),
+    st.just([]) | st.lists(st.floats(0, 1e3), min_size=10, max_size=10),
     st.sampled_from([Goal(computed=3), Goal(speedup=1.7), Goal(quality_db=41.5), Goal(speedup=2.0, floor_db=30.0)]),
 )
 def test_json_round_trip(rest, psnr, note, times, goal):
@@ -84,7 +84,7 @@ def test_as_text():
 
 
 def test_the_front_falls_with_fewer_steps():
-    found = one(steps=10, computed=(0, 3))
+    found = one(steps=10, computed=(0, 3), times=())
     front = found.front()
     assert [c for c, _ in front] == list(range(1, 10)) and all(math.isfinite(d) for _, d in front)
 
@@ -222,7 +222,7 @@ def test_a_key_is_the_same_in_another_process():
         torch._dynamo.reset()
         ((program, inputs),) = programs(TinyDiT(blocks=1), CALL)
         keys.append(key_of(program, inputs, 4))
-    assert keys[0] == keys[1] and keys[0].sizes == "1×6×4:float32 1:float32 1×3×4:float32" and keys[0].steps == 4
+    assert keys[0] == keys[1] and keys[0].sizes == "1×6×4:float32 1×3×4:float32" and keys[0].steps == 4
 
 
 def test_every_parameter_tells_models_apart():

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from vdcache.runtime.measures import Measured
-from vdcache.runtime.policies import Deciding, Policy
+from vdcache.runtime.policies import Auto, Deciding, Policy
 
 __all__ = ["most_reused"]
 
 
 def most_reused(policy: Policy, num_steps: int) -> list[int]:
     """The steps that a policy reuses something in when nothing ever changes."""
+    if isinstance(policy, Auto):
+        return list(range(1, num_steps))
     groups = sorted({g for plan in policy.plans() for g in plan.reuse})
     still = [Measured(group, 0.0, 0.0, 1.0, 0.0, 0.0) for group in groups]
     # an input that moves and an output that does not, for policies that look at the whole model

@@ -76,6 +76,11 @@ class Calibration:
     versions: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        number(self.seconds, "the seconds of a calibration are a number")
+        if not 0 <= number(self.reuse_cost, "the cost of a reused step is a share") <= 1 or not isinstance(self.note, str):
+            raise ConfigError(
+                f"a calibration has a cost of reuse from 0 to 1 and a note; got {self.reuse_cost} and {self.note!r}"
+            )
         if self.key.steps != self.schedule.steps or len(self.key.times) not in (0, self.key.steps):
             raise ConfigError(
                 f"a calibration for {self.key.steps} steps has a schedule of as many and a timestep for each, or none; got "

@@ -9,7 +9,7 @@ from pathlib import Path as File
 
 import numpy as np
 
-from vdcache.ir.checks import whole, whole_numbers
+from vdcache.ir.checks import number, whole, whole_numbers
 from vdcache.ir.errors import ConfigError
 from vdcache.ir.files import saved, text_of
 from vdcache.passes import MarkBranches, MergeSlots, Pass
@@ -48,6 +48,8 @@ class Schedule:
         object.__setattr__(self, "computed", whole_numbers(self.computed, "the computed steps of a schedule"))
         whole(self.steps, "the number of steps of a schedule", 1)
         whole(self.order, "the order of a schedule's predictor")
+        number(self.error, "the error of a schedule is a number")
+        number(0.0 if self.psnr is None else self.psnr, "the PSNR of a schedule is a number or None")
         if not self.computed or self.computed[0] != 0 or list(self.computed) != sorted(set(self.computed)):
             raise ConfigError(f"a schedule computes step 0, and its steps ascend; got {list(self.computed)}")
         if self.computed[-1] >= self.steps:
