@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import vdcache
-from tests.support import TinyDiT, latent
+from vdcache.testing import TinyDiT, latent
 
 STEPS = 6
 SCHEDULE = vdcache.Schedule(STEPS, (0, 2, 3), order=0)

@@ -10,12 +10,12 @@ import torch
 
 import vdcache
 from tests.exporting.packages import call
-from tests.support import TinyDiT, latent, time_of
 from tests.zoo import ZOO, build
 from vdcache.demo.fixed import generation, schedule
 from vdcache.demo.model import DemoConfig, DemoDiT, with_positions
 from vdcache.exporting.fixed import fixed
 from vdcache.exporting.manifest import Manifest
+from vdcache.testing import TinyDiT, latent, time_of
 
 MODELS = ("wan", "cogvideox", "hunyuan_video", "latte", "flux", "sd3")
 

@@ -3,12 +3,12 @@
 import pytest
 import torch
 from expecttest import assert_expected_inline
-from hypothesis import example, find, given, settings
+from hypothesis import example, given, settings
 
 from vdcache.ir import ConfigError, dump, trace
 from vdcache.ir.dialect import guards
 from vdcache.passes import Canonicalise, MarkBranches, Pipeline
-from vdcache.testing import WIDTH, Net, assert_skipped, guarded, residual_nets
+from vdcache.testing import WIDTH, Net, assert_reaches, assert_skipped, guarded, residual_nets
 
 X, W, G = torch.randn(3, WIDTH), torch.randn(WIDTH, WIDTH), torch.randn(WIDTH)
 
@@ -118,4 +118,4 @@ def test_the_generator_reaches(outcome):
         _, steps = Pipeline((Canonicalise(), MarkBranches())).run(trace(net, X, W, G).graph)
         return getattr(steps[-1], outcome)
 
-    find(residual_nets(), reaches, settings=settings(deadline=None, max_examples=200))
+    assert_reaches(residual_nets(), reaches)

@@ -3,12 +3,12 @@
 import pytest
 import torch
 from expecttest import assert_expected_inline
-from hypothesis import find, given, settings
+from hypothesis import given, settings
 
 from vdcache.ir import dump, trace
 from vdcache.ir.dialect import guards
 from vdcache.passes import Canonicalise, DeadCode, MarkBranches, MergeSlots, Pipeline, Specialise, variant_io
-from vdcache.testing import WIDTH, assert_skipped, guarded, residual_nets, run_variant
+from vdcache.testing import WIDTH, assert_reaches, assert_skipped, guarded, residual_nets, run_variant
 
 X, W, G = torch.randn(3, WIDTH), torch.randn(WIDTH, WIDTH), torch.randn(WIDTH)
 
@@ -187,11 +187,7 @@ def test_merging_keeps_numbers_and_skips_the_same(net):
 
 
 def test_the_generator_reaches_merging():
-    find(
-        residual_nets(),
-        lambda net: "all/run.0" in slots(merged(net, X, W, G)),
-        settings=settings(deadline=None, max_examples=300),
-    )
+    assert_reaches(residual_nets(), lambda net: "all/run.0" in slots(merged(net, X, W, G)))
 
 
 def matmuls(graph):

@@ -12,8 +12,8 @@ import torch
 import vdcache
 from tests.pipelines.modes import cached, computed, due
 from tests.pipelines.tiny import generator, made, sample
-from tests.support import TinyDiT, latent, time_of
 from vdcache.pipelines.applied import applied_to
+from vdcache.testing import TinyDiT, latent, time_of
 
 pytest.importorskip("diffusers")
 NAME = "CogVideoX"

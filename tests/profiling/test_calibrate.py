@@ -16,10 +16,10 @@ from rich.console import Console
 
 import vdcache
 from tests.scheduling.samplers import TEXT, euler, generate, multistep, sigmas, time
-from tests.support import TinyDiT, latent
 from vdcache import CacheStateError, Calibration, ConfigError, Recipe, Thresholds, VdcacheWarning
 from vdcache.profiling.loop import Loop
 from vdcache.scheduling.choose import BUDGET
+from vdcache.testing import TinyDiT, latent
 
 STEPS = 10
 SEEDS = (0, 3)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tests.support import latent
+from vdcache.testing import latent
 
 TEXT, OTHER = latent(99, 1, 3, 4), latent(98, 1, 3, 4)
 

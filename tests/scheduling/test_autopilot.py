@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 import vdcache
 from tests.scheduling.samplers import OTHER, TEXT, ancestral, clamped, euler, generate, sigmas, time
-from tests.support import TinyDiT, latent
 from vdcache import Calibration, ConfigError, VdcacheWarning
 from vdcache.scheduling.autopilot import Autopilot
 from vdcache.scheduling.choose import Goal
+from vdcache.testing import TinyDiT, latent
 
 STEPS = 8
 CALIBRATING = "no schedule is known for this model"

@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import vdcache
-from tests.support import TinyDiT, latent, time_of
 from vdcache import Calibration, ConfigError, Schedule
 from vdcache.runtime.session import Session
 from vdcache.scheduling.calibration import Key, find, folder, keep, key_of
 from vdcache.scheduling.choose import Goal
+from vdcache.testing import TinyDiT, latent, time_of
 
 TIMES = (1000.0, 750.0, 500.0, 250.0)
 

@@ -13,12 +13,12 @@ from rich.console import Console
 
 import vdcache
 from tests.scheduling.samplers import sigmas
-from tests.support import latent
 from vdcache import ConfigError, Recipe
 from vdcache.demo.model import DemoConfig, DemoDiT
 from vdcache.runtime.measures import Layout
 from vdcache.runtime.policies import Codebook
 from vdcache.scheduling.replay import Watching, replayed
+from vdcache.testing import latent
 
 STEPS = 16
 SMALL = DemoConfig(

@@ -13,10 +13,10 @@ from torch import nn
 
 import vdcache
 from tests.scheduling.samplers import LINEAR, OTHER, TEXT, ancestral, clamped, euler, sigmas, time
-from tests.support import TinyDiT, latent
 from vdcache import ConfigError, Schedule
 from vdcache.runtime.policies import Always
 from vdcache.scheduling.rerun import Recording, Rerun
+from vdcache.testing import TinyDiT, latent
 
 STEPS = 10
 SCHEDULES = [Schedule(STEPS, c) for c in ((0,), (0, 1, 4, 7), (0, 3, 6), (0, 1, 2, 3, 5, 9), (0, 2, 4, 6, 8, 9))]
