@@ -14,6 +14,8 @@ import vdcache
 from tests.exporting.packages import SCHEDULE, STEPS, by_hand, call, inputs, loop, model
 from vdcache.cli import app
 from vdcache.exporting.fixed import recipe_of
+from vdcache.scheduling.calibration import Key
+from vdcache.scheduling.choose import Goal
 
 
 def export(tmp_path, **changed):
@@ -142,7 +144,10 @@ def test_a_model_that_writes_into_itself(tmp_path):
 def test_schedules_from_files_and_lists(tmp_path):
     SCHEDULE.to_json(tmp_path / "schedule.json")
     SCHEDULE.recipe().to_json(tmp_path / "recipe.json")
-    for given in (SCHEDULE, tmp_path / "schedule.json", str(tmp_path / "schedule.json"), tmp_path / "recipe.json"):
+    found = vdcache.Calibration(Key("m", STEPS, ""), Goal(speedup=2.0), SCHEDULE)
+    found.to_json(tmp_path / "found.json")
+    files = [tmp_path / f"{name}.json" for name in ("schedule", "recipe", "found")]
+    for given in (SCHEDULE, found, str(files[0]), *files):
         recipe, steps = recipe_of(given)
         assert (recipe, steps) == (SCHEDULE.recipe(), STEPS)
     assert recipe_of([0, 2, 3], 6)[0].policy == SCHEDULE.recipe().policy

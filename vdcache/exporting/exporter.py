@@ -46,7 +46,7 @@ def export(
     Args:
         model: a module or function that is called once a denoising step (or once a lane of it).
         args, kwargs: one call of it; all shapes are fixed to these.
-        schedule: a `Schedule`, the path of one (or of a recipe) as JSON, a list of computed steps, or a recipe whose steps follow the clock
+        schedule: a `Schedule` or a `Calibration`, the path of one (or of a recipe) as JSON, a list of computed steps, or a recipe whose steps follow the clock
             alone.
         path: the package's folder, which must not exist yet. It appears when it is complete.
         num_steps: denoising steps of a generation, where the schedule does not say it.

@@ -27,6 +27,8 @@ from vdcache.methods import recipe as named
 from vdcache.passes.predictors import When
 from vdcache.recipe import Recipe
 from vdcache.runtime.plan import Plan
+from vdcache.runtime.policies import Auto
+from vdcache.scheduling.calibration import Calibration
 from vdcache.scheduling.schedule import Schedule
 
 __all__ = ["PLAN", "Fixed", "Variant", "Written", "fixed", "recipe_of", "unused", "value_of"]
@@ -120,7 +122,7 @@ def recipe_of(schedule: Any, num_steps: int | None = None) -> tuple[Recipe, int]
     """The recipe that a schedule is, and its number of steps.
 
     Args:
-        schedule: a `Schedule`, a path of a schedule or a recipe as JSON, a list of computed steps, or a recipe that decides everything
+        schedule: a `Schedule` or a `Calibration`, a path of one or of a recipe as JSON, a list of computed steps, or a recipe that decides everything
             before the run (or the name of one).
         num_steps: steps of a generation; known where the schedule says it.
 
@@ -131,7 +133,10 @@ def recipe_of(schedule: Any, num_steps: int | None = None) -> tuple[Recipe, int]
         isinstance(schedule, str) and (schedule.endswith(".json") or schedule.lstrip()[:1] == "{")
     ):
         text = text_of(schedule)
-        schedule = Recipe.from_json(text) if '"policy"' in text else Schedule.from_json(text)
+        read: dict[str, Callable[[str], Any]] = {'"policy"': Recipe.from_json, '"goal"': Calibration.from_json}
+        schedule = next((r for field, r in read.items() if field in text), Schedule.from_json)(text)
+    if isinstance(schedule, Calibration):
+        schedule = schedule.schedule
     if isinstance(schedule, (list, tuple, range)):
         if num_steps is None:
             raise ConfigError("a list of computed steps does not say how many steps there are: give num_steps")
@@ -219,10 +224,16 @@ def _plans(program: Program, recipe: Recipe, steps: int) -> list[Plan]:
         ConfigError: the policy looks at what the run computes.
     """
     graph = program.guarded.graph
-    if program.probes or dialect.observations(graph) or program.lanes is not None or program.emits:
+    if (
+        isinstance(recipe.policy, Auto)
+        or program.probes
+        or dialect.observations(graph)
+        or program.lanes is not None
+        or program.emits
+    ):
         raise ConfigError(
-            f"'{recipe.name}' decides while it runs what to reuse, and a fixed graph cannot: give a schedule (vdcache.search_schedule finds one for "
-            "this model), a list of computed steps, or a recipe that follows the clock alone, as every-3"
+            f"'{recipe.name}' decides while it runs what to reuse, and a fixed graph cannot: give a schedule (vdcache.calibrate and vdcache.search_schedule find "
+            "one for this model), a list of computed steps, or a recipe that follows the clock alone, as every-3"
         )
     policy = recipe.policy
     state = policy.start(steps)
