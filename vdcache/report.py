@@ -28,8 +28,19 @@ def steps_of(records: Sequence[Record]) -> list[list[Record]]:
 
 
 def summary_table(session: Session, generation: int = -1) -> Table:
-    """What was computed, reused and why in one generation; with memory, and time beside a computed step's."""
-    from rich.table import Table
+    """What was computed, reused and why in one generation; with memory, and time beside a computed step's.
+
+    It prints itself, by `print` and by rich.
+    """
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
+    class Table(RichTable):
+        def __str__(self) -> str:
+            console = Console(width=110)
+            with console.capture() as out:
+                console.print(self)
+            return "\n".join(line.rstrip() for line in out.get().splitlines())
 
     records = session.history.generation(generation)
     steps = steps_of(records)
