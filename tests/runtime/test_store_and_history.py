@@ -102,6 +102,11 @@ def test_a_history_replays_its_policy():
         state = session.policy.observe(state, step, records[0].plan, records[0].measures or None)
 
 
+def test_a_summary_prints_itself():
+    text = str(ran().summary())
+    assert "generation" in text.splitlines()[0] and "computed" in text and "steps computed" in text
+
+
 def test_the_summary_says_what_was_computed():
     console = Console(record=True, width=120)
     console.print(ran().summary())
