@@ -13,6 +13,7 @@ from tests.ir.test_tiles import bias_of, cases, noise, tensors
 from tests.passes.test_block_lists import Stack, call
 from vdcache.backends import lowering
 from vdcache.backends.kernels import choose as choosing
+from vdcache.backends.kernels import flex
 from vdcache.backends.kernels.choose import Choice, choose, measure
 from vdcache.backends.lowering import lower_tiles, tile_sites
 from vdcache.ir.capture import trace
@@ -337,11 +338,13 @@ def test_a_model_under_masks_through_inductor(cache):
 
 
 @torch.no_grad()
-def test_a_lowering_that_is_given_through_inductor():
+@pytest.mark.parametrize("lowering", ["gather", "flex"])
+def test_a_lowering_that_is_given_through_inductor(lowering):
     """As after a start with choices on the disk: nothing has run under the mask yet."""
     torch._dynamo.reset()
     tiled.cache_clear()
+    flex.block_mask.cache_clear()
     model = Stack(True, blocks=1)
-    got = vdcache.compile(model, "tiles-0", tiles="gather", strict=True)(*call(0))
+    got = vdcache.compile(model, "tiles-0", tiles=lowering, strict=True)(*call(0))
     want = vdcache.compile(model, "tiles-0", inner="eager")(*call(0))
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)

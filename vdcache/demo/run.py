@@ -133,14 +133,15 @@ def run_demo(
         bar = progress.add_task("compiling", total=len(ways) - 1)
         for name, way in ways.items():
             began = time.perf_counter()
-            sample(way, conditions, steps=1, seed=seed, device=device)
-            if session := getattr(way, "__dict__", {}).get("vdcache"):
+            session = getattr(way, "__dict__", {}).get("vdcache")
+            if session is not None and session.recorder is not None:
+                # it calibrates itself, on a generation that is not one of those that are shown
+                sample(way, conditions, steps=steps, seed=seed + 1, device=device)
+            else:
+                sample(way, conditions, steps=1, seed=seed, device=device)
+            if session is not None:
                 session.warm_up()
                 session.reset()
-                if (
-                    session.recorder is not None
-                ):  # it calibrates itself, on a generation that is not one of those that are shown
-                    sample(way, conditions, steps=steps, seed=seed + 1, device=device)
             if isinstance(way, Velocity):
                 way.begin()
             compile_seconds[name] = compile_seconds.get(name, 0.0) + time.perf_counter() - began

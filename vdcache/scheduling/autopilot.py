@@ -94,10 +94,13 @@ class Autopilot:
         run.inputs = inputs
         steps = self._session.num_steps
         if record.step == 0 and run.calls[0] == 1:
+            unknown = "no schedule is known for this model, number of steps and size"
+            if steps is None:
+                unknown = "how many steps there will be is not known (num_steps says it), so no schedule can be followed yet"
             size = (run.gathering.will_hold() + run.recording.bytes * (steps or 50)) / 2**20
             self._say(
                 f"calibrating {self._key}",
-                f"vdcache: no schedule is known for this model, number of steps and size: this generation is computed in full and keeps "
+                f"vdcache: {unknown}: this generation is computed in full and keeps "
                 f"{size:.0f} MiB beside. When it ends, schedules are tried on it, once, for about the time of two generations; from then on the best "
                 f"is followed ({self._goal}).",
             )

@@ -76,4 +76,9 @@ def block_mask(on: Tiled, device: torch.device) -> Any:
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         return keeps[tile_of[q], tile_of[kv]]
 
-    return BlockMask.from_kv_blocks(*partial, *full, BLOCK_SIZE=BLOCK, mask_mod=mask_mod, seq_lengths=(on.tokens, on.tokens))
+    # Tables by queries serve gradients alone, and are made by vmap, which fails where a dispatch mode watches custom operations.
+    more: dict[str, Any] = (
+        {"compute_q_blocks": False} if "compute_q_blocks" in inspect.signature(BlockMask.from_kv_blocks).parameters else {}
+    )
+    sizes = (on.tokens, on.tokens)
+    return BlockMask.from_kv_blocks(*partial, *full, BLOCK_SIZE=BLOCK, mask_mod=mask_mod, seq_lengths=sizes, **more)
