@@ -96,7 +96,7 @@ class Autopilot:
         if record.step == 0 and run.calls[0] == 1:
             unknown = "no schedule is known for this model, number of steps and size"
             if steps is None:
-                unknown = "how many steps there will be is not known (num_steps says it), so no schedule can be followed yet"
+                unknown = "no schedule is known for this model while nobody says how many steps there will be (num_steps)"
             size = (run.gathering.will_hold() + run.recording.bytes * (steps or 50)) / 2**20
             self._say(
                 f"calibrating {self._key}",
