@@ -16,9 +16,9 @@ def words(width: int, seed: int = 5) -> Tensor:
     return torch.randn(1, 6, width, generator=torch.Generator().manual_seed(seed))
 
 
-def drawn(model: nn.Module) -> nn.Module:
+def drawn(model: nn.Module, seed: int = 0) -> nn.Module:
     """Random weights of a size at which every branch counts."""
-    draw = torch.Generator().manual_seed(0)
+    draw = torch.Generator().manual_seed(seed)
     model.eval().requires_grad_(False)
     for p in model.parameters():
         scale = 0.2 if p.ndim < 2 else 0.5 * p[0].numel() ** -0.5

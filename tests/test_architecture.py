@@ -21,7 +21,7 @@ ALLOWED = {
     "runtime": {"errors", "ir", "runtime"},
     "backends": {"ir", "patterns", "passes", "runtime", "backends", "recipe", "methods", "scheduling"},
     "recipe": {"ir", "passes", "runtime"},
-    "methods": {"ir", "passes", "runtime", "recipe", "methods"},
+    "methods": {"ir", "passes", "runtime", "recipe", "scheduling", "methods"},
     "report": {"runtime"},
     "profiling": {"ir", "patterns", "passes", "runtime", "backends", "recipe", "methods", "scheduling", "api", "profiling"},
     "scheduling": {"ir", "passes", "runtime", "recipe", "scheduling"},

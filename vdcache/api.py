@@ -63,17 +63,17 @@ def compile(
     if not callable(model):
         raise ConfigError(f"compile takes a module or a function; got {type(model).__name__}")
     check_options(torch_compile, compile)
-    goal = {"speedup": speedup, "quality_db": quality_db}
     options = {
         "recipe": recipe,
-        **goal,
+        "speedup": speedup,
+        "quality_db": quality_db,
         "num_steps": num_steps,
         "inner": inner,
         "strict": strict,
         "inductor": inductor,
         "tiles": tiles,
+        "pipeline": pipeline,
     }
-    options["pipeline"] = pipeline
     settings = Settings.of(options)
     return compile_with(model, settings, **torch_compile)
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from examples.tiny import drawn as redrawn
 from tests.zoo import build
 
 __all__ = ["PIPELINES", "Tiny", "generator", "made", "redrawn", "sample"]
@@ -36,17 +37,6 @@ def text(*shape: int, seed: int = 5) -> Tensor:
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-def redrawn(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Every parameter drawn anew, so that no zero-initialised gate hides a branch."""
-    draw = generator(seed)
-    model.eval().requires_grad_(False)
-    for p in model.parameters():
-        scale = 0.2 if p.ndim < 2 else 0.5 * p[0].numel() ** -0.5
-        around = p.mean().round() if p.ndim < 2 else 0  # 1 for the weights of norms
-        p.copy_(around + scale * torch.randn(p.shape, generator=draw))
-    return model
 
 
 def _quiet(pipe: Any) -> Any:

@@ -82,8 +82,7 @@ class Settings:
             return self.session
         if isinstance(auto := self.recipe.policy, Auto):
             session = Session(Always(), self.num_steps, name=self.recipe.name)
-            goal = Goal(speedup=auto.speedup, quality_db=auto.quality_db, floor_db=auto.floor_db)
-            session.recorder = Autopilot(session, goal, strict=self.strict, say=self.say_once)
+            session.recorder = Autopilot(session, Goal.of(auto), strict=self.strict, say=self.say_once)
             return session
         return Session(self.recipe.policy, self.num_steps, name=self.recipe.name, prepare=self.policy_for)
 

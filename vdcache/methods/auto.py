@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
-from vdcache.ir.checks import number
 from vdcache.ir.errors import ConfigError
 from vdcache.passes import MarkBranches, MergeSlots
 from vdcache.passes.predictors import Taylor
 from vdcache.recipe import Recipe
 from vdcache.runtime.policies import Auto
+from vdcache.scheduling.choose import Goal
 
 __all__ = ["auto"]
 
@@ -31,10 +29,7 @@ def auto(speedup: float | None = None, quality_db: float | None = None) -> Recip
     """
     if speedup is not None and quality_db is not None:
         raise ConfigError("speedup and quality_db are one or the other: a faster generation is a worse one")
-    if speedup is not None and not math.inf > number(speedup, "speedup is how many times faster it is to be") >= 1:
-        raise ConfigError(f"speedup is how many times faster a generation is to be, at least 1; got {speedup}")
-    if quality_db is not None and not number(quality_db, "quality_db is a PSNR in dB") > 0:
-        raise ConfigError(f"quality_db is a PSNR in dB, above 0; got {quality_db}")
-    policy = Auto(speedup, quality_db) if speedup or quality_db else Auto(2.0, floor_db=FLOOR)
+    policy = Auto(2.0, floor_db=FLOOR) if speedup is quality_db is None else Auto(speedup, quality_db)
+    Goal.of(policy)  # refuses what it cannot be
     source = "arXiv 2503.06923 (the predictor); the steps are searched"
     return Recipe("vdcache-auto", policy, (MarkBranches(), MergeSlots()), source, predictor=Taylor(1))

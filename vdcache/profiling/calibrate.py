@@ -28,8 +28,8 @@ from vdcache.runtime.history import Record
 from vdcache.runtime.measures import Measured
 from vdcache.runtime.policies import AdaCache, Auto, Codebook
 from vdcache.runtime.schedules import MagCache
-from vdcache.scheduling.autopilot import ORDER, cost_of_reuse, tried
-from vdcache.scheduling.calibration import Calibration, keep, versions
+from vdcache.scheduling.autopilot import ORDER, cost_of_reuse
+from vdcache.scheduling.calibration import Calibration, keep
 from vdcache.scheduling.choose import Goal, choose
 from vdcache.scheduling.replay import Measures, Watching, replayed
 
@@ -270,8 +270,7 @@ def calibrate(
     if isinstance(chosen.policy, Auto):
         auto = for_goal(chosen, speedup, quality_db).policy
         assert isinstance(auto, Auto)
-        goal = Goal(speedup=auto.speedup, quality_db=auto.quality_db, floor_db=auto.floor_db)
-        return _schedule(model, run, prompts, goal, inner, path, console)
+        return _schedule(model, run, prompts, Goal.of(auto), inner, path, console)
     if speedup is not None or quality_db is not None:
         raise ConfigError(f"'{chosen.name}' is calibrated for any speed at once: leave out the goal, and ask what comes back")
     if path is not None:
@@ -297,16 +296,8 @@ def _schedule(
     finally:
         loop.forget()
     assert loop.key is not None
-    found = Calibration(
-        key=replace(loop.key, steps=table.steps, times=loop.times),
-        goal=goal,
-        schedule=schedule,
-        products=tuple(tuple(map(tuple, g)) for g in table.products.tolist()),
-        tried=tried(loop.scored, table.steps),
-        reuse_cost=loop.reuse_cost,
-        seconds=time.perf_counter() - began,
-        versions=versions(),
-    )
+    key = replace(loop.key, steps=table.steps, times=loop.times)
+    found = Calibration.of(key, goal, schedule, table, loop.scored, reuse_cost=loop.reuse_cost, began=began)
     keep(found)
     return found
 

@@ -71,7 +71,7 @@ class Always:
 
 
 @dataclass(frozen=True)
-class Auto:
+class Auto(Always):
     """A schedule that is found on the model itself, for a speed or a quality: until then every step is computed.
 
     The compiled model puts the schedule in the place of this policy when it knows one.
@@ -90,15 +90,6 @@ class Auto:
 
     def plans(self) -> tuple[Plan, ...]:
         return (RECOMPUTE, Plan.of([self.group]))
-
-    def start(self, num_steps: int, before: Any = None) -> int:
-        return num_steps
-
-    def plan(self, state: int, step: int, times: Sequence[float] = ()) -> Plan:
-        return RECOMPUTE
-
-    def observe(self, state: int, step: int, plan: Plan, measures: Sequence[Measured] | None) -> int:
-        return state
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,12 @@ from vdcache.runtime.plan import RECOMPUTE
 from vdcache.runtime.policies import Always
 from vdcache.runtime.schedules import same_times
 from vdcache.runtime.session import Session
-from vdcache.scheduling.calibration import Calibration, Key, find, keep, key_of, time_of, versions
+from vdcache.scheduling.calibration import Calibration, Key, find, keep, key_of, time_of
 from vdcache.scheduling.choose import Goal, Scored, choose
 from vdcache.scheduling.rerun import Recording, Rerun, Reruns
-from vdcache.scheduling.schedule import Schedule
 from vdcache.scheduling.table import Gathering, StepTable
 
-__all__ = ["Autopilot", "cost_of_reuse", "tried"]
+__all__ = ["Autopilot", "cost_of_reuse"]
 
 ORDER = 1  # of the recipe's predictor
 
@@ -192,7 +191,7 @@ class Autopilot:
     def _calibrated(self, run: _Run) -> Calibration:
         began = time.perf_counter()
         table = StepTable(np.stack([run.gathering.products()]), run.gathering.bytes)
-        steps, cost = table.steps, cost_of_reuse([*run.programs, *self._before])
+        cost = cost_of_reuse([*run.programs, *self._before])
         rerun, note = None, ""
         try:
             rerun = Rerun(run.recording, run.inputs)
@@ -205,17 +204,8 @@ class Autopilot:
             note = f"chosen by the table of steps alone, because {error}"
         scored = Scored()
         schedule = choose(table, Reruns([rerun]) if rerun else None, self._goal, orders=[ORDER], reuse_cost=cost, scored=scored)
-        return Calibration(
-            key=replace(self._key, times=tuple(self._times)),
-            goal=self._goal,
-            schedule=schedule,
-            products=tuple(tuple(map(tuple, g)) for g in table.products.tolist()),
-            tried=tried(scored, steps),
-            reuse_cost=cost,
-            seconds=time.perf_counter() - began,
-            note=note,
-            versions=versions(),
-        )
+        key = replace(self._key, times=tuple(self._times))
+        return Calibration.of(key, self._goal, schedule, table, scored, reuse_cost=cost, began=began, note=note)
 
 
 def cost_of_reuse(programs: Iterable[Any]) -> float:
@@ -225,14 +215,3 @@ def cost_of_reuse(programs: Iterable[Any]) -> float:
         plan = next((p for p in program.plans if p), RECOMPUTE)
         reused, computed = reused + program.flops(plan), computed + program.flops(RECOMPUTE)
     return reused / max(1, computed)
-
-
-def tried(scored: Scored, steps: int) -> tuple[Schedule, ...]:
-    """Every schedule that was run, with its mean PSNR."""
-    by: dict[tuple[tuple[int, ...], int], list[float]] = {}
-    for (computed, order, _), psnr in scored.known.items():
-        by.setdefault((computed, order), []).append(psnr)
-    return tuple(
-        Schedule(steps, computed, order, psnr=float(np.mean(v)) if np.isfinite(v).all() else None)
-        for (computed, order), v in by.items()
-    )

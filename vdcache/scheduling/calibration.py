@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -13,16 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import vdcache
 from vdcache.ir.checks import number, whole
 from vdcache.ir.errors import ConfigError
 from vdcache.ir.files import cache_folder, saved, text_of, write_aside
 from vdcache.runtime.read import read
 from vdcache.runtime.schedules import same_times
-from vdcache.scheduling.choose import Goal
+from vdcache.scheduling.choose import Goal, Scored
 from vdcache.scheduling.schedule import Schedule, candidates_up_to
 from vdcache.scheduling.table import StepTable
 
-__all__ = ["Calibration", "Key", "find", "folder", "keep", "key_of", "time_of", "versions", "weights_of"]
+__all__ = ["Calibration", "Key", "find", "folder", "keep", "key_of", "time_of", "weights_of"]
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,31 @@ class Calibration:
                 f"a calibration for {self.key.steps} steps has a schedule of as many and a timestep for each, or none; got "
                 f"{self.schedule.steps} and {len(self.key.times)}"
             )
+
+    @staticmethod
+    def of(
+        key: Key,
+        goal: Goal,
+        schedule: Schedule,
+        table: StepTable,
+        scored: Scored,
+        *,
+        reuse_cost: float,
+        began: float,
+        note: str = "",
+    ) -> Calibration:
+        """What a search found that began at `time.perf_counter() == began`."""
+        return Calibration(
+            key=key,
+            goal=goal,
+            schedule=schedule,
+            products=tuple(tuple(map(tuple, g)) for g in table.products.tolist()),
+            tried=_tried(scored, table.steps),
+            reuse_cost=reuse_cost,
+            seconds=time.perf_counter() - began,
+            note=note,
+            versions={"vdcache": vdcache.__version__, "torch": torch.__version__},
+        )
 
     @property
     def table(self) -> StepTable:
@@ -205,7 +232,12 @@ def time_of(program: Any, inputs: Sequence[Any], timestep: float | None) -> floa
     return max(read([value])[0][0]) if isinstance(value, Tensor) else float(value)
 
 
-def versions() -> dict[str, str]:
-    import vdcache
-
-    return {"vdcache": vdcache.__version__, "torch": torch.__version__}
+def _tried(scored: Scored, steps: int) -> tuple[Schedule, ...]:
+    """Every schedule that was run, with its mean PSNR."""
+    by: dict[tuple[tuple[int, ...], int], list[float]] = {}
+    for (computed, order, _), psnr in scored.known.items():
+        by.setdefault((computed, order), []).append(psnr)
+    return tuple(
+        Schedule(steps, computed, order, psnr=float(np.mean(v)) if np.isfinite(v).all() else None)
+        for (computed, order), v in by.items()
+    )

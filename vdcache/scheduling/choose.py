@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vdcache.ir.checks import number, whole
 from vdcache.ir.errors import CacheStateError, ConfigError
+from vdcache.runtime.policies import Auto
 from vdcache.scheduling.schedule import ORDERS, Schedule, candidates, candidates_up_to
 from vdcache.scheduling.table import StepTable
 
@@ -55,6 +56,11 @@ class Goal:
             raise ConfigError(f"speedup is how many times faster a generation is to be, at least 1; got {self.speedup}")
         if self.quality_db is not None and not number(self.quality_db, "quality_db is a PSNR in dB") > 0:
             raise ConfigError(f"quality_db is a PSNR in dB, above 0; got {self.quality_db}")
+
+    @staticmethod
+    def of(policy: Auto) -> Goal:
+        """What a policy is to reach."""
+        return Goal(speedup=policy.speedup, quality_db=policy.quality_db, floor_db=policy.floor_db)
 
     def count(self, steps: int, reuse_cost: float = 0.0) -> int:
         """How many of `steps` may be computed, where a reused one costs `reuse_cost` of a computed one.

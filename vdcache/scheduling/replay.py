@@ -15,10 +15,9 @@ from vdcache.runtime.measures import Layout, Measured, measured
 from vdcache.runtime.plan import Plan
 from vdcache.runtime.policies import Deciding, Policy
 from vdcache.runtime.session import Probed
+from vdcache.scheduling.table import LIMIT
 
 __all__ = ["Measures", "Watching", "replayed"]
-
-LIMIT = 256 * 2**20  # bytes that one generation's values may take
 
 
 @dataclass(frozen=True)
