@@ -63,6 +63,8 @@ _PUBLIC = {
     "debug": "vdcache.passes.watching",
     "anatomy": "vdcache.patterns",
     "NoMatch": "vdcache.patterns.facts",
+    "Match": "vdcache.patterns.match",
+    "Pattern": "vdcache.patterns.match",
     "Recipe": "vdcache.recipe",
     "recipes": "vdcache.methods",
     "adacache": "vdcache.methods",
@@ -107,6 +109,7 @@ _PUBLIC = {
     "ByGroup": "vdcache.passes.predictors",
     "Pass": "vdcache.passes.base",
     "PassResult": "vdcache.passes.base",
+    "Rewrite": "vdcache.passes.rewrite",
     "Refusal": "vdcache.passes.base",
     "Pipeline": "vdcache.passes.base",
     "VdcacheError": "vdcache.ir.errors",
@@ -154,10 +157,12 @@ if TYPE_CHECKING:
     )
     from vdcache.passes.base import Pass, PassResult, Pipeline, Refusal
     from vdcache.passes.predictors import Blended, ByGroup, Extrapolated, LastValue, Predictor, Scaled, Taylor
+    from vdcache.passes.rewrite import Rewrite
     from vdcache.passes.tile_attention import TileAttention
     from vdcache.passes.watching import debug
     from vdcache.patterns import anatomy
     from vdcache.patterns.facts import NoMatch
+    from vdcache.patterns.match import Match, Pattern
     from vdcache.pipelines.applied import apply, remove
     from vdcache.pipelines.summary import summary
     from vdcache.profiling.calibrate import Thresholds, calibrate

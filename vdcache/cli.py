@@ -165,12 +165,13 @@ def opt(
     from vdcache.ir.facts import holding
     from vdcache.ir.graph_files import load_graph, save_graph
     from vdcache.passes import Pipeline
+    from vdcache.passes.catalogue import known_facts
 
     try:
         saved = load_graph(graph)
         if not (text := pipeline or saved.pipeline):
             raise ConfigError('name the passes: --pipeline "canonicalise,mark-branches"; vdcache passes lists them')
-        parsed = Pipeline.parse(text, given=holding(saved.graph.graph))
+        parsed = Pipeline.parse(text, given=holding(saved.graph.graph, known_facts()))
         if bisect:
             found = tool.bisect(saved.graph, parsed, tool.checker(bisect))
             typer.echo(str(found) if found else f"no pass breaks '{bisect}'")

@@ -15,17 +15,18 @@ from torch import fx
 from vdcache.ir.dump import dump
 from vdcache.ir.edit import copy_graph
 from vdcache.ir.errors import ConfigError, VdcacheError
-from vdcache.ir.facts import Fact, check
+from vdcache.ir.facts import FACTS, Fact, check
 from vdcache.ir.graph_files import save_graph
 from vdcache.ir.oracle import example_inputs, unskippable
 from vdcache.passes import Pass, Pipeline, Step
+from vdcache.passes.catalogue import known_facts
 from vdcache.passes.watching import changes_text, refusals_text
 
 __all__ = ["CHECKS", "Broken", "Checker", "Run", "bisect", "checker", "run"]
 
 Checker = Callable[[fx.GraphModule, fx.GraphModule], None]
 CHECKS = {
-    **{f.value: f"the fact: {f.name}" for f in Fact},
+    **{f.name: f"the fact that the graph is {f.name}" for f in FACTS},
     "runs": "the graph can be computed",
     "same": "it gives what the graph that came in gives, bit for bit, and whatever it returns besides",
     "skips": "NaN in everything that reuse leaves out changes no output",
@@ -92,7 +93,7 @@ def run(graph: fx.GraphModule, pipeline: Pipeline, *, verify: bool = False, repr
     for index, a_pass in enumerate(pipeline.passes):
         before = copy_graph(graph)
         try:
-            graph, done = Pipeline((a_pass,), verify=verify, given=frozenset(Fact)).run(graph, copied=True)
+            graph, done = Pipeline((a_pass,), verify=verify, given=a_pass.requires).run(graph, copied=True)
             held = _still(held, a_pass) | a_pass.ensures
             if verify:
                 for fact in held:
@@ -124,7 +125,7 @@ def bisect(graph: fx.GraphModule, pipeline: Pipeline, holds: Checker) -> Broken 
         raise ConfigError(f"the check fails before the first pass: {why}")
     for index, a_pass in enumerate(pipeline.passes):
         try:
-            graph, _ = Pipeline((a_pass,), given=frozenset(Fact)).run(graph)
+            graph, _ = Pipeline((a_pass,), given=a_pass.requires).run(graph)
         except VdcacheError as error:
             return Broken(index, a_pass, str(error))
         if why := _problem(holds, came_in, graph):
@@ -147,8 +148,8 @@ def checker(name: str) -> Checker:
     Raises:
         ConfigError: there is no such check.
     """
-    if name in {f.value for f in Fact}:
-        return lambda came_in, graph: check(Fact(name), graph.graph, after="this pass")
+    if fact := next((f for f in (*FACTS, *known_facts()) if f.name == name), None):
+        return lambda came_in, graph: check(fact, graph.graph, after="this pass")
     if name in _CHECKERS:
         return _CHECKERS[name]
     module, colon, function = name.partition(":")

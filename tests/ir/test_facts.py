@@ -4,8 +4,9 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 
-from vdcache.ir import ContractError, Fact, check, dump, guard, observe, trace
+from vdcache.ir import ConfigError, ContractError, Fact, check, dump, guard, observe, trace
 from vdcache.ir.edit import call
+from vdcache.ir.facts import FACTS, holding
 
 aten = torch.ops.aten
 
@@ -36,8 +37,9 @@ return (%4)""",
 
 
 def test_a_good_graph_holds_everything():
-    for fact in Fact:
+    for fact in FACTS:
         check(fact, graph_of())
+    assert holding(graph_of()) == frozenset(FACTS)
 
 
 @pytest.mark.parametrize(
@@ -72,3 +74,24 @@ def test_new_nodes_are_typed_as_they_are_made():
     with graph.inserting_before(graph.output_node()):
         node = call(graph, aten.sum.dim_IntList, x, [1], made_by="a test")
     assert tuple(node.meta["val"].shape) == (2,) and node.meta["vdcache"] == "a test"
+
+
+def no_relu(graph):
+    """The check of a fact that another package brings."""
+    return next(((n, "is a relu") for n in graph.nodes if n.target is aten.relu.default), None)
+
+
+NO_RELU = Fact("without-relu", no_relu)
+
+
+def test_a_fact_of_ones_own():
+    with pytest.raises(ContractError, match="after capture the graph is not without-relu: 'relu' is a relu"):
+        check(NO_RELU, graph_of())
+    assert NO_RELU not in holding(graph_of(), [NO_RELU]) and NO_RELU in holding(torch.fx.Graph(), [NO_RELU])
+    assert repr(NO_RELU) == "Fact('without-relu')" and Fact("without-relu", no_relu) == NO_RELU
+
+
+@pytest.mark.parametrize("name", ["", "Guarded", "two words", 3])
+def test_a_fact_has_a_name(name):
+    with pytest.raises(ConfigError, match="a fact is named in small letters and dashes"):
+        Fact(name, no_relu)

@@ -8,7 +8,8 @@ import torch
 
 from vdcache.ir import ConfigError, ContractError, Fact, trace
 from vdcache.methods.registry import NAMES
-from vdcache.passes import Canonicalise, MarkBranches, MergeSlots, Observe, Pass, PassResult, Pipeline, Specialise
+from vdcache.passes import Canonicalise, MarkBranches, MergeSlots, Observe, Pass, PassResult, Pipeline, Rewrite, Specialise
+from vdcache.passes.predictors import LAST, Blended, ByGroup, Extrapolated, Frequencies, Scaled, Taylor
 
 PASSES = (
     Canonicalise(),
@@ -50,7 +51,7 @@ def test_texts_that_people_write():
         Pipeline.parse("merge-slots{run}")
     with pytest.raises(ContractError, match="'mark-branches' requires canonical"):
         Pipeline.parse("mark-branches")
-    assert Pipeline.parse("mark-branches", given=frozenset(Fact)).passes == (MarkBranches(),)
+    assert Pipeline.parse("mark-branches", given=MarkBranches.requires).passes == (MarkBranches(),)
 
 
 def test_order_is_checked_without_a_graph():
@@ -93,3 +94,73 @@ def test_the_pipeline_works_on_a_copy():
     before = len(graph.graph.nodes)
     Pipeline((Canonicalise(), MarkBranches())).run(graph)
     assert len(graph.graph.nodes) == before
+
+
+NO_TANH = Fact(
+    "without-tanh", lambda graph: next(((n, "is a tanh") for n in graph.nodes if n.target is torch.ops.aten.tanh.default), None)
+)
+
+
+@dataclass(frozen=True)
+class NoTanh(Rewrite):
+    """no-tanh: tanh becomes sigmoid."""
+
+    name: ClassVar[str] = "no-tanh"
+    ensures: ClassVar[frozenset[Fact]] = frozenset({NO_TANH})
+    before = "%1 = tanh(%x)"
+    after = "%1 = sigmoid(%x)"
+
+
+@dataclass(frozen=True)
+class Needs(Pass):
+    name: ClassVar[str] = "needs"
+    requires: ClassVar[frozenset[Fact]] = frozenset({NO_TANH})
+
+    def run(self, graph):
+        return PassResult(graph)
+
+
+def test_a_fact_of_another_package_is_held_to_like_every_other():
+    with pytest.raises(ContractError, match="'needs' requires without-tanh; nothing before it ensures that"):
+        Pipeline((Needs(),))
+    graph = trace(torch.tanh, torch.randn(2)).graph
+    Pipeline((NoTanh(), Needs()), verify=True).run(graph)
+
+    @dataclass(frozen=True)
+    class Lies(NoTanh):
+        name: ClassVar[str] = "lies"
+
+        def why_not(self, match):
+            return ["it feels like it"]
+
+    with pytest.raises(ContractError, match="after 'lies' the graph is not without-tanh: 'tanh' is a tanh"):
+        Pipeline((Lies(),), verify=True).run(graph)
+
+
+@pytest.mark.parametrize(
+    "predictor",
+    [
+        LAST,
+        Taylor(2),
+        Scaled(0.98),
+        Extrapolated(0.5),
+        Extrapolated(0.5, 3, 20),
+        Frequencies(),
+        Frequencies((1.2, 0, 9), (0.9, 3, 20), 0.4),
+        ByGroup((("attention", Taylor(1)),)),
+        ByGroup((("attention", Taylor(1)), ("mlp", Scaled(0.9))), Taylor(2)),
+    ],
+    ids=str,
+)
+def test_a_predictor_is_part_of_the_text(predictor):
+    made = Specialise(reuse=frozenset({"all", "mlp"}), predictor=predictor, slots=("all/1",))
+    assert Pipeline.parse(str(made), given=Specialise.requires).passes == (made,)
+
+
+def test_what_is_no_predictor_is_refused():
+    for text in ("nope(1)", "taylor(", "taylor(9)", "taylor(order=x)", "by_group(1)", "3"):
+        with pytest.raises(ConfigError):
+            Pipeline.parse(f"specialise{{reuse=all,predictor={text}}}", given=Specialise.requires)
+    blended = Specialise(reuse=frozenset({"all"}), predictor=Blended(lambda values, when: values[0]))
+    with pytest.raises(ConfigError, match="is no predictor that a text can name"):
+        Pipeline.parse(str(blended), given=Specialise.requires)

@@ -2,43 +2,67 @@
 
 from __future__ import annotations
 
-import enum
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import fx
 
 from vdcache.ir import dialect
-from vdcache.ir.errors import ContractError
+from vdcache.ir.errors import ConfigError, ContractError
 
-__all__ = ["Fact", "check", "holding"]
+__all__ = ["FACTS", "Fact", "check", "holding"]
+
+_Problem = tuple[fx.Node, str] | None
 
 
-class Fact(enum.Enum):
-    """A property of a graph that passes require and ensure."""
+@dataclass(frozen=True)
+class Fact:
+    """A property of a graph that passes require and ensure, with the one check that says whether it holds.
 
-    FUNCTIONAL = "functional"  # no node writes into another node's value
-    TYPED = "typed"  # every tensor node carries its fake value in meta["val"]
-    CANONICAL = "canonical"  # no dropouts, aliases or casts that do nothing
-    GUARDED = "guarded"  # every guard has a slot of its own, named "group/name"
-    OBSERVED = "observed"  # every observation has a name of its own and a known distance
-    PROBED = "probed"  # every probe has a name of its own and a known distance, and nothing reads it
-    PLAIN = "plain"  # no dialect node is left
+    vdcache's own are attributes of this class, `Fact.CANONICAL` for example. A package that writes passes makes others:
+
+        SORTED = Fact("sorted", lambda graph: next(((n, "stands behind what uses it") for n in …), None))
+
+    Args:
+        name: in small letters and dashes.
+        problem: given a graph, the first node that is against it and why, as the end of a sentence; None where it holds.
+
+    Raises:
+        ConfigError: another name.
+    """
+
+    name: str
+    problem: Callable[[fx.Graph], _Problem]
+
+    FUNCTIONAL: ClassVar[Fact]  # no node writes into another node's value
+    TYPED: ClassVar[Fact]  # every tensor node carries its fake value in meta["val"]
+    CANONICAL: ClassVar[Fact]  # no dropouts, aliases or casts that do nothing
+    GUARDED: ClassVar[Fact]  # every guard has a slot of its own, named "group/name"
+    OBSERVED: ClassVar[Fact]  # every observation has a name of its own and a known distance
+    PROBED: ClassVar[Fact]  # every probe has a name of its own and a known distance, and nothing reads it
+    PLAIN: ClassVar[Fact]  # no dialect node is left
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not re.fullmatch(r"[a-z][a-z0-9-]*", self.name):
+            raise ConfigError(f"a fact is named in small letters and dashes, as 'guarded' is; got {self.name!r}")
+
+    def __repr__(self) -> str:
+        return f"Fact({self.name!r})"
 
 
 def check(fact: Fact, graph: fx.Graph, after: str = "capture") -> None:
     """Raise ContractError where `fact` does not hold; `after` names what ran last."""
-    if problem := _CHECKS[fact](graph):
+    if problem := fact.problem(graph):
         node, why = problem
-        raise ContractError(f"after {after} the graph is not {fact.value}: '{node.name}' {why}")
+        raise ContractError(f"after {after} the graph is not {fact.name}: '{node.name}' {why}")
 
 
-def holding(graph: fx.Graph) -> frozenset[Fact]:
-    """The facts that hold on a graph, whatever ran on it."""
-    return frozenset(f for f, problem in _CHECKS.items() if not problem(graph))
-
-
-_Problem = tuple[fx.Node, str] | None
+def holding(graph: fx.Graph, facts: Iterable[Fact] = ()) -> frozenset[Fact]:
+    """Which of vdcache's facts, and of `facts`, hold on a graph, whatever ran on it."""
+    return frozenset(f for f in (*FACTS, *facts) if not f.problem(graph))
 
 
 def _functional(graph: fx.Graph) -> _Problem:
@@ -107,12 +131,11 @@ def _plain(graph: fx.Graph) -> _Problem:
     return next(((n, f"is a dialect node ({n.target})") for n in graph.nodes if dialect.is_dialect(n)), None)
 
 
-_CHECKS: dict[Fact, Callable[[fx.Graph], _Problem]] = {
-    Fact.FUNCTIONAL: _functional,
-    Fact.TYPED: _typed,
-    Fact.CANONICAL: _canonical,
-    Fact.GUARDED: _guarded,
-    Fact.OBSERVED: _observed,
-    Fact.PROBED: _probed,
-    Fact.PLAIN: _plain,
-}
+Fact.FUNCTIONAL = Fact("functional", _functional)
+Fact.TYPED = Fact("typed", _typed)
+Fact.CANONICAL = Fact("canonical", _canonical)
+Fact.GUARDED = Fact("guarded", _guarded)
+Fact.OBSERVED = Fact("observed", _observed)
+Fact.PROBED = Fact("probed", _probed)
+Fact.PLAIN = Fact("plain", _plain)
+FACTS = (Fact.FUNCTIONAL, Fact.TYPED, Fact.CANONICAL, Fact.GUARDED, Fact.OBSERVED, Fact.PROBED, Fact.PLAIN)

@@ -11,6 +11,7 @@ from vdcache.passes.mark_output import MarkOutput
 from vdcache.passes.merge_slots import MergeSlots
 from vdcache.passes.observe import Observe
 from vdcache.passes.probe import Probe
+from vdcache.passes.rewrite import Rewrite
 from vdcache.passes.specialise import Specialise, VariantIO, variant_io
 from vdcache.passes.split_at_probe import HeadIO, SplitAtProbe, head_io
 from vdcache.passes.tile_attention import TileAttention
@@ -51,6 +52,7 @@ __all__ = [
     "Pipeline",
     "Probe",
     "Refusal",
+    "Rewrite",
     "Specialise",
     "SplitAtProbe",
     "Step",

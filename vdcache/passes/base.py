@@ -16,6 +16,7 @@ from vdcache.ir.dump import dump
 from vdcache.ir.edit import copy_graph
 from vdcache.ir.errors import ConfigError, ContractError, VdcacheError
 from vdcache.ir.facts import Fact, check
+from vdcache.ir.words import parts
 from vdcache.passes.watching import Watch
 
 __all__ = ["Pass", "PassResult", "Pipeline", "Refusal", "drop_dead_code", "option_text", "tag"]
@@ -51,6 +52,9 @@ class Pass(abc.ABC):
     Class attributes say what a pipeline must know: `name`, in small letters and dashes; `requires` and `ensures`, the facts that
     hold before and after; `fixed_sizes`, whether what it writes is cut for the sizes of one graph (`vdcache.compile` then compiles
     each size on its own).
+
+    Options are numbers, words, true or false, none, and lists of them. One of another type is made of its text (`str`) by the function
+    that its field names: `field(default=LAST, metadata={"read": read_predictor})`.
     """
 
     name: ClassVar[str]
@@ -111,7 +115,7 @@ class Pipeline:
         known = set(self.given)
         for a_pass in self.passes:
             if missing := a_pass.requires - known:
-                names = ", ".join(sorted(f.value for f in missing))
+                names = ", ".join(sorted(f.name for f in missing))
                 raise ContractError(f"'{a_pass.name}' requires {names}; nothing before it ensures that")
             known |= a_pass.ensures
 
@@ -203,13 +207,14 @@ def _lint(a_pass: Pass, graph: fx.GraphModule) -> None:
 def _with_options(kind: type[Pass], text: str) -> Pass:
     options: dict[str, Any] = {}
     allowed = {f.name: f for f in fields(kind)}
-    for part in re.findall(r"(?:\[[^\]]*\]|[^,\[])+", text):
-        key, equals, value = part.strip().partition("=")
+    for part in parts(text):
+        key, equals, value = part.partition("=")
         name = key.replace("-", "_")
         if name not in allowed or not equals:
             there = ", ".join(a.replace("_", "-") for a in allowed) or "none"
             raise ConfigError(f"pass '{kind.name}' has no option {key!r}; it has {there}, given as option=value")
-        options[name] = _option_value(value, allowed[name].default)
+        read = allowed[name].metadata.get("read")
+        options[name] = read(value) if read is not None else _option_value(value, allowed[name].default)
     try:
         return kind(**options)
     except TypeError as error:

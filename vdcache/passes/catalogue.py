@@ -7,10 +7,11 @@ import re
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
+from vdcache.ir.facts import Fact
 from vdcache.ir.plugins import Plugin, plugins
 from vdcache.passes.base import Pass, option_text
 
-__all__ = ["Entry", "Option", "catalogue", "documented_options", "known_passes", "page"]
+__all__ = ["Entry", "Option", "catalogue", "documented_options", "known_facts", "known_passes", "page"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,11 @@ class Entry:
 def known_passes() -> dict[str, type[Pass]]:
     """Passes by name; a name of vdcache's own always means its own."""
     return {name: kind for name, (kind, _) in _all().items()}
+
+
+def known_facts() -> tuple[Fact, ...]:
+    """Every fact that a known pass requires or ensures."""
+    return tuple(dict.fromkeys(f for kind in known_passes().values() for f in sorted(kind.requires | kind.ensures, key=str)))
 
 
 def catalogue() -> tuple[Entry, ...]:
@@ -101,7 +107,7 @@ def page() -> str:
     entries = [e for e in catalogue() if e.origin == "vdcache"]
     lines = ["| pass | what it does | requires | ensures |", "|---|---|---|---|"]
     for e in entries:
-        requires, ensures = (", ".join(sorted(f.value for f in facts)) or "–" for facts in (e.kind.requires, e.kind.ensures))
+        requires, ensures = (", ".join(sorted(f.name for f in facts)) or "–" for facts in (e.kind.requires, e.kind.ensures))
         lines.append(f"| [`{e.name}`](#{e.name}) | {e.sentence} | {requires} | {ensures} |")
     for e in entries:
         lines += ["", f"### {e.name}", "", _capitalised(e.sentence)]

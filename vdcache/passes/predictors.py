@@ -6,16 +6,18 @@ reused one puts in the place of the value. Both become part of the compiled grap
 
 from __future__ import annotations
 
+import ast
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from vdcache.ir.checks import number
 from vdcache.ir.errors import ConfigError
+from vdcache.ir.plugins import plugins
 from vdcache.passes.filters import waves
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "Taylor",
     "When",
     "predictor_of",
+    "read_predictor",
 ]
 
 
@@ -258,7 +261,7 @@ class Frequencies:
         return value ** (end - start + 1).clamp(min=0)
 
     def __str__(self) -> str:
-        return f"frequencies(low {self.low}, high {self.high})"
+        return f"frequencies({self.low}, {self.high}{f', {self.share:g}' if self.share != 0.2 else ''})"
 
 
 def _centred(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -308,13 +311,60 @@ class ByGroup:
     Args:
         groups: (group, predictor) pairs.
         other: of every other group.
+
+    Raises:
+        ConfigError: no such pairs.
     """
 
     groups: tuple[tuple[str, Predictor], ...]
     other: Predictor = LAST
 
+    def __post_init__(self) -> None:
+        pairs = self.groups if isinstance(self.groups, tuple) else (self.groups,)
+        if not all(isinstance(p, tuple) and len(p) == 2 and isinstance(p[0], str) for p in pairs):
+            raise ConfigError(f"predictors of groups are (group, predictor) pairs; got {self.groups!r}")
+        if wrong := next((p for p in (*(p for _, p in self.groups), self.other) if not isinstance(p, Predictor)), None):
+            raise ConfigError(f"{wrong!r} is no predictor: it has no 'tensors', 'keep' and 'predict'")
+
     def __str__(self) -> str:
-        return ", ".join([*(f"{group}: {p}" for group, p in self.groups), f"else {self.other}"])
+        groups = ", ".join(f"({group!r}, {p})" for group, p in self.groups)
+        return f"by_group(({groups}{',' if len(self.groups) == 1 else ''}), {self.other})"
+
+
+_KINDS: dict[str, Callable[..., Any]] = {
+    "last": LastValue,
+    "taylor": Taylor,
+    "scaled": Scaled,
+    "extrapolated": Extrapolated,
+    "frequencies": Frequencies,
+    "by_group": ByGroup,
+}
+
+
+def read_predictor(text: str) -> Predictor | ByGroup:
+    """The predictor that prints as `text`: "last", "taylor(1)", or the class of an installed package, "Damped(damping=0.3)".
+
+    Raises:
+        ConfigError: no such predictor, or one of a function, which no text holds.
+    """
+    kinds = _KINDS | {kind.value.__name__: kind.value for kind in plugins("vdcache.predictors")}
+
+    def value(node: ast.AST) -> Any:
+        if isinstance(node, ast.Name) and node.id in kinds:
+            return kinds[node.id]()
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in kinds:
+            return kinds[node.func.id](*map(value, node.args), **{str(k.arg): value(k.value) for k in node.keywords})
+        if isinstance(node, ast.Tuple):
+            return tuple(map(value, node.elts))
+        return ast.literal_eval(node)
+
+    try:
+        found = value(ast.parse(text, mode="eval").body)
+    except (SyntaxError, ValueError, TypeError) as error:
+        raise ConfigError(f"{text!r} is no predictor that a text can name; there are {', '.join(kinds)}") from error
+    if not isinstance(found, (Predictor, ByGroup)):
+        raise ConfigError(f"{text!r} is no predictor; there are {', '.join(kinds)}")
+    return found
 
 
 def predictor_of(predictor: Predictor | ByGroup, group: str) -> Predictor:

@@ -12,7 +12,7 @@ bit-exact. The result holds no dialect node; the order of what was added is in `
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -25,7 +25,7 @@ from vdcache.ir.edit import add_input, call, evaluate, inline, inputs, laid_out,
 from vdcache.ir.facts import Fact
 from vdcache.ir.ops import VIEWS, is_effectful, is_work
 from vdcache.passes.base import Pass, PassResult, drop_dead_code
-from vdcache.passes.predictors import LAST, ByGroup, Predictor, When, predictor_of
+from vdcache.passes.predictors import LAST, ByGroup, Predictor, When, predictor_of, read_predictor
 from vdcache.passes.sums import sums_of
 
 __all__ = ["Specialise", "VariantIO", "dense", "variant_io"]
@@ -147,7 +147,7 @@ class Specialise(Pass):
     reuse: frozenset[str] = frozenset()
     save: str = "all"
     slots: tuple[str, ...] = ()
-    predictor: Predictor | ByGroup = LAST
+    predictor: Predictor | ByGroup = field(default=LAST, metadata={"read": read_predictor})
     observe: bool = True
 
     def run(self, graph: fx.GraphModule) -> PassResult:

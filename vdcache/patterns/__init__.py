@@ -3,6 +3,7 @@
 from vdcache.patterns.anatomy import anatomy
 from vdcache.patterns.facts import ATTENDS, KINDS, Anatomy, Attention, Block, Branch, Conditioning, Grid, NoMatch, Span, Stream
 from vdcache.patterns.index import Index
+from vdcache.patterns.match import Match, Pattern
 
 __all__ = [
     "ATTENDS",
@@ -14,7 +15,9 @@ __all__ = [
     "Conditioning",
     "Grid",
     "Index",
+    "Match",
     "NoMatch",
+    "Pattern",
     "Span",
     "Stream",
     "anatomy",

@@ -13,11 +13,18 @@ KINDS = ("self-attention", "cross-attention", "joint-attention", "mlp", "fused",
 
 @dataclass(frozen=True)
 class NoMatch:
-    """Why a node is not what a pattern looks for. Falsy."""
+    """Why a node is not what a pattern looks for. Falsy.
+
+    Args:
+        node: its name.
+        graph: which graph of the forward, counted from 0.
+        depth: how many lines of a `Pattern` had been found.
+    """
 
     node: str
     reason: str
     graph: int = 0
+    depth: int = 0
 
     def __bool__(self) -> bool:
         return False

@@ -20,6 +20,7 @@ _PUBLIC = {
     "record_slots": "vdcache.ir.oracle",
     "values_of": "vdcache.ir.oracle",
     "assert_bit_identical": "vdcache.testing.asserts",
+    "assert_close": "vdcache.testing.asserts",
     "assert_pass": "vdcache.testing.asserts",
     "assert_policy": "vdcache.testing.asserts",
     "assert_predictor": "vdcache.testing.asserts",
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from vdcache.ir.parse import parse
     from vdcache.testing.asserts import (
         assert_bit_identical,
+        assert_close,
         assert_pass,
         assert_policy,
         assert_predictor,

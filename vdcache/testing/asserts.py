@@ -24,6 +24,7 @@ from vdcache.testing.graphs import Graph, graph_from, run_pass
 
 __all__ = [
     "assert_bit_identical",
+    "assert_close",
     "assert_pass",
     "assert_policy",
     "assert_predictor",
@@ -51,13 +52,14 @@ def assert_pass(a_pass: Pass | Pipeline, before: Graph, after: Graph) -> None:
 
 
 def assert_refuses(a_pass: Pass | Pipeline, graph: Graph, reason: str) -> None:
-    """The pass leaves the graph as it is, and one of its refusals gives the reason (a regular expression)."""
+    """The pass leaves the graph as it is, and one of its refusals gives the reason (in these words, or as a regular
+    expression)."""
     given = graph_from(graph)
     result = run_pass(a_pass, given)
     said = [f"{r.node}: {why}" for r in result.refusals for why in r.reasons]
     assert not result.rewrites, f"'{a_pass}' made {result.rewrites} rewrites:\n{dump(result.graph)}"
     assert dump(result.graph) == dump(given), f"'{a_pass}' changed the graph:\n{dump(result.graph)}"
-    assert any(re.search(reason, s) for s in said), f"no refusal of '{a_pass}' says {reason!r}; it says:\n" + (
+    assert any(reason in s or re.search(reason, s) for s in said), f"no refusal of '{a_pass}' says {reason!r}; it says:\n" + (
         "\n".join(said) or "nothing"
     )
 
@@ -68,18 +70,39 @@ def assert_bit_identical(before: Callable[..., Any], after: Callable[..., Any], 
     Args:
         inputs: what both are called with; a graph (`fx.GraphModule`) alone gets random inputs of its types.
     """
-    if not inputs and not named and isinstance(before, fx.GraphModule):
-        inputs = tuple(example_inputs(before))
-    with torch.no_grad():
-        want, got = (pytree.tree_leaves(f(*_copied(inputs), **named)) for f in (before, after))
-    assert len(want) == len(got), f"{len(got)} results instead of {len(want)}"
-    for i, (a, b) in enumerate(zip(want, got, strict=True)):
+    for i, (a, b) in enumerate(_results(before, after, inputs, named)):
         if isinstance(a, Tensor):
             same = a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.nan_to_num(), b.nan_to_num())
             same = same and (not a.is_floating_point() or torch.equal(a.isnan(), b.isnan()))
             assert same, f"result {i} differs: {_difference(a, b)}"
         else:
             assert a == b, f"result {i} is {b!r} instead of {a!r}"
+
+
+def assert_close(
+    before: Callable[..., Any], after: Callable[..., Any], *inputs: Any, rtol: float, atol: float, **named: Any
+) -> None:
+    """Two graphs or models give the same for the same inputs but for rounding: for passes that compute in another order.
+
+    Args:
+        inputs: as for `assert_bit_identical`.
+        rtol, atol: as in `torch.testing.assert_close`; how exact a pass is belongs to the pass, so both must be said.
+    """
+    for i, (a, b) in enumerate(_results(before, after, inputs, named)):
+        try:
+            torch.testing.assert_close(b, a, rtol=rtol, atol=atol, equal_nan=True)
+        except AssertionError as error:
+            raise AssertionError(f"result {i} differs: {error}") from error
+
+
+def _results(before: Callable[..., Any], after: Callable[..., Any], inputs: Any, named: Any) -> list[tuple[Any, Any]]:
+    """What both give, flattened, side by side."""
+    if not inputs and not named and isinstance(before, fx.GraphModule):
+        inputs = tuple(example_inputs(before))
+    with torch.no_grad():
+        want, got = (pytree.tree_leaves(f(*_copied(inputs), **named)) for f in (before, after))
+    assert len(want) == len(got), f"{len(got)} results instead of {len(want)}"
+    return list(zip(want, got, strict=True))
 
 
 def _copied(inputs: Sequence[Any]) -> list[Any]:

@@ -40,7 +40,8 @@ def run_pass(a_pass: Pass | Pipeline, graph: Graph) -> PassResult:
         ContractError: the graph lacks a fact that the pass requires, or the pass broke a promise.
     """
     passes = tuple(a_pass) if isinstance(a_pass, Pipeline) else (a_pass,)
-    result, steps = Pipeline(passes, verify=True, given=frozenset(Fact), checked=passes[0].requires).run(graph_from(graph))
+    given = frozenset[Fact]().union(*(p.requires for p in passes))
+    result, steps = Pipeline(passes, verify=True, given=given, checked=passes[0].requires).run(graph_from(graph))
     return PassResult(result, sum(s.rewrites for s in steps), tuple(r for s in steps for r in s.refusals))
 
 

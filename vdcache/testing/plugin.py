@@ -15,6 +15,7 @@ from vdcache import testing
 
 _NAMES = (
     "assert_bit_identical",
+    "assert_close",
     "assert_pass",
     "assert_policy",
     "assert_predictor",
