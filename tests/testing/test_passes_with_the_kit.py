@@ -1,9 +1,13 @@
 """Every pass of vdcache under the testing kit alone, as people outside the project would test theirs."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 
+from vdcache import anatomy
 from vdcache.ir.errors import CaptureError, ContractError
 from vdcache.passes import (
     Canonicalise,
@@ -12,8 +16,11 @@ from vdcache.passes import (
     MarkOutput,
     MergeSlots,
     Observe,
+    Pass,
+    PassResult,
     Pipeline,
     Probe,
+    Specialise,
     SplitAtProbe,
     TileAttention,
 )
@@ -416,6 +423,25 @@ def test_head_and_tail_compute_what_the_whole_does(tiny):
         assert_round_trip(part)
 
 
+def test_a_guard_in_the_head_goes_and_is_said():
+    text = """
+%0 = input() : f32[3,4]
+%1 = relu(%0)
+%2 = guard(%1, 'all/early')
+%3 = add(%0, %2)
+%4 = probe(%3, 'all/p', 'l1', 'step')
+%5 = sin(%3)
+%6 = guard(%5, 'all/late')
+return (%6)"""
+    for part, marks in (("head", ["all/early", "all/late"]), ("tail", ["all/early"])):
+        result = run_pass(SplitAtProbe(part), text)
+        assert [str(r) for r in result.refusals] == ["guard:\n  it is computed before the policy can decide"], part
+        assert not any(f"'{m}'" in dump(result.graph) for m in marks), "what is left of it would be left out, and is not"
+    tail = run_pass(SplitAtProbe("tail"), text).graph
+    assert_pass(SplitAtProbe("tail"), text, tail)
+    assert_skipped(tail)
+
+
 def test_a_head_with_an_effect_is_refused():
     text = """
 %0 = input() : f32[4]
@@ -449,3 +475,26 @@ def test_taylor_of_squares():
     assert [float(x[0, 0]) for x in assert_predictor(Taylor(1))] == [1, 7, 14, 23]
     for order in (2, 3):
         assert [float(x[0, 0]) for x in assert_predictor(Taylor(order))] == pytest.approx([1, 7, 15, 24])
+
+
+def test_what_the_anatomy_says_is_read_anew_where_it_was_changed(tiny):
+    """A pass that forgets to say so is told, whatever it does to a branch or an attention."""
+    before = run_pass(Canonicalise(), tiny).graph
+    sites = [a.node for a in anatomy(before).attentions]
+    reuse = Pipeline((MarkBranches(), Specialise(reuse=frozenset({"all"}))), given=MarkBranches.requires)
+    for a_pass in (TileAttention(("frames:1",), grid=(3, 1, 2)), reuse):
+        after = run_pass(a_pass, before).graph
+        assert not {a.node for a in anatomy(after).attentions} & set(sites)
+
+    @dataclass(frozen=True)
+    class NoAttention(Pass):
+        name: ClassVar[str] = "no-attention"
+
+        def run(self, graph):
+            node = next(n for n in graph.graph.nodes if n.name == sites[0])
+            node.replace_all_uses_with(node.args[2])
+            graph.graph.erase_node(node)
+            return PassResult(graph, 1)
+
+    with pytest.raises(ContractError, match=rf"changed '{sites[0]}', and the anatomy that was read before still names it"):
+        run_pass(NoAttention(), before)

@@ -18,6 +18,7 @@ from vdcache.ir.errors import ConfigError, ContractError, VdcacheError
 from vdcache.ir.facts import Fact, check
 from vdcache.ir.words import parts
 from vdcache.passes.watching import Watch
+from vdcache.patterns.anatomy import stale
 
 __all__ = ["Pass", "PassResult", "Pipeline", "Refusal", "drop_dead_code", "option_text", "tag"]
 
@@ -164,6 +165,11 @@ class Pipeline:
             _lint(a_pass, result.graph)
             for fact in a_pass.ensures:
                 check(fact, result.graph.graph, after=f"'{a_pass}'")
+            if node := stale(result.graph):
+                raise ContractError(
+                    f"'{a_pass}' changed '{node}', and the anatomy that was read before still names it: call "
+                    "vdcache.patterns.anatomy.forget(graph) after such a rewrite"
+                )
             if not result.rewrites and dump(result.graph) != before:
                 raise ContractError(f"'{a_pass}' reports no rewrites, but the graph has changed")
         return result

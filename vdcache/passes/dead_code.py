@@ -15,6 +15,7 @@ from torch import fx
 from vdcache.ir import dialect
 from vdcache.ir.ops import is_effectful
 from vdcache.passes.base import Pass, PassResult, drop_dead_code
+from vdcache.patterns.anatomy import forget
 
 
 @dataclass(frozen=True)
@@ -24,4 +25,7 @@ class DeadCode(Pass):
     name: ClassVar[str] = "dead-code"
 
     def run(self, graph: fx.GraphModule) -> PassResult:
-        return PassResult(graph, drop_dead_code(graph.graph, keep=lambda n: is_effectful(n) or dialect.is_dialect(n)))
+        gone = drop_dead_code(graph.graph, keep=lambda n: is_effectful(n) or dialect.is_dialect(n))
+        if gone:
+            forget(graph)
+        return PassResult(graph, gone)

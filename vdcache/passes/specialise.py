@@ -27,6 +27,7 @@ from vdcache.ir.ops import VIEWS, is_effectful, is_work
 from vdcache.passes.base import Pass, PassResult, drop_dead_code
 from vdcache.passes.predictors import LAST, ByGroup, Predictor, When, predictor_of, read_predictor
 from vdcache.passes.sums import sums_of
+from vdcache.patterns.anatomy import forget
 
 __all__ = ["Specialise", "VariantIO", "dense", "variant_io"]
 
@@ -198,6 +199,7 @@ class Specialise(Pass):
         graph.meta["vdcache.variant"] = VariantIO(
             saves=tuple(saved), emits=tuple(emitted), measures=tuple(measures), **added.finish()
         )
+        forget(graph)
         return PassResult(graph, rewrites=len(marks) + writes)
 
     def _keeps(self, slot: str) -> bool:

@@ -26,6 +26,7 @@ from vdcache.ir.ops import SLICES, VIEWS, is_effectful, tensor_of
 from vdcache.passes.base import Pass, PassResult, Refusal, drop_dead_code
 from vdcache.passes.specialise import dense
 from vdcache.passes.sums import sums_of
+from vdcache.patterns.anatomy import forget
 
 __all__ = ["HeadIO", "SplitAtProbe", "head_io"]
 
@@ -108,9 +109,7 @@ class SplitAtProbe(Pass):
         else:
             self._head(graph, marks, crossing)
         drop_dead_code(g, keep=_stays if self.part == "tail" else None)
-        graph.meta = {k: v for k, v in graph.meta.items() if k != "vdcache.anatomy"} | (
-            {} if self.part == "tail" else {"vdcache.head": graph.meta["vdcache.head"]}
-        )
+        forget(graph)
         return PassResult(graph, len(marks), tuple(refusals))
 
     def _without_guards(self, g: fx.Graph, first: set[fx.Node]) -> list[Refusal]:

@@ -19,7 +19,7 @@ from vdcache.patterns.index import Index
 from vdcache.patterns.residual import Join, asked, find_joins
 from vdcache.patterns.streams import Streams
 
-__all__ = ["anatomy", "forget"]
+__all__ = ["anatomy", "forget", "stale"]
 
 aten = torch.ops.aten
 
@@ -30,6 +30,18 @@ _CACHE = "vdcache.anatomy"
 def forget(graph: fx.GraphModule) -> None:
     """Read the graph anew next time: a pass has changed what it is made of."""
     graph.meta.pop(_CACHE, None)
+
+
+def stale(graph: fx.GraphModule) -> str:
+    """A node that the anatomy names and the graph no longer has, or that is no longer the attention that it was; "" for none."""
+    if not isinstance(known := graph.meta.get(_CACHE), Anatomy):
+        return ""
+    nodes = {n.name: n for n in graph.graph.nodes}
+    named = {name for b in known.branches for name in (b.join, b.base, b.source, *b.nodes)}
+    if gone := next((name for name in sorted(named) if name not in nodes), None):
+        return gone
+    still = {s.node.name for s in sites(list(nodes.values()))}
+    return next((a.node for a in known.attentions if a.node not in still), "")
 
 
 def anatomy(graph: fx.GraphModule) -> Anatomy:
