@@ -1,6 +1,6 @@
 """Does the suite notice a bug? Bugs are planted one at a time, in a copy of the tree, and the tests of that place are run.
 
-A bug in a pass or a pattern is first shown to the tests that are written with `vdcache.testing` alone (`tests/testing`), as those of
+A bug in a pass or a pattern is first shown to the tests that are written with `vdcache.testing` alone (`KIT`), as those of
 other packages are, and then to the project's own. One that no test notices is a missing test.
 """
 
@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import argparse
 import os
+import queue
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from bench.common import Bench, arguments
 
 ROOT = Path(__file__).parents[1]
-KIT = ("tests/testing/test_passes_with_the_kit.py",)
+KIT = ("tests/testing/test_passes_with_the_kit.py", "tests/passes/test_rewrite.py", "tests/patterns/test_match.py")
 MACHINE = ("tests/runtime/test_machine.py", "tests/backends/test_backend.py")
 
 
@@ -44,6 +46,10 @@ class Bug:
 
 def _passes(what: str, file: str, old: str, new: str, *tests: str) -> Bug:
     return Bug(what, f"passes/{file}.py", old, new, tuple(f"tests/passes/test_{t}.py" for t in tests or (file,)))
+
+
+def _match(what: str, old: str, new: str) -> Bug:
+    return Bug(what, "patterns/match.py", old, new, ("tests/patterns/test_match.py",))
 
 
 def _runtime(what: str, file: str, old: str, new: str, *tests: str) -> Bug:
@@ -76,7 +82,22 @@ BUGS = (
         "    pass",
         ("tests/passes/test_tile_attention.py",),
     ),
+    _match("an order tried that means something else", "_EITHER_ORDER = (", "_EITHER_ORDER = (aten.sub.Tensor, "),
+    _match("one name for two values", "        if name in bound.values:", "        if False:"),
+    _match(
+        "a match that outlives a change",
+        "            if was != [node.target, node.args, node.kwargs]:",
+        "            if False:",
+    ),
+    _match("an argument that the pattern does not give", "if not line.open and name not in wanted and", "if False and"),
     # passes
+    _passes(
+        "a replacement of another type",
+        "rewrite",
+        "if not isinstance(new, fx.Node) or not same_type(new, root):",
+        "if not isinstance(new, fx.Node):",
+    ),
+    _passes("an effect rewritten away", "rewrite", "for n in match.inside if is_effectful(n)]", "for n in ()]"),
     _passes(
         "a leaked value read from the guard",
         "mark_branches",
@@ -353,25 +374,32 @@ def main() -> None:
     bench = Bench("mutation")
     chosen = [b for b in BUGS if not args.only or any(word in b.what or word in b.file for word in args.only)]
     with tempfile.TemporaryDirectory() as folder:
-        tree = Path(folder)
-        for name in ("vdcache", "tests", "pyproject.toml"):
-            source = ROOT / name
-            copy = shutil.copytree if source.is_dir() else shutil.copy
-            copy(source, tree / name)
+        trees = [_tree(Path(folder) / str(i)) for i in range(args.jobs)]
         wanted = sorted({t for b in chosen for t in b.tests} | set(KIT))
-        failed, seconds = fails(tree, wanted)
+        failed, seconds = fails(trees[0], wanted)
         if failed:
             raise SystemExit(f"without any bug these tests fail already:\n{failed}")
         print(f"without a bug all of {len(wanted)} files pass, in {seconds:.0f} s", flush=True)
+        free: queue.Queue[Path] = queue.Queue()
+        for tree in trees:
+            free.put(tree)
+
+        def tried(bug: Bug) -> tuple[Bug, bool, bool]:
+            tree = free.get()
+            try:
+                with planted(tree, bug):
+                    kit = bool(fails(tree, KIT)[0]) if bug.in_a_pass else False
+                    return bug, kit, bool(fails(tree, bug.tests)[0])
+            finally:
+                free.put(tree)
+
         caught = by_kit = in_passes = 0
-        for bug in chosen:
-            with planted(tree, bug):
-                kit = bool(fails(tree, KIT)[0]) if bug.in_a_pass else False
-                own = bool(fails(tree, bug.tests)[0])
-            caught += own or kit
-            in_passes += bug.in_a_pass
-            by_kit += kit
-            bench.row(bug.what, float(own or kit), "caught", None, file=bug.file, by_kit=kit, by_own=own)
+        with ThreadPoolExecutor(args.jobs) as pool:
+            for bug, kit, own in pool.map(tried, chosen):
+                caught += own or kit
+                in_passes += bug.in_a_pass
+                by_kit += kit
+                bench.row(bug.what, float(own or kit), "caught", None, file=bug.file, by_kit=kit, by_own=own)
     bench.row("bugs planted", len(chosen), "", ">= 30" if not args.only else None)
     bench.row("caught by the suite", caught / len(chosen), "share", ">= 0.95")
     if in_passes:
@@ -381,6 +409,17 @@ def main() -> None:
 
 def _more(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", action="append", default=[], help="bugs whose words or file hold this; again for more")
+    parser.add_argument("--jobs", type=int, default=1, help="bugs that are tried at once, each in a tree of its own")
+
+
+def _tree(folder: Path) -> Path:
+    """A copy of what is tested."""
+    folder.mkdir()
+    for name in ("vdcache", "tests", "examples", "pyproject.toml"):
+        source = ROOT / name
+        copy = shutil.copytree if source.is_dir() else shutil.copy
+        copy(source, folder / name)
+    return folder
 
 
 class planted:
