@@ -1,4 +1,4 @@
-"""The command line: `vdcache demo`, `explain`, `recipes`, `passes`, `opt`, `export`, `run`, `verify`, `compare`, `info`."""
+"""The command line: `vdcache demo`, `explain`, `recipes`, `try`, `passes`, `opt`, `export`, `run`, `verify`, `compare`, `info`."""
 
 from __future__ import annotations
 
@@ -127,6 +127,27 @@ def recipes(
         if text:
             table.add_row(title, Text(text))
     Console().print(table)
+
+
+@app.command("try")
+def try_(
+    recipe: Annotated[str, typer.Argument(help="The name of a recipe, vdcache's own or an installed package's.")],
+    model: Annotated[list[str] | None, typer.Option(help="A small model; again for more. All of them without.")] = None,
+    steps: Annotated[int, typer.Option(help="Of a generation.")] = 12,
+) -> None:
+    """Try a recipe on small random models: where it works, what it leaves out, how far off what it reuses is."""
+    from vdcache.ir.errors import ConfigError
+    from vdcache.methods import describe
+    from vdcache.testing import try_recipe
+
+    try:
+        describe(recipe)
+        trials = try_recipe(recipe, model or None, steps=steps)
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from error
+    typer.echo(str(trials))
+    if any(not t.identical for t in trials):
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -38,6 +38,9 @@ _PUBLIC = {
     "Case": "vdcache.testing.models",
     "build": "vdcache.testing.models",
     "small_models": "vdcache.testing.models",
+    "Trial": "vdcache.testing.trying",
+    "Trials": "vdcache.testing.trying",
+    "try_recipe": "vdcache.testing.trying",
     "Reference": "vdcache.testing.tiny",
     "TinyDiT": "vdcache.testing.tiny",
     "latent": "vdcache.testing.tiny",
@@ -69,6 +72,7 @@ if TYPE_CHECKING:
     from vdcache.testing.nets import WIDTH, Net, residual_nets
     from vdcache.testing.recording import RecordingBackend, Stage
     from vdcache.testing.tiny import Reference, TinyDiT, latent, time_of
+    from vdcache.testing.trying import Trial, Trials, try_recipe
 
 
 def __getattr__(name: str) -> Any:
