@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vdcache.ir.dialect import group_of
-from vdcache.ir.errors import CacheStateError, ConfigError, warn_once
+from vdcache.ir.errors import CacheStateError, ConfigError, inform_once, warn_once
 from vdcache.runtime.clock import Clock, Reading, Tick
 from vdcache.runtime.history import History, Record, tell
 from vdcache.runtime.measures import Layout, Measured, count_of, measured
@@ -687,7 +687,7 @@ class Session:
         ran = self._step + 1
         if ran and self._given_steps is None:
             if self.num_steps is None and self._skips:
-                warn_once(
+                inform_once(
                     self._said,
                     f"vdcache: the first generation had {ran} steps and was computed in full; from now on '{self.name}' "
                     "reuses. Pass num_steps to reuse from the first generation on.",
