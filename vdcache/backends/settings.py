@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from vdcache.backends.kernels.choose import check_lowering
+from vdcache.ir.checks import step_count
 from vdcache.ir.errors import ConfigError, inform_once, warn_once
 from vdcache.methods import for_goal
 from vdcache.recipe import Recipe
@@ -52,8 +53,8 @@ class Settings:
     _said: set[str] = field(default_factory=set, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.num_steps is not None and (not isinstance(self.num_steps, int) or self.num_steps < 1):
-            raise ConfigError(f"num_steps is the number of denoising steps, at least 1; got {self.num_steps!r}")
+        if self.num_steps is not None:
+            object.__setattr__(self, "num_steps", step_count(self.num_steps))
         if self.inner not in INNER:
             raise ConfigError(f"inner is {' or '.join(INNER)}; got {self.inner!r}")
         check_lowering(self.tiles)

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from vdcache.ir.checks import step_count
+from vdcache.ir.checks import timestep as checked_timestep
 from vdcache.ir.dialect import group_of
 from vdcache.ir.errors import CacheStateError, ConfigError, inform_once, warn_once
 from vdcache.runtime.clock import Clock, Reading, Tick
@@ -203,9 +205,8 @@ class Session:
     recorder: Recorder | None = None
 
     def __post_init__(self) -> None:
-        if self.num_steps is not None and self.num_steps < 1:
-            raise ConfigError(f"num_steps is the number of denoising steps, at least 1; got {self.num_steps}")
         if self.num_steps is not None:  # a policy that cannot be run is an error now, not in the middle of a run
+            self.num_steps = step_count(self.num_steps)
             (self.prepare(self.num_steps) if self.prepare is not None else self.policy).start(self.num_steps)
         self._given_steps = self.num_steps
         self._clock = Clock()
@@ -252,30 +253,34 @@ class Session:
 
         Args:
             num_steps: how many steps it will have, where this is known now.
+
+        Raises:
+            ConfigError: no number of steps, or one that the recipe is not for.
         """
         if num_steps is not None:
-            if num_steps < 1:
-                raise ConfigError(f"num_steps is the number of denoising steps, at least 1; got {num_steps}")
-            self.num_steps = self._given_steps = num_steps
+            self.num_steps = self._given_steps = step_count(num_steps)
         self._new_generation(said_by_caller=True)
         self._clock.begin()
         self._explicit_step, self._explicit_lane, self._begun = False, None, True
 
-    def step(self, timestep: float | None = None) -> None:
+    def step(self, timestep: float | Tensor | None = None) -> None:
         """The next calls belong to the next denoising step.
 
         The plan of the step is chosen here, so this may wait for a measure of the step before; the calls then wait for nothing.
 
         Args:
-            timestep: where the step stands, for the history and for policies that go by the noise level; in the model's units.
+            timestep: where the step stands, for the history and for policies that go by the noise level; in the model's units. A tensor
+                of one value is read, which waits for its device.
 
         Raises:
             CacheStateError: no generation was begun.
+            ConfigError: no number.
         """
         if not self._begun and not self._explicit_step:
             raise CacheStateError("session.step() says that a step of a generation starts; call session.begin() first")
+        at = None if timestep is None else checked_timestep(timestep)
         self._begun, self._explicit_step, self._explicit_lane = False, True, None
-        self._timestep = timestep
+        self._timestep = at
         self._new_step()
 
     def end(self) -> None:
@@ -288,7 +293,13 @@ class Session:
         self._explicit_step, self._begun = False, False
 
     def lane(self, name: int | str) -> None:
-        """The next call belongs to this lane of the step, for example "cond" or "uncond"."""
+        """The next call belongs to this lane of the step, for example "cond" or "uncond".
+
+        Raises:
+            ConfigError: neither a name nor a number.
+        """
+        if not isinstance(name, (int, str)):
+            raise ConfigError(f"session.lane(name) takes a name or a number, as 'cond' and 'uncond'; got {name!r}")
         self._explicit_lane = name
 
     def reset(self) -> None:
