@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -74,6 +75,14 @@ def test_refusals(tmp_path, changed, message):
     with pytest.raises(vdcache.ConfigError, match=message):
         export(tmp_path, **changed)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("format", ["onnx", "pt2"])
+def test_an_export_that_goes_well_warns_of_nothing(tmp_path, format):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        warnings.simplefilter("error", UserWarning)
+        export(tmp_path, format=format)
 
 
 def test_a_table_for_another_number_of_steps():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +54,9 @@ def whole(model: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, Any] |
     from torch.export.graph_signature import InputKind, OutputKind
 
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            # of torch 2.13 about itself: it copies a class of its own that it calls deprecated
+            warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
             program = torch.export.export(model, args, kwargs or {}, strict=False).run_decompositions({})
     except VdcacheError:  # of what the model calls, and says enough
         raise
