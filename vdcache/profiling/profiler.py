@@ -21,8 +21,8 @@ from vdcache.patterns.attention import layout_of
 from vdcache.profiling.result import Profile, Site, check_threshold
 from vdcache.profiling.segment import Otsu, Segmenter, principal_picture
 from vdcache.profiling.watched import watch
+from vdcache.runtime.call import Emitted
 from vdcache.runtime.history import Record
-from vdcache.runtime.session import Emitted
 
 __all__ = ["profile"]
 
