@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
+import sysconfig
 import warnings
+from collections.abc import Iterator
+from types import FrameType
 
 __all__ = [
     "CacheStateError",
@@ -12,6 +17,8 @@ __all__ = [
     "ContractError",
     "VdcacheError",
     "VdcacheWarning",
+    "inform_once",
+    "warn",
     "warn_once",
 ]
 
@@ -44,16 +51,70 @@ def warn_once(said: set[str], message: str, *, key: str | None = None) -> None:
     """Warn, unless `said` (owned by the session or program that speaks) holds this message's key already."""
     if (key or message) not in said:
         said.add(key or message)
-        warnings.warn(message, VdcacheWarning, stacklevel=_users_level())
+        warn(message)
+
+
+def inform_once(said: set[str], message: str, *, key: str | None = None) -> None:
+    """As `warn_once`, where nothing is wrong: a record of the logger "vdcache", level INFO.
+
+    A person sees it on standard error without setting anything; handlers and levels of logging decide where there are some.
+    """
+    if (key or message) not in said:
+        said.add(key or message)
+        _inform(message)
+
+
+def warn(message: str) -> None:
+    """A `VdcacheWarning` at the user's line."""
+    warnings.warn(message, VdcacheWarning, stacklevel=_users_level())
+
+
+def _inform(message: str) -> None:
+    log = logging.getLogger("vdcache")
+    silenced = log.manager.disable >= logging.INFO or (log.level and not log.isEnabledFor(logging.INFO))
+    if silenced:
+        return
+    if not log.hasHandlers():  # nobody has set up logging
+        sys.stderr.write(f"{message}\n")
+        return
+    # past the level of the root logger, which hides information from those who set none for vdcache
+    log.handle(log.makeRecord(log.name, logging.INFO, __file__, 0, message, (), None))
 
 
 def _users_level() -> int:
-    """The `stacklevel` of the line outside vdcache and torch that a warning is about; the caller's caller where there is none."""
-    torch = sys.modules.get("torch")
-    own = (__file__.rpartition("/")[0] + "/", *getattr(torch, "__path__", ()), "<")
-    frame, level = sys._getframe(1), 1
+    """The `stacklevel`, for the caller of this, of the user's own line.
+
+    Under a compiled model that is the line that calls it, not one of its forward, which runs within. Where no frame is the user's (the
+    command line, another library's thread), the library's line that calls, else a level beyond the stack: Python then names no file.
+    """
+    frames = [*_outward(sys._getframe(1))]
+    # torch 2.8 to 2.13: what torch.compile puts around a model
+    doors = [i for i, f in enumerate(frames) if f.f_code.co_name == "compile_wrapper" and "_dynamo" in f.f_code.co_filename]
+    beyond = [(i, f) for i, f in enumerate(frames, start=1) if not _is_machinery(f) and i > (doors[0] if doors else 0)]
+    own = (i for i, f in beyond if not _is_installed(f))
+    return next(own, next((i for i, _ in beyond), len(frames) + 1))
+
+
+def _outward(frame: FrameType | None) -> Iterator[FrameType]:
     while frame is not None:
-        if not frame.f_code.co_filename.startswith(own):
-            return level
-        frame, level = frame.f_back, level + 1  # type: ignore[assignment]
-    return 3
+        yield frame
+        frame = frame.f_back
+
+
+def _is_machinery(frame: FrameType) -> bool:
+    """Of vdcache, torch or Python's own library, or of generated code."""
+    name, file = frame.f_globals.get("__name__"), frame.f_code.co_filename
+    generated = (file.startswith("<") and name is None) or file.startswith("<frozen")
+    of_python = file.startswith(_PYTHON) and not _is_installed(frame)
+    return str(name).partition(".")[0] in ("vdcache", "torch") or file.startswith(_OWN) or generated or of_python
+
+
+def _is_installed(frame: FrameType) -> bool:
+    """Of an installed package, or its command."""
+    file = frame.f_code.co_filename
+    return "site-packages" in file or "dist-packages" in file or file.startswith(_COMMANDS)
+
+
+_OWN = os.path.dirname(__file__) + os.sep
+_PYTHON = sysconfig.get_path("stdlib") + os.sep
+_COMMANDS = sysconfig.get_path("scripts") + os.sep

@@ -46,40 +46,48 @@ def summary_table(session: Session, generation: int = -1) -> Table:
     steps = steps_of(records)
     computed = [s for s in steps if any_computed(s)]
     table = Table(title=f"{session.name}: generation {records[0].generation if records else '–'}", title_justify="left")
-    for name, side in (
-        ("step", "right"),
-        ("timestep", "right"),
-        ("lanes", "right"),
-        ("", "left"),
-        ("change", "right"),
-        ("ms", "right"),
-        ("why", "left"),
-    ):
+    groups = {name for step in steps for name in _groups(step)}
+    columns = (
+        ("step", "right", [str(s[0].step) for s in steps]),
+        ("timestep", "right", [_number(s[0].timestep, "g") for s in steps]),
+        ("lanes", "right", [str(len({r.lane for r in s})) for s in steps]),
+        ("", "left", [_deed(s, named=len(groups) > 1) for s in steps]),
+        ("change", "right", [_number(next((m.change for m in (*s[0].measures, *s[0].probe)), None), ".4f") for s in steps]),
+        ("ms", "right", [f"{1e3 * sum(r.seconds for r in s):.1f}" for s in steps]),
+        ("why", "left", [next((r.why for r in s if r.why and (any_computed(s) or r.reused)), "") for s in steps]),
+    )
+    told = [column for column in columns if any(column[2])]  # one that says nothing of any step is left out
+    for name, side, _ in told:
         table.add_column(name, justify=side)  # type: ignore[arg-type]
-    for step in steps:
-        first = step[0]
-        reused = not any_computed(step)
-        table.add_row(
-            str(first.step),
-            "–" if first.timestep is None else f"{first.timestep:g}",
-            str(len({r.lane for r in step})),
-            "[dim]reused[/dim]" if reused else "[bold]computed[/bold]",
-            f"{seen[0].change:.4f}" if (seen := first.measures or first.probe) else "",
-            f"{1e3 * sum(r.seconds for r in step):.1f}",
-            next((r.why for r in step if r.why and not (reused and r.computed)), ""),
-        )
+    for row in zip(*(cells for _, _, cells in told), strict=True):
+        table.add_row(*row)
     if steps:
-        times = [sum(r.seconds for r in s) for s in steps]
-        one = median(sum(r.seconds for r in s) for s in computed) if computed else 0.0
-        bound = (
-            f", {one * len(steps) / sum(times):.2f}× over computing every step"
-            if sum(times) and len(computed) < len(steps)
-            else ""
-        )
+        of = {True: [], False: []}  # type: dict[bool, list[float]]
+        for step in steps:
+            of[any_computed(step)].append(sum(r.seconds for r in step))
+        bound = ""
+        if all(of.values()):  # medians: the first of a kind waits for its compiler
+            one, other = median(of[True]), median(of[False])
+            bound = f", {one * len(steps) / (one * len(of[True]) + other * len(of[False])):.2f}× over computing every step by median times"
         table.caption = f"{len(computed)} of {len(steps)} steps computed{bound}; {session.store.peak_bytes / 2**20:.2f} MiB of cache at most"
         masks = [text for graph in session.graphs if (text := getattr(graph, "masks", ""))]
         table.caption = "\n".join([table.caption, *masks])
     return table
+
+
+def _groups(step: Sequence[Record]) -> set[str]:
+    """What was reused in a step, by groups of slots."""
+    return {slot.partition("/")[0] for record in step for slot in record.reused}
+
+
+def _deed(step: Sequence[Record], named: bool) -> str:
+    if any_computed(step):
+        return "[bold]computed[/bold]"
+    return f"[dim]reused {', '.join(sorted(_groups(step)))}[/dim]" if named else "[dim]reused[/dim]"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else f"{value:{form}}"
 
 
 def timeline(runs: Mapping[str, Sequence[Record]], path: str | Path | None = None) -> Any:

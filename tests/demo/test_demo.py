@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 import vdcache
@@ -15,6 +18,7 @@ from vdcache.demo.data import all_conditions, draw, random_conditions
 from vdcache.demo.fixed import schedule
 from vdcache.demo.judge import judge
 from vdcache.demo.model import DemoConfig, DemoDiT, with_positions
+from vdcache.demo.progress import Stages
 from vdcache.demo.run import STATIC, run_demo
 from vdcache.demo.sampler import sample
 from vdcache.demo.weights import load_model, weights_path
@@ -111,7 +115,17 @@ def test_the_demo_writes_what_it_says(tmp_path):
     torch._dynamo.reset()
     recipes = ["every-2", vdcache.adacache([(0.4, 3), (1.0, 1)], moreg=True, name="adacache-test")]
     conditions = [Condition(), Condition(speed="still")]
-    rows = run_demo(tmp_path, recipes=recipes, conditions=conditions, steps=6, rounds=1, inner="eager")
+    log = io.StringIO()
+    rows = run_demo(
+        tmp_path, recipes=recipes, conditions=conditions, steps=6, rounds=1, inner="eager", console=Console(file=log, width=100)
+    )
+    lines = [re.sub(r"^ +\d+ s  ", "", line) for line in log.getvalue().splitlines()]  # every stage, as it begins
+    ways = ["eager", "torch.compile", "every-2", "adacache-test+moreg"]
+    assert lines[1:11] == [
+        *(f"compiling: {way} ({i} of 4)" for i, way in enumerate(ways, start=1)),
+        *(f"generating: {way} (round 1 of 1)" for way in ways),
+        *(f"the honest rivals: plain, in the time of {way}" for way in ways[2:]),
+    ]
     by_name = {r.recipe: r for r in rows}
     assert by_name["every-2"].computed == 4
     assert by_name["eager"].psnr == float("inf") and by_name["torch.compile"].psnr is None
@@ -123,6 +137,16 @@ def test_the_demo_writes_what_it_says(tmp_path):
 
     assert iio.imread(tmp_path / "videos.gif").shape[0] == 8
     assert iio.imread(tmp_path / "timeline.png").shape[0] > 100
+
+
+def test_a_terminal_has_bars_and_no_lines():
+    out = io.StringIO()
+    with Stages(Console(file=out, force_terminal=True, width=100)) as stages:
+        stage = stages.stage("compiling", 2)
+        stage.now("one", "1 of 2")
+        stage.done()
+        assert (stages.bars.tasks[0].completed, stages.bars.tasks[0].description) == (1, "compiling: one")
+    assert "1 of 2" not in out.getvalue()
 
 
 @pytest.mark.slow

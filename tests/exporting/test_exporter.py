@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from vdcache.cli import app
 from vdcache.exporting.fixed import recipe_of
 from vdcache.scheduling.calibration import Key
 from vdcache.scheduling.choose import Goal
+from vdcache.testing import TinyDiT
 
 
 def export(tmp_path, **changed):
@@ -37,13 +39,50 @@ def export(tmp_path, **changed):
         ({"schedule": "every-3", "num_steps": 1}, "'every-3' reuses nothing in a generation of 1 steps"),
         ({"format": "onnx-unrolled"}, "give loop and inputs"),
         ({"loop": loop}, "loop and inputs belong together"),
+        ({"args": call()[0]}, r"args is a tuple of the model's positional inputs; got a tensor of 1×6×4: write \(x,\)"),
+        ({"args": {"x": call()[0]}}, "positional inputs; got a dict; inputs by name are kwargs"),
+        (
+            {"args": call()[:2]},
+            r"missing a required argument: 'text'; got a tensor of 1×6×4, a tensor of 1, and it is forward\(x, timestep, text\)",
+        ),
+        (
+            {"args": call()[:2], "kwargs": {"txt": call()[2]}},
+            "missing a required argument: 'text'; got .*txt=a tensor of 1×3×4",
+        ),
+        ({"kwargs": call()[2]}, "kwargs holds the model's inputs by name, as a dict; got a tensor of 1×3×4"),
+        ({"model": TinyDiT}, "pass an instance, TinyDiT"),
+        (
+            {"loop": loop, "inputs": {"noize": call()[0]}},
+            r"missing a required argument: 'noise'; got inputs noize, and it is loop\(model, noise, text\)",
+        ),
+        ({"loop": loop, "inputs": {**inputs(), "steps": call()[1]}}, "got an unexpected keyword argument 'steps'"),
+        ({"loop": loop, "inputs": {**inputs(), "model": call()[1]}}, "multiple values for argument 'model'"),
+        (
+            {"loop": loop, "inputs": call()},
+            "inputs holds the loop's tensors by the names of its arguments, as a dict; got a tuple",
+        ),
+        ({"loop": loop, "inputs": {**inputs(), "text": 3.0}}, "the loop's inputs are tensors; 'text' is float: bind it"),
+        ({"loop": "loop", "inputs": inputs()}, r"loop is a function, loop\(model, \*\*inputs\); got 'loop'"),
+        ({"loop": loop, "inputs": inputs(), "format": "pt2"}, "a loop is exported to ONNX alone"),
     ],
-    ids=["format", "form", "list", "recipe", "name", "steps", "adaptive", "probing", "idle", "unrolled", "loop"],
+    ids=[
+        *("format", "form", "list", "recipe", "name", "steps", "adaptive", "probing", "idle", "unrolled", "loop"),
+        *("tensor", "by name", "too few", "other name", "kwargs", "class", "loop misspelt", "loop more", "loop model"),
+        *("loop tuple", "loop number", "no loop", "torch loop"),
+    ],
 )
 def test_refusals(tmp_path, changed, message):
     with pytest.raises(vdcache.ConfigError, match=message):
         export(tmp_path, **changed)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("format", ["onnx", "pt2"])
+def test_an_export_that_goes_well_warns_of_nothing(tmp_path, format):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        warnings.simplefilter("error", UserWarning)
+        export(tmp_path, format=format)
 
 
 def test_a_table_for_another_number_of_steps():
@@ -121,7 +160,7 @@ def lacking_loop(model, noise, text):
     ids=["calls", "draws", "shape", "waste", "arguments"],
 )
 def test_loops_that_are_refused(tmp_path, around, message):
-    with pytest.raises(vdcache.VdcacheError, match=message):
+    with pytest.raises(vdcache.ConfigError, match=message):
         export(tmp_path, loop=around, inputs=inputs())
     assert not list(tmp_path.iterdir())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,8 @@ from vdcache.methods import MAGCACHE_RATIOS, PAB, PROFILINGDIT_LISTS, TEACACHE_C
 from vdcache.methods.attention import FASTERCACHE
 from vdcache.methods.registry import NAMES
 from vdcache.passes import Pipeline
-from vdcache.runtime import Codebook, Listed, Policy
+from vdcache.runtime import Codebook, EveryN, Listed, Policy
+from vdcache.testing import TinyDiT
 
 OF_MODELS = {"teacache": TEACACHE_COEFFICIENTS, "magcache": MAGCACHE_RATIOS, "pab": PAB, "fastercache": FASTERCACHE}
 
@@ -335,3 +337,22 @@ def test_a_released_router(tmp_path):
             methods.l2c(tmp_path / f"{kind}.pt")
     with pytest.raises(ConfigError, match="no file of a router"):
         methods.l2c(tmp_path / "none.pt")
+
+
+@pytest.mark.parametrize(("steps", "how"), [(30, "thinned out to 30"), (80, "stretched to 80")])
+def test_a_curve_for_other_steps_is_said_once(steps, how):
+    for name in ("magcache-wan2.1-t2v-1.3b", "tiles-2+magcache-wan2.1-t2v-1.3b"):
+        with pytest.warns(vdcache.VdcacheWarning) as said:
+            vdcache.compile(TinyDiT(), name, num_steps=steps, inner="eager")
+        (text,) = [str(w.message) for w in said]
+        assert f"'{name}': its curve of magnitudes was measured at 50 steps and is {how}" in text
+    beside = vdcache.Together((recipe("magcache-flux").policy, EveryN(2, "other")))
+    with pytest.warns(vdcache.VdcacheWarning, match="measured at 28 steps and is stretched to 50"):
+        vdcache.compile(TinyDiT(), vdcache.Recipe("beside", beside), num_steps=50, inner="eager")
+
+
+def test_a_curve_for_these_steps_is_taken_as_it_is():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vdcache.compile(TinyDiT(), "magcache-wan2.1-t2v-1.3b", num_steps=50, inner="eager")
+        vdcache.compile(TinyDiT(), vdcache.magcache([1.0] * 7), num_steps=7, inner="eager")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 
@@ -148,20 +149,73 @@ def test_json_pictures_and_the_command(tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda p: (video(), video(frames=6)), "reference has 5 frames of 3 channels, 32 × 24, the candidate 6 frames"),
-        (lambda p: (p / "nothing.mp4", video()), "no such file or folder"),
+        (
+            lambda p: (video(), video(frames=6)),
+            "reference has 5 frames of 3 channels, 32 × 24, the candidate 6 frames .* Generate both with one number of frames, .* first 5 frames",
+        ),
+        (lambda p: (video(), video(height=20)), "32 × 24, .* 32 × 20. Generate both at one size: resizing would be measured"),
+        (
+            lambda p: (video(), video()[:, :1]),
+            "5 frames of 3 channels, .* 5 frames of 1 channels, .* Bring both to the same channels",
+        ),
+        (lambda p: (torch.rand(3, 5, 9, 9), torch.rand(5, 4, 9, 9)), "the reference has 5 frames of 3 channels"),
+        (lambda p: (torch.rand(3, 9, 8, 8), torch.rand(9, 8, 8, 3)[..., :1]), "Bring both to the same channels"),
+        (lambda p: (p / "nothing.mp4", video()), "no such file or folder: the reference, .*nothing.mp4$"),
+        (
+            lambda p: (_saved(p / "x.pt", torch.rand(3, 4, 9, 9)), p / "other.pt"),
+            "no such file or folder: the candidate, .*other.pt$",
+        ),
+        (
+            lambda p: (video(), torch.stack([video(), video()])),
+            r"the candidate: Tensor: the shape \(2, 5, 3, 24, 32\) has a batch axis of 2, .*video\[0\]",
+        ),
+        (
+            lambda p: (_saved(p / "x.pt", torch.rand(3, 4, 9, 9)), video()),
+            r"the reference: .*x.pt: the shape .* fits CTHW and TCHW; say which",
+        ),
+        (
+            lambda p: (torch.rand(5, 16, 16), video()),
+            "the reference: Tensor: .* has no axis of 1, 3 or 4 channels where CHW, HWC have it",
+        ),
+        (
+            lambda p: (torch.rand(16, 16), video()),
+            r"the shape \(16, 16\) is no picture \(CHW or HWC, channels even where there is one\)",
+        ),
+        (
+            lambda p: (video(), _saved(p / "x.pt", {"a": video(), "b": video()})),
+            r"the candidate: .*x.pt: holds 2 tensors \(a, b\), .*save it alone",
+        ),
+        (lambda p: (_saved(p / "x.pt", [1, 2]), video()), r"holds a list, and a tensor is needed: torch.save\(video, 'x.pt'\)"),
+        (
+            lambda p: (video(), (video() * 255).round()),
+            "candidate has values from 0 to 255 and the reference from 0 to 1 .*: bring both to one scale",
+        ),
+        (
+            lambda p: ((video() * 255).round(), 2 * video() - 1),
+            "reference has values from 0 to 255 and the candidate from 0 to 1",
+        ),
+        (lambda p: (video() + 0j, video()), "the reference: Tensor: complex values are no picture"),
         (lambda p: (p, video()), "no pictures in this folder"),
         (lambda p: (video()[:, :, :3, :3], video()), r"fits .* say which with layout="),
-        (lambda p: (video() * float("nan"), video()), "not finite"),
+        (lambda p: (video() * float("nan"), video()), "the reference: 11520 values are not finite .*the first in frame 0"),
         (lambda p: (object(), video()), "a video is a file, a folder"),
         (lambda p: (_written(p / "x.pt", b"no"), video()), "cannot be read as a tensor"),
-        (lambda p: (_written(p / "x.mp4", b"no"), video()), "cannot be read as a video"),
+        (
+            lambda p: (_written(p / "x.mp4", b"no"), video()),
+            "cannot be read as a video .* it reads what pyav and imageio decode",
+        ),
     ],
+    ids=itertools.count(),
 )
 def test_what_is_refused(make, message, tmp_path):
     one, other = make(tmp_path)
     with pytest.raises(vdcache.ConfigError, match=message):
         vdcache.compare(one, other)
+
+
+def _saved(path, value):
+    torch.save(value, path)
+    return path
 
 
 def _written(path, data):

@@ -1,5 +1,7 @@
 """The store owns what it keeps; the history says what happened."""
 
+import warnings
+
 import pytest
 import torch
 from rich.console import Console
@@ -112,6 +114,56 @@ def test_the_summary_says_what_was_computed():
     console.print(ran().summary())
     text = console.export_text()
     assert "5 of 8 steps computed" in text and "reused" in text and "MiB" in text
+
+
+def heads(session):
+    return [str(c.header) for c in session.summary().columns]
+
+
+def test_a_column_that_says_nothing_is_left_out():
+    """Explicit control knows no timestep, every-2 measures nothing, and a schedule needs no reason."""
+    model = vdcache.compile(TinyDiT(), "every-2", num_steps=3, inner="eager")
+    session = model.vdcache
+    session.begin()
+    with torch.no_grad():
+        for step in range(3):
+            session.step()
+            model(latent(step), time_of(step), latent(9, 1, 3, 4))
+        assert heads(session) == ["step", "lanes", "", "ms"]
+        session.begin()
+        for step in range(4):  # one more than was announced: a reason
+            session.step(1000.0 - step)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model(latent(step), time_of(step), latent(9, 1, 3, 4))
+    assert heads(session) == ["step", "timestep", "lanes", "", "ms", "why"]
+    assert "beyond the 3 steps that were announced" in str(session.summary())
+    assert {"change"} < set(heads(ran()))
+
+
+def test_parts_that_are_reused_apart_are_named():
+    halves = vdcache.profilingdit([0], [1], reuse="alternate", when=[0, 2, 4])
+    model = vdcache.compile(TinyDiT(), halves, num_steps=5, inner="eager")
+    with torch.no_grad():
+        for step in range(5):
+            model(latent(step), time_of(step), latent(9, 1, 3, 4))
+    cells = [*model.vdcache.summary().columns[3].cells]
+    assert cells == [
+        "[bold]computed[/bold]",
+        "[dim]reused background[/dim]",
+        "[bold]computed[/bold]",
+        "[dim]reused foreground[/dim]",
+        "[bold]computed[/bold]",
+    ]
+
+
+def test_a_compiler_that_was_waited_for_slows_no_summary():
+    session = ran()
+    for record in session.history:
+        record.seconds = 1.0 if record.computed else 0.25
+    next(r for r in session.history if r.reused).seconds = 100.0
+    # 5 of 8 steps of two lanes: 8 / (5 + 3 / 4)
+    assert "5 of 8 steps computed, 1.39× over computing every step" in str(session.summary())
 
 
 def test_the_timeline_is_a_picture(tmp_path):

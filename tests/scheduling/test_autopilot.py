@@ -9,6 +9,7 @@ import math
 import os
 import warnings
 from dataclasses import replace
+from datetime import datetime
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import vdcache
+from tests.logs import informed
 from tests.scheduling.samplers import OTHER, TEXT, ancestral, clamped, euler, generate, sigmas, time
 from vdcache import Calibration, ConfigError, VdcacheWarning
 from vdcache.scheduling.autopilot import Autopilot
@@ -49,11 +51,11 @@ def quiet(call, *args, **options):
 
 
 def said(call, *args, **options):
-    """What it returns, and what vdcache warned of."""
-    with warnings.catch_warnings(record=True) as heard:
+    """What it returns, and what vdcache told and warned of."""
+    with informed() as told, warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         result = call(*args, **options)
-    return result, [str(w.message) for w in heard if issubclass(w.category, VdcacheWarning)]
+    return result, told + [str(w.message) for w in heard if issubclass(w.category, VdcacheWarning)]
 
 
 def kept(folder):
@@ -130,8 +132,16 @@ def test_a_new_session_follows_from_its_first_generation(folder):
     again = made(small())  # the same weights in another object, as in another process
     result, heard = said(generate, again, 3)
     torch.testing.assert_close(result, by_hand(model, found.schedule, 3))
-    assert not heard and again.vdcache.history.computed_steps() == list(found.schedule.computed)
+    assert again.vdcache.history.computed_steps() == list(found.schedule.computed)
     assert again.vdcache.calibration == found
+    (taken,), (path,) = heard, folder.glob("*.json")  # which schedule, from when, for what, and how it is forgotten
+    day = datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
+    assert f"found on {day} for 2× speed" in taken and str(found.schedule) in taken and f"delete {path}" in taken
+    assert "Solvers that ask at the same timesteps share it" in taken
+    assert not said(generate, again, 4)[1]  # once
+    again.vdcache.calibration.path.unlink()
+    _, heard = said(generate, made(small()), 3)
+    assert [CALIBRATING in h for h in heard] == [True, False] and [*folder.glob("*.json")] == [path]
 
 
 def test_a_new_session_without_num_steps_follows_once_it_knows_them():
@@ -266,7 +276,44 @@ def test_goals_have_calibrations_of_their_own(folder):
     assert len(kept(folder)) == 4
 
 
-@pytest.mark.parametrize("goal", [{"speedup": 50.0}, {"quality_db": 149.0}], ids=str)
+def test_nothing_that_goes_as_it_should_is_a_warning(folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", VdcacheWarning)
+        for session in range(2):  # calibrated by the first, taken from the disk by the second
+            fast = made(small(), None if not session else STEPS)
+            for seed in range(2):
+                generate(fast, seed)
+            assert fast.vdcache.calibration is not None and fast.vdcache.calibration.path in folder.iterdir()
+
+
+def test_a_speed_that_no_schedule_of_these_steps_has_is_an_error_at_once():
+    for reach in ({"num_steps": STEPS, "speedup": STEPS + 1.0}, {"num_steps": 1, "speedup": 1.5}):
+        with pytest.raises(ConfigError, match=r"no schedule of \d steps is .* times faster: .* \d.00 times at most"):
+            made(small(), **reach)
+    made(small(), STEPS, speedup=float(STEPS))  # the model may cost nothing where it is reused
+    made(small(), 1)  # the default has a floor, and computes every step where there is nothing to skip
+
+
+def test_a_speed_that_reuse_does_not_give_is_said_after_one_step():
+    fast, model = made(small(), None, speedup=float(STEPS)), small()
+    steps = []
+
+    def of(*args):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", VdcacheWarning)
+                return fast(*args)
+        except VdcacheWarning as warning:
+            steps.append((fast.vdcache.step_index, str(warning)))
+            return model(*args)
+
+    fast.vdcache.begin(STEPS)  # known when it begins, as in a pipeline
+    generate(of)
+    ((step, text),) = steps
+    assert step == 1 and "no schedule of 8 steps is 8 times faster: with a single computed step it is" in text
+
+
+@pytest.mark.parametrize("goal", [{"speedup": 7.9}, {"quality_db": 149.0}], ids=str)
 def test_a_goal_out_of_reach_computes_everything_and_says_so(goal):
     model = small()
     fast = made(model, **goal)
@@ -275,7 +322,7 @@ def test_a_goal_out_of_reach_computes_everything_and_says_so(goal):
     again, heard = said(generate, fast, 1)
     assert torch.equal(again, generate(model, 1)) and not heard
     strict = made(small(), strict=True, **goal)
-    with pytest.raises(ConfigError, match=r"no schedule of 8 steps (is 50 times faster|reaches 149 dB)"):
+    with pytest.raises(ConfigError, match=r"no schedule of 8 steps (is 7.9 times faster|reaches 149 dB)"):
         quiet(generate, strict)
 
 
@@ -638,7 +685,9 @@ def test_every_generation_is_plain_or_follows_its_own_schedule(pair, tmp_path, e
     for fast in both:
         session = fast.vdcache
         session.num_steps = session._given_steps = None
-        session.recorder = Autopilot(session, Goal(speedup=2.0, floor_db=30.0), strict=False, say=lambda key, text: None)
+        session.recorder = Autopilot(
+            session, Goal(speedup=2.0, floor_db=30.0), strict=False, say=lambda key, text: None, tell=lambda key, text: None
+        )
         session.reset()
     keys = {}  # of each model, which are its own
     for seed, (which, steps, tokens, shift, abort) in enumerate(events):

@@ -104,12 +104,20 @@ def test_pictures_are_written(found, ending, tmp_path, recwarn):
 
 
 def test_a_picture_shows_what_was_found():
-    figure = one(goal=Goal(quality_db=30.0)).draw()
+    found = replace(one(goal=Goal(quality_db=30.0)), tried=(*one().tried, Schedule(4, (0, 1, 2), 1, psnr=35.0)))
+    figure = found.draw()
     axes = [a for a in figure.axes if a.get_title() or a.get_xlabel()]
     texts = " ".join([t for a in axes for t in (a.get_title(), a.get_xlabel(), a.get_ylabel())])
     assert "2 of 4 steps, for 30 dB" in texts and "computed steps" in texts
     labels = {t.get_text() for a in figure.axes if a.get_legend() for t in a.get_legend().get_texts()}
-    assert {"chosen", "floor", "result, as run"} <= labels
+    assert {"chosen", "least that is allowed", "others that were run", "accepted by the chosen schedule"} <= labels
+    measured, predicted = (next(a for a in figure.axes if a.get_title().startswith(w)) for w in ("measured", "predicted"))
+    assert measured.get_ylabel() == "PSNR, dB" and predicted.get_ylabel() == "error, %"  # two quantities, two axes
+    assert measured.get_xlim() == predicted.get_xlim() == (0, found.schedule.steps + 1)
+    others, chosen, _ = (list(zip(*line.get_data(), strict=True)) for line in measured.lines)
+    assert others == [(3, 35.0)] and chosen == [(2, 33.0)]
+    (curve, _) = predicted.lines
+    assert list(curve.get_ydata()) == pytest.approx([100 * 10 ** (-d / 20) for _, d in found.front()])
 
 
 def test_a_picture_of_all_steps_is_drawn(tmp_path):

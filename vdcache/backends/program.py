@@ -30,9 +30,9 @@ from vdcache.passes.mark_lanes import halve_lanes, lanes_io
 from vdcache.patterns import Anatomy, anatomy
 from vdcache.patterns.cost import flops
 from vdcache.runtime import registry
+from vdcache.runtime.call import LaneScope, Look, Needs, Probed
 from vdcache.runtime.measures import Layout
 from vdcache.runtime.plan import RECOMPUTE, Plan
-from vdcache.runtime.session import LaneScope, Look, Needs, Probed
 
 __all__ = ["Part", "Program"]
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from vdcache.backends.kernels.choose import check_lowering
-from vdcache.ir.errors import ConfigError, warn_once
+from vdcache.ir.checks import step_count
+from vdcache.ir.errors import ConfigError, inform_once, warn_once
 from vdcache.methods import for_goal
 from vdcache.recipe import Recipe
 from vdcache.runtime.policies import Always, Auto
@@ -52,11 +53,16 @@ class Settings:
     _said: set[str] = field(default_factory=set, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.num_steps is not None and (not isinstance(self.num_steps, int) or self.num_steps < 1):
-            raise ConfigError(f"num_steps is the number of denoising steps, at least 1; got {self.num_steps!r}")
+        if self.num_steps is not None:
+            object.__setattr__(self, "num_steps", step_count(self.num_steps))
         if self.inner not in INNER:
             raise ConfigError(f"inner is {' or '.join(INNER)}; got {self.inner!r}")
         check_lowering(self.tiles)
+        auto = self.recipe.policy
+        if isinstance(auto, Auto) and self.num_steps is not None and auto.speedup is not None and not auto.floor_db:
+            Goal.of(auto).count(
+                self.num_steps
+            )  # what no schedule of so few steps reaches is an error now, not after a generation
 
     @staticmethod
     def of(options: Mapping[str, Any] | None) -> Settings:
@@ -82,7 +88,7 @@ class Settings:
             return self.session
         if isinstance(auto := self.recipe.policy, Auto):
             session = Session(Always(), self.num_steps, name=self.recipe.name)
-            session.recorder = Autopilot(session, Goal.of(auto), strict=self.strict, say=self.say_once)
+            session.recorder = Autopilot(session, Goal.of(auto), strict=self.strict, say=self.say_once, tell=self.tell_once)
             return session
         return Session(self.recipe.policy, self.num_steps, name=self.recipe.name, prepare=self.policy_for)
 
@@ -95,3 +101,8 @@ class Settings:
             self.hears(message)
         else:
             warn_once(self._said, message, key=key)
+
+    def tell_once(self, key: str, message: str) -> None:
+        """What is no warning."""
+        if self.hears is None:
+            inform_once(self._said, message, key=key)

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor
 
@@ -22,6 +21,7 @@ import vdcache
 from vdcache.demo.conditions import Condition
 from vdcache.demo.fixed import Velocity, packaged
 from vdcache.demo.judge import motion
+from vdcache.demo.progress import Stages
 from vdcache.demo.sampler import sample
 from vdcache.demo.weights import load_model
 from vdcache.recipe import Recipe
@@ -115,23 +115,24 @@ def run_demo(
             torch.cuda.synchronize()
         return video, time.perf_counter() - began
 
-    if not console.is_terminal:  # a pipe shows no progress bars
-        console.print(f"compiling {len(named) + 1} ways and generating {rounds} rounds with each; two to six minutes")
-    columns = (TextColumn("{task.description:<32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    if not console.is_terminal:
+        console.print(f"compiling {len(named) + 2} ways and generating {rounds} rounds with each; two to six minutes")
+    with Stages(console) as stages:
         ways: dict[str, Callable[..., Tensor]] = {"eager": model}
         ways["torch.compile"] = torch.compile(model) if inner == "inductor" else model
         for r in chosen:
             ways[r.name] = vdcache.compile(model, r, num_steps=steps, inner=inner)
         compile_seconds = {}
         if STATIC in wanted:
-            exporting = progress.add_task("exporting the static schedule", total=None)
+            exporting = stages.stage("exporting the static schedule", 1)
+            exporting.now()
             began = time.perf_counter()
             ways[STATIC] = packaged(out / "package", conditions, steps, model)
             compile_seconds[STATIC] = time.perf_counter() - began
-            progress.remove_task(exporting)
-        bar = progress.add_task("compiling", total=len(ways) - 1)
-        for name, way in ways.items():
+            exporting.done()
+        compiling = stages.stage("compiling", len(ways))
+        for i, (name, way) in enumerate(ways.items(), start=1):
+            compiling.now(name, f"{i} of {len(ways)}")
             began = time.perf_counter()
             session = getattr(way, "__dict__", {}).get("vdcache")
             if session is not None and session.recorder is not None:
@@ -145,22 +146,23 @@ def run_demo(
             if isinstance(way, Velocity):
                 way.begin()
             compile_seconds[name] = compile_seconds.get(name, 0.0) + time.perf_counter() - began
-            progress.update(bar, advance=name != "eager", description=f"compiling: {name}")
+            compiling.done()
         videos: dict[str, Tensor] = {}
         times: dict[str, list[float]] = {name: [] for name in ways}
-        bar = progress.add_task("generating", total=rounds * len(ways) * steps)
-        for _ in range(rounds):
+        generating = stages.stage("generating", rounds * len(ways) * steps)
+        for turn in range(1, rounds + 1):
             for name, way in ways.items():
-                progress.update(bar, description=f"generating: {name}")
-                videos[name], seconds = generate(way, tick=lambda: progress.advance(bar))
+                generating.now(name, f"round {turn} of {rounds}")
+                videos[name], seconds = generate(way, tick=generating.done)
                 times[name].append(seconds)
         plain = median(times["torch.compile"])
         rivals: dict[str, tuple[int, Tensor]] = {}
-        bar = progress.add_task("the honest rivals", total=len(named))
+        against = stages.stage("the honest rivals", len(named))
         for name in named:
+            against.now(f"plain, in the time of {name}")
             n = max(1, round(steps * median(times[name]) / plain))
             rivals[name] = (n, generate(ways["torch.compile"], min(n, steps))[0])
-            progress.advance(bar)
+            against.done()
 
     rows, runs = [], {}
     reference = videos["torch.compile"]

@@ -15,6 +15,7 @@ import torch
 
 import vdcache
 from vdcache.errors import ConfigError
+from vdcache.exporting.arguments import check_call, check_loop
 from vdcache.exporting.fixed import Written, fixed
 from vdcache.exporting.loops import traced_loop
 from vdcache.exporting.manifest import FILE, FORMS, KINDS, Manifest, facts_of
@@ -61,7 +62,8 @@ def export(
     Returns the manifest.
 
     Raises:
-        ConfigError: a schedule that is decided while it runs, another number of steps, an unknown format, a folder that is there.
+        ConfigError: a schedule that is decided while it runs, another number of steps, an unknown format, a folder that is there,
+            inputs that the model or the loop does not take.
         CaptureError: torch.export does not take the model as one graph, or an operation has no form in the format.
     """
     kind, _, form = format.partition("-")
@@ -72,13 +74,19 @@ def export(
         raise ConfigError("loop and inputs belong together: loop(model, **inputs) is one generation")
     if form == "unrolled" and loop is None:
         raise ConfigError("onnx-unrolled is the whole denoising loop as one graph: give loop and inputs")
+    if kind != "onnx" and loop is not None:
+        raise ConfigError("a loop is exported to ONNX alone; where there is torch, the loop that you have calls the runner")
+    kwargs = {} if kwargs is None else kwargs
+    check_call(model, args, kwargs)
+    if loop is not None:
+        check_loop(loop, inputs)
     target = Path(path)
     if target.exists() and not (overwrite and (target / FILE).is_file()):
         hint = "overwrite=True replaces it" if (target / FILE).is_file() else "and it is no package"
         raise ConfigError(f"{target} is there already; {hint}")
     write = _writer(kind, form)
     on_progress("capturing the model")
-    what = fixed(model, args, dict(kwargs or {}), schedule, num_steps)
+    what = fixed(model, args, dict(kwargs), schedule, num_steps)
     around = None
     if loop is not None and inputs is not None:
         on_progress("capturing the loop")

@@ -167,7 +167,7 @@ def fixed(
     recipe, steps = recipe_of(schedule, num_steps)
     model = original(model)
     name = type(model).__name__ if isinstance(model, nn.Module) else getattr(model, "__name__", "model")
-    found = whole(model if isinstance(model, nn.Module) else _Module(model), tuple(args), dict(kwargs or {}))
+    found = whole(model if isinstance(model, nn.Module) else _Module(model), tuple(args), dict(kwargs or {}), name=name)
     if any(v.is_meta for v in found.state.values()):
         raise ConfigError(f"{name} is on the meta device, so it has no weights to export: load them first")
     signature = found.captured.signature

@@ -74,16 +74,12 @@ def traced_loop(what: Fixed, model: Callable[..., Any], loop: Callable[..., Any]
     """Trace `loop(model, **inputs)`, the model left out.
 
     Raises:
-        ConfigError: inputs that are no tensors, a loop that calls the model otherwise than it was exported, another number of times
+        ConfigError: a loop that calls the model otherwise than it was exported, another number of times
             than its schedule has steps (or a multiple of it), or that draws at random.
         CaptureError: torch.export does not take the loop.
     """
-    if wrong := [n for n, v in inputs.items() if not isinstance(v, Tensor)]:
-        raise ConfigError(
-            f"the loop's inputs are tensors; {wrong[0]!r} is {type(inputs[wrong[0]]).__name__}: bind it, as functools.partial does"
-        )
     with _open(what) as door:
-        found = whole(_Loop(loop, _stand_in(what, model, door)), (), dict(inputs))
+        found = whole(_Loop(loop, _stand_in(what, model, door)), (), dict(inputs), name="the loop")
     calls, steps = door.calls, len(what.steps)
     if not calls or calls % steps:
         raise ConfigError(

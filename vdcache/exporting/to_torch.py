@@ -36,24 +36,21 @@ def write_pt2(what: Fixed, around: TracedLoop | None, folder: Path, on_progress:
         program.example_inputs = None  # else the weights would be saved with it
         torch.export.save(program, path)
 
-    return _write(what, around, folder, on_progress, write, "exporting")
+    return _write(what, folder, on_progress, write, "exporting")
 
 
 def write_aoti(what: Fixed, around: TracedLoop | None, folder: Path, on_progress: Progress) -> Written:
     """A compiled library for every distinct plan."""
-    return _write(what, around, folder, on_progress, package_ahead, "compiling")
+    return _write(what, folder, on_progress, package_ahead, "compiling")
 
 
 def _write(
     what: Fixed,
-    around: TracedLoop | None,
     folder: Path,
     on_progress: Progress,
     write: Callable[[Any, Path], None],
     doing: str,
 ) -> Written:
-    if around is not None:
-        raise ConfigError("a loop is exported to ONNX alone; where there is torch, the loop that you have calls the runner")
     if elsewhere := {v.device for v in (*what.examples, *what.whole.state.values()) if v.device.type != "cpu"}:
         raise ConfigError(f"pt2 and aoti packages are for the CPU, and the model is on {elsewhere.pop()}: export model.cpu()")
     graphs = []

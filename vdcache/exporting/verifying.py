@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vdcache.api import compile
 from vdcache.errors import ConfigError
+from vdcache.exporting.arguments import check_call, check_loop
 from vdcache.exporting.manifest import Manifest
 from vdcache.exporting.running import Runner
 from vdcache.recipe import Recipe
@@ -137,7 +138,11 @@ def verify(
         if not manifest.recipe.startswith("{"):
             raise ConfigError(f"{path} could not keep its recipe ({manifest.recipe}): give recipe=…")
         recipe = Recipe.from_json(manifest.recipe)
-    torch_side = _Beside(model, tuple(args), dict(kwargs or {}), recipe, manifest)
+    kwargs = {} if kwargs is None else kwargs
+    check_call(model, args, kwargs)
+    if loop is not None:
+        check_loop(loop, inputs)
+    torch_side = _Beside(model, tuple(args), dict(kwargs), recipe, manifest)
     rows: list[Compared] = []
 
     def compare(step: int, lane: int, given: Mapping[str, np.ndarray], results: Sequence[np.ndarray]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from vdcache.ir.errors import ConfigError
 
-__all__ = ["group_name", "number", "numbers", "video_grid", "whole", "whole_numbers"]
+__all__ = ["group_name", "number", "numbers", "step_count", "timestep", "video_grid", "whole", "whole_numbers"]
 
 
 def whole_numbers(values: Any, what: str) -> tuple[int, ...]:
@@ -63,6 +63,35 @@ def whole(value: Any, what: str, least: int = 0) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ConfigError(f"{what} is a whole number of at least {least}; got {value!r}")
     return value
+
+
+def step_count(value: Any) -> int:
+    """How many denoising steps a generation has.
+
+    Raises:
+        ConfigError: no whole number of at least 1.
+    """
+    try:
+        found = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        found = 0
+    if found < 1:
+        raise ConfigError(f"num_steps is the number of denoising steps, at least 1; got {value!r}")
+    return found
+
+
+def timestep(value: Any) -> float:
+    """Where a denoising step stands on the model's scale: a finite number, or an array or tensor of one.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    try:
+        return numbers([value], "a timestep")[0]
+    except (ConfigError, RuntimeError, ValueError) as error:  # torch and numpy refuse items of several
+        raise ConfigError(
+            f"session.step(timestep) takes where the step stands, one finite number or none; got {value!r}"
+        ) from error
 
 
 def numbers(values: Any, what: str) -> tuple[float, ...]:

@@ -7,6 +7,8 @@ from vdcache.errors import (
     ContractError,
     VdcacheError,
     VdcacheWarning,
+    inform_once,
+    warn,
     warn_once,
 )
 
@@ -17,5 +19,7 @@ __all__ = [
     "ContractError",
     "VdcacheError",
     "VdcacheWarning",
+    "inform_once",
+    "warn",
     "warn_once",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vdcache.ir.capture import Captured, Signature, first_line
-from vdcache.ir.errors import CaptureError
+from vdcache.ir.errors import CaptureError, VdcacheError
 
 __all__ = ["Whole", "exported", "whole"]
 
@@ -41,8 +42,11 @@ def exported(model: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, Any
     return whole(model, args, kwargs).captured
 
 
-def whole(model: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Whole:
+def whole(model: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None, name: str = "") -> Whole:
     """`exported`, with the values of what the model owns.
+
+    Args:
+        name: what messages call the model; its class's name without.
 
     Raises:
         CaptureError: torch.export does not take the model as one graph.
@@ -50,11 +54,15 @@ def whole(model: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, Any] |
     from torch.export.graph_signature import InputKind, OutputKind
 
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            # of torch 2.13 about itself: it copies a class of its own that it calls deprecated
+            warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
             program = torch.export.export(model, args, kwargs or {}, strict=False).run_decompositions({})
+    except VdcacheError:  # of what the model calls, and says enough
+        raise
     except Exception as error:
         raise CaptureError(
-            f"{type(model).__name__} cannot be exported as one graph: {type(error).__name__}: {first_line(error)}"
+            f"{name or type(model).__name__} cannot be exported as one graph: {type(error).__name__}: {first_line(error)}"
         ) from error
     graph, sig = program.graph_module, program.graph_signature
     index = {spec.arg.name: i for i, spec in enumerate(sig.input_specs)}

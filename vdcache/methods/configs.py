@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from vdcache.ir.errors import ConfigError, VdcacheWarning
+from vdcache.ir.errors import ConfigError, warn
 from vdcache.methods.attention import pab
 from vdcache.methods.schedules import magcache
 from vdcache.methods.thresholds import dbcache, fbcache, seacache
@@ -77,8 +76,7 @@ class _Given:
 
     def tell(self, made: Recipe) -> None:
         if self.lost:
-            message = f"vdcache: {type(self._config).__name__} as '{made.name}': not carried over: {'; '.join(self.lost)}"
-            warnings.warn(message, VdcacheWarning, stacklevel=4)
+            warn(f"vdcache: {type(self._config).__name__} as '{made.name}': not carried over: {'; '.join(self.lost)}")
 
 
 BLOCKS = "branches are found by structure, not by the names of modules"

@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from vdcache.ir.checks import whole_numbers
-from vdcache.ir.errors import ConfigError
+from vdcache.ir.errors import ConfigError, warn
 from vdcache.ir.files import saved, text_of
 from vdcache.methods import for_goal
 from vdcache.methods import recipe as recipe_of
@@ -298,8 +298,13 @@ def _schedule(
     assert loop.key is not None
     key = replace(loop.key, steps=table.steps, times=loop.times)
     found = Calibration.of(key, goal, schedule, table, loop.scored, reuse_cost=loop.reuse_cost, began=began)
-    keep(found)
-    return found
+    try:
+        return replace(found, path=keep(found))
+    except OSError as error:
+        warn(
+            f"vdcache: the calibration is not kept for vdcache.compile to find: {error}; its to_json(path) writes it elsewhere"
+        )
+        return found
 
 
 def _thresholds(model: Any, run: Any, prompts: Any, chosen: Recipe, inner: str) -> Thresholds:

@@ -18,8 +18,8 @@ from vdcache.passes import Emit
 from vdcache.passes.base import Pass
 from vdcache.passes.mark_branches import TYPES
 from vdcache.profiling.watched import watch
+from vdcache.runtime.call import Emitted
 from vdcache.runtime.history import Record
-from vdcache.runtime.session import Emitted
 
 __all__ = ["StepErrors", "magnitudes", "step_errors"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,15 +14,15 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from vdcache.ir.checks import number
-from vdcache.ir.errors import ConfigError, VdcacheWarning
+from vdcache.ir.errors import ConfigError, warn
 from vdcache.passes import EmitAttention
 from vdcache.patterns import Attention, Grid
 from vdcache.patterns.attention import layout_of
 from vdcache.profiling.result import Profile, Site, check_threshold
 from vdcache.profiling.segment import Otsu, Segmenter, principal_picture
 from vdcache.profiling.watched import watch
+from vdcache.runtime.call import Emitted
 from vdcache.runtime.history import Record
-from vdcache.runtime.session import Emitted
 
 __all__ = ["profile"]
 
@@ -83,11 +82,7 @@ def profile(
             + ("; ".join(reasons) or "the model has no self- or joint-attention on a residual stream that vdcache finds")
         )
     if left_out:
-        warnings.warn(
-            f"profile: {len(left_out)} attentions of {name} are left out: {'; '.join(reasons)}",
-            VdcacheWarning,
-            stacklevel=2,
-        )
+        warn(f"profile: {len(left_out)} attentions of {name} are left out: {'; '.join(reasons)}")
     return collector.profile(name, block_threshold)
 
 

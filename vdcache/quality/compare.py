@@ -100,12 +100,16 @@ def compare(reference: Any, candidate: Any, *, layout: str = "", lpips: bool = T
     Raises:
         ConfigError: something that cannot be read, or videos of unequal size or length.
     """
-    one, other = frames_of(reference, layout), frames_of(candidate, layout)
+    both = {"the reference": reference, "the candidate": candidate}
+    if missing := [f"{role}, {v}" for role, v in both.items() if isinstance(v, (str, Path)) and not Path(v).exists()]:
+        raise ConfigError(f"there is no such file or folder: {'; '.join(missing)}")
+    one, other = (_frames(role, value, layout) for role, value in both.items())
     if one.shape != other.shape:
         of = [f"{s[0]} frames of {s[1]} channels, {s[3]} × {s[2]}" for s in (one.shape, other.shape)]
-        raise ConfigError(f"the two cannot be compared frame by frame: the reference has {of[0]}, the candidate {of[1]}")
-    if not (one.isfinite().all() and other.isfinite().all()):
-        raise ConfigError("there are values that are not finite (NaN or infinite) in one of the two")
+        what = _remedy(tuple(one.shape), tuple(other.shape))
+        raise ConfigError(
+            f"the two cannot be compared frame by frame: the reference has {of[0]}, the candidate {of[1]}. {what}"
+        )
     one, other, data_range = readable(one, other)
     largest = float((one - other).abs().max())
     data_range = data_range or 1.0
@@ -130,6 +134,31 @@ def compare(reference: Any, candidate: Any, *, layout: str = "", lpips: bool = T
         reference=one,
         candidate=other,
     )
+
+
+def _frames(role: str, source: Any, layout: str) -> Tensor:
+    try:
+        found = frames_of(source, layout)
+    except ConfigError as error:
+        raise ConfigError(f"{role}: {error}") from error
+    if not (bad := ~found.isfinite()).any():
+        return found
+    first = int(bad.flatten(1).any(1).nonzero()[0])
+    raise ConfigError(
+        f"{role}: {int(bad.sum())} values are not finite (NaN or infinite), the first in frame {first}: look at how it was made, there is "
+        "no quality to measure"
+    )
+
+
+def _remedy(one: tuple[int, ...], other: tuple[int, ...]) -> str:
+    if one[1:] == other[1:]:
+        least = min(one[0], other[0])
+        return f"Generate both with one number of frames, or give tensors that are cut to the first {least} frames"
+    if sorted(one) == sorted(other):
+        return "The same sizes in another order: layout= (CLI: --layout) says which axis is which, for both"
+    if one[2:] != other[2:]:
+        return "Generate both at one size: resizing would be measured as well"
+    return "Bring both to the same channels, as RGB"
 
 
 def _psnr(one: Tensor, other: Tensor, data_range: float) -> float:

@@ -55,15 +55,36 @@ def frames_of(source: Any, layout: str = "") -> Tensor:
 
 
 def readable(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Two videos on one scale, and the range of that scale: 0 to 1 for pictures, else the reference's own range (latents)."""
+    """Two videos on one scale, and the range of that scale: 0 to 1 for pictures, else the reference's own range (latents).
+
+    Raises:
+        ConfigError: one of 8 bits, the other from 0 to 1.
+    """
     low, high = float(one.min()), float(one.max())
-    if high > 2.0 and low >= 0 and float(other.max()) > 2.0 and torch.equal(one, one.round()):  # 8 bits
+    eight, unit = [_of_8_bits(v) for v in (one, other)], [_of_unit(v) for v in (one, other)]
+    for is_eight, is_unit, names in (
+        (eight[0], unit[1], ("reference", "candidate")),
+        (eight[1], unit[0], ("candidate", "reference")),
+    ):
+        if is_eight and is_unit:
+            raise ConfigError(
+                f"the {names[0]} has values from 0 to 255 and the {names[1]} from 0 to 1 or −1 to 1: bring both to one scale, as by / 255"
+            )
+    if eight[0] and float(other.max()) > 2.0:
         return one / 255, other / 255, 1.0
     if low >= 0 and high <= 1.0:
         return one, other, 1.0
     if low >= -1.0 and high <= 1.0:
         return (one + 1) / 2, (other + 1) / 2, 1.0
     return one, other, high - low
+
+
+def _of_8_bits(value: Tensor) -> bool:
+    return float(value.max()) > 2.0 and float(value.min()) >= 0 and torch.equal(value, value.round())
+
+
+def _of_unit(value: Tensor) -> bool:
+    return float(value.abs().max()) <= 1.0 and not torch.equal(value, value.round())
 
 
 def _folder(path: Path) -> Tensor:
@@ -86,7 +107,10 @@ def _decoded(path: Path) -> Tensor:
     try:
         decoded = iio.imread(path, plugin=plugin)
     except Exception as error:  # imageio's plugins raise their own kinds
-        raise ConfigError(f"{path}: cannot be read as a video or picture: {error}") from error
+        kinds = (
+            f"it reads what pyav and imageio decode (mp4, webm, gif, {', '.join(PICTURES)}) and tensors ({', '.join(TENSORS)})"
+        )
+        raise ConfigError(f"{path}: cannot be read as a video or picture: {str(error).rstrip('.')}; {kinds}") from error
     value = torch.from_numpy(decoded)
     return value[..., None] if path.suffix.lower() in PICTURES and value.ndim == 2 else value
 
@@ -101,21 +125,41 @@ def _tensor_file(path: Path) -> Tensor:
             from safetensors.torch import load_file
 
             held = load_file(path)
-            if len(held) != 1:
-                raise ConfigError(f"{path}: holds {len(held)} tensors, {', '.join(held) or 'none'}; give a file of one")
-            return next(iter(held.values()))
+            return _only(held, path)
         value = torch.load(path, map_location="cpu", weights_only=True)
+    except ConfigError:
+        raise
     except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ConfigError(f"{path}: cannot be read as a tensor: {error}") from error
+    if isinstance(value, dict):
+        return _only(value, path)
     if not isinstance(value, Tensor):
-        raise ConfigError(f"{path}: holds a {type(value).__name__}; a tensor is needed")
+        raise ConfigError(f"{path}: holds a {type(value).__name__}, and a tensor is needed: torch.save(video, {path.name!r})")
     return value
 
 
+def _only(held: dict[str, Any], path: Path) -> Tensor:
+    """The one tensor of a file."""
+    found = [v for v in held.values() if isinstance(v, Tensor)]
+    if len(found) != 1:
+        names = ", ".join(map(str, held)) or "nothing"
+        raise ConfigError(
+            f"{path}: holds {len(found)} tensors ({names}), and one is needed: save it alone, or call vdcache.compare with the tensors themselves"
+        )
+    return found[0]
+
+
 def _arranged(value: Tensor, layout: str, where: str) -> Tensor:
+    if value.is_complex():
+        raise ConfigError(f"{where}: complex values are no picture; compare their real part or their absolute value")
     value = value.float()
     while value.ndim > 3 + (layout not in ("CHW", "HWC")) and value.shape[0] == 1:
         value = value[0]
+    if value.ndim > 4:
+        raise ConfigError(
+            f"{where}: the shape {tuple(value.shape)} has a batch axis of {value.shape[0]}, and one video is compared at a time: give each by "
+            "itself, video[0]"
+        )
     layout = layout or _layout(tuple(value.shape), where)
     if layout not in LAYOUTS or value.ndim != len(layout):
         raise ConfigError(
@@ -134,5 +178,13 @@ def _layout(shape: tuple[int, ...], where: str) -> str:
         return fits[0]
     if len(shape) == 4 and not fits:  # latents: channels first as diffusers has them
         return "CTHW"
-    found = f"fits {' and '.join(fits)}" if fits else "fits none"
-    raise ConfigError(f"{where}: the shape {shape} {found}; say which with layout= (CLI: --layout)")
+    if len(shape) < 3:
+        raise ConfigError(
+            f"{where}: the shape {shape} is no picture (CHW or HWC, channels even where there is one) and no video (TCHW, CTHW, THWC)"
+        )
+    found = (
+        f"fits {' and '.join(fits)}" if fits else f"has no axis of 1, 3 or 4 channels where {', '.join(ends.values())} have it"
+    )
+    raise ConfigError(
+        f"{where}: the shape {shape} {found}; say which with layout= (CLI: --layout), one of {', '.join(LAYOUTS)}"
+    )

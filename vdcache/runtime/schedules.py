@@ -247,7 +247,7 @@ def _groups(policy: Policy) -> frozenset[str]:
 
 
 def scaled_to(policy: Policy, num_steps: int) -> tuple[Policy, str]:
-    """A policy for a number of steps, and what was changed to that end ("" for nothing)."""
+    """A policy for a number of steps, and what is other than it was made for ("" for nothing)."""
     if isinstance(policy, Together):
         each = [scaled_to(p, num_steps) for p in policy.policies]
         return Together(tuple(p for p, _ in each)), "; ".join(dict.fromkeys(said for _, said in each if said))
@@ -257,4 +257,11 @@ def scaled_to(policy: Policy, num_steps: int) -> tuple[Policy, str]:
         steps = ", ".join(map(str, computed)) if len(computed) < num_steps else "all, so nothing is reused"
         said = f"its schedule was made for {policy.when.of_steps} steps and is scaled to {num_steps}: computed are {steps}"
         return replace(policy, when=when), said
+    if isinstance(policy, MagCache) and (have := len(policy.ratios)) != num_steps:
+        how = "stretched" if num_steps > have else "thinned out"
+        said = (
+            f"its curve of magnitudes was measured at {have} steps and is {how} to {num_steps} (the nearest values, as the authors' code does), "
+            "while steps of another length change by another amount; vdcache.magcache(vdcache.magnitudes(model, run)) measures your own"
+        )
+        return policy, said
     return policy, ""

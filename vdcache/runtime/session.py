@@ -4,142 +4,28 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from vdcache.ir.checks import step_count
+from vdcache.ir.checks import timestep as checked_timestep
 from vdcache.ir.dialect import group_of
-from vdcache.ir.errors import CacheStateError, ConfigError, warn_once
+from vdcache.ir.errors import CacheStateError, ConfigError
+from vdcache.runtime.call import CompiledGraph, Emitted, LaneScope, Listener, Look, Recorder, Ticket
 from vdcache.runtime.clock import Clock, Reading, Tick
 from vdcache.runtime.history import History, Record, tell
 from vdcache.runtime.measures import Layout, Measured, count_of, measured
+from vdcache.runtime.notices import Notices
 from vdcache.runtime.plan import RECOMPUTE, Plan
 from vdcache.runtime.policies import Always, Policy
 from vdcache.runtime.read import read
 from vdcache.runtime.store import Store
 
-__all__ = ["CompiledGraph", "Emitted", "LaneScope", "Look", "Needs", "Probed", "Session", "Ticket"]
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What a variant takes besides the model's inputs.
-
-    Args:
-        reads: names of kept values.
-        before: names of values that the computed step before kept; zeros where there was none.
-        layouts: what it measures, in order; each measure needs its previous value.
-        times: groups of which it must know the elapsed steps, the number of computed steps and the step.
-        computes: groups that it computes.
-        slots: slots that it reuses.
-    """
-
-    reads: tuple[str, ...] = ()
-    before: tuple[str, ...] = ()
-    layouts: tuple[Layout, ...] = ()
-    times: tuple[str, ...] = ()
-    computes: tuple[str, ...] = ()
-    slots: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Probed:
-    """A value that is measured before a step's plan is chosen.
-
-    Args:
-        layout: its name and distance.
-        since: compared with its value at the "step" before, or at the last "computed" one.
-    """
-
-    layout: Layout
-    since: str
-
-
-@dataclass(frozen=True)
-class LaneScope:
-    """How a graph predicts one lane of guidance from the other.
-
-    Args:
-        mode: "batch", both lanes are halves of one batch, or "calls", the second call of a step is predicted from the first.
-        group: what a plan calls it.
-        rows: first row and number of rows of the lane that is always computed, in a batch of twice as many.
-        output: which of the model's results it is about.
-    """
-
-    mode: str
-    group: str
-    rows: tuple[int, int]
-    output: int
-
-
-@dataclass(frozen=True)
-class Look:
-    """What the head of a graph found out: the values of its probes, the sums of their changes, and what the rest of the graph
-    takes.
-    """
-
-    values: tuple[Tensor, ...] = ()
-    sums: Tensor | None = None
-    carried: tuple[Tensor, ...] = ()
-
-
-class CompiledGraph(Protocol):
-    """What a session must know of a graph that runs under it. Positions count the graph's inputs."""
-
-    @property
-    def family(self) -> Hashable: ...  # the user's frame: recompilations of one frame are one family
-    @property
-    def kind(self) -> Hashable: ...  # graphs of one kind compute the same for other sizes: one goes on where another left off
-    @property
-    def clocks(self) -> tuple[int, ...]: ...
-    @property
-    def latent(self) -> int | None: ...
-    @property
-    def activations(self) -> tuple[int, ...]: ...  # all but parameters and timesteps
-    @property
-    def static(self) -> tuple[int, ...]: ...  # parameters and buffers
-    @property
-    def probes(self) -> tuple[Probed, ...]: ...  # what a policy may ask for before it chooses
-    @property
-    def lanes(self) -> LaneScope | None: ...
-
-    def narrow(self, plan: Plan) -> Plan:
-        """What of a plan concerns this graph."""
-
-    def needs(self, plan: Plan) -> Needs:
-        """What the plan's variant takes besides the model's inputs."""
-
-    def warm_up(self) -> None:
-        """Compile every variant."""
-
-
-Emitted = tuple[CompiledGraph, dict[str, Tensor]]  # a graph, and its emitted values by name
-Listener = Callable[[Record, Sequence[Emitted], Any], None]
-Recorder = Callable[[CompiledGraph, Sequence[Any], Sequence[Any], dict[str, Tensor], Record], None]
-
-
-@dataclass
-class Ticket:
-    """One call on its way through: what to run, with which cached values; given back to `Session.leave`."""
-
-    graph: CompiledGraph
-    plan: Plan
-    key: Hashable
-    needs: Needs
-    reads: list[Tensor]
-    before: list[Tensor] | None
-    previous: list[Tensor] | None
-    times: list[Tensor]
-    record: Record
-    began: float
-    look: Look
-    pair: Tensor | None = None  # what the step's first lane returned
-    rows: tuple[int, int] | None = None  # of the batch that is computed; None for all
-    keep: bool = True
+__all__ = ["Session"]
 
 
 @dataclass
@@ -203,13 +89,12 @@ class Session:
     recorder: Recorder | None = None
 
     def __post_init__(self) -> None:
-        if self.num_steps is not None and self.num_steps < 1:
-            raise ConfigError(f"num_steps is the number of denoising steps, at least 1; got {self.num_steps}")
         if self.num_steps is not None:  # a policy that cannot be run is an error now, not in the middle of a run
+            self.num_steps = step_count(self.num_steps)
             (self.prepare(self.num_steps) if self.prepare is not None else self.policy).start(self.num_steps)
         self._given_steps = self.num_steps
         self._clock = Clock()
-        self._said: set[str] = set()
+        self._notices = Notices(self.name)
         self._state: Any = None
         self._plan, self._why = RECOMPUTE, ""
         self._undecided = False  # the plan of this step waits for a probe
@@ -252,30 +137,34 @@ class Session:
 
         Args:
             num_steps: how many steps it will have, where this is known now.
+
+        Raises:
+            ConfigError: no number of steps, or one that the recipe is not for.
         """
         if num_steps is not None:
-            if num_steps < 1:
-                raise ConfigError(f"num_steps is the number of denoising steps, at least 1; got {num_steps}")
-            self.num_steps = self._given_steps = num_steps
+            self.num_steps = self._given_steps = step_count(num_steps)
         self._new_generation(said_by_caller=True)
         self._clock.begin()
         self._explicit_step, self._explicit_lane, self._begun = False, None, True
 
-    def step(self, timestep: float | None = None) -> None:
+    def step(self, timestep: float | Tensor | None = None) -> None:
         """The next calls belong to the next denoising step.
 
         The plan of the step is chosen here, so this may wait for a measure of the step before; the calls then wait for nothing.
 
         Args:
-            timestep: where the step stands, for the history and for policies that go by the noise level; in the model's units.
+            timestep: where the step stands, for the history and for policies that go by the noise level; in the model's units. A tensor
+                of one value is read, which waits for its device.
 
         Raises:
             CacheStateError: no generation was begun.
+            ConfigError: no number.
         """
         if not self._begun and not self._explicit_step:
             raise CacheStateError("session.step() says that a step of a generation starts; call session.begin() first")
+        at = None if timestep is None else checked_timestep(timestep)
         self._begun, self._explicit_step, self._explicit_lane = False, True, None
-        self._timestep = timestep
+        self._timestep = at
         self._new_step()
 
     def end(self) -> None:
@@ -288,7 +177,13 @@ class Session:
         self._explicit_step, self._begun = False, False
 
     def lane(self, name: int | str) -> None:
-        """The next call belongs to this lane of the step, for example "cond" or "uncond"."""
+        """The next call belongs to this lane of the step, for example "cond" or "uncond".
+
+        Raises:
+            ConfigError: neither a name nor a number.
+        """
+        if not isinstance(name, (int, str)):
+            raise ConfigError(f"session.lane(name) takes a name or a number, as 'cond' and 'uncond'; got {name!r}")
         self._explicit_lane = name
 
     def reset(self) -> None:
@@ -325,12 +220,7 @@ class Session:
         for listen in self.listeners if self._entered > before else ():
             listen(self.history[-1], tuple(self._emitted), result)
         if before and self._entered == before:
-            warn_once(
-                self._said,
-                "vdcache: a call ran outside the compiled graphs, so nothing was reused. Either gradients were enabled, or Dynamo gave up "
-                "recompiling (torch._dynamo.config.recompile_limit): vary fewer shapes and Python values, or compile with dynamic=True.",
-                key="outside",
-            )
+            self._notices.outside()
         return result
 
     def emit(self, graph: CompiledGraph, values: dict[str, Tensor]) -> None:
@@ -474,7 +364,7 @@ class Session:
         tell(ticket.record)
         self._hit = self._hit or bool(ticket.record.reused)
         if self._last() and self._skips and not self._hit:
-            self._say_no_hit()
+            self._notices.nothing_reused(self.num_steps, self.history.generation())
         self._step_records.append(ticket.record)
 
     def _pair(self, graph: CompiledGraph, who: Hashable, call: int) -> Tensor | None:
@@ -495,12 +385,7 @@ class Session:
                 self._syncs += syncs
                 self._same_halves = bool(values[0][0])
             if not self._same_halves:
-                warn_once(
-                    self._said,
-                    f"vdcache: '{self.name}' predicts one lane of guidance from the other, and the two halves of this batch are no lanes: their latents "
-                    "differ. Both are computed. For two calls a step say MarkLanes(mode='calls').",
-                    key="no lanes",
-                )
+                self._notices.no_lanes()
         return None if self._same_halves else "the halves of the batch are not two lanes"
 
     def _decide(self, graph: CompiledGraph, seen: Look, comparable: bool) -> None:
@@ -522,30 +407,7 @@ class Session:
         self._state, self._plan = self.policy.decide(self._state, self._step, measures)  # type: ignore[attr-defined]
         if not self._plan and measures and not all(math.isfinite(m.change) for m in measures):
             self._why = "what was probed is not a number"
-            warn_once(
-                self._said,
-                "vdcache: what the policy looks at within the step is not a number (NaN or infinite), so the step is computed. Look at the "
-                "model's input and its first blocks: caching cannot have caused this after a computed step.",
-                key="nan probe",
-            )
-
-    def _say_no_hit(self) -> None:
-        """A whole generation in which nothing was reused: nobody should have to look for that."""
-        records = self.history.generation()
-        reasons = Counter(r.why for r in records if r.why).most_common(1)
-        changes = [m.change for r in records for m in (*r.measures, *r.probe)]
-        warn_once(
-            self._said,
-            f"vdcache: '{self.name}' reused nothing in a generation of {self.num_steps} steps"
-            + (f": {reasons[0][0]}" if reasons else "")
-            + (
-                f"; what it observes changed by {min(changes):.3g} to {max(changes):.3g} between computed steps"
-                if changes
-                else ""
-            )
-            + ". Few steps leave little to skip; with many, other thresholds or another recipe may (session.summary() shows every step).",
-            key="no hit",
-        )
+            self._notices.probe_is_no_number()
 
     def _times(self, key: Hashable, group: str) -> tuple[int, int, int]:
         """Steps since a group was last computed, how often it was in this generation (1 and 0 where it never was), and the
@@ -595,13 +457,7 @@ class Session:
         if self._step < 0 or self._ticker is None:
             self._early.add(graph.family)
             if not graph.clocks:
-                warn_once(
-                    self._said,
-                    "vdcache: a graph with cacheable branches ran before any timestep was seen, so it is computed in full. A timestep "
-                    "is a tensor that reaches a sine or cosine and then a layer (a Python float reaches none: pass a tensor). If the model embeds its "
-                    "time otherwise, say where each step begins with session.begin() and session.step().",
-                    key="no clock",
-                )
+                self._notices.no_clock()
         return graph.family not in self._early and self._step >= 0
 
     def _drives(self, graph: CompiledGraph) -> bool:
@@ -687,24 +543,12 @@ class Session:
         ran = self._step + 1
         if ran and self._given_steps is None:
             if self.num_steps is None and self._skips:
-                warn_once(
-                    self._said,
-                    f"vdcache: the first generation had {ran} steps and was computed in full; from now on '{self.name}' "
-                    "reuses. Pass num_steps to reuse from the first generation on.",
-                    key="learnt",
-                )
+                self._notices.learnt(ran)
             elif ran != self.num_steps and self._skips:
-                warn_once(
-                    self._said,
-                    f"vdcache: a generation had {ran} steps, not {self.num_steps} as the one before it; taking {ran}.",
-                )
+                self._notices.other_length(ran, self.num_steps)
             self.num_steps = ran
         elif ran and ran < (self._given_steps or 0) and not said_by_caller and self._skips:
-            warn_once(
-                self._said,
-                f"vdcache: a generation ended after {ran} of {self._given_steps} steps. If this is its real number, pass num_steps={ran}.",
-                key="short",
-            )
+            self._notices.short(ran, self._given_steps)
         self.store.drop()
         self._computed.clear()
         self._due.clear()
@@ -726,7 +570,7 @@ class Session:
             if self._given_steps is not None:
                 raise
             # The number was learnt in the middle of a run, where an error would lose what the user has.
-            warn_once(self._said, f"vdcache: '{self.name}' cannot be followed, and every step is computed: {error}")
+            self._notices.not_followed(error)
             self.policy = Always()
             self._state = self.policy.start(self.num_steps)
 
@@ -751,12 +595,7 @@ class Session:
         elif self._step >= self.num_steps:
             self._plan, self._why = RECOMPUTE, f"beyond the {self.num_steps} steps that were announced"
             if self._skips:
-                warn_once(
-                    self._said,
-                    f"vdcache: step {self._step + 1} of a generation of {self.num_steps} steps: computed in full. Solvers of second order "
-                    "evaluate the model twice a step; num_steps counts evaluations.",
-                    key="long",
-                )
+                self._notices.long(self._step + 1, self.num_steps)
         else:
             plan = self.policy.plan(self._state, self._step, tuple(self._timesteps))
             self._plan, self._why, self._undecided = plan or RECOMPUTE, "", plan is None
@@ -786,12 +625,7 @@ class Session:
                 elements[layout] = elements.get(layout, 0) + n
         result = tuple(measured(layout, sums, elements[layout]) for layout, sums in totals.items())
         if not all(math.isfinite(m.change) for m in result):
-            warn_once(
-                self._said,
-                "vdcache: the observed branch is not a number (NaN or infinite), so every step is computed until it is one again. "
-                "Look at the model's output: caching cannot have caused this at a computed step.",
-                key="nan",
-            )
+            self._notices.observed_is_no_number()
         return result
 
     @property

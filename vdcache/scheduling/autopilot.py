@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,11 +50,14 @@ class Autopilot:
         session: whose policy it sets.
         goal: speed or quality.
         strict: what cannot be done is an error.
-        say: told once, by a key.
+        say: is given what went wrong, once by a key.
+        tell: is given what is done, once by a key.
     """
 
-    def __init__(self, session: Session, goal: Goal, *, strict: bool, say: Callable[[str, str], None]) -> None:
-        self._session, self._goal, self._strict, self._say = session, goal, strict, say
+    def __init__(
+        self, session: Session, goal: Goal, *, strict: bool, say: Callable[[str, str], None], tell: Callable[[str, str], None]
+    ) -> None:
+        self._session, self._goal, self._strict, self._say, self._tell = session, goal, strict, say, tell
         self._generation: int | None = None
         self._now: _Run | None = None  # the generation that is recorded
         self._following: Calibration | None = None  # in this generation
@@ -84,6 +89,8 @@ class Autopilot:
         run = self._now
         while len(run.calls) <= record.step:
             run.calls.append(0)
+        if record.step == 1 and not run.calls[1] and not self._reachable(run):
+            return
         run.gathering.add(record.lane, run.calls[record.step], {n: kept[n] for n in program.slots if n in kept})
         run.calls[record.step] += 1
         run.programs[program] = None
@@ -97,7 +104,7 @@ class Autopilot:
             if steps is None:
                 unknown = "no schedule is known for this model while nobody says how many steps there will be (num_steps)"
             size = (run.gathering.will_hold() + run.recording.bytes * (steps or 50)) / 2**20
-            self._say(
+            self._tell(
                 f"calibrating {self._key}",
                 f"vdcache: {unknown}: this generation is computed in full and keeps "
                 f"{size:.0f} MiB beside. When it ends, schedules are tried on it, once, for about the time of two generations; from then on the best "
@@ -133,7 +140,7 @@ class Autopilot:
             expected = tuple(self._times)
         self._following = self._known(expected or tuple(self._times)) if steps is not None else None
         if self._following is not None:
-            self.calibration = self._following
+            self._take(self._following)
             schedule = self._following.schedule
             if (
                 record.timestep is None and schedule.steps > 1
@@ -148,6 +155,19 @@ class Autopilot:
         wanted = replace(self._key, times=tuple(times))
         own = (c for c in reversed(self._found) if replace(c.key, times=()) == self._key and same_times(c.key.times, times))
         return next(own, None) or find(wanted, self._goal)
+
+    def _take(self, known: Calibration) -> None:
+        """From now on this one is followed; one that is not of this session's own is announced."""
+        self.calibration = known
+        if any(known is own for own in self._found):
+            return
+        self._found.append(known)
+        self._tell(
+            f"taken {known.key}",
+            f"vdcache: taking the schedule that was found {_when(known.path)}for {known.goal}, which was kept for this model, number of steps, "
+            f"size and timesteps:\n{known.schedule}\nSolvers that ask at the same timesteps share it. To calibrate anew, as for another solver, "
+            f"delete {known.path}",
+        )
 
     def _check(self, step: int) -> None:
         """A calibration whose timesteps are not those of this generation is left."""
@@ -169,24 +189,44 @@ class Autopilot:
         self._seen[key] = tuple(self._times)
         try:
             if (known := self._known(self._times)) is not None:
-                self.calibration = known
+                self._take(known)
                 return
             self.calibration = self._calibrated(run)
-        except Exception as error:  # noqa: BLE001: it is the user's generation, and it is done: nothing here may lose it
+        except Exception as error:  # it is the user's generation, and it is done: nothing here may lose it
             if self._strict:
                 raise
-            self._hopeless.add(key)
-            self._say(
-                f"hopeless {key}",
-                f"vdcache: no schedule was found, and every step is computed: {error or type(error).__name__}",
-            )
+            self._give_up(error)
             return
-        self._found.append(self.calibration)
         try:
-            where = f"kept in {keep(self.calibration)}"
+            self.calibration = replace(self.calibration, path=keep(self.calibration))
+            where = f"kept in {self.calibration.path}"
         except OSError as error:
             where = f"not kept for other processes: {error}"
-        self._say(f"calibrated {key}", f"vdcache: calibrated in {self.calibration.seconds:.0f} s: {self.calibration}\n{where}")
+        self._found.append(self.calibration)
+        self._tell(f"calibrated {key}", f"vdcache: calibrated in {self.calibration.seconds:.1f} s: {self.calibration}\n{where}")
+
+    def _reachable(self, run: _Run) -> bool:
+        """Whether any schedule can be as fast as is asked: the first step has shown what reuse costs."""
+        steps = self._session.num_steps
+        if steps is None or self._goal.speedup is None:
+            return True
+        try:
+            self._goal.count(steps, cost_of_reuse([*run.programs, *self._before]))
+        except ConfigError as error:
+            self._now = None
+            if self._strict:
+                raise
+            self._give_up(error)
+            return False
+        return True
+
+    def _give_up(self, error: Exception) -> None:
+        """There is no schedule for what has this key."""
+        self._hopeless.add(self._key)
+        self._say(
+            f"hopeless {self._key}",
+            f"vdcache: no schedule was found, and every step is computed: {error or type(error).__name__}",
+        )
 
     def _calibrated(self, run: _Run) -> Calibration:
         began = time.perf_counter()
@@ -206,6 +246,14 @@ class Autopilot:
         schedule = choose(table, Reruns([rerun]) if rerun else None, self._goal, orders=[ORDER], reuse_cost=cost, scored=scored)
         key = replace(self._key, times=tuple(self._times))
         return Calibration.of(key, self._goal, schedule, table, scored, reuse_cost=cost, began=began, note=note)
+
+
+def _when(path: Path | None) -> str:
+    """When a file was written; "" where it is gone."""
+    try:
+        return f"on {datetime.fromtimestamp(path.stat().st_mtime):%Y-%m-%d %H:%M} " if path is not None else ""
+    except OSError:
+        return ""
 
 
 def cost_of_reuse(programs: Iterable[Any]) -> float:

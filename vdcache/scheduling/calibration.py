@@ -65,6 +65,7 @@ class Calibration:
         seconds: what the search took, after the uncached generations.
         note: what could not be done.
         versions: of vdcache and torch.
+        path: the file that it is kept in, where it was read from one or written to one; deleting it makes vdcache calibrate anew.
     """
 
     key: Key
@@ -76,6 +77,7 @@ class Calibration:
     seconds: float = 0.0
     note: str = ""
     versions: dict[str, str] = field(default_factory=dict)
+    path: Path | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         number(self.seconds, "the seconds of a calibration are a number")
@@ -153,7 +155,9 @@ class Calibration:
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The calibration as JSON text, also written to `path`."""
-        return saved(json.dumps(asdict(self), indent=None), path)
+        plain = asdict(self)
+        del plain["path"]  # which it may be copied from
+        return saved(json.dumps(plain, indent=None), path)
 
     @staticmethod
     def from_json(text: str | Path) -> Calibration:
@@ -169,7 +173,7 @@ class Calibration:
             data["key"], data["goal"], data["schedule"] = Key(**key), Goal(**data["goal"]), Schedule(**data["schedule"])
             data["tried"] = tuple(Schedule(**s) for s in data["tried"])
             data["products"] = tuple(tuple(map(tuple, g)) for g in data["products"])
-            return Calibration(**data)
+            return Calibration(**data, path=text if isinstance(text, Path) else None)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ConfigError("this is no calibration: it was not written by Calibration.to_json") from error
 

@@ -79,7 +79,7 @@ class Goal:
         if found < 1:
             best = steps / (1 + reuse_cost * (steps - 1))
             raise ConfigError(
-                f"no schedule of {steps} steps is {self.speedup:g} times faster: with a single computed step it is {best:.2f} times"
+                f"no schedule of {steps} steps is {self.speedup:g} times faster: with a single computed step it is {best:.2f} times{'' if reuse_cost else ' at most'}"
             )
         return found
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from vdcache.ir.dialect import group_of
 from vdcache.ir.errors import ConfigError
+from vdcache.runtime.call import Probed
 from vdcache.runtime.measures import Layout, Measured, measured
 from vdcache.runtime.plan import Plan
 from vdcache.runtime.policies import Deciding, Policy
-from vdcache.runtime.session import Probed
 from vdcache.scheduling.table import LIMIT
 
 __all__ = ["Measures", "Watching", "replayed"]

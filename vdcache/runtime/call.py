@@ -1,0 +1,132 @@
+"""What a session and a graph tell each other about one call of the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from vdcache.runtime.history import Record
+from vdcache.runtime.measures import Layout
+from vdcache.runtime.plan import Plan
+
+__all__ = ["CompiledGraph", "Emitted", "LaneScope", "Listener", "Look", "Needs", "Probed", "Recorder", "Ticket"]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a variant takes besides the model's inputs.
+
+    Args:
+        reads: names of kept values.
+        before: names of values that the computed step before kept; zeros where there was none.
+        layouts: what it measures, in order; each measure needs its previous value.
+        times: groups of which it must know the elapsed steps, the number of computed steps and the step.
+        computes: groups that it computes.
+        slots: slots that it reuses.
+    """
+
+    reads: tuple[str, ...] = ()
+    before: tuple[str, ...] = ()
+    layouts: tuple[Layout, ...] = ()
+    times: tuple[str, ...] = ()
+    computes: tuple[str, ...] = ()
+    slots: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Probed:
+    """A value that is measured before a step's plan is chosen.
+
+    Args:
+        layout: its name and distance.
+        since: compared with its value at the "step" before, or at the last "computed" one.
+    """
+
+    layout: Layout
+    since: str
+
+
+@dataclass(frozen=True)
+class LaneScope:
+    """How a graph predicts one lane of guidance from the other.
+
+    Args:
+        mode: "batch", both lanes are halves of one batch, or "calls", the second call of a step is predicted from the first.
+        group: what a plan calls it.
+        rows: first row and number of rows of the lane that is always computed, in a batch of twice as many.
+        output: which of the model's results it is about.
+    """
+
+    mode: str
+    group: str
+    rows: tuple[int, int]
+    output: int
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the head of a graph found out: the values of its probes, the sums of their changes, and what the rest of the graph
+    takes.
+    """
+
+    values: tuple[Tensor, ...] = ()
+    sums: Tensor | None = None
+    carried: tuple[Tensor, ...] = ()
+
+
+class CompiledGraph(Protocol):
+    """What a session must know of a graph that runs under it. Positions count the graph's inputs."""
+
+    @property
+    def family(self) -> Hashable: ...  # the user's frame: recompilations of one frame are one family
+    @property
+    def kind(self) -> Hashable: ...  # graphs of one kind compute the same for other sizes: one goes on where another left off
+    @property
+    def clocks(self) -> tuple[int, ...]: ...
+    @property
+    def latent(self) -> int | None: ...
+    @property
+    def activations(self) -> tuple[int, ...]: ...  # all but parameters and timesteps
+    @property
+    def static(self) -> tuple[int, ...]: ...  # parameters and buffers
+    @property
+    def probes(self) -> tuple[Probed, ...]: ...  # what a policy may ask for before it chooses
+    @property
+    def lanes(self) -> LaneScope | None: ...
+
+    def narrow(self, plan: Plan) -> Plan:
+        """What of a plan concerns this graph."""
+
+    def needs(self, plan: Plan) -> Needs:
+        """What the plan's variant takes besides the model's inputs."""
+
+    def warm_up(self) -> None:
+        """Compile every variant."""
+
+
+Emitted = tuple[CompiledGraph, dict[str, Tensor]]  # a graph, and its emitted values by name
+Listener = Callable[[Record, Sequence[Emitted], Any], None]
+Recorder = Callable[[CompiledGraph, Sequence[Any], Sequence[Any], dict[str, Tensor], Record], None]
+
+
+@dataclass
+class Ticket:
+    """One call on its way through: what to run, with which cached values; given back to `Session.leave`."""
+
+    graph: CompiledGraph
+    plan: Plan
+    key: Hashable
+    needs: Needs
+    reads: list[Tensor]
+    before: list[Tensor] | None
+    previous: list[Tensor] | None
+    times: list[Tensor]
+    record: Record
+    began: float
+    look: Look
+    pair: Tensor | None = None  # what the step's first lane returned
+    rows: tuple[int, int] | None = None  # of the batch that is computed; None for all
+    keep: bool = True
