@@ -1,10 +1,33 @@
 """Where there is no GPU, Triton is interpreted: that must be said before it is imported, and torch imports it. What is kept on disk is
 kept for one run of the tests alone."""
 
+import gc
 import os
 import shutil
+import sys
 import tempfile
 
 if shutil.which("nvidia-smi") is None:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ["VDCACHE_CACHE_DIR"] = tempfile.mkdtemp(prefix="vdcache-tests-")
+# Dynamo looks for garbage after each graph that it compiles, among all of torch: a test that needs it collected says so.
+os.environ.setdefault("TORCH_DYNAMO_RUN_GC_AFTER_COMPILE", "0")
+
+
+def pytest_collection_finish():
+    """What was imported stays, so it is no longer looked through for garbage; graphs are many small objects, most of them kept."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 10, 20)
+    if "torch" in sys.modules:
+        from torch._dynamo import guards
+
+        if hasattr(
+            guards, "profile_guard_manager"
+        ):  # for a log it flushes the processor's caches after each graph: a tenth of the time
+            guards.profile_guard_manager = lambda *args: 0.0
+
+
+def pytest_unconfigure():
+    """Modules that count their objects at exit find them gone."""
+    gc.unfreeze()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 
 import pytest
@@ -39,3 +40,14 @@ def copy(packages, tmp_path):
     """A package to spoil."""
     shutil.copytree(packages(), tmp_path / "copy")
     return tmp_path / "copy"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def operators_are_read_once():
+    """For each graph torch's exporter parses the source of 500 operators of onnxscript again; they stay the same."""
+    from torch.onnx._internal.exporter import _registration
+
+    with pytest.MonkeyPatch.context() as patch:
+        found = _registration.onnxscript_apis.get_torchlib_ops
+        patch.setattr(_registration.onnxscript_apis, "get_torchlib_ops", functools.cache(found))
+        yield

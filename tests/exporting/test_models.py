@@ -85,11 +85,18 @@ def test_arguments_in_another_order_and_a_predictor_of_ones_own(tmp_path):
 
 @pytest.fixture(scope="module")
 def shipped():
-    """The shipped model, and what is captured of it once for all forms."""
-    from vdcache.exporting import exporter
+    """The shipped model; all forms are assembled from what is captured and converted of it once."""
+    from vdcache.exporting import exporter, to_onnx
 
-    found = generation(steps=12)
+    found, convert, models = generation(steps=12), to_onnx.convert, {}
+
+    def converted(graph, *rest):
+        if graph not in models:
+            models[graph] = convert(graph, *rest)
+        return models[graph].clone()
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(to_onnx, "convert", converted)
         once = functools.cache(lambda: fixed(found[0], found[1], found[2], schedule(12)))
         patch.setattr(exporter, "fixed", lambda model, *rest: once() if model is found[0] else fixed(model, *rest))
         yield found

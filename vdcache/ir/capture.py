@@ -10,16 +10,14 @@ Composite operations (`linear`, `scaled_dot_product_attention`, `layer_norm` …
 the eager inner compiler is then bit-identical to the model. Dispatch runs below autograd and autocast, so the casts
 of an autocast region are in the graph as casts; tracing before dispatch was seen to lose them.
 
-This is the only file that touches private torch names for capturing. Seen to work on torch 2.13.0.
+With `vdcache.ir.composites` this is the only file that touches private torch names for capturing. Seen to work on torch 2.13.0.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import re
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,6 +25,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
 
+from vdcache.ir.composites import whole_composites
 from vdcache.ir.edit import copy_graph, live_nodes, outputs, set_outputs
 from vdcache.ir.errors import CaptureError
 from vdcache.ir.ops import is_work, tensor_of
@@ -75,22 +74,6 @@ def signature(graph: fx.GraphModule) -> Signature:
     return Signature(results=len(outputs) if isinstance(outputs, (tuple, list)) else 1)
 
 
-@functools.cache
-def _composites() -> dict[Any, Callable[..., Any]]:
-    """Operations that dispatch would decompose, each with the answer "leave me whole"."""
-    from torch._export.utils import _collect_all_valid_cia_ops
-
-    return {op: lambda *args, **kwargs: NotImplemented for op in _collect_all_valid_cia_ops()}
-
-
-@contextlib.contextmanager
-def _whole_composites() -> Iterator[None]:
-    from torch.export.exported_program import _override_composite_implicit_decomp
-
-    with _override_composite_implicit_decomp(_composites()):
-        yield
-
-
 def capture(graph: nn.Module, example_inputs: Sequence[Any]) -> Captured:
     """Bring a Dynamo graph into functional ATen.
 
@@ -107,7 +90,7 @@ def capture(graph: nn.Module, example_inputs: Sequence[Any]) -> Captured:
     wrapped = Wrapped(example_inputs)
     around, flat_inputs = wrapped.around(graph), wrapped.flat(example_inputs)
     try:
-        with torch.no_grad(), _whole_composites():
+        with torch.no_grad(), whole_composites():
             traced, sig = aot_export_module(around, flat_inputs, trace_joint=False, pre_dispatch=False, decompositions={})
     except Exception as error:
         if "Restart" in type(error).__name__ or "SkipFrame" in type(error).__name__:
