@@ -340,8 +340,8 @@ BUGS = (
     _runtime(
         "values of the last generation kept",
         "session",
-        "        self.store.drop()\n        self._computed.clear()",
-        "        self._computed.clear()",
+        "        self.store.drop()\n        self._computed.clear()\n        self._due.clear()",
+        "        self._computed.clear()\n        self._due.clear()",
     ),
     _runtime(
         "steps since the last computed one off by one",
@@ -353,8 +353,8 @@ BUGS = (
     _runtime(
         "computed steps of the last generation counted",
         "session",
-        "        self.store.drop()\n        self._computed.clear()",
-        "        self.store.drop()",
+        "        self.store.drop()\n        self._computed.clear()\n        self._due.clear()",
+        "        self.store.drop()\n        self._due.clear()",
         "tests/runtime/test_predictors.py",
         *MACHINE,
     ),
