@@ -88,7 +88,7 @@ def _users_level() -> int:
     command line, another library's thread), the library's line that calls, else a level beyond the stack: Python then names no file.
     """
     frames = [*_outward(sys._getframe(1))]
-    # torch 2.8 to 2.13: what torch.compile puts around a model
+    # torch 2.11 to 2.13: what torch.compile puts around a model
     doors = [i for i, f in enumerate(frames) if f.f_code.co_name == "compile_wrapper" and "_dynamo" in f.f_code.co_filename]
     beyond = [(i, f) for i, f in enumerate(frames, start=1) if not _is_machinery(f) and i > (doors[0] if doors else 0)]
     own = (i for i, f in beyond if not _is_installed(f))

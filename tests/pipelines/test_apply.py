@@ -363,8 +363,9 @@ def test_summary(pipe, capsys):
 )
 def test_few_steps_leave_little_to_skip(pipe, steps, message):
     fresh = cached(made(NAME))
-    with pytest.warns(vdcache.VdcacheWarning, match=f"transformer: {message}"):
+    with pytest.warns(vdcache.VdcacheWarning, match=f"transformer: {message}") as said:
         sample(fresh, NAME, steps)
+    assert {w.filename for w in said} == {sample.__code__.co_filename}, "the line that calls the pipeline"
     assert computed(fresh) == [due(steps)]
 
 
