@@ -85,3 +85,24 @@ def test_from_scratch():
     )
     assert done.returncode == 0, done.stderr
     assert "8 residual branches" in done.stdout and "6 of 20 steps computed" in done.stdout
+
+
+def test_the_fields_of_the_patterns():
+    """`python -m tests.test_docs` writes them."""
+    text = (ROOT / "docs" / "ir.md").read_text()
+    assert fields_of_patterns() == text.partition("<!-- fields -->\n")[2].partition("<!-- end of fields -->")[0]
+
+
+def fields_of_patterns() -> str:
+    from vdcache import patterns as p
+    from vdcache.passes.catalogue import fields_page
+
+    return fields_page(p.Anatomy, p.Branch, p.Attention, p.Block, p.Stream, p.Span, p.Grid, p.Conditioning, p.Match, p.NoMatch)
+
+
+if __name__ == "__main__":
+    page = ROOT / "docs" / "ir.md"
+    before, _, rest = page.read_text().partition("<!-- fields -->\n")
+    page.write_text(
+        f"{before}<!-- fields -->\n{fields_of_patterns()}<!-- end of fields -->{rest.partition('<!-- end of fields -->')[2]}"
+    )

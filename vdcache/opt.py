@@ -19,7 +19,7 @@ from vdcache.ir.facts import FACTS, Fact, check
 from vdcache.ir.graph_files import save_graph
 from vdcache.ir.oracle import example_inputs, unskippable
 from vdcache.passes import Pass, Pipeline, Step
-from vdcache.passes.catalogue import known_facts
+from vdcache.passes.catalogue import known_facts, readable
 from vdcache.passes.watching import changes_text, refusals_text
 
 __all__ = ["CHECKS", "Broken", "Checker", "Run", "bisect", "checker", "run"]
@@ -100,7 +100,7 @@ def run(graph: fx.GraphModule, pipeline: Pipeline, *, verify: bool = False, repr
                     check(fact, graph.graph, after=f"'{a_pass}'")
         except VdcacheError as error:
             if reproducer is not None:
-                rest = ",".join(map(str, pipeline.passes[index:]))
+                rest = ",".join(map(readable, pipeline.passes[index:]))
                 save_graph(reproducer, before, comment=f"{type(error).__name__}: {error}", pipeline=rest)
                 error.add_note(f"written: {reproducer}; to see it again: vdcache opt --verify {reproducer}")
             raise

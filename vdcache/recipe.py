@@ -14,6 +14,7 @@ from typing import Any
 from vdcache.ir.errors import ConfigError
 from vdcache.ir.plugins import Plugin, plugins
 from vdcache.passes import Canonicalise, MarkBranches, MergeSlots, Observe, Pass, Pipeline, Probe, TileAttention
+from vdcache.passes.catalogue import known_passes
 from vdcache.passes.predictors import LAST, ByGroup, Extrapolated, Frequencies, LastValue, Predictor, Scaled, Taylor
 from vdcache.runtime.history import Record, by_generation
 from vdcache.runtime.policies import AdaCache, Always, Auto, Codebook, Deciding, EveryN, MoReg, Policy, scaled
@@ -69,7 +70,7 @@ class Recipe:
         """Whether some pass writes what is cut for the sizes of one graph."""
         return any(p.fixed_sizes for p in self.passes)
 
-    def with_passes(self, passes: str | Pipeline | Iterable[Pass]) -> Recipe:
+    def with_passes(self, passes: str | Pass | Pipeline | Iterable[Pass]) -> Recipe:
         """This recipe with another scope: a pipeline, its text, or passes; `canonicalise` runs before them in any case.
 
         Raises:
@@ -78,7 +79,7 @@ class Recipe:
         """
         if isinstance(passes, str):
             passes = Pipeline.parse(passes, given=Pipeline(()).given | Canonicalise.ensures)
-        given = tuple(passes)
+        given = (passes,) if isinstance(passes, Pass) else tuple(passes)
         if wrong := [p for p in given if not isinstance(p, Pass)]:
             raise ConfigError(f"a pipeline is made of passes; got {wrong[0]!r}")
         made = replace(self, passes=tuple(p for p in given if not isinstance(p, Canonicalise)))
@@ -154,7 +155,17 @@ class Recipe:
         return f"{self.name}: {self.pipeline} | {self.policy} | {self.predictor}"
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """The recipe as JSON text, also written to `path`."""
+        """The recipe as JSON text, also written to `path`.
+
+        Raises:
+            ConfigError: a pass, policy or predictor that no text names: one of no installed package, or made of a function.
+        """
+        known = known_passes()
+        if own := next((p for p in self.pipeline if known.get(p.name) is not type(p)), None):
+            raise ConfigError(
+                f"the pass '{own}' ({type(own).__qualname__}) is of no installed package, so a file could not be read back: keep the code "
+                "that makes the recipe, or name the class as an entry point in vdcache.passes"
+            )
         text = json.dumps(
             {
                 "name": self.name,

@@ -100,7 +100,7 @@ def test_bad_options():
 
 
 @given(residual_nets())
-@example(Net((("", ("linear", "relu"), "gated", True), ("norm", ("linear",), "addcmul", False))))
+@example(Net((("", ("matmul", "relu"), "gated", True), ("norm", ("matmul",), "addcmul", False))))
 @settings(deadline=None, max_examples=60)
 def test_any_net_can_be_marked_and_skipped(net):
     plain = trace(net, X, W, G).graph

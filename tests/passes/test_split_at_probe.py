@@ -342,7 +342,7 @@ def test_any_net_at_any_value(net, which, merged):
 def test_the_property_has_work_to_do():
     """Among the places of one net: guards before and after the probe, several values carried, a view repeated."""
     net = Net(
-        (("", ("linear",), "add", False), ("view", ("linear", "view"), "gated", True), ("norm", ("linear",), "add", False))
+        (("", ("matmul",), "add", False), ("view", ("matmul", "view"), "gated", True), ("norm", ("matmul",), "add", False))
     )
     both, several, views = set(), set(), set()
     for which in range(12):

@@ -183,13 +183,13 @@ def test_what_is_no_branch(line, reason):
 
 
 @given(residual_nets())
-@example(Net((("", ("linear",), "add", True), ("", ("linear",), "gated", False), ("scale", ("linear",), "addcmul", False))))
+@example(Net((("", ("matmul",), "add", True), ("", ("matmul",), "gated", False), ("scale", ("matmul",), "addcmul", False))))
 @example(
     Net(
         (
-            ("", ("linear",), "alpha", False),
-            ("cast", ("linear", "cast"), "swapped", True),
-            ("constant", ("linear",), "add", False),
+            ("", ("matmul",), "alpha", False),
+            ("cast", ("matmul", "cast"), "swapped", True),
+            ("constant", ("matmul",), "add", False),
         )
     )
 )

@@ -131,9 +131,13 @@ def _nothing_found(
 
 
 def _nothing(program: Program, settings: Settings) -> str:
-    refusals = "".join(f"\n  {r}" for r in program.refusals) or "\n  no addition of a value to what was computed from it"
     what = "no slot" if not program.slots else "nothing to probe"
-    return f"the recipe '{settings.recipe.name}' finds {what} in this graph; every candidate:{refusals}"
+    found = f"the recipe '{settings.recipe.name}' finds {what} in this graph"
+    if refusals := "".join(f"\n  {r}" for r in program.refusals):
+        return f"{found}; every candidate:{refusals}"
+    if branches := len(program.anatomy.branches):
+        return f"{found}: its passes ({settings.recipe.pipeline}) mark none of the {branches} branches"
+    return f"{found}: it has no addition of a value to what was computed from it"
 
 
 def _plain(graph: fx.GraphModule, example_inputs: Sequence[Any], settings: Settings, why: str) -> Callable[..., Any]:

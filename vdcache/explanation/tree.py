@@ -168,6 +168,8 @@ def _recipe(at: Tree, report: Report) -> None:
             f"the stream's difference over {len(slot.branches)} branches"
             if slot.merged
             else f"the contribution of {', '.join(slot.branches)}"
+            if slot.branches
+            else "a value that is no branch's whole contribution"
         )
         at.add(_line(slot.name, "cyan", f"{kept}, {size(slot.bytes)}"))
     if len(report.slots) > 8:

@@ -1,6 +1,6 @@
 """Rewrites of a graph, one a file, and the order in which they run."""
 
-from vdcache.passes.base import Pass, PassResult, Pipeline, Refusal, Step
+from vdcache.passes.base import Pass, PassResult, Pipeline, Refusal, Step, put_guard
 from vdcache.passes.canonicalise import Canonicalise
 from vdcache.passes.dead_code import DeadCode
 from vdcache.passes.emit import Emit
@@ -59,5 +59,6 @@ __all__ = [
     "TileAttention",
     "VariantIO",
     "head_io",
+    "put_guard",
     "variant_io",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import importlib
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -12,15 +13,15 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from vdcache.ir.dump import dump
+from vdcache.ir import dialect
 from vdcache.ir.edit import copy_graph
 from vdcache.ir.errors import ConfigError, ContractError, VdcacheError
 from vdcache.ir.facts import Fact, check
 from vdcache.ir.words import parts
+from vdcache.passes.contract import Promises, check_facts, failed, is_foreign
 from vdcache.passes.watching import Watch
-from vdcache.patterns.anatomy import stale
 
-__all__ = ["Pass", "PassResult", "Pipeline", "Refusal", "drop_dead_code", "option_text", "tag"]
+__all__ = ["Pass", "PassResult", "Pipeline", "Refusal", "drop_dead_code", "option_text", "put_guard", "tag"]
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,8 @@ class Pipeline:
 
     Args:
         passes: each finds the facts that it requires among those that `given` holds and earlier passes ensure.
-        verify: check every ensured fact on every result, and that "no rewrites" means unchanged text.
+        verify: hold every pass to its promises: what it ensures, the facts that held before, a graph that is one, an anatomy that is true, and that
+            "no rewrites" means unchanged text. Passes of other packages always are.
         given: facts that hold on every captured graph.
         checked: facts that are checked on the graph that comes in.
 
@@ -113,8 +115,11 @@ class Pipeline:
     checked: frozenset[Fact] = frozenset()
 
     def __post_init__(self) -> None:
+        if isinstance(self.passes, Pass):
+            object.__setattr__(self, "passes", (self.passes,))
         known = set(self.given)
         for a_pass in self.passes:
+            check_facts(a_pass)
             if missing := a_pass.requires - known:
                 names = ", ".join(sorted(f.name for f in missing))
                 raise ContractError(f"'{a_pass.name}' requires {names}; nothing before it ensures that")
@@ -154,29 +159,24 @@ class Pipeline:
 
     @staticmethod
     def _run_one(a_pass: Pass, graph: fx.GraphModule, verify: bool) -> PassResult:
-        before = dump(graph) if verify else ""
+        promises = Promises(a_pass, graph) if verify or is_foreign(a_pass) else None
         try:
             result = a_pass.run(graph)
         except VdcacheError:
             raise
         except Exception as error:  # whoever compiles a model steps aside for a VdcacheError, and for nothing else
-            raise ContractError(f"'{a_pass}' failed: {type(error).__name__}: {error}") from error
-        if verify:
-            _lint(a_pass, result.graph)
-            for fact in a_pass.ensures:
-                check(fact, result.graph.graph, after=f"'{a_pass}'")
-            if node := stale(result.graph):
-                raise ContractError(
-                    f"'{a_pass}' changed '{node}', and the anatomy that was read before still names it: call "
-                    "vdcache.patterns.anatomy.forget(graph) after such a rewrite"
-                )
-            if not result.rewrites and dump(result.graph) != before:
-                raise ContractError(f"'{a_pass}' reports no rewrites, but the graph has changed")
+            raise failed(a_pass, error) from error
+        if not isinstance(result, PassResult):
+            raise ContractError(
+                f"'{a_pass}' returned {type(result).__name__}; run returns a PassResult(graph, rewrites, refusals)"
+            )
+        if promises is not None:
+            promises.check(result.graph, result.rewrites)
         return result
 
     @staticmethod
     def parse(text: str, known: Mapping[str, type[Pass]] | None = None, given: frozenset[Fact] | None = None) -> Pipeline:
-        """The pipeline that prints as `text`.
+        """The pipeline that prints as `text`. A pass of no installed package is named by its class, "my_module:MyPass{option=1}".
 
         Args:
             known: passes by name; vdcache's own and those of installed packages without.
@@ -192,22 +192,32 @@ class Pipeline:
             known = known_passes()
         passes, at = [], 0
         while at < len(text):
-            found = re.compile(r"\s*([a-z][a-z0-9-]*)(?:\{([^}]*)\})?\s*(?:,|$)").match(text, at)
+            found = _STEP.match(text, at)
             if found is None:
                 raise ConfigError(f"{text[at:]!r} is no list of passes, as 'canonicalise,mark-branches{{kinds=[mlp]}}' is one")
             name, options = found.groups()
-            if name not in known:
-                raise ConfigError(f"no pass is called {name!r}; there are {', '.join(sorted(known))}")
-            passes.append(_with_options(known[name], options or ""))
+            passes.append(_with_options(_kind(name, known), options or ""))
             at = found.end()
         return Pipeline(tuple(passes)) if given is None else Pipeline(tuple(passes), given=given)
 
 
-def _lint(a_pass: Pass, graph: fx.GraphModule) -> None:
+_STEP = re.compile(r"\s*([a-z][a-z0-9-]*|[\w.]+:\w+)(?:\{([^}]*)\})?\s*(?:,|$)")
+
+
+def _kind(name: str, known: Mapping[str, type[Pass]]) -> type[Pass]:
+    """The class of a pass by its name, or by module and class."""
+    module, colon, own = name.partition(":")
+    if not colon:
+        if name not in known:
+            raise ConfigError(f"no pass is called {name!r}; there are {', '.join(sorted(known))}, or your own as module:Class")
+        return known[name]
     try:
-        graph.graph.lint()
-    except RuntimeError as error:
-        raise ContractError(f"after '{a_pass}' the graph is no graph: {error}") from error
+        kind = getattr(importlib.import_module(module), own)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"the pass {name!r} cannot be imported: {error}") from error
+    if not (isinstance(kind, type) and issubclass(kind, Pass)):
+        raise ConfigError(f"{name!r} is no class of passes (vdcache.Pass)")
+    return kind
 
 
 def _with_options(kind: type[Pass], text: str) -> Pass:
@@ -259,3 +269,17 @@ def tag(node: fx.Node, a_pass: str, like: fx.Node, value: torch.Tensor | None = 
     if value is not None:
         node.meta["val"] = value
     return node
+
+
+def put_guard(value: fx.Node, slot: str, a_pass: Pass, base: fx.Node | None = None) -> fx.Node:
+    """Guard a value: whatever read it reads the guard instead, and a step that reuses the slot's group leaves out what it alone needed.
+
+    Args:
+        slot: "group/name", unlike every other slot of the graph.
+        base: what is subtracted before the value is kept, and added to what was kept; computed before the value, of its type.
+    """
+    with value.graph.inserting_after(value):
+        guard = value.graph.call_function(dialect.guard, (value, slot) if base is None else (value, slot, base))
+    tag(guard, str(a_pass), value)
+    value.replace_all_uses_with(guard, delete_user_cb=lambda user: user is not guard)
+    return guard

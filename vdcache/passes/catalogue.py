@@ -11,7 +11,7 @@ from vdcache.ir.facts import Fact
 from vdcache.ir.plugins import Plugin, plugins
 from vdcache.passes.base import Pass, option_text
 
-__all__ = ["Entry", "Option", "catalogue", "documented_options", "known_facts", "known_passes", "page"]
+__all__ = ["Entry", "Option", "catalogue", "documented_options", "fields_page", "known_facts", "known_passes", "page", "readable"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,13 @@ class Entry:
 def known_passes() -> dict[str, type[Pass]]:
     """Passes by name; a name of vdcache's own always means its own."""
     return {name: kind for name, (kind, _) in _all().items()}
+
+
+def readable(a_pass: Pass) -> str:
+    """The text that makes this pass again: its own, or one that names its class where no installed package brings it."""
+    text = str(a_pass)
+    kind = type(a_pass)
+    return text if known_passes().get(kind.name) is kind else f"{kind.__module__}:{kind.__qualname__}{text.removeprefix(kind.name)}"
 
 
 def known_facts() -> tuple[Fact, ...]:
@@ -123,7 +130,29 @@ def page() -> str:
     return "\n".join(lines) + "\n"
 
 
-def documented_options(kind: type[Pass]) -> dict[str, str]:
+def fields_page(*kinds: type) -> str:
+    """Dataclasses as Markdown: what each is, and a row for each field. `docs/ir.md` holds those of the patterns."""
+    lines: list[str] = []
+    for kind in kinds:
+        sentence = (inspect.getdoc(kind) or "").partition("\n\n")[0]
+        documented = documented_options(kind)
+        lines += [f"### {kind.__name__}", "", " ".join(sentence.split()), "", "| field | |", "|---|---|"]
+        lines += [f"| `{f.name}` | {documented[f.name]} |" for f in fields(kind) if not f.name.startswith("_")]
+        others = {
+            n: v for n, v in vars(kind).items() if not n.startswith("_") and (inspect.isfunction(v) or isinstance(v, property))
+        }
+        for name, value in others.items():
+            call = (
+                ""
+                if isinstance(value, property)
+                else f"({', '.join(p for p in inspect.signature(value).parameters if p != 'self')})"
+            )
+            lines.append(f"| `{name}{call}` | {' '.join((inspect.getdoc(value) or '').partition(chr(10) * 2)[0].split())} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def documented_options(kind: type) -> dict[str, str]:
     """What the docstring of a pass says of each option; options that share an entry ("start, stop") share its words."""
     _, _, args = (inspect.getdoc(kind) or "").partition("Args:")
     args, _, _ = args.partition("\nRaises:")

@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from vdcache.ir.dump import type_of
+from vdcache.ir.dump import name_of_op, type_of
 from vdcache.ir.edit import call
-from vdcache.ir.errors import ConfigError
+from vdcache.ir.errors import ConfigError, ContractError
 from vdcache.ir.ops import is_effectful, same_type
 from vdcache.ir.words import Line, lines_of
 from vdcache.passes.base import Pass, PassResult, Refusal
@@ -37,8 +37,9 @@ class Rewrite(Pass):
             after = "%1 = silu(%x)"
 
     `after` is written like a graph; it may use every value of the pattern, its last line takes the place of the pattern's, and a
-    single `%x` puts that value there. What nothing reads any more goes. Refused: a replacement of another shape, dtype or device, an
-    effect inside (random numbers, writes), and what `why_not` says.
+    single `%x` puts that value there. What nothing reads any more goes; a value inside that something else reads stays. Refused: a
+    replacement that cannot be computed or has another shape, dtype or device, an effect in either (random numbers, writes), and what
+    `why_not` says.
 
     Raises:
         ConfigError: when the class is made: a text that cannot be read, or a value in `after` that `before` has not.
@@ -50,10 +51,12 @@ class Rewrite(Pass):
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         if "before" in vars(cls) or "after" in vars(cls):
+            if missing := [n for n in ("name", "before", "after") if not isinstance(getattr(cls, n, None), str)]:
+                raise ConfigError(f"the rewrite {cls.__name__} has no text {', '.join(missing)}")
             _read(cls.before, cls.after)
 
     def why_not(self, match: Match) -> list[str]:
-        """Every reason against rewriting a match; none means yes. To be overridden."""
+        """Every reason against rewriting a match; an empty list means yes. To be overridden."""
         return []
 
     def run(self, graph: fx.GraphModule) -> PassResult:
@@ -61,7 +64,10 @@ class Rewrite(Pass):
         rewrites, refusals = 0, []
         for match in pattern.find(graph):
             reasons = [f"'{n.name}' has an effect besides its value" for n in match.inside if is_effectful(n)]
-            reasons += self.why_not(match)
+            against = self.why_not(match)
+            if not isinstance(against, list):
+                raise ContractError(f"'{self}': why_not gave {against!r}; it returns a list of reasons, empty for yes")
+            reasons += against
             if not reasons and (problem := self._put(graph.graph, match, lines)):
                 reasons.append(problem)
             if reasons:
@@ -74,20 +80,28 @@ class Rewrite(Pass):
 
     def _put(self, graph: fx.Graph, match: Match, lines: tuple[_Line, ...]) -> str:
         """Replace a match; or leave the graph as it was, and say why."""
-        values, made, root = dict(match.values), [], match.root
+        values, root = dict(match.values), match.root
+        made: list[fx.Node] = []
         with graph.inserting_before(root):
             for line in lines:
                 if line.target is None:
                     values[line.name] = values[line.args[0].name]
                     continue
                 args, named = _filled((line.args, line.named), values)
-                values[line.name] = call(graph, line.target, *args, made_by=str(self), **named)
+                try:
+                    values[line.name] = call(graph, line.target, *args, made_by=str(self), **named)
+                except Exception as error:  # noqa: BLE001 — whatever an operation says of inputs that it does not take
+                    _undo(graph, made)
+                    return f"'%{line.name}' of the replacement cannot be computed here: {str(error).partition(chr(10))[0]}"
                 made.append(values[line.name])
         new = values[lines[-1].name]
+        if effect := next((n for n in made if is_effectful(n)), None):
+            name = name_of_op(effect.target)
+            _undo(graph, made)
+            return f"'{name}' of the replacement has an effect besides its value"
         if not isinstance(new, fx.Node) or not same_type(new, root):
-            for node in reversed(made):
-                graph.erase_node(node)
             what = type_of(new.meta.get("val")) if isinstance(new, fx.Node) else repr(new)
+            _undo(graph, made)
             return f"it would give {what} in the place of {type_of(root.meta.get('val'))}"
         if made:
             new.meta = {**root.meta, **new.meta}
@@ -96,6 +110,11 @@ class Rewrite(Pass):
             if not node.users:
                 graph.erase_node(node)
         return ""
+
+
+def _undo(graph: fx.Graph, made: list[fx.Node]) -> None:
+    for node in reversed(made):
+        graph.erase_node(node)
 
 
 @dataclass(frozen=True)

@@ -174,8 +174,10 @@ class Watch:
         """Write what reproduces the failure, where files are asked for."""
         if self._folder is None:
             return
+        from vdcache.passes.catalogue import readable
+
         path = self._folder / f"failed_{a_pass.name}.txt"
-        save_graph(path, self._before[1], comment=f"{type(error).__name__}: {error}", pipeline=str(a_pass))
+        save_graph(path, self._before[1], comment=f"{type(error).__name__}: {error}", pipeline=readable(a_pass))
         error.add_note(f"to see it again: vdcache opt {path}")
 
 

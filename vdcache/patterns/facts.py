@@ -17,6 +17,7 @@ class NoMatch:
 
     Args:
         node: its name.
+        reason: the rest of the sentence.
         graph: which graph of the forward, counted from 0.
         depth: how many lines of a `Pattern` had been found.
     """
@@ -35,7 +36,11 @@ class NoMatch:
 
 @dataclass(frozen=True)
 class Grid:
-    """Latent positions that the video tokens stand for, after the patch embedding: frames × height × width."""
+    """Latent positions that the video tokens stand for, after the patch embedding.
+
+    Args:
+        frames, height, width: in latent pixels over the patch size.
+    """
 
     frames: int
     height: int
@@ -48,7 +53,12 @@ class Grid:
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens `start` to `stop` (not included) of a sequence; `role` as in `Stream`."""
+    """Some tokens of a sequence.
+
+    Args:
+        role: as in `Stream`.
+        start, stop: the first token, and the one behind the last.
+    """
 
     role: str
     start: int
@@ -124,6 +134,7 @@ class Attention:
     """One attention operation.
 
     Args:
+        node: the one that computes it.
         kind: "self" (queries and keys from one stream), "cross" (keys from elsewhere) or "joint" (tokens of several
             streams attend to each other).
         layout: what a sequence runs over: "spatial", "temporal", "full" or "unknown".
@@ -151,7 +162,8 @@ class Branch:
     """One residual contribution: `join = base + contribution`.
 
     Args:
-        kind: one of `KINDS`.
+        kind: "self-attention", "cross-attention", "joint-attention" (tokens of several streams), "mlp", "fused" (attention and MLP in
+            one contribution) or "other".
         stream: which residual stream, counted from 0 in the order of their first joins.
         block: which block of the graph, counted from 0 (`Anatomy.blocks`).
         layout: layout of its self- or joint-attention, "" without one.
@@ -160,7 +172,8 @@ class Branch:
         source: the value of the stream that the branch reads; `base` is this, seen through casts, views and joins.
         contribution: the other operand (post-gate); None where the join computes gate and sum at once (addcmul).
         pre_gate: the value before its gate, where a gate that does not depend on the stream is the last step.
-        nodes: everything between `source` and `contribution`.
+        nodes: everything between `source` and `contribution`, the contribution with it.
+        attentions: those inside.
         leaks: nodes inside that something outside reads (they stay computed when the branch is reused).
         flops: of everything that only this branch needs, text projections of a cross-attention included; what several branches
             share (one joint attention) is divided among them.
@@ -205,6 +218,10 @@ class Anatomy:
     """Everything found in one graph.
 
     Args:
+        branches: residual contributions, in order.
+        streams, blocks: in order.
+        attentions: in order, each once, in however many branches it lies.
+        conditioning: what the nodes outside the streams depend on.
         clocks: inputs with a path into a sinusoidal embedding that feeds a layer: the timestep is one of them.
         latent: the input that the denoising loop updates, "" where none was found.
         latents: every input that comes back as an output of the same shape (two for video with sound).

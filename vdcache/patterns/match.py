@@ -13,7 +13,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -122,13 +122,20 @@ class Pattern:
             best = found if not best.reason or found.depth > best.depth else best
         return best
 
-    def find(self, graph: fx.GraphModule) -> Iterator[Match]:
+    def find(self, graph: fx.GraphModule, within: Iterable[str] | None = None) -> Iterator[Match]:
         """All matches in the order of the graph. It may be changed between two: each is looked for when it is asked for, and what
-        was added is not looked at."""
+        was added is not looked at.
+
+        Args:
+            within: names of the nodes that may be inside a match, such as `branch.nodes`; any without.
+        """
+        own = None if within is None else set(within)
         nodes = list(graph.graph.nodes)
         alive = set(nodes)
         for node in nodes:
             if node in alive and isinstance(found := self.match(node), Match):
+                if own is not None and not own.issuperset(n.name for n in found.inside):
+                    continue
                 yield found
                 alive = set(graph.graph.nodes)
 

@@ -11,9 +11,10 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
+from vdcache.ir.dialect import group_of, guards
 from vdcache.ir.dump import dump
 from vdcache.ir.errors import ConfigError
-from vdcache.ir.oracle import example_inputs, unskippable
+from vdcache.ir.oracle import example_inputs, skipped, unskippable
 from vdcache.ir.parse import parse
 from vdcache.passes import Pass, Pipeline
 from vdcache.passes.predictors import Predictor, When
@@ -122,7 +123,15 @@ def assert_skipped(graph: fx.GraphModule, *inputs: Any, groups: Iterable[str] | 
         graph: guarded.
         inputs: random ones of the graph's types without any.
         groups: the groups of slots that are reused; all of them without.
+
+    A graph in which nothing is left out fails: it has no guard, or its guarded values are computed for something else as well.
     """
+    chosen = [n for n in guards(graph.graph) if groups is None or group_of(str(n.args[1])) in set(groups)]
+    assert chosen, "nothing is guarded" + ("" if groups is None else f" in the groups {', '.join(sorted(groups))}")
+    gone = skipped(graph.graph, None if groups is None else set(groups))
+    assert gone, (
+        f"reuse of {', '.join(str(n.args[1]) for n in chosen)} leaves out nothing: what is guarded is read elsewhere as well"
+    )
     want, got = unskippable(graph, *(inputs or example_inputs(graph)), groups=groups)
     for i, (a, b) in enumerate(zip(pytree.tree_leaves(want), pytree.tree_leaves(got), strict=True)):
         if isinstance(a, Tensor) and b.is_floating_point() and b.isnan().any() and not a.isnan().any():
@@ -154,10 +163,19 @@ def assert_reaches(strategy: Any, outcome: Callable[[Any], Any], tries: int = 20
     quick = settings(
         deadline=None, max_examples=tries, suppress_health_check=list(HealthCheck), phases=[Phase.generate], database=None
     )
+    seen: list[Any] = []
+
+    def reached(value: Any) -> bool:
+        seen[:] = [value]
+        return bool(outcome(value))
+
     try:
-        return find(strategy, lambda v: bool(outcome(v)), settings=quick)
+        return find(strategy, reached, settings=quick)
     except NoSuchExample:
-        raise AssertionError(f"the generator never reaches this outcome in {tries} tries") from None
+        one = next(iter(seen), None)
+        raise AssertionError(
+            f"the generator never reaches this outcome in {tries} tries; the last of them was {one!r}"
+        ) from None
 
 
 def assert_policy(policy: Policy, num_steps: int = 10, changes: Sequence[float] = (0.1,)) -> list[Plan]:

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from vdcache.ir.capture import capture, trace
 from vdcache.ir.edit import inputs
+from vdcache.ir.errors import ConfigError
 from vdcache.ir.facts import Fact
 from vdcache.ir.parse import parse
 from vdcache.passes import Canonicalise, DeadCode, MarkBranches, Pass, PassResult, Pipeline, Specialise, variant_io
@@ -31,15 +32,17 @@ def _dedented(text: str) -> str:
     return textwrap.dedent(text).strip()
 
 
-def run_pass(a_pass: Pass | Pipeline, graph: Graph) -> PassResult:
-    """What one pass does to a copy of a graph, all its promises checked. What it requires is checked first.
+def run_pass(a_pass: Pass | Pipeline | Sequence[Pass], graph: Graph) -> PassResult:
+    """What one pass, or several in order, do to a copy of a graph, all its promises checked. What it requires is checked first.
 
     Returns the new graph with the rewrites and the refusals (of all passes of a pipeline).
 
     Raises:
         ContractError: the graph lacks a fact that the pass requires, or the pass broke a promise.
     """
-    passes = tuple(a_pass) if isinstance(a_pass, Pipeline) else (a_pass,)
+    if isinstance(a_pass, str):
+        raise ConfigError(f"a pass is a value, not the text {a_pass!r}; vdcache.Pipeline.parse(text) makes passes of a text")
+    passes = (a_pass,) if isinstance(a_pass, Pass) else tuple(a_pass)
     given = frozenset[Fact]().union(*(p.requires for p in passes))
     result, steps = Pipeline(passes, verify=True, given=given, checked=passes[0].requires).run(graph_from(graph))
     return PassResult(result, sum(s.rewrites for s in steps), tuple(r for s in steps for r in s.refusals))

@@ -11,7 +11,7 @@ from torch import Tensor
 __all__ = ["WIDTH", "Net", "residual_nets"]
 
 WIDTH = 4
-STEPS = ("linear", "relu", "cast", "view")  # what a branch body is made of
+STEPS = ("matmul", "relu", "cast", "view")  # what a branch body is made of
 JOINS = ("add", "swapped", "gated", "addcmul", "alpha")  # how its result joins the stream
 BETWEEN = ("", "cast", "view", "constant", "norm", "scale")  # what lies between two branches
 
@@ -36,11 +36,11 @@ class Net:
 
     def works(self) -> int:
         """How many branches hold real work, and so must be found."""
-        return sum("linear" in body for _, body, _, _ in self.branches)
+        return sum("matmul" in body for _, body, _, _ in self.branches)
 
 
 def _step(step: str, h: Tensor, w: Tensor) -> Tensor:
-    if step == "linear":
+    if step == "matmul":
         return h @ w
     if step == "relu":
         return torch.relu(h)

@@ -15,9 +15,8 @@ import torch
 from torch import fx
 
 from vdcache import ConfigError, Fact, NoMatch, Pass, PassResult, Refusal, anatomy
-from vdcache.ir import guard
 from vdcache.ir.edit import call
-from vdcache.passes.base import tag
+from vdcache.passes import put_guard
 from vdcache_window.sites import band, operands_of
 
 aten = torch.ops.aten
@@ -63,8 +62,6 @@ class KeepWindowResidual(Pass):
                 scale = {} if place.scale is None else {"scale": place.scale}
                 near = call(graph.graph, full.target, place.query, place.key, place.value, mask, made_by=str(self), **scale)
             slot = f"{self.group}/{branch.name}.{attention.node}"
-            with graph.graph.inserting_after(full):
-                kept = tag(graph.graph.call_function(guard, (full, slot, near)), str(self), full)
-            full.replace_all_uses_with(kept, delete_user_cb=lambda user, kept=kept: user is not kept)
+            put_guard(full, slot, self, base=near)
             rewrites += 1
         return PassResult(graph, rewrites, tuple(refusals))
