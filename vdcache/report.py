@@ -28,7 +28,7 @@ def steps_of(records: Sequence[Record]) -> list[list[Record]]:
 
 
 def summary_table(session: Session, generation: int = -1) -> Table:
-    """What was computed, reused and why in one generation; with memory, and time beside a computed step's.
+    """What was computed, reused and why in one generation; with memory, and time beside a computed step's (by medians).
 
     It prints itself, by `print` and by rich.
     """
@@ -65,13 +65,17 @@ def summary_table(session: Session, generation: int = -1) -> Table:
         of = {True: [], False: []}  # type: dict[bool, list[float]]
         for step in steps:
             of[any_computed(step)].append(sum(r.seconds for r in step))
-        bound = ""
+        lines = [
+            f"{len(computed)} of {len(steps)} steps computed",
+            f"{session.store.peak_bytes / 2**20:.2f} MiB of cache at most",
+        ]
         if all(of.values()):  # medians: the first of a kind waits for its compiler
             one, other = median(of[True]), median(of[False])
-            bound = f", {one * len(steps) / (one * len(of[True]) + other * len(of[False])):.2f}× over computing every step by median times"
-        table.caption = f"{len(computed)} of {len(steps)} steps computed{bound}; {session.store.peak_bytes / 2**20:.2f} MiB of cache at most"
-        masks = [text for graph in session.graphs if (text := getattr(graph, "masks", ""))]
-        table.caption = "\n".join([table.caption, *masks])
+            lines.insert(
+                1, f"{one * len(steps) / (one * len(of[True]) + other * len(of[False])):.2f}× over computing every step"
+            )
+        table.caption = "\n".join([*lines, *(text for graph in session.graphs if (text := getattr(graph, "masks", "")))])
+        table.caption_justify = "left"
     return table
 
 

@@ -163,7 +163,7 @@ def test_a_compiler_that_was_waited_for_slows_no_summary():
         record.seconds = 1.0 if record.computed else 0.25
     next(r for r in session.history if r.reused).seconds = 100.0
     # 5 of 8 steps of two lanes: 8 / (5 + 3 / 4)
-    assert "5 of 8 steps computed, 1.39× over computing every step" in str(session.summary())
+    assert "5 of 8 steps computed\n1.39× over computing every step\n" in str(session.summary())
 
 
 def test_the_timeline_is_a_picture(tmp_path):
