@@ -9,6 +9,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -45,13 +46,20 @@ def _unable() -> str:
     if importlib.util.find_spec("triton") is None:
         return "needs Triton"
     if os.environ.get("TRITON_INTERPRET") == "1":
-        return ""
+        return _interpreter()
     if torch.cuda.is_available():
         return "TRITON_INTERPRET=1 is not set, and setting it would have every Triton kernel of this process interpreted"
     if "triton" in sys.modules:
         return "Triton is already imported without TRITON_INTERPRET=1"
     os.environ["TRITON_INTERPRET"] = "1"
-    return ""
+    return _interpreter()
+
+
+def _interpreter() -> str:
+    from vdcache.backends.kernels.block_sparse import can_loop
+
+    versions = " and ".join(f"{name} {metadata.version(name)}" for name in ("triton", "numpy"))
+    return "" if can_loop() else f"{versions}: this interpreter cannot loop; it can with numpy<2.4"
 
 
 UNABLE = _unable()
