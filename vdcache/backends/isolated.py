@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.types import FrameAction
 
 __all__ = ["compile_isolated"]
 
@@ -53,6 +52,8 @@ class _Isolated:
         return self._convert._clone_with_backend
 
     def __call__(self, frame: Any, cache_entry: Any, hooks: Any, frame_state: Any, skip: int = 0) -> Any:
+        from torch._dynamo.types import FrameAction
+
         own = _own(cache_entry, _innermost(self))
         before, answer = self._given_up.get(frame.f_code, (-1, None))
         if before == len(own):
