@@ -287,6 +287,16 @@ def test_it_says_what_it_refuses(monkeypatch):
             triton_attention(*args, on, None, None)
 
 
+@pytest.mark.skipif(bool(UNABLE) and "cannot loop" not in UNABLE, reason=UNABLE)
+def test_an_interpreter_that_cannot_loop_is_said(monkeypatch):
+    from vdcache.backends.kernels import block_sparse
+
+    monkeypatch.setattr(block_sparse, "can_loop", lambda: False)
+    on = tiled("frames:0", (2, 2, 2))
+    with pytest.raises(ConfigError, match=r"Triton \d.* cannot loop with numpy \d.*; pip install 'numpy<2.4'"):
+        triton_attention(*inputs(on.tokens), on, None, None)
+
+
 def test_importing_it_imports_no_triton():
     code = "import sys, vdcache.backends.kernels.triton; sys.exit('triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
