@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from vdcache.backends import Backend, Settings
+from vdcache.backends.isolated import compile_isolated
 from vdcache.ir.errors import CaptureError, ConfigError, VdcacheError
 from vdcache.recipe import Recipe
 from vdcache.runtime import registry
@@ -110,8 +111,7 @@ class Runner:
     Args:
         model: what is compiled.
         settings: recipe and compiler.
-        recompile_limit: how many graphs Dynamo may make of one forward before it gives up; its own limit without, and always
-            before torch 2.13.
+        recompile_limit: how many graphs Dynamo may make of one forward before it gives up; its own limit without.
         torch_compile: `fullgraph`, `dynamic`, `mode` of torch.compile.
     """
 
@@ -122,12 +122,7 @@ class Runner:
         self._backend = Backend(settings, torch_compile.pop("mode", None))
         if settings.recipe.fixed_sizes and torch_compile.get("dynamic") is None:
             torch_compile["dynamic"] = False  # a mask is cut for sizes: where they are symbols it fits none
-        if "isolate_recompiles" in (known := inspect.signature(torch.compile).parameters):
-            # Else all recipes that one forward was ever compiled with count against Dynamo's limit of 8 together.
-            torch_compile["isolate_recompiles"] = True
-        if recompile_limit is not None and "recompile_limit" in known:
-            torch_compile["recompile_limit"] = recompile_limit
-        self.compiled: Any = torch.compile(model, backend=self._backend, **torch_compile)  # type: ignore[call-overload]
+        self.compiled: Any = compile_isolated(model, limit=recompile_limit, backend=self._backend, **torch_compile)
 
     def __call__(
         self, session: Session, args: Sequence[Any], kwargs: dict[str, Any], run: Callable[..., Any] | None = None

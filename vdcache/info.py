@@ -8,7 +8,7 @@ from importlib import metadata
 
 __all__ = ["facts"]
 
-TORCH_TESTED = ("2.13",)
+TORCH_TESTED = ("2.11.", "2.12.", "2.13.")
 TORCH_RANGE = ">=2.11,<2.14"
 
 

@@ -9,6 +9,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -45,13 +46,20 @@ def _unable() -> str:
     if importlib.util.find_spec("triton") is None:
         return "needs Triton"
     if os.environ.get("TRITON_INTERPRET") == "1":
-        return ""
+        return _interpreter()
     if torch.cuda.is_available():
         return "TRITON_INTERPRET=1 is not set, and setting it would have every Triton kernel of this process interpreted"
     if "triton" in sys.modules:
         return "Triton is already imported without TRITON_INTERPRET=1"
     os.environ["TRITON_INTERPRET"] = "1"
-    return ""
+    return _interpreter()
+
+
+def _interpreter() -> str:
+    from vdcache.backends.kernels.block_sparse import can_loop
+
+    versions = " and ".join(f"{name} {metadata.version(name)}" for name in ("triton", "numpy"))
+    return "" if can_loop() else f"{versions}: this interpreter cannot loop; it can with numpy<2.4"
 
 
 UNABLE = _unable()
@@ -277,6 +285,16 @@ def test_it_says_what_it_refuses(monkeypatch):
     ]:
         with pytest.raises(ConfigError, match=message):
             triton_attention(*args, on, None, None)
+
+
+@pytest.mark.skipif(bool(UNABLE) and "cannot loop" not in UNABLE, reason=UNABLE)
+def test_an_interpreter_that_cannot_loop_is_said(monkeypatch):
+    from vdcache.backends.kernels import block_sparse
+
+    monkeypatch.setattr(block_sparse, "can_loop", lambda: False)
+    on = tiled("frames:0", (2, 2, 2))
+    with pytest.raises(ConfigError, match=r"Triton \d.* cannot loop with numpy \d.*; pip install 'numpy<2.4'"):
+        triton_attention(*inputs(on.tokens), on, None, None)
 
 
 def test_importing_it_imports_no_triton():

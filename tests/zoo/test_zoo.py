@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -27,9 +29,28 @@ def report_of(compiled, model):
     return _report(type(model).__name__, found, recipe("every-3"), STEPS)
 
 
+@functools.cache
+def _asks_for_its_backend() -> bool:
+    """Whether Dynamo follows ACE-Step's question for its attention backend: that of torch 2.11 breaks the graph there."""
+    from diffusers.models.transformers import ace_step_transformer
+
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if ace_step_transformer._is_flash_attention_backend() else x * 2
+
+    try:
+        torch.compile(fn, backend="eager", fullgraph=True)(torch.ones(1))
+    except torch._dynamo.exc.Unsupported:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("name", ZOO)
 @torch.no_grad()
 def test_architecture(name):
+    if name == "ace_step" and not _asks_for_its_backend():
+        pytest.skip(
+            f"torch {torch.__version__}: Dynamo breaks this model where it asks for its attention backend, in every attention"
+        )
     """What is found is what the architecture has; computed steps are bit-exact, reused ones add what was recorded."""
     torch._dynamo.reset()
     model, case = build(name), ZOO[name]

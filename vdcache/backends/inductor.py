@@ -1,6 +1,6 @@
 """Inductor as the inner compiler, at once and later. Every private torch name of the backend is in this file.
 
-Seen to work on torch 2.13.0.
+Seen to work on torch 2.11.0, 2.12.1 and 2.13.0.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def compile_now(graph: fx.GraphModule, inputs: Sequence[Any], options: Mapping[s
 def package_ahead(program: Any, path: Path) -> None:
     """Compile an exported program ahead of time into one file that `torch._inductor.aoti_load_package` takes.
 
-    Sources and symbols are left out: they are most of the file, and nothing reads them.
+    Sources and symbols are left out: they are most of the file, and nothing reads them. The sources' names stay, for torch 2.11 finds the
+    library by them.
     """
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / path.name
@@ -46,8 +47,10 @@ def package_ahead(program: Any, path: Path) -> None:
             for entry in whole.infolist():
                 data = whole.read(entry)
                 if entry.filename.endswith(".cpp"):
-                    continue
-                slim.writestr(entry.filename, _stripped(data, Path(folder)) if entry.filename.endswith(".so") else data)
+                    data = b""
+                elif entry.filename.endswith(".so"):
+                    data = _stripped(data, Path(folder))
+                slim.writestr(entry.filename, data)
 
 
 def _stripped(library: bytes, folder: Path) -> bytes:

@@ -10,7 +10,8 @@ Composite operations (`linear`, `scaled_dot_product_attention`, `layer_norm` …
 the eager inner compiler is then bit-identical to the model. Dispatch runs below autograd and autocast, so the casts
 of an autocast region are in the graph as casts; tracing before dispatch was seen to lose them.
 
-With `vdcache.ir.composites` this is the only file that touches private torch names for capturing. Seen to work on torch 2.13.0.
+With `vdcache.ir.composites` this is the only file that touches private torch names for capturing. Seen to work on torch 2.11.0, 2.12.1
+and 2.13.0.
 """
 
 from __future__ import annotations

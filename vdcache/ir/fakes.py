@@ -1,6 +1,6 @@
 """Fake values for a graph that is read from a file. The private torch names that this takes are in this file only.
 
-Seen to work on torch 2.13.0.
+Seen to work on torch 2.11.0, 2.12.1 and 2.13.0.
 """
 
 from __future__ import annotations

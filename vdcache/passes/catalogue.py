@@ -11,7 +11,17 @@ from vdcache.ir.facts import Fact
 from vdcache.ir.plugins import Plugin, plugins
 from vdcache.passes.base import Pass, option_text
 
-__all__ = ["Entry", "Option", "catalogue", "documented_options", "fields_page", "known_facts", "known_passes", "page", "readable"]
+__all__ = [
+    "Entry",
+    "Option",
+    "catalogue",
+    "documented_options",
+    "fields_page",
+    "known_facts",
+    "known_passes",
+    "page",
+    "readable",
+]
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,11 @@ def readable(a_pass: Pass) -> str:
     """The text that makes this pass again: its own, or one that names its class where no installed package brings it."""
     text = str(a_pass)
     kind = type(a_pass)
-    return text if known_passes().get(kind.name) is kind else f"{kind.__module__}:{kind.__qualname__}{text.removeprefix(kind.name)}"
+    return (
+        text
+        if known_passes().get(kind.name) is kind
+        else f"{kind.__module__}:{kind.__qualname__}{text.removeprefix(kind.name)}"
+    )
 
 
 def known_facts() -> tuple[Fact, ...]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from triton import knobs
+from triton.runtime.errors import InterpreterError
 
-__all__ = ["CHUNK", "INTERPRETED", "ROWS", "interpreted", "kernel"]
+__all__ = ["CHUNK", "INTERPRETED", "ROWS", "can_loop", "interpreted", "kernel"]
 
 CHUNK = 128  # keys next to each other that are read without looking their places up; the largest BLOCK_N
 ROWS = 128  # queries of an entry of `blocks`; the largest BLOCK_M
@@ -190,6 +193,22 @@ def _fitting(configs: Sequence[triton.Config], named: Mapping[str, Any], **_: An
         return _FLOAT
     longest = min(max(named["queries_each"], 16), ROWS)
     return [c for c in configs if min(longest, 64) <= c.kwargs["BLOCK_M"] <= longest]
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _loop(length):  # type: ignore[no-untyped-def]
+    for _ in tl.range(0, tl.load(length)):
+        pass
+
+
+@functools.lru_cache(maxsize=1)
+def can_loop() -> bool:
+    """Whether the interpreter can loop as often as a loaded number says: that of Triton 3.6 cannot with numpy 2.4."""
+    try:
+        _loop[(1,)](torch.ones(1, dtype=torch.int32))
+    except InterpreterError:
+        return False
+    return True
 
 
 interpreted: bool = knobs.runtime.interpret

@@ -1,4 +1,4 @@
-"""Attention under a mask of tiles by torch's `flex_attention`, compiled. Seen to work on torch 2.13 (CPU)."""
+"""Attention under a mask of tiles by torch's `flex_attention`, compiled. Seen to work on torch 2.11 to 2.13 (CPU)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vdcache.backends.isolated import compile_isolated
 from vdcache.ir.masks import Skip
 from vdcache.ir.tiles import Tiled, _like
 
@@ -44,10 +45,7 @@ def flex(query: Tensor, key: Tensor, value: Tensor, on: Tiled, scale: float | No
 def _compiled() -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    options: dict[str, Any] = {"dynamic": False}
-    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
-        options["isolate_recompiles"] = True
-    return torch.compile(flex_attention, **options)
+    return compile_isolated(flex_attention, dynamic=False)  # type: ignore[no-any-return]
 
 
 @functools.lru_cache(maxsize=64)

@@ -14,6 +14,7 @@ import importlib.util
 import math
 import os
 from dataclasses import dataclass
+from importlib import metadata
 
 import torch
 import torch.nn.functional as F
@@ -97,6 +98,11 @@ def _check(query: Tensor, key: Tensor, value: Tensor, on: Tiled) -> None:
 def _launch(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, out: Tensor, tables: _Tables, scale: float) -> None:
     from vdcache.backends.kernels import block_sparse
 
+    if block_sparse.interpreted and not block_sparse.can_loop():
+        raise ConfigError(
+            f"triton_attention: the interpreter of Triton {metadata.version('triton')} cannot loop with numpy {metadata.version('numpy')}; "
+            "pip install 'numpy<2.4', or take a torch that brings Triton 3.7 or later"
+        )
     b, h, n, d = query.shape
     kind = "none" if bias is None else "bool" if bias.dtype == torch.bool else "added"
     if bias is None:
