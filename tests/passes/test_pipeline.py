@@ -8,8 +8,22 @@ import torch
 
 from vdcache.ir import ConfigError, ContractError, Fact, trace
 from vdcache.methods.registry import NAMES
-from vdcache.passes import Canonicalise, MarkBranches, MergeSlots, Observe, Pass, PassResult, Pipeline, Rewrite, Specialise
+from vdcache.passes import (
+    Canonicalise,
+    MarkBranches,
+    MergeSlots,
+    Observe,
+    Pass,
+    PassResult,
+    Pipeline,
+    Rewrite,
+    Specialise,
+    put_guard,
+)
 from vdcache.passes.predictors import LAST, Blended, ByGroup, Extrapolated, Frequencies, Scaled, Taylor
+from vdcache.recipe import Recipe
+from vdcache.runtime.policies import EveryN
+from vdcache.testing import try_recipe
 
 PASSES = (
     Canonicalise(),
@@ -164,3 +178,84 @@ def test_what_is_no_predictor_is_refused():
     blended = Specialise(reuse=frozenset({"all"}), predictor=Blended(lambda values, when: values[0]))
     with pytest.raises(ConfigError, match="is no predictor that a text can name"):
         Pipeline.parse(str(blended), given=Specialise.requires)
+
+
+def foreign(run, **attributes):
+    """A pass of another package."""
+    return dataclass(frozen=True)(
+        type("Foreign", (Pass,), {"name": "foreign", "run": run, "__module__": __name__, **attributes})
+    )()
+
+
+def doubled(self, graph):
+    for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default, sort=True) or [
+        n for n in graph.graph.nodes if n.op == "call_function"
+    ]:
+        put_guard(node, "all/twice", self)
+    return PassResult(graph, 1)
+
+
+def too_early(self, graph):
+    node = next(n for n in graph.graph.nodes if n.op == "call_function")
+    with graph.graph.inserting_before(node):
+        early = graph.graph.call_function(torch.ops.aten.relu.default, (node,))
+    early.meta = dict(node.meta)
+    next(n for n in node.users if n is not early).replace_input_with(node, early)
+    return PassResult(graph, 1)
+
+
+def untyped(self, graph):
+    node = next(n for n in graph.graph.nodes if n.op == "call_function")
+    with graph.graph.inserting_after(node):
+        made = graph.graph.call_function(torch.ops.aten.relu.default, (node,))
+    node.replace_all_uses_with(made, delete_user_cb=lambda user: user is not made)
+    return PassResult(graph, 1)
+
+
+def writes(self, graph):
+    node = next(n for n in graph.graph.nodes if n.op == "call_function")
+    node.target = torch.ops.aten.add_.Tensor
+    return PassResult(graph, 1)
+
+
+BROKEN = {
+    "none": (lambda self, graph: None, "'foreign' returned NoneType; run returns a PassResult"),
+    "graph": (lambda self, graph: graph, "'foreign' returned GraphModule; run returns a PassResult"),
+    "doubled": (doubled, "has slot 'all/twice', which 'guard' has already"),
+    "too early": (too_early, "after 'foreign' the graph is no graph: "),
+    "untyped": (untyped, "after 'foreign' the graph is not typed: 'relu"),
+    "writes": (writes, "after 'foreign' the graph is not functional: "),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_foreign_pass_that_breaks_its_promises_breaks_no_model(name):
+    """Without verify, without strict: in the compilation of whoever uses it. The graph runs as it was, and the pass is named."""
+    run, said = BROKEN[name]
+    a_pass = foreign(run)
+    graph = trace(lambda x, w: (x + torch.sin(x @ w)).tanh(), torch.randn(2, 4), torch.randn(4, 4)).graph
+    with pytest.raises(ContractError) as error:
+        Pipeline((a_pass,)).run(graph)
+    assert said in str(error.value)
+    (trial,) = try_recipe(Recipe("broken", EveryN(2), (a_pass, MarkBranches())), ["tiny"], steps=3)
+    assert trial.identical and trial.computed == (0, 1, 2) and "'foreign'" in trial.said
+
+
+def test_facts_that_are_texts_are_refused():
+    with pytest.raises(ConfigError, match=r"'foreign' ensures \{'guarded'\}; give a frozenset of facts"):
+        Pipeline((foreign(lambda self, graph: PassResult(graph), ensures={"guarded"}),))
+
+
+def test_one_pass_is_a_pipeline():
+    assert Pipeline(Canonicalise()).passes == (Canonicalise(),)
+
+
+def test_a_pass_of_no_package_is_named_by_its_class():
+    (made,) = Pipeline.parse(f"{__name__}:Liar").passes
+    assert type(made).__name__ == "Liar"
+    for wrong, said in (("nowhere:Liar", "cannot be imported"), (f"{__name__}:BROKEN", "is no class of passes")):
+        with pytest.raises(ConfigError, match=said):
+            Pipeline.parse(wrong)
+    recipe = Recipe("own", EveryN(2), (Liar(),))
+    with pytest.raises(ConfigError, match="is of no installed package, so a file could not be read back"):
+        recipe.to_json()

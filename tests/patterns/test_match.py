@@ -120,7 +120,7 @@ def test_both_orders_are_tried_with_what_lies_behind_them():
     text = f"{HEAD}%3 = relu(%0)\n%4 = relu(%1)\n%5 = neg(%4)\n%6 = add(%5, %3)\nreturn (%6)"
     match = found("%1 = relu(%a)\n%2 = relu(%b)\n%3 = neg(%2)\n%4 = add(%1, %3)", text)
     assert match and match["a"].name == "arg0_1" and match["b"].name == "arg1_1"
-    assert not found("%1 = relu(%a)\n%2 = relu(%b)\n%3 = neg(%2)\n%4 = add(%1, %3)", text.replace("add", "sub"))
+    assert not found("%1 = relu(%a)\n%2 = relu(%b)\n%3 = neg(%2)\n%4 = sub(%1, %3)", text.replace("add", "sub"))
 
 
 def test_an_order_with_a_factor_is_not_turned():

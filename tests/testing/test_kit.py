@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import vdcache
-from vdcache.passes import Canonicalise, MarkBranches, Pipeline
+from vdcache.passes import Canonicalise, MarkBranches, MergeSlots, Observe, Pipeline
 from vdcache.testing import (
     RecordingBackend,
     TinyDiT,
@@ -26,6 +26,7 @@ from vdcache.testing import (
     residual_nets,
     small_models,
     time_of,
+    try_recipe,
 )
 
 TEXT = "%0 = input() : f32[2]\n%1 = relu(%0)\nreturn (%1)"
@@ -237,3 +238,113 @@ def test_marks_of_a_stale_copy_are_not_shared():
     before = dump(graph)
     Pipeline((Canonicalise(), MarkBranches())).run(graph)
     assert dump(graph) == before
+
+
+@dataclass(frozen=True)
+class Asks:
+    """A predictor that asks a tensor for its number."""
+
+    tensors = 2
+
+    def keep(self, fresh, before, when):
+        return (fresh.float(), before[0] if when.computed > 0 else fresh.float())
+
+    def predict(self, kept, when):
+        return kept[0]
+
+
+@dataclass(frozen=True)
+class Shrinks:
+    tensors = 1
+
+    def keep(self, fresh, before, when):
+        return (fresh.mean(-1, keepdim=True),)
+
+    def predict(self, kept, when):
+        return kept[0]
+
+
+def test_a_predictor_must_be_traceable():
+    with pytest.raises(
+        AssertionError, match=r"'keep' of the predictor Asks\(\) cannot be traced: .*choose with torch.where, never"
+    ):
+        assert_predictor(Asks())
+    with pytest.raises(AssertionError, match="keeps a tensor of another shape"):
+        assert_predictor(Shrinks())
+
+
+def test_a_predictor_of_another_shape_breaks_no_model():
+    recipe = vdcache.Recipe("shrinks", Listens(), (MarkBranches(), MergeSlots()), predictor=Shrinks())
+    (trial,) = try_recipe(recipe, ["tiny"], steps=3)
+    assert trial.identical and trial.computed == (0, 1, 2)
+    assert (
+        "'keep' of the predictor Shrinks() gives [(1, 6, 1)] for a value of (1, 6, 8); it gives 1 of that shape" in trial.said
+    )
+
+
+@dataclass(frozen=True)
+class Listens:
+    """Reuses a step whenever the last measured change is below 0.5."""
+
+    group: str = "all"
+    unlisted: bool = False
+
+    def plans(self):
+        return (vdcache.Plan(), vdcache.Plan.of(["all"]))
+
+    def start(self, num_steps, before=None):
+        return ()
+
+    def plan(self, state, step, times=()):
+        return (
+            vdcache.Plan.of([self.group, *(["more"] if self.unlisted else [])]) if state and state[-1] < 0.5 else vdcache.Plan()
+        )
+
+    def observe(self, state, step, plan, measures):
+        return (*state, measures[0].change) if measures else state
+
+
+def test_changes_are_given_one_after_the_other():
+    seen = []
+
+    class Notes(Listens):
+        def observe(self, state, step, plan, measures):
+            if measures:
+                seen.append(measures[0].change)
+            return super().observe(state, step, plan, measures)
+
+    assert_policy(Notes(), 8, changes=(0.9, 0.7, 0.3))
+    assert seen[: len(seen) // 2] == [0.9, 0.7, 0.3]
+
+
+def test_a_plan_that_is_none_is_said():
+    class Bool(Listens):
+        def plan(self, state, step, times=()):
+            return step > 3
+
+    with pytest.raises(AssertionError, match=r"returns False for step 0; a plan is vdcache.Plan\(\)"):
+        assert_policy(Bool(), 5)
+
+
+def test_a_plan_that_is_not_listed_computes_and_is_said():
+    scope = (MarkBranches(), MergeSlots(), Observe())
+    (trial,) = try_recipe(vdcache.Recipe("unlisted", Scripted(), scope), ["tiny"], steps=5)
+    assert trial.computed == (0, 1, 2, 3, 4) and trial.identical
+    assert "returned reuse{all,more}, which its plans() does not list (recompute, reuse{all})" in trial.said
+
+
+class Scripted(Listens):
+    def plan(self, state, step, times=()):
+        return vdcache.Plan.of(["all", "more"]) if step else vdcache.Plan()
+
+
+def test_an_observation_that_finds_nothing_is_said():
+    """Latte keeps its tokens in two shapes, which cannot be compared."""
+    if "latte" not in small_models():
+        pytest.skip("diffusers is not installed")
+    scope = (MarkBranches(), MergeSlots(), Observe(kind="residual"))
+    (trial,) = try_recipe(vdcache.Recipe("listens", Listens(), scope), ["latte"], steps=4)
+    assert trial.computed == (0, 1, 2, 3)
+    assert (
+        "because nothing was measured: observe{kind=residual} found nothing, " in trial.said and "thresholds" not in trial.said
+    )

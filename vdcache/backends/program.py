@@ -24,7 +24,7 @@ from vdcache.ir.errors import ConfigError
 from vdcache.ir.facts import Fact
 from vdcache.ir.ops import is_work
 from vdcache.ir.sizes import Bindings
-from vdcache.passes import DeadCode, Pipeline, Refusal, Specialise, SplitAtProbe, Step, VariantIO, head_io, variant_io
+from vdcache.passes import DeadCode, Observe, Pipeline, Refusal, Specialise, SplitAtProbe, Step, VariantIO, head_io, variant_io
 from vdcache.passes.canonicalise import Canonicalise
 from vdcache.passes.mark_lanes import halve_lanes, lanes_io
 from vdcache.patterns import Anatomy, anatomy
@@ -236,6 +236,12 @@ class Program:
             speed = sum(c.speedup for c in found) / len(found)
             how = f" by {', '.join(dict.fromkeys(c.lowering for c in found))}, {speed:.2f}× as fast as dense attention"
         return f"{len(sites)} attentions under masks ({names}): {density:.0%} of the weights{how}"
+
+    @property
+    def unobserved(self) -> tuple[str, ...]:
+        """Why what the recipe observes is not in this graph."""
+        silent = (s for s in self.steps if s.text.partition("{")[0] == Observe.name and not s.rewrites)
+        return tuple(f"{s.text} found nothing, {reason}" for s in silent for r in s.refusals for reason in r.reasons)
 
     @property
     def refusals(self) -> tuple[Refusal, ...]:

@@ -22,6 +22,7 @@ from vdcache.ir import dialect
 from vdcache.ir.capture import signature
 from vdcache.ir.dialect import group_of
 from vdcache.ir.edit import add_input, call, evaluate, inline, inputs, laid_out, live_nodes, outputs, set_outputs
+from vdcache.ir.errors import ContractError
 from vdcache.ir.facts import Fact
 from vdcache.ir.ops import VIEWS, is_effectful, is_work
 from vdcache.passes.base import Pass, PassResult, drop_dead_code
@@ -213,7 +214,7 @@ class Specialise(Pass):
         kept = [added.input("read", name, _kept_form(predictor, like)) for name in _names(predictor, slot)]
         when = added.time(group_of(slot), like)
         with g.inserting_before(guard):
-            value = inline(g, predictor.predict, (kept, when), made_by=str(self))
+            value = _traced(g, predictor, "predict", (kept, when), like, made_by=str(self))[0]
             if value.meta["val"].dtype != like.dtype:
                 value = call(g, aten._to_copy.default, value, dtype=like.dtype, made_by=str(self))
             if isinstance(base, fx.Node):
@@ -242,10 +243,30 @@ class Specialise(Pass):
                 like = _kept_form(predictor, guard.meta["val"])
                 before = [added.input("before", name, like) for name in _names(predictor, slot)]
             when = added.time(group_of(slot), guard.meta["val"])
-            values = inline(g, predictor.keep, (fresh, before, when), made_by=str(self))
+            values = _traced(g, predictor, "keep", (fresh, before, when), guard.meta["val"], made_by=str(self))
         kept = {name: dense(g, v, mark, str(self)) for name, v in zip(_names(predictor, slot), values, strict=True)}
         g.erase_node(mark)
         return kept
+
+
+def _traced(g: fx.Graph, predictor: Predictor, what: str, args: Any, like: torch.Tensor, made_by: str) -> list[fx.Node]:
+    """What a predictor's function gives, as nodes: so many values as it says, of the shape of the guarded one."""
+    try:
+        found = inline(g, getattr(predictor, what), args, made_by=made_by)
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise ContractError(
+            f"'{what}' of the predictor {predictor} cannot be traced: {type(error).__name__}: {reason}. It is given tensors without numbers: "
+            "choose with torch.where, never with 'if'"
+        ) from error
+    values = [found] if isinstance(found, fx.Node) else list(found)
+    many = 1 if what == "predict" else predictor.tensors
+    shapes = [tuple(v.meta["val"].shape) if isinstance(v, fx.Node) else v for v in values]
+    if len(values) != many or any(str(s) != str(tuple(like.shape)) for s in shapes):
+        raise ContractError(
+            f"'{what}' of the predictor {predictor} gives {shapes} for a value of {tuple(like.shape)}; it gives {many} of that shape"
+        )
+    return values
 
 
 def _views_fit(guard: fx.Node, value: torch.Tensor) -> bool:

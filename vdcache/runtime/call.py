@@ -96,6 +96,8 @@ class CompiledGraph(Protocol):
     def probes(self) -> tuple[Probed, ...]: ...  # what a policy may ask for before it chooses
     @property
     def lanes(self) -> LaneScope | None: ...
+    @property
+    def unobserved(self) -> tuple[str, ...]: ...  # why what the recipe observes is not seen in it
 
     def narrow(self, plan: Plan) -> Plan:
         """What of a plan concerns this graph."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from vdcache.ir.errors import inform_once, warn_once
 from vdcache.runtime.history import Record
+from vdcache.runtime.plan import Plan
 
 __all__ = ["Notices"]
 
@@ -54,9 +55,27 @@ class Notices:
         message = f"'{self._name}' cannot be followed, and every step is computed: {error}"
         self._warn(message, message)
 
-    def nothing_reused(self, steps: int | None, records: Iterable[Record]) -> None:
-        """A whole generation in which nothing was reused: nobody should have to look for that."""
+    def unlisted(self, plan: Plan, listed: Iterable[Plan]) -> None:
+        there = ", ".join(map(str, listed))
+        self._warn(
+            f"unlisted {plan}",
+            f"the policy of '{self._name}' returned {plan}, which its plans() does not list ({there}), so the step is computed in full.",
+        )
+
+    def nothing_reused(self, steps: int | None, records: Iterable[Record], unobserved: Sequence[str] = ()) -> None:
+        """A whole generation in which nothing was reused: nobody should have to look for that.
+
+        Args:
+            unobserved: why what the policy goes by was not measured.
+        """
         records = list(records)
+        if unobserved and not any(r.measures or r.probe for r in records):
+            self._warn(
+                "no hit",
+                f"'{self._name}' reused nothing in a generation of {steps} steps, because nothing was measured: {'; '.join(unobserved)}. "
+                "Observe another value of this model.",
+            )
+            return
         reasons = Counter(r.why for r in records if r.why).most_common(1)
         changes = [m.change for r in records for m in (*r.measures, *r.probe)]
         reason = f": {reasons[0][0]}" if reasons else ""

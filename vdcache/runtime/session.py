@@ -364,7 +364,8 @@ class Session:
         tell(ticket.record)
         self._hit = self._hit or bool(ticket.record.reused)
         if self._last() and self._skips and not self._hit:
-            self._notices.nothing_reused(self.num_steps, self.history.generation())
+            unobserved = dict.fromkeys(why for g in self._graphs for why in g.unobserved)
+            self._notices.nothing_reused(self.num_steps, self.history.generation(), tuple(unobserved))
         self._step_records.append(ticket.record)
 
     def _pair(self, graph: CompiledGraph, who: Hashable, call: int) -> Tensor | None:
@@ -404,7 +405,8 @@ class Session:
                 at += count
             measures = tuple(found)
         self._probe = measures
-        self._state, self._plan = self.policy.decide(self._state, self._step, measures)  # type: ignore[attr-defined]
+        self._state, plan = self.policy.decide(self._state, self._step, measures)  # type: ignore[attr-defined]
+        self._plan = self._listed(plan)
         if not self._plan and measures and not all(math.isfinite(m.change) for m in measures):
             self._why = "what was probed is not a number"
             self._notices.probe_is_no_number()
@@ -598,7 +600,14 @@ class Session:
                 self._notices.long(self._step + 1, self.num_steps)
         else:
             plan = self.policy.plan(self._state, self._step, tuple(self._timesteps))
-            self._plan, self._why, self._undecided = plan or RECOMPUTE, "", plan is None
+            self._plan, self._why, self._undecided = RECOMPUTE if plan is None else self._listed(plan), "", plan is None
+
+    def _listed(self, plan: Plan) -> Plan:
+        """A plan of the policy's, if it is one of those for which the graphs were prepared."""
+        if not plan or plan in (listed := self.policy.plans()):
+            return plan
+        self._notices.unlisted(plan, listed)
+        return RECOMPUTE
 
     def _ran(self) -> Plan:
         """The plan that the step before really followed: reuse only if some call reused."""

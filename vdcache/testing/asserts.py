@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -13,10 +14,10 @@ from torch import Tensor, fx
 
 from vdcache.ir.dialect import group_of, guards
 from vdcache.ir.dump import dump
-from vdcache.ir.errors import ConfigError
+from vdcache.ir.errors import ConfigError, ContractError
 from vdcache.ir.oracle import example_inputs, skipped, unskippable
 from vdcache.ir.parse import parse
-from vdcache.passes import Pass, Pipeline
+from vdcache.passes import Pass, Pipeline, Specialise
 from vdcache.passes.predictors import Predictor, When
 from vdcache.runtime.measures import Measured
 from vdcache.runtime.plan import Plan
@@ -184,7 +185,8 @@ def assert_policy(policy: Policy, num_steps: int = 10, changes: Sequence[float] 
     plans when the same run is replayed.
 
     Args:
-        changes: the relative change that is measured at each computed step, repeated as needed.
+        changes: the relative changes that are measured, one after the other, repeated as needed: one at every computed step but the
+            first, or at every step but the first where the policy decides within steps.
     """
     first, again = (_run_policy(policy, num_steps, changes) for _ in range(2))
     listed = policy.plans()
@@ -197,16 +199,25 @@ def assert_policy(policy: Policy, num_steps: int = 10, changes: Sequence[float] 
 
 def _run_policy(policy: Policy, num_steps: int, changes: Sequence[float]) -> list[Plan]:
     state, plans = policy.start(num_steps), []
+    given = itertools.cycle(changes)
+
+    def measured() -> list[Measured]:
+        change = next(given)
+        return [Measured("all/observed", change, change)]
+
     for step in range(num_steps):
-        change = changes[step % len(changes)]
-        measures = [Measured("all/observed", change, change)]
-        plan = policy.plan(state, step)
+        plan, seen = policy.plan(state, step), None
         if plan is None:
             if not isinstance(policy, Deciding):
                 raise ConfigError(f"{policy} leaves step {step} to 'decide', and has no such method")
-            state, plan = policy.decide(state, step, measures if step else None)
+            seen = measured() if step else None
+            state, plan = policy.decide(state, step, seen)
+        if not isinstance(plan, Plan):
+            raise AssertionError(
+                f"{policy} returns {plan!r} for step {step}; a plan is vdcache.Plan() or vdcache.Plan.of([group])"
+            )
         plans.append(plan)
-        state = policy.observe(state, step, plan, measures if step and not plan else None)
+        state = policy.observe(state, step, plan, (seen or measured()) if step and not plan else None)
     return plans
 
 
@@ -227,6 +238,9 @@ def assert_predictor(predictor: Predictor, *, shape: Sequence[int] = (2, 3), ste
         for i in range(steps):
             fresh = torch.full(tuple(shape), float((i + 1) ** 2), dtype=dtype)
             kept = predictor.keep(fresh, kept, _when(1 if i else 0, i, i))
+            assert not isinstance(kept, Tensor), (
+                f"'keep' of {predictor} gives a tensor; it gives a sequence of them, (fresh,) for one"
+            )
             assert len(kept) == predictor.tensors, f"{predictor} keeps {len(kept)} tensors and says {predictor.tensors}"
             assert all(k.shape == fresh.shape for k in kept), f"{predictor} keeps a tensor of another shape than the value's"
             assert all(k.isfinite().all() for k in kept), f"{predictor} keeps no number after {i + 1} computed steps"
@@ -236,7 +250,19 @@ def assert_predictor(predictor: Predictor, *, shape: Sequence[int] = (2, 3), ste
             found.append(value.float())
         if dtype == torch.float32:
             exact = list(found)
+    _assert_traceable(predictor, torch.zeros(tuple(shape)))
     return exact
+
+
+def _assert_traceable(predictor: Predictor, value: Tensor) -> None:
+    """Compiled steps hold what a predictor does, not what it did once: it must not ask a tensor for its number."""
+    sizes = ",".join(map(str, value.shape))
+    text = f"%0 = input() : f32[{sizes}]\n%1 = sin(%0)\n%2 = guard(%1, 'all/x')\nreturn (%2)"
+    try:
+        for reuse in ((), ("all",)):
+            run_pass(Specialise(reuse=frozenset(reuse), predictor=predictor), text)
+    except ContractError as error:
+        raise AssertionError(str(error)) from error
 
 
 def _when(elapsed: int, computed: int, step: int) -> When:
