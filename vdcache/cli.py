@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Annotated
 
@@ -152,7 +153,8 @@ def try_(
 
 @app.command()
 def passes() -> None:
-    """List the passes, with their options and where they come from."""
+    """List the passes, with their options, and the policies, predictors and masks; and where they come from."""
+    from vdcache.methods.parts import parts
     from vdcache.passes.catalogue import catalogue
 
     table = Table(box=None, pad_edge=False)
@@ -162,6 +164,11 @@ def passes() -> None:
     for entry in catalogue():
         options = f"\noptions: {', '.join(o.text for o in entry.options)}" if entry.options else ""
         table.add_row(Text(entry.name), Text(entry.sentence + options), Text(entry.origin))
+    for group, found in itertools.groupby(parts(), key=lambda part: part.group):
+        table.add_section()
+        table.add_row(Text(group, style="not bold"), "")
+        for part in found:
+            table.add_row(Text(part.name), Text(part.sentence), Text(part.origin))
     Console().print(table)
 
 

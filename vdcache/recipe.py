@@ -49,6 +49,14 @@ class Recipe:
     predictor: Predictor | ByGroup = LAST
 
     def __post_init__(self) -> None:
+        if isinstance(self.passes, Pass):
+            object.__setattr__(self, "passes", (self.passes,))
+        if isinstance(self.policy, type) or not isinstance(self.policy, Policy):
+            raise ConfigError(
+                f"the recipe '{self.name}' has {self.policy!r} for a policy; give a value, as vdcache.Always() is one"
+            )
+        if wrong := next((p for p in self.passes if not isinstance(p, Pass)), None):
+            raise ConfigError(f"the recipe '{self.name}' has {wrong!r} among its passes; give values, as MarkBranches() is one")
         if isinstance(self.policy, Deciding) and not any(isinstance(p, Probe) for p in self.passes):
             raise ConfigError(
                 f"the recipe '{self.name}' never decides: {type(self.policy).__name__} asks for a probe, and none of its passes is one; add "
@@ -212,7 +220,7 @@ class Recipe:
         return Recipe(data["name"], _value(data["policy"]), passes, data["source"], _value(data["books"]), predictor)
 
 
-_KINDS: dict[str, Any] = {
+KINDS: dict[str, Any] = {
     k.__name__: k
     for k in (
         *(Always, Auto, EveryN, AdaCache, Codebook, MoReg, Scheduled, Together, Planned, MagCache, Windowed, Bursts),
@@ -225,7 +233,7 @@ _KINDS: dict[str, Any] = {
 def _kinds() -> dict[str, Any]:
     """What a file may hold, by name: vdcache's own, and what installed packages say that they bring, by module and class."""
     others = (p.value for group in ("vdcache.policies", "vdcache.predictors") for p in plugins(group, _why_no_kind))
-    return _KINDS | {f"{k.__module__}:{k.__qualname__}": k for k in others}
+    return KINDS | {f"{k.__module__}:{k.__qualname__}": k for k in others}
 
 
 def _why_no_kind(plugin: Plugin) -> str:
@@ -241,7 +249,7 @@ def _plain(value: Any) -> Any:
             return {"kind": name, **{f.name: _plain(getattr(value, f.name)) for f in fields(value)}}
     if not isinstance(value, (tuple, str, int, float, type(None))):
         raise ConfigError(
-            f"{type(value).__name__} is none of vdcache's own policies and predictors ({', '.join(_KINDS)}), so a file could not be read "
+            f"{type(value).__name__} is none of vdcache's own policies and predictors ({', '.join(KINDS)}), so a file could not be read "
             "back: keep the code that makes the recipe, or name the class as an entry point in vdcache.policies or vdcache.predictors"
         )
     return [_plain(v) for v in value] if isinstance(value, tuple) else value
@@ -259,4 +267,7 @@ def _value(data: Any) -> Any:
             f"; it is of the package {package.partition('.')[0]!r}, which is not installed or does not name it" if colon else ""
         )
         raise ConfigError(f"unknown policy {data['kind']!r}{hint}; there are {', '.join(_kinds())}")
-    return kind(**{name: _value(v) for name, v in data.items() if name != "kind"})
+    try:
+        return kind(**{name: _value(v) for name, v in data.items() if name != "kind"})
+    except TypeError as error:
+        raise ConfigError(f"{data['kind']} cannot be made of {data}: {error}") from error

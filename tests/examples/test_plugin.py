@@ -53,6 +53,8 @@ def test_it_is_listed_and_found_by_name(installed):
         "vdcache-window 0.1.0",
         "window-residual-N",
         "Reused steps attend in a window of N tokens",
+        "Doubling",
+        "Damped",
         "keep-window-residual{window=3}: keep what full attention has besides",
     ):
         assert text in out, out

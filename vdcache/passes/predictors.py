@@ -22,6 +22,7 @@ from vdcache.passes.filters import waves
 
 __all__ = [
     "LAST",
+    "PREDICTORS",
     "Blended",
     "ByGroup",
     "Extrapolated",
@@ -331,7 +332,7 @@ class ByGroup:
         return f"by_group(({groups}{',' if len(self.groups) == 1 else ''}), {self.other})"
 
 
-_KINDS: dict[str, Callable[..., Any]] = {
+PREDICTORS: dict[str, Callable[..., Any]] = {
     "last": LastValue,
     "taylor": Taylor,
     "scaled": Scaled,
@@ -347,7 +348,7 @@ def read_predictor(text: str) -> Predictor | ByGroup:
     Raises:
         ConfigError: no such predictor, or one of a function, which no text holds.
     """
-    kinds = _KINDS | {kind.value.__name__: kind.value for kind in plugins("vdcache.predictors")}
+    kinds = PREDICTORS | {kind.value.__name__: kind.value for kind in plugins("vdcache.predictors")}
 
     def value(node: ast.AST) -> Any:
         if isinstance(node, ast.Name) and node.id in kinds:

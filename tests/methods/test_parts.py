@@ -1,0 +1,44 @@
+"""The parts of recipes are listed with what they do, and what is none is refused where a recipe is made."""
+
+import json
+
+import pytest
+
+import vdcache
+from vdcache.methods.parts import parts
+from vdcache.passes import MarkBranches, MergeSlots
+
+
+def test_every_part_has_a_name_and_a_sentence():
+    found = parts()
+    names = {(p.group, p.name) for p in found}
+    assert {
+        ("policy", "AdaCache"),
+        ("policy", "Threshold"),
+        ("predictor", "taylor"),
+        ("predictor", "last"),
+        ("mask", "window"),
+    } <= names
+    assert len(names) == len(found)
+    assert all(p.sentence and not p.sentence.startswith(p.name + "(") for p in found), [p for p in found if not p.sentence]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ((vdcache.Always, (MarkBranches(),)), "for a policy; give a value"),
+        ((3, (MarkBranches(),)), "has 3 for a policy"),
+        ((vdcache.Always(), (MarkBranches(), MergeSlots)), "among its passes; give values"),
+    ],
+)
+def test_what_is_no_part_is_refused(given, message):
+    with pytest.raises(vdcache.ConfigError, match=message):
+        vdcache.Recipe("x", *given)
+    assert vdcache.Recipe("x", vdcache.Always(), MarkBranches()).passes == (MarkBranches(),)
+
+
+def test_a_misspelt_option_in_a_file_is_named():
+    data = json.loads(vdcache.Recipe("x", vdcache.Scheduled(vdcache.Listed((0, 1)))).to_json())
+    data["policy"]["nope"] = 3
+    with pytest.raises(vdcache.ConfigError, match=r"Scheduled cannot be made of .*nope"):
+        vdcache.Recipe.from_json(json.dumps(data))

@@ -1,0 +1,53 @@
+"""What recipes are made of besides passes: policies, predictors and masks, vdcache's own and those of other packages."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, is_dataclass
+from typing import Any
+
+from vdcache.ir.masks import MASKS
+from vdcache.ir.plugins import plugins
+from vdcache.passes.predictors import PREDICTORS
+from vdcache.recipe import KINDS
+
+__all__ = ["Part", "parts"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of them.
+
+    Args:
+        group: "policy", "predictor" or "mask".
+        name: as code and texts name it.
+        sentence: the first of its docstring.
+        origin: "vdcache", or the package that brings it.
+    """
+
+    group: str
+    name: str
+    sentence: str
+    origin: str
+
+
+def parts() -> tuple[Part, ...]:
+    """All policies, predictors and masks, vdcache's own first in each group."""
+    policies = {name: kind for name, kind in KINDS.items() if hasattr(kind, "plans")}
+    return (
+        *_group("policy", policies, "vdcache.policies", lambda kind: kind.__name__),
+        *_group("predictor", PREDICTORS, "vdcache.predictors", lambda kind: kind.__name__),
+        *_group("mask", MASKS, "vdcache.masks", lambda kind: kind.name),
+    )
+
+
+def _group(group: str, own: dict[str, Any], entry_points: str, name_of: Callable[[Any], str]) -> list[Part]:
+    foreign = [p for p in plugins(entry_points) if isinstance(p.value, type) and is_dataclass(p.value)]
+    theirs = {p.value for p in foreign}
+    found = [Part(group, name, _sentence(kind), "vdcache") for name, kind in own.items() if kind not in theirs]
+    return found + [Part(group, name_of(p.value), _sentence(p.value), p.origin) for p in foreign]
+
+
+def _sentence(kind: Any) -> str:
+    return " ".join((inspect.getdoc(kind) or "").partition("\n\n")[0].split())
