@@ -6,6 +6,7 @@ import pytest
 
 import vdcache
 from vdcache.methods.parts import parts
+from vdcache.methods.registry import recipe
 from vdcache.passes import MarkBranches, MergeSlots
 
 
@@ -42,3 +43,29 @@ def test_a_misspelt_option_in_a_file_is_named():
     data["policy"]["nope"] = 3
     with pytest.raises(vdcache.ConfigError, match=r"Scheduled cannot be made of .*nope"):
         vdcache.Recipe.from_json(json.dumps(data))
+
+
+def package(monkeypatch, *points):
+    from vdcache.ir import plugins
+
+    monkeypatch.setattr(plugins, "_loaded", lambda group, path: points if group == "vdcache.recipes" else ())
+    monkeypatch.setattr(plugins, "_said", set())
+
+
+def test_two_packages_with_one_name(monkeypatch):
+    from vdcache.ir.plugins import Plugin
+
+    first, second = (Plugin("calm-D", f"{p} 1.0", lambda d: vdcache.Recipe("calm", vdcache.Always())) for p in ("one", "two"))
+    package(monkeypatch, first, second)
+    with pytest.warns(
+        vdcache.VdcacheWarning, match=r"passes over 'calm-D' of two 1.0 .*: that of one 1.0 has the same name and is taken"
+    ):
+        assert recipe("calm-0.5").name == "calm"
+
+
+def test_a_recipe_that_cannot_be_made_names_its_package(monkeypatch):
+    from vdcache.ir.plugins import Plugin
+
+    package(monkeypatch, Plugin("calm-D", "one 1.0", lambda: vdcache.Recipe("calm", vdcache.Always())))
+    with pytest.raises(vdcache.ConfigError, match=r"'calm-D' of one 1.0 could not be made of \[0.5\]: TypeError"):
+        recipe("calm-0.5")

@@ -46,10 +46,12 @@ def plugins(group: str, wrong: Callable[[Plugin], str] = lambda plugin: "") -> t
         group: one of `GROUPS`.
         wrong: why one is not what the group holds, "" where it is.
     """
-    found = []
+    found: list[Plugin] = []
     for plugin in _loaded(group, tuple(sys.path)):
         if isinstance(plugin.value, _Broken):
             reason = plugin.value.reason
+        elif first := next((p for p in found if p.name == plugin.name), None):
+            reason = f"that of {first.origin} has the same name and is taken"
         elif not (reason := wrong(plugin)):
             found.append(plugin)
             continue

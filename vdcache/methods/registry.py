@@ -254,7 +254,14 @@ def _of_plugin(plugin: Plugin) -> Named:
     letters = re.findall(r"(?<=-)[ND](?=-|$)", plugin.name)
 
     def make(*texts: str) -> Recipe:
-        made = value(*(int(t) if letter == "N" else float(t) for letter, t in zip(letters, texts, strict=True)))
+        given = [int(t) if letter == "N" else float(t) for letter, t in zip(letters, texts, strict=True)]
+        try:
+            made = value(*given)
+        except ConfigError:
+            raise
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}"
+            raise ConfigError(f"'{plugin.name}' of {plugin.origin} could not be made of {given}: {said}") from error
         if not isinstance(made, Recipe):
             raise ConfigError(f"'{plugin.name}' of {plugin.origin} makes {type(made).__name__}, which is no vdcache.Recipe")
         return made
