@@ -33,10 +33,12 @@ def test_everything_is_put_back():
 
 
 def test_every_capture_is_the_same():
+    """Torch's own export drops rules for fake tensors that it found (that of `item` among them); capturing drops none."""
     x, w = torch.randn(3, 4), torch.randn(4, 4)
+    rules = set(op_implementations_dict)
     for _ in range(3):
         assert LINEAR in targets(torch.nn.functional.linear, x, w)
-        assert aten.item.default in op_implementations_dict, "a fake rule of torch's own outlives it"
+        assert rules <= set(op_implementations_dict)
 
 
 def test_the_last_to_leave_puts_everything_back():
