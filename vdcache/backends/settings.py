@@ -60,9 +60,7 @@ class Settings:
         check_lowering(self.tiles)
         auto = self.recipe.policy
         if isinstance(auto, Auto) and self.num_steps is not None and auto.speedup is not None and not auto.floor_db:
-            Goal.of(auto).count(
-                self.num_steps
-            )  # what no schedule of so few steps reaches is an error now, not after a generation
+            Goal.of(auto).count(self.num_steps)  # what no schedule of so few steps reaches is an error now
 
     @staticmethod
     def of(options: Mapping[str, Any] | None) -> Settings:

@@ -191,10 +191,7 @@ class _Reader:
         self, line: Line, text: str, graph: fx.Graph, nodes: dict[int, fx.Node], values: dict[fx.Node, Any]
     ) -> tuple[fx.Node, Any]:
         """A node that calls an operation, and what it gives for fake values."""
-        call = line.call(text)
-        target = line.target(ast.unparse(call.func))
-        args = tuple(line.argument(a, _among(line, nodes)) for a in call.args)
-        named = {str(k.arg): line.argument(k.value, _among(line, nodes)) for k in call.keywords}
+        target, args, named = line.operation(text, _among(line, nodes))
         name = target._overloadpacket.__name__ if isinstance(target, torch._ops.OpOverload) else None
         node = graph.create_node("call_function", target, args, named, name=name)
         given, by_name = pytree.tree_map(

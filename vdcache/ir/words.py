@@ -125,6 +125,13 @@ class Line:
             raise self.wrong("an operation has its arguments in brackets, as in relu(%2)")
         return call
 
+    def operation(self, text: str, value_of: Callable[[str], Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+        """An operation, its arguments, and those with a name."""
+        call = self.call(text)
+        target = self.target(ast.unparse(call.func))
+        args = tuple(self.argument(a, value_of) for a in call.args)
+        return target, args, {str(k.arg): self.argument(k.value, value_of) for k in call.keywords}
+
     def target(self, name: str) -> Any:
         """The operation of a name."""
         if name in dialect.FUNCTIONS:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 from vdcache.ir.masks import MASKS
 from vdcache.ir.plugins import plugins
+from vdcache.passes.catalogue import first_sentence
 from vdcache.passes.predictors import PREDICTORS
 from vdcache.recipe import KINDS
 
@@ -45,9 +45,5 @@ def parts() -> tuple[Part, ...]:
 def _group(group: str, own: dict[str, Any], entry_points: str, name_of: Callable[[Any], str]) -> list[Part]:
     foreign = [p for p in plugins(entry_points) if isinstance(p.value, type) and is_dataclass(p.value)]
     theirs = {p.value for p in foreign}
-    found = [Part(group, name, _sentence(kind), "vdcache") for name, kind in own.items() if kind not in theirs]
-    return found + [Part(group, name_of(p.value), _sentence(p.value), p.origin) for p in foreign]
-
-
-def _sentence(kind: Any) -> str:
-    return " ".join((inspect.getdoc(kind) or "").partition("\n\n")[0].split())
+    found = [Part(group, name, first_sentence(kind), "vdcache") for name, kind in own.items() if kind not in theirs]
+    return found + [Part(group, name_of(p.value), first_sentence(p.value), p.origin) for p in foreign]

@@ -17,6 +17,7 @@ __all__ = [
     "catalogue",
     "documented_options",
     "fields_page",
+    "first_sentence",
     "known_facts",
     "known_passes",
     "page",
@@ -148,9 +149,8 @@ def fields_page(*kinds: type) -> str:
     """Dataclasses as Markdown: what each is, and a row for each field. `docs/ir.md` holds those of the patterns."""
     lines: list[str] = []
     for kind in kinds:
-        sentence = (inspect.getdoc(kind) or "").partition("\n\n")[0]
         documented = documented_options(kind)
-        lines += [f"### {kind.__name__}", "", " ".join(sentence.split()), "", "| field | |", "|---|---|"]
+        lines += [f"### {kind.__name__}", "", first_sentence(kind), "", "| field | |", "|---|---|"]
         lines += [f"| `{f.name}` | {documented[f.name]} |" for f in fields(kind) if not f.name.startswith("_")]
         others = {
             n: v for n, v in vars(kind).items() if not n.startswith("_") and (inspect.isfunction(v) or isinstance(v, property))
@@ -161,9 +161,14 @@ def fields_page(*kinds: type) -> str:
                 if isinstance(value, property)
                 else f"({', '.join(p for p in inspect.signature(value).parameters if p != 'self')})"
             )
-            lines.append(f"| `{name}{call}` | {' '.join((inspect.getdoc(value) or '').partition(chr(10) * 2)[0].split())} |")
+            lines.append(f"| `{name}{call}` | {first_sentence(value)} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def first_sentence(thing: Any) -> str:
+    """What a docstring begins with, up to the first blank line, on one line."""
+    return " ".join((inspect.getdoc(thing) or "").partition("\n\n")[0].split())
 
 
 def documented_options(kind: type) -> dict[str, str]:

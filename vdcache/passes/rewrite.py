@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -149,11 +148,7 @@ def _read(before: str, after: str) -> tuple[Pattern, tuple[_Line, ...]]:
         if not equals:
             lines.append(_Line("", None, (value(name[1:]),), {}))
             continue
-        operation = row.call(text)
-        target = row.target(ast.unparse(operation.func))
-        args = tuple(row.argument(a, value) for a in operation.args)
-        named = {str(k.arg): row.argument(k.value, value) for k in operation.keywords}
-        lines.append(_Line(name[1:], target, args, named))
+        lines.append(_Line(name[1:], *row.operation(text, value)))
         known.add(name[1:])
     if not lines:
         raise ConfigError("a replacement has at least one line: '%x' for a value that is there already")
