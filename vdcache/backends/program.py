@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 import time
 from collections.abc import Hashable, Sequence
@@ -125,7 +126,8 @@ class Program:
         self.anatomy: Anatomy = anatomy(self.guarded)
         self._sites = tile_sites(self.guarded)
         self.structure = _structure(self.guarded)
-        self.kind: Hashable = (frame, self.structure)
+        kind = frame, self.structure, _constants(self.guarded)
+        self.kind: Hashable = _kinds.setdefault(kind, len(_kinds))
 
         given = graph_inputs(captured.graph.graph)
         names = [n.name for n in given]
@@ -140,6 +142,18 @@ class Program:
             *self.clocks,
         }  # a timestep's own dtype says nothing of what is kept: pipelines change it
         self.activations = tuple(i for i in range(len(names)) if i not in timed)
+        self.latents = tuple(names.index(x) for x in self.anatomy.latents)
+        written = {at for _, at in captured.signature.mutations}  # by the model itself: its state, which says nothing of a call
+        sizes = {str(d) for v in self.fakes if isinstance(v, Tensor) for d in v.shape if isinstance(d, torch.SymInt)}
+        self.conditioning = tuple(
+            i
+            for i in self.activations
+            if i not in self.latents
+            and i not in written
+            and not (isinstance(self.fakes[i], torch.SymInt) and str(self.fakes[i]) in sizes)
+        )
+        self._weights = tuple(i for i in self.static if i not in written)
+        self._pick_weights = operator.itemgetter(*self._weights) if len(self._weights) > 1 else None
         self.context = Context()
         self.making = threading.RLock()
 
@@ -202,6 +216,10 @@ class Program:
     def _facts(self) -> frozenset[Fact]:
         passes = self.settings.recipe.pipeline
         return frozenset().union(*(p.ensures for p in passes), Pipeline(()).given)
+
+    def weights(self, inputs: Sequence[Any]) -> Sequence[Tensor]:
+        """The parameters and buffers among the inputs of a call that the model does not write into itself."""
+        return self._pick_weights(inputs) if self._pick_weights is not None else [inputs[i] for i in self._weights]
 
     def narrow(self, plan: Plan) -> Plan:
         """What of a plan concerns this graph: groups without a slot in it make no variant of their own."""
@@ -426,3 +444,13 @@ def _structure(graph: fx.GraphModule) -> tuple[Hashable, ...]:
             value = n.args[0].meta.get("val")
             found.append((str(n.args[1]), getattr(value, "dtype", None)))
     return tuple(found)
+
+
+_kinds: dict[Hashable, int] = {}  # a small number for each, because it is hashed at every call
+
+
+def _constants(graph: fx.GraphModule) -> tuple[float, ...]:
+    """The floats that stand in the graph, in order: settings of the model that Dynamo takes for constant, as the scale of an adapter."""
+    return tuple(
+        a for n in graph.graph.nodes if n.op == "call_function" for a in (*n.args, *n.kwargs.values()) if isinstance(a, float)
+    )

@@ -12,7 +12,7 @@ from vdcache.runtime.history import Record
 from vdcache.runtime.measures import Layout
 from vdcache.runtime.plan import Plan
 
-__all__ = ["CompiledGraph", "Emitted", "LaneScope", "Listener", "Look", "Needs", "Probed", "Recorder", "Ticket"]
+__all__ = ["CallKey", "CompiledGraph", "Emitted", "LaneScope", "Listener", "Look", "Needs", "Probed", "Recorder", "Ticket"]
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,11 @@ class CompiledGraph(Protocol):
     @property
     def latent(self) -> int | None: ...
     @property
+    def latents(self) -> tuple[int, ...]: ...  # what the denoising loop updates, `latent` first
+    @property
     def activations(self) -> tuple[int, ...]: ...  # all but parameters and timesteps
+    @property
+    def conditioning(self) -> tuple[int, ...]: ...  # activations but for latents, sizes of tensors, and what it writes into
     @property
     def static(self) -> tuple[int, ...]: ...  # parameters and buffers
     @property
@@ -99,6 +103,9 @@ class CompiledGraph(Protocol):
     @property
     def unobserved(self) -> tuple[str, ...]: ...  # why what the recipe observes is not seen in it
 
+    def weights(self, inputs: Sequence[Any]) -> Sequence[Tensor]:
+        """The parameters and buffers among its inputs that it does not write into itself."""
+
     def narrow(self, plan: Plan) -> Plan:
         """What of a plan concerns this graph."""
 
@@ -107,6 +114,25 @@ class CompiledGraph(Protocol):
 
     def warm_up(self) -> None:
         """Compile every variant."""
+
+
+@dataclass(frozen=True)
+class CallKey:
+    """What the cached values of a call belong to, within one generation.
+
+    Args:
+        graph: the kind of graph, and which weights where one graph serves several blocks.
+        call: how often the graph ran before in this lane of the step.
+        lane: the caller's name for the lane, the conditioning of the step's call, and that of the graph's own inputs.
+        weights: changes whenever a weight does.
+        forms: shape, dtype and device of every activation.
+    """
+
+    graph: Hashable
+    call: int
+    lane: tuple[int | str | None, int, int]
+    weights: int
+    forms: Hashable
 
 
 Emitted = tuple[CompiledGraph, dict[str, Tensor]]  # a graph, and its emitted values by name
@@ -120,7 +146,7 @@ class Ticket:
 
     graph: CompiledGraph
     plan: Plan
-    key: Hashable
+    key: CallKey
     needs: Needs
     reads: list[Tensor]
     before: list[Tensor] | None

@@ -1,9 +1,10 @@
-"""Which generation, step and lane is this call? (DESIGN section 7)
+"""Which generation and step is this call? (DESIGN section 7)
 
-The clock sees what the graph sees: the values of its candidates (inputs with a path into a sinusoidal embedding) and the
-latent. A new value is a new step; a jump back is a new generation; the same value with the same latent is the next
-lane; with another latent it is a further step (second-order solvers, 16-bit timesteps that collide) or, at the
-generation's first value, a restart.
+The clock sees what the graph sees: the values of its candidates (inputs with a path into a sinusoidal embedding), and whether a call
+repeats an earlier one of the same step with another latent. A new value is a new step; a jump back is a new generation; the same
+value is another lane, unless it repeats a call of this step with another latent. Windows and tiles do that at every timestep, the
+first among them; solvers of second order do it at every timestep but the first. So a generation whose first timestep is repeated
+has windows, whose calls are one step; in any other a repeated call is a further step.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 
 __all__ = ["Clock", "Reading", "Tick"]
 
+Form = tuple[tuple[int, ...], object, object]  # shape, dtype, device
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -21,17 +24,26 @@ class Reading:
     Args:
         keys: the value of every candidate, flattened; a candidate that never changes is no timestep and does no harm.
         coarse: whether a candidate is a 16-bit number, so that neighbouring steps may share its value.
-        form: shape, dtype and device of the latent.
+        form: shape, dtype and device of the latent; None where no latent is known.
     """
 
     keys: tuple[tuple[float, ...], ...]
     coarse: bool
-    form: object
+    form: Form | None
 
 
 @dataclass(frozen=True)
 class Tick:
-    """Where a call stands. `new_step` marks the first lane of a step, `new_generation` the first of a generation."""
+    """Where a call stands.
+
+    Args:
+        generation, step, lane: each counted from 0; `lane` is the place among the calls of the step.
+        new_step: the first call of a step.
+        new_generation: the first call of a generation.
+        repeated: a call of this step with the same conditioning had another latent, or a neighbouring step may be such a call:
+            nobody can tell whose values are cached.
+        mixed: some samples of the batch went on, others began anew: this generation says nothing of how long one is.
+    """
 
     generation: int
     step: int
@@ -39,66 +51,128 @@ class Tick:
     new_step: bool
     new_generation: bool
     timestep: float | None = None
+    repeated: bool = False
+    mixed: bool = False
 
 
 class Clock:
-    """Tells generation, step and lane from readings, one a call."""
+    """Tells generation and step from readings, one a call."""
 
     def __init__(self) -> None:
         self.generation = -1
         self.step = -1
         self.lane = 0
         self._reading: Reading | None = None
+        self._first: Reading | None = None  # of this generation
+        self._first_repeats = False  # the first timestep came again with another latent, as every later one has so far
+        self._repeats = False  # the current timestep did
         self._direction = 0
-        self._usual_direction = 0  # of the last generation that showed one: the second step of the next cannot tell alone
+        self._expected = 0  # the direction that this generation will take, guessed at its first call
+        self._usual_direction = 0  # of the last generation that showed one
+        self._in_doubt = False  # the guess was wrong for the generation before, which had one step
+        self._range: tuple[float, float] | None = None  # timesteps of all generations so far
+        self._which = 0  # the candidate that is the timestep, as far as is known
 
     def begin(self) -> None:
         """A new generation starts with the next reading, whatever it shows."""
         self._reading = None
 
-    def tick(self, reading: Reading, same_latent: Callable[[], bool]) -> Tick:
+    def tick(self, reading: Reading, repeated: Callable[[], bool], last: bool = False) -> Tick:
         """Place one call.
 
         Args:
-            same_latent: whether the latent is the one of the call before; asked only where the answer matters.
+            repeated: whether a call of this step had the same conditioning and another latent; asked only where it matters.
+            last: the current step is the last one that was announced.
         """
         before = self._reading
         self._reading = reading
-        if before is None or before.form != reading.form or len(before.keys) != len(reading.keys):
+        if before is None or self._first is None or len(before.keys) != len(reading.keys):
             return self._new_generation(reading)
         if before.keys == reading.keys:
-            if same_latent():
-                self.lane += 1
-                return self._at(reading, new_step=False)
-            if self.step == 0 and not reading.coarse:
-                return self._new_generation(reading)
-            return self._new_step(reading)
-        direction = _direction(before.keys, reading.keys)
-        expected = self._direction or self._usual_direction
-        if expected and direction and direction != expected:
+            return self._same_timestep(reading, repeated, last)
+        if before.keys != self._first.keys and not self._repeats:
+            self._first_repeats = False  # no windows: those are there at every timestep
+        self._repeats = False
+        if not _same_but_for_batch(before.form, reading.form):
             return self._new_generation(reading)
+        direction = self._direction_to(before, reading)
+        if direction is None:
+            return self._new_generation(reading, mixed=True)
+        expected = self._direction or self._expected
+        if expected and direction and direction != expected:
+            guessed_wrong = not self._direction and self.step == 0
+            if not (guessed_wrong and self._in_doubt):
+                return self._new_generation(reading, in_doubt=guessed_wrong)
         self._direction = self._direction or direction
+        self._in_doubt = False
         return self._new_step(reading)
 
-    def _new_generation(self, reading: Reading) -> Tick:
+    def _same_timestep(self, reading: Reading, repeated: Callable[[], bool], last: bool) -> Tick:
+        if not repeated():
+            self.lane += 1
+            return self._at(reading)
+        first = self._first is not None and self._first.keys == reading.keys
+        if last and not self._first_repeats:
+            return self._new_generation(reading)  # the generation is complete
+        self._repeats, self._first_repeats = True, self._first_repeats or first
+        if reading.coarse or not self._first_repeats:
+            return self._new_step(reading, repeated=self._first_repeats)
+        self.lane += 1
+        return self._at(reading, repeated=True)
+
+    def _new_generation(self, reading: Reading, *, mixed: bool = False, in_doubt: bool = False) -> Tick:
         self._usual_direction = self._direction or self._usual_direction
-        self._direction = 0
+        self._direction, self._expected = 0, self._usual_direction
+        if self._usual_direction and self._range is not None and (now := self._timestep(reading)) is not None:
+            # From an end of the range there is one way to go: a run the other way round (inversion) begins at the other end.
+            low, high = self._range
+            self._expected = -1 if now == high else 1 if now == low else self._usual_direction
+        self._first, self._first_repeats, self._repeats, self._in_doubt = reading, False, False, in_doubt
         self.generation += 1
         self.step, self.lane = 0, 0
-        return self._at(reading, new_step=True, new_generation=True)
+        return self._at(reading, new_step=True, new_generation=True, mixed=mixed)
 
-    def _new_step(self, reading: Reading) -> Tick:
+    def _new_step(self, reading: Reading, repeated: bool = False) -> Tick:
         self.step, self.lane = self.step + 1, 0
-        return self._at(reading, new_step=True)
+        return self._at(reading, new_step=True, repeated=repeated)
 
-    def _at(self, reading: Reading, new_step: bool, new_generation: bool = False) -> Tick:
+    def _at(
+        self,
+        reading: Reading,
+        *,
+        new_step: bool = False,
+        new_generation: bool = False,
+        repeated: bool = False,
+        mixed: bool = False,
+    ) -> Tick:
+        if (now := self._timestep(reading)) is not None:
+            low, high = self._range or (now, now)
+            self._range = min(low, now), max(high, now)
         timestep = max(reading.keys[0]) if reading.keys and reading.keys[0] else None
-        return Tick(self.generation, self.step, self.lane, new_step, new_generation, timestep)
+        return Tick(self.generation, self.step, self.lane, new_step, new_generation, timestep, repeated, mixed)
+
+    def _timestep(self, reading: Reading) -> float | None:
+        found = reading.keys[self._which] if self._which < len(reading.keys) else ()
+        return max(found) if found else None
+
+    def _direction_to(self, before: Reading, now: Reading) -> int | None:
+        """Where the first candidate that changed went: 1 up, −1 down, 0 where that cannot be said; None where some of its values
+        went up and others down.
+        """
+        for which, (a, b) in enumerate(zip(before.keys, now.keys, strict=True)):
+            if a == b or not a or not b:
+                continue
+            if which != self._which:
+                self._which, self._range = which, None
+            if len(a) != len(b):  # a lane more or less in the batch
+                return (max(b) > max(a)) - (max(b) < max(a))
+            signs = {(y > x) - (y < x) for x, y in zip(a, b, strict=True)} - {0}
+            return signs.pop() if len(signs) == 1 else None if signs else 0
+        return 0
 
 
-def _direction(before: tuple[tuple[float, ...], ...], now: tuple[tuple[float, ...], ...]) -> int:
-    """Where the first candidate that changed went: 1 up, −1 down, 0 where its largest value stayed."""
-    for a, b in zip(before, now, strict=True):
-        if a != b and a and b:
-            return (max(b) > max(a)) - (max(b) < max(a))
-    return 0
+def _same_but_for_batch(a: Form | None, b: Form | None) -> bool:
+    """Whether two latents are alike but for the number of samples, which guidance changes when it begins or ends."""
+    if a is None or b is None:
+        return a is b
+    return a[0][1:] == b[0][1:] and len(a[0]) == len(b[0]) and a[1:] == b[1:]

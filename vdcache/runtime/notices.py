@@ -94,6 +94,14 @@ class Notices:
             "recompiling (torch._dynamo.config.recompile_limit): vary fewer shapes and Python values, or compile with dynamic=True.",
         )
 
+    def several_latents(self) -> None:
+        self._warn(
+            "several latents",
+            "the model is called several times at one timestep with different latents, and nothing else in its inputs tells the calls apart "
+            "(windows of frames, tiles, or requests in turn), so nothing is reused for them. Say which is which: "
+            "session.begin(steps), session.step() at each denoising step, and session.lane(name) before each call.",
+        )
+
     def no_clock(self) -> None:
         self._warn(
             "no clock",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,17 +16,24 @@ from vdcache.ir.checks import step_count
 from vdcache.ir.checks import timestep as checked_timestep
 from vdcache.ir.dialect import group_of
 from vdcache.ir.errors import CacheStateError, ConfigError
-from vdcache.runtime.call import CompiledGraph, Emitted, LaneScope, Listener, Look, Recorder, Ticket
+from vdcache.runtime.call import CallKey, CompiledGraph, Emitted, LaneScope, Listener, Look, Recorder, Ticket
 from vdcache.runtime.clock import Clock, Reading, Tick
 from vdcache.runtime.history import History, Record, tell
+from vdcache.runtime.lane_table import Held, Lane, LaneTable, Question, compare
 from vdcache.runtime.measures import Layout, Measured, count_of, measured
 from vdcache.runtime.notices import Notices
 from vdcache.runtime.plan import RECOMPUTE, Plan
 from vdcache.runtime.policies import Always, Policy
 from vdcache.runtime.read import read
 from vdcache.runtime.store import Store
+from vdcache.runtime.weights_token import WeightsToken
 
 __all__ = ["Session"]
+
+MOST_MADE = 256  # results of graphs that are remembered
+MOST_LENGTHS = 64  # lengths of generations that are remembered
+NOTHING_STORED = "nothing is stored for this lane"
+SEVERAL_LATENTS = "this step had several latents of one conditioning"
 
 
 @dataclass
@@ -39,33 +47,12 @@ class _Pending:
 
 
 @dataclass
-class _Latent:
-    """The latent of the call before, as far as it takes to know it again."""
-
-    tensor: Tensor
-    version: int | None
-
-    @staticmethod
-    def of(tensor: Tensor) -> _Latent:
-        # Inference tensors count no versions: whoever writes into one cannot be told from who does not, so a copy is kept.
-        if tensor.is_inference():
-            return _Latent(tensor.clone(), None)
-        return _Latent(tensor, tensor._version)
-
-    def unchanged(self) -> bool:
-        return self.version is None or self.tensor._version == self.version
-
-    def is_same_object(self, tensor: Tensor) -> bool:
-        return self.version is not None and tensor is self.tensor and self.unchanged()
-
-
-@dataclass
 class Session:
     """Drives the caching of one model.
 
     Without a word from the caller the session tells generations, steps and lanes from what the model receives. The methods
-    `begin`, `step` and `lane` say it outright; what they say always wins, reads no value of the device and so never waits for
-    it.
+    `begin`, `step` and `lane` say it outright, and what they say always wins. A cached value belongs to the weights, the
+    conditioning (`lane_table`), the shapes and the lane's name, never to the order of calls.
 
     Args:
         policy: when to recompute.
@@ -102,9 +89,25 @@ class Session:
         self._step, self._generation = -1, -1
         self._hit = False  # something was reused in this generation
         self._lane: int | str = 0
+        self._lane_name: int | str | None = None  # what the caller calls it
+        self._lane_id = -1  # of the conditioning of the call that began the lane
+        self._placed_new = False
+        self._placed: Lane | None = None  # the lane of the graph that began this lane, until that graph has taken it
+        self._repeated = False  # that graph ran in this step with the same conditioning and another latent
+        self._unsure = False  # the step may be no step: its timestep is that of the one before, with another latent
+        self._tables: dict[Hashable, LaneTable] = {}
+        self._labels: dict[Hashable, int] = {}  # of each family, how many lanes it has in this generation
+        self._seen: dict[Hashable, list[Held]] = {}  # of each call of this step, its latents and what moves with the timestep
+        self._ambiguous: dict[tuple[int | str | None, int, int], int] = {}  # lanes, and the last step of several latents
+        self._made: dict[
+            int, tuple[weakref.ref[Tensor], Hashable]
+        ] = {}  # what graphs returned lately, and under which conditioning
+        self._weights = WeightsToken()
+        self._weights_of: dict[CompiledGraph, tuple[int, int]] = {}  # the step in which the weights of a graph were looked at
+        self._token = 0
+        self._lengths: dict[tuple[float, ...], int] = {}  # first two timesteps -> steps of the generation that began so
         self._timestep: float | None = None
         self._timesteps: list[float] = []  # of this generation
-        self._latent: _Latent | None = None
         self._pending: list[_Pending] = []
         self._step_records: list[Record] = []
         self._ticker: Hashable = None
@@ -120,10 +123,12 @@ class Session:
         self._begun = False  # begin() was called and no step has started since
         self._syncs = 0
         self._emitted: list[Emitted] = []
-        self._first_lane: dict[Hashable, _Latent] = {}  # what graphs returned in the first lane of this step
+        self._first_lane: dict[Hashable, Held] = {}  # what graphs returned in the first lane of this step
         self._same_halves: bool | None = None  # of this generation's batch; None where nobody has looked
-        self._computed: dict[Hashable, dict[str, tuple[int, int]]] = {}  # of each lane: group -> last computed step, how many
-        self._due: dict[Hashable, int] = {}  # graph, call and group -> the last step that was planned to compute it
+        self._computed: dict[CallKey, dict[str, tuple[int, int]]] = {}  # of each lane: group -> last computed step, how many
+        self._due: dict[
+            tuple[Hashable, int, str], int
+        ] = {}  # graph, call and group -> the last step that was planned to compute it
 
     def __repr__(self) -> str:
         done = self.history.computed_steps() if len(self.history) else []
@@ -171,8 +176,7 @@ class Session:
         """The generation is over, also where it was cut short: free what it kept. The next call begins another one."""
         self.store.drop()
         self._computed.clear()
-        self._latent = None
-        self._first_lane.clear()
+        self._forget_lanes()
         self._clock.begin()
         self._explicit_step, self._begun = False, False
 
@@ -267,7 +271,15 @@ class Session:
         if self._in_forward is not None:
             self._in_forward += 1
         call = self._calls[who] = self._calls.get(who, -1) + 1
-        key = (who, call, self._lane, _forms(inputs, graph.activations))
+        own, new = self._own_lane(graph, inputs)
+        lane = (self._lane_name, self._lane_id, own.id)
+        repeated = self._repeats(graph, who, call, lane, inputs) or self._repeated
+        if repeated:
+            self._ambiguous[lane] = self._step
+            if follows and self._step > 0 and self._skips and self.num_steps is not None:
+                self._notices.several_latents()
+        changed = self._look_at_weights(graph, inputs)
+        key = CallKey(who, call, lane, self._token, _forms(inputs, graph.activations))
         seen = Look()
         if graph.probes:
             earlier = self.store.get(key, [p.layout.name for p in graph.probes])
@@ -287,8 +299,12 @@ class Session:
         reads: list[Tensor] = []
         if plan:
             found = self.store.get(key, graph.needs(plan).reads)
-            if found is None:
-                plan, why = RECOMPUTE, "nothing is stored for this lane"
+            if changed:
+                plan, why = RECOMPUTE, "the weights changed"
+            elif repeated or (found is not None and self._is_ambiguous(key, plan)):
+                plan, why = RECOMPUTE, SEVERAL_LATENTS
+            elif found is None:
+                plan, why = RECOMPUTE, "its conditioning is new" if new else NOTHING_STORED
             elif self._is_stale(key, plan):
                 plan, why = RECOMPUTE, "this lane sat out the last computed step"
             else:
@@ -338,8 +354,14 @@ class Session:
         """Keep what a call computed for later steps."""
         if (lanes := ticket.graph.lanes) is not None and lanes.mode == "calls":
             value = results[lanes.output]
-            if isinstance(value, Tensor) and ticket.key[0:2] not in self._first_lane:  # type: ignore[index]
-                self._first_lane[ticket.key[0:2]] = _Latent.of(value)  # type: ignore[index]
+            at = ticket.key.graph, ticket.key.call
+            if isinstance(value, Tensor) and at not in self._first_lane:
+                self._first_lane[at] = Held(value)
+        for number, result in enumerate(results):
+            if isinstance(result, Tensor):
+                self._made[id(result)] = weakref.ref(result), (ticket.key.graph, ticket.key.call, ticket.key.lane, number)
+        while len(self._made) > MOST_MADE:
+            del self._made[next(iter(self._made))]
         if ticket.keep:
             names, values = [*saved, *observed], [*saved.values(), *observed.values()]
             for probe, value in zip(ticket.graph.probes, ticket.look.values, strict=True):
@@ -351,7 +373,7 @@ class Session:
             for group in ticket.needs.computes:
                 own[group] = (self._step, own.get(group, (0, 0))[1] + 1)
                 if group not in self._plan.reuse:
-                    self._due[ticket.key[0], ticket.key[1], group] = self._step  # type: ignore[index]
+                    self._due[ticket.key.graph, ticket.key.call, group] = self._step
         elif not ticket.plan:
             self._drop(ticket.key)
         if self._last():  # nothing will read this lane again
@@ -371,7 +393,7 @@ class Session:
     def _pair(self, graph: CompiledGraph, who: Hashable, call: int) -> Tensor | None:
         """What the step's first lane returned, unless its owner has written into it since."""
         first = self._first_lane.get((who, call))
-        return first.tensor if first is not None and first.unchanged() else None
+        return first.earlier() if first is not None else None
 
     def _no_pair(self, lanes: LaneScope, graph: CompiledGraph, inputs: Sequence[Any], pair: Tensor | None) -> str | None:
         """Why a lane cannot be predicted in this call; "" where it is the one that is always computed."""
@@ -411,20 +433,26 @@ class Session:
             self._why = "what was probed is not a number"
             self._notices.probe_is_no_number()
 
-    def _times(self, key: Hashable, group: str) -> tuple[int, int, int]:
+    def _times(self, key: CallKey, group: str) -> tuple[int, int, int]:
         """Steps since a group was last computed, how often it was in this generation (1 and 0 where it never was), and the
         step.
         """
         last, count = self._computed.get(key, {}).get(group, (self._step - 1, 0))
         return self._step - last, count, self._step
 
-    def _is_stale(self, key: Hashable, plan: Plan) -> bool:
+    def _is_stale(self, key: CallKey, plan: Plan) -> bool:
         """Whether the model was computed at a later step than this lane last was, as where guidance was off in between."""
         own = self._computed.get(key, {})
-        call = key[0], key[1]  # type: ignore[index]
-        return any(own.get(g, (self._step, 0))[0] < self._due.get((*call, g), -1) for g in plan.reuse)
+        return any(own.get(g, (self._step, 0))[0] < self._due.get((key.graph, key.call, g), -1) for g in plan.reuse)
 
-    def _drop(self, key: Hashable) -> None:
+    def _is_ambiguous(self, key: CallKey, plan: Plan) -> bool:
+        """Whether the lane was last computed in a step in which it had several latents, so that nobody knows whose values are kept."""
+        if (several := self._ambiguous.get(key.lane)) is None:
+            return False
+        own = self._computed.get(key, {})
+        return any(own.get(g, (-1, 0))[0] <= several for g in plan.reuse)
+
+    def _drop(self, key: CallKey) -> None:
         self.store.drop(key)
         self._computed.pop(key, None)
 
@@ -443,18 +471,16 @@ class Session:
 
     def _place(self, graph: CompiledGraph, inputs: Sequence[Any], who: Hashable) -> bool:
         """Advance the clock where this graph drives it. False for a graph that runs before the clock does."""
+        self._placed, self._repeated = None, False
         if self._explicit_step:
             # A lane begins with a forward; where nobody watches those, with the step's first graph, which comes again with every lane.
             if self._in_forward == 0 or (self._in_forward is None and self._driver in (None, who)):
                 self._driver = who
-                self._lane = self._lanes if self._explicit_lane is None else self._explicit_lane
-                self._explicit_lane = None
-                self._lanes += 1
-                self._calls.clear()
+                self._begin_lane(graph, *self._own_lane(graph, inputs), self._lanes)
             return True
         if self._drives(graph):
             self._ticker = graph.family
-            self._tick(graph, inputs)
+            self._tick(graph, inputs, who)
             return True
         if self._step < 0 or self._ticker is None:
             self._early.add(graph.family)
@@ -465,23 +491,43 @@ class Session:
     def _drives(self, graph: CompiledGraph) -> bool:
         return bool(graph.clocks) and self._ticker in (None, graph.family)
 
-    def _tick(self, graph: CompiledGraph, inputs: Sequence[Any]) -> None:
-        latent = inputs[graph.latent] if graph.latent is not None else None
-        reading, same = self._read(graph, inputs, latent)
-        tick = self._clock.tick(reading, same)
+    def _begin_lane(self, graph: CompiledGraph, lane: Lane, new: bool, place: int) -> None:
+        """The next graphs belong to this lane, until another one begins."""
+        self._lane_name, self._explicit_lane = self._explicit_lane, None
+        self._lane_id, self._placed, self._placed_new = lane.id, lane, new
+        number = lane.label if graph.conditioning else place
+        self._lane = number if self._lane_name is None else self._lane_name
+        self._lanes += 1
+        self._calls.clear()
+
+    def _tick(self, graph: CompiledGraph, inputs: Sequence[Any], who: Hashable) -> None:
+        table = self._table(graph)
+        question = table.ask(self._conditioning(graph, inputs))
+        reading, latent = self._read(graph, inputs, who, question)
+
+        def repeated() -> bool:
+            lane = table.known(question)
+            return lane is not None and self._repeats(graph, who, 0, (self._explicit_lane, lane.id, lane.id), inputs, latent)
+
+        tick = self._clock.tick(reading, repeated, last=self._last())
         self._timestep = tick.timestep
         if tick.new_generation and not self._begun:
-            self._new_generation()
-        self._latent = _Latent.of(latent) if latent is not None else None
+            self._new_generation(mixed=tick.mixed)
         self._begun = False
         if tick.new_step:
             self._new_step(tick)
-        self._lane = tick.lane if self._explicit_lane is None else self._explicit_lane
-        self._explicit_lane = None
-        self._calls.clear()
+        self._begin_lane(graph, *table.settle(question, self._generation, self._step), tick.lane)
+        if tick.new_step:
+            self._unsure = tick.repeated
+        self._repeated = tick.repeated or self._unsure
 
-    def _read(self, graph: CompiledGraph, inputs: Sequence[Any], latent: Tensor | None) -> tuple[Reading, Any]:
-        """Read the clock, and on an accelerator everything else that this call may need, with one sync."""
+    def _read(
+        self, graph: CompiledGraph, inputs: Sequence[Any], who: Hashable, question: Question
+    ) -> tuple[Reading, bool | Tensor | None]:
+        """Read the clock, and on an accelerator everything else that this call may need, with one sync.
+
+        Returns also whether the latent is that of the step's last call with the same conditioning, where that is known.
+        """
         keys: list[tuple[float, ...]] = []
         coarse = False
         wanted: list[Tensor] = []
@@ -495,44 +541,128 @@ class Session:
                 wanted.append(value)
             else:
                 keys[-1] = (float(value),)
-        before = self._latent
-        known = latent is None or (before is not None and before.is_same_object(latent))
-        comparable = (
-            not known
-            and latent is not None
-            and before is not None
-            and before.unchanged()
-            and before.tensor is not latent
-            and before.tensor.shape == latent.shape
-            and before.tensor.dtype == latent.dtype
-            and before.tensor.device == latent.device
-        )
-        waits = self._waits(wanted)
-        if comparable and waits:
-            wanted.append((before.tensor == latent).all())  # type: ignore[union-attr]
+        asked = question.wanted()
+        wanted += asked
+        same: bool | Tensor | None = None
+        if question.lane is not None and graph.latent is not None:
+            lane = (self._explicit_lane, question.lane.id, question.lane.id)
+            if held := self._seen.get((who, 0, lane)):
+                same = compare(held[0], inputs[graph.latent])
+        waits = self._waits([*wanted, *([same] if isinstance(same, Tensor) else [])])
+        if isinstance(same, Tensor):
+            wanted.append(same)
         pending = list(self._pending) if waits else []
         numbers, syncs = read([*wanted, *(p.sums for p in pending)])
         self._syncs += syncs
         for place, values in zip(places, numbers, strict=False):
             keys[place] = tuple(values)
-        if comparable and waits:
-            equal = bool(numbers[len(places)][0])
-
-        def same_latent() -> bool:
-            if known:
-                return True
-            if not comparable:
-                return False
-            if waits:
-                return equal
-            values, waited = read([(before.tensor == latent).all()])  # type: ignore[union-attr]
-            self._syncs += waited
-            return bool(values[0][0])
-
+        question.told([bool(values[0]) for values in numbers[len(places) : len(places) + len(asked)]])
+        if isinstance(same, Tensor):
+            same = bool(numbers[len(wanted) - 1][0])
         for p, values in zip(pending, numbers[len(wanted) :], strict=True):
             p.sums = torch.tensor(values, dtype=torch.float64)
+        latent = inputs[graph.latent] if graph.latent is not None else None
         form = None if latent is None else (tuple(latent.shape), latent.dtype, latent.device)
-        return Reading(tuple(keys), coarse, form), same_latent
+        return Reading(tuple(keys), coarse, form), same
+
+    # ---- whose values these are ------------------------------------------------------------------------------------
+
+    def _table(self, graph: CompiledGraph) -> LaneTable:
+        """The lanes of a kind of graph: one that Dynamo makes anew goes on with those of the other."""
+        key = graph.kind, len(graph.conditioning)
+        if key not in self._tables:
+            family = graph.family
+
+            def label() -> int:
+                number = self._labels[family] = self._labels.get(family, -1) + 1
+                return number
+
+            self._tables[key] = LaneTable(label)
+        return self._tables[key]
+
+    def _conditioning(self, graph: CompiledGraph, inputs: Sequence[Any]) -> list[Any]:
+        """The conditioning of a call. What an earlier graph of the model returned stands for that graph's own conditioning."""
+        values = [inputs[i] for i in graph.conditioning]
+        if len(self._graphs) > 1:
+            for at, value in enumerate(values):
+                made = self._made.get(id(value))
+                if made is not None and made[0]() is value:
+                    values[at] = made[1]
+        return values
+
+    def _own_lane(self, graph: CompiledGraph, inputs: Sequence[Any]) -> tuple[Lane, bool]:
+        """The lane that a graph's own conditioning tells, and whether it is new."""
+        if self._placed is not None:
+            lane, self._placed = self._placed, None
+            return lane, self._placed_new
+        table = self._table(graph)
+        question = table.ask(self._conditioning(graph, inputs))
+        if wanted := question.wanted():
+            answers, syncs = read(wanted)
+            self._syncs += syncs
+            question.told([bool(a[0]) for a in answers])
+        return table.settle(question, self._generation, self._step)
+
+    def _repeats(
+        self,
+        graph: CompiledGraph,
+        who: Hashable,
+        call: int,
+        lane: tuple[int | str | None, int, int],
+        inputs: Sequence[Any],
+        same_latent: bool | Tensor | None = None,
+    ) -> bool:
+        """Whether this step had such a call already, with another latent; this one is remembered.
+
+        What moves with the timestep counts as the latent does: where both are equal it is the same call again.
+        """
+        moving = [i for at, i in enumerate(graph.conditioning) if at in self._table(graph).moving]
+        values = [inputs[i] for i in graph.latents]
+        held = self._seen.get((who, call, lane))
+        self._seen[who, call, lane] = [*(Held(v) for v in values), *(Held(inputs[i], weak=True) for i in moving)]
+        if held is None:
+            return False
+        values += [inputs[i] for i in moving]
+        answers = [compare(h, v) for h, v in zip(held, values, strict=False)]
+        if same_latent is not None and answers:
+            answers[0] = same_latent
+        if any(a is False for a in answers):
+            return True
+        if unknown := [a for a in answers if isinstance(a, Tensor)]:
+            numbers, syncs = read(unknown)
+            self._syncs += syncs
+            return not all(n[0] for n in numbers)
+        return False
+
+    def _look_at_weights(self, graph: CompiledGraph, inputs: Sequence[Any]) -> bool:
+        """Look at a graph's weights at its first call in a step. Whether they changed: then no cached value counts any more."""
+        now = self._generation, self._step
+        if self._weights_of.get(graph) == now:
+            return False
+        self._weights_of[graph] = now
+        before, self._token = self._token, self._weights.check(graph, graph.kind, graph.weights(inputs))
+        if self._token == before:
+            return False
+        self.store.drop()
+        self._computed.clear()
+        return True
+
+    def _forget_lanes(self) -> None:
+        """Nothing of a generation that is over."""
+        for table in self._tables.values():
+            table.clear()
+        self._labels.clear()
+        self._seen.clear()
+        self._ambiguous.clear()
+        self._first_lane.clear()
+
+    def _forget_gone(self) -> None:
+        """A lane that sat out a computed step would be computed if it came back: let go of it."""
+        for table in self._tables.values():
+            if left := set(table.gone(self._step)):
+                for key in [k for k in self._computed if left & set(k.lane[1:])]:
+                    self._drop(key)
+                self._ambiguous = {lane: step for lane, step in self._ambiguous.items() if not left & set(lane[1:])}
 
     @staticmethod
     def _waits(values: Sequence[Tensor]) -> bool:
@@ -541,14 +671,20 @@ class Session:
 
     # ---- steps and generations -------------------------------------------------------------------------------------
 
-    def _new_generation(self, said_by_caller: bool = False) -> None:
+    def _new_generation(self, said_by_caller: bool = False, mixed: bool = False) -> None:
+        """Args: `mixed` where parts of a batch go on, so that nobody knows how long a generation is."""
         ran = self._step + 1
-        if ran and self._given_steps is None:
+        if mixed:
+            pass
+        elif ran and self._given_steps is None:
             if self.num_steps is None and self._skips:
                 self._notices.learnt(ran)
             elif ran != self.num_steps and self._skips:
                 self._notices.other_length(ran, self.num_steps)
             self.num_steps = ran
+            self._lengths[tuple(self._timesteps[:2])] = ran
+            if len(self._lengths) > MOST_LENGTHS:
+                del self._lengths[next(iter(self._lengths))]
         elif ran and ran < (self._given_steps or 0) and not said_by_caller and self._skips:
             self._notices.short(ran, self._given_steps)
         self.store.drop()
@@ -557,13 +693,57 @@ class Session:
         self._pending.clear()
         self._step_records = []
         self._timesteps = []
-        self._latent = None
         self._same_halves = None
-        self._first_lane.clear()
+        self._forget_lanes()
         self._step, self._generation, self._hit = -1, self._generation + 1, False
         self._plan, self._why, self._undecided, self._probe = RECOMPUTE, "", False, None
+        if self.num_steps is not None:
+            self._start_policy()
+
+    def _new_step(self, tick: Tick | None = None) -> None:
+        """Close the step before, and choose the plan of this one."""
+        measures = self._measures()
+        if self._step >= 0:
+            for record in self._step_records:
+                record.measures = measures or ()
+            if self._state is not None:
+                self._state = self.policy.observe(self._state, self._step, self._ran(), measures)
+            if any(r.computed and not r.plan for r in self._step_records):
+                self._forget_gone()
+        self._step_records = []
+        self._undecided, self._probe = False, None
+        self._first_lane.clear()
+        self._seen.clear()
+        if self._timestep is not None:
+            self._timesteps.append(self._timestep)
+        self._driver, self._lanes = None, 0
+        self._calls.clear()
+        self._step += 1
+        if self._step == 1 and self._given_steps is None:
+            self._recall_length(measures)
         if self.num_steps is None:
+            self._plan, self._why = RECOMPUTE, "learning the number of steps"
+        elif self._step >= self.num_steps:
+            self._plan, self._why = RECOMPUTE, f"beyond the {self.num_steps} steps that were announced"
+            if self._skips:
+                self._notices.long(self._step + 1, self.num_steps)
+        else:
+            plan = self.policy.plan(self._state, self._step, tuple(self._timesteps))
+            self._plan, self._why, self._undecided = RECOMPUTE if plan is None else self._listed(plan), "", plan is None
+
+    def _recall_length(self, measures: tuple[Measured, ...] | None) -> None:
+        """Runs of several lengths in turn: where an earlier one began with the same two timesteps, this one is as long."""
+        steps = self._lengths.get(tuple(self._timesteps[:2]))
+        if steps is None or steps == self.num_steps:
             return
+        self.num_steps = steps
+        self._start_policy()
+        if self._state is not None:
+            self._state = self.policy.observe(self._state, 0, RECOMPUTE, measures)
+
+    def _start_policy(self) -> None:
+        """The policy for the number of steps, before its first step."""
+        assert self.num_steps is not None
         if self.prepare is not None:
             self.policy = self.prepare(self.num_steps)
         try:
@@ -575,32 +755,6 @@ class Session:
             self._notices.not_followed(error)
             self.policy = Always()
             self._state = self.policy.start(self.num_steps)
-
-    def _new_step(self, tick: Tick | None = None) -> None:
-        """Close the step before, and choose the plan of this one."""
-        measures = self._measures()
-        if self._step >= 0:
-            for record in self._step_records:
-                record.measures = measures or ()
-            if self._state is not None:
-                self._state = self.policy.observe(self._state, self._step, self._ran(), measures)
-        self._step_records = []
-        self._undecided, self._probe = False, None
-        self._first_lane.clear()
-        if self._timestep is not None:
-            self._timesteps.append(self._timestep)
-        self._driver, self._lanes = None, 0
-        self._calls.clear()
-        self._step += 1
-        if self.num_steps is None:
-            self._plan, self._why = RECOMPUTE, "learning the number of steps"
-        elif self._step >= self.num_steps:
-            self._plan, self._why = RECOMPUTE, f"beyond the {self.num_steps} steps that were announced"
-            if self._skips:
-                self._notices.long(self._step + 1, self.num_steps)
-        else:
-            plan = self.policy.plan(self._state, self._step, tuple(self._timesteps))
-            self._plan, self._why, self._undecided = RECOMPUTE if plan is None else self._listed(plan), "", plan is None
 
     def _listed(self, plan: Plan) -> Plan:
         """A plan of the policy's, if it is one of those for which the graphs were prepared."""

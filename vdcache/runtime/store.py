@@ -63,6 +63,10 @@ class Store:
         else:
             self._values.pop(key, None)
 
+    def keys(self) -> list[Hashable]:
+        """The keys under which something is held."""
+        return list(self._values)
+
     def bytes(self) -> int:
         """Bytes of storage held now."""
         return storage_bytes(t for held in self._values.values() for t in held.values())

@@ -1,0 +1,247 @@
+"""Which lane is this call? Told by what the call is conditioned on, never by the order of calls.
+
+The inputs of a graph that are neither weights, nor the timestep, nor the latent (prompts, masks, position ids, guidance) stay the
+same within a generation, and differ between its lanes. A call belongs to the lane whose conditioning it has: the same objects,
+unchanged, or objects of equal value. A call with a conditioning that no lane has is a new lane, for which nothing is cached.
+
+Inputs that depend on the timestep (a ControlNet's residuals, what an earlier graph of the same forward computed) cannot be told from
+prompts by their looks. They change at every step, so an input that changed at every step of the generation so far is left out.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Held", "Lane", "LaneTable", "Question", "compare"]
+
+MOST_LANES = 64  # of a generation; the one that was seen longest ago goes
+
+
+class Held:
+    """An input as it was when a call brought it, as far as it takes to know it again.
+
+    Inference tensors count no versions, so a copy of them is kept; likewise of an object that its owner has written into before.
+
+    Args:
+        value: a tensor or a number.
+        copied: keep a copy of the tensor's value.
+        weak: do not keep the tensor alive; it is then known by identity alone.
+    """
+
+    __slots__ = ("_copy", "_ref", "_value", "version")
+
+    def __init__(self, value: Any, *, copied: bool = False, weak: bool = False) -> None:
+        self._copy: Tensor | None = None
+        self._ref: weakref.ref[Tensor] | None = None
+        self._value: Any = value
+        self.version: int | None = None
+        if not isinstance(value, Tensor):
+            return
+        if not value.is_inference():
+            self.version = value._version
+        if weak:
+            self._ref, self._value = weakref.ref(value), None
+        elif copied or self.version is None:
+            self._copy = value.clone()
+
+    @property
+    def object(self) -> Any:
+        """What the caller passed; None where it is gone."""
+        return self._value if self._ref is None else self._ref()
+
+    def is_same_object(self, value: Any) -> bool:
+        """Whether `value` is the very object, not written into since; equal numbers are the same."""
+        if isinstance(value, Tensor):
+            return self.object is value and self.version is not None and value._version == self.version
+        return type(value) is type(self._value) and bool(value == self._value)
+
+    def written(self, value: Any) -> bool:
+        """Whether `value` is the very object, and its owner has written into it since (or may have)."""
+        return isinstance(value, Tensor) and self.object is value and not self.is_same_object(value)
+
+    def earlier(self) -> Tensor | None:
+        """The value that it had; None where nobody knows it any more."""
+        if self._copy is not None:
+            return self._copy
+        value = self.object
+        return value if isinstance(value, Tensor) and self.version is not None and value._version == self.version else None
+
+
+def compare(held: Held, value: Any) -> bool | Tensor:
+    """Whether `value` equals what was held. A tensor of one bool where only a device knows."""
+    if held.is_same_object(value):
+        return True
+    before = held.earlier()
+    if before is None or not isinstance(value, Tensor):
+        return False
+    if before.shape != value.shape or before.dtype != value.dtype or before.device != value.device:
+        return False
+    if value.device.type == "cpu":
+        return torch.equal(before, value)
+    return (before == value).all()
+
+
+@dataclass
+class Lane:
+    """One conditioning.
+
+    Args:
+        id: unique in this process: part of the key of what is cached.
+        label: the number that a person sees.
+        held: the conditioning inputs as the last call brought them.
+        step: in which the lane was seen last.
+    """
+
+    id: int
+    label: int
+    held: list[Held]
+    step: int
+
+
+@dataclass
+class Question:
+    """The conditioning of one call beside that of every lane, not yet decided.
+
+    Args:
+        values: the conditioning inputs.
+        lane: the lane, where the very objects tell it.
+        equal: for each lane, whether each input is equal; tensors where a device must be read first.
+    """
+
+    values: Sequence[Any]
+    lane: Lane | None = None
+    equal: list[tuple[Lane, list[bool | Tensor]]] = field(default_factory=list)
+
+    def wanted(self) -> list[Tensor]:
+        """What must be read from a device."""
+        return [e for _, row in self.equal for e in row if isinstance(e, Tensor)]
+
+    def told(self, answers: Sequence[bool]) -> None:
+        """What was read, in the order of `wanted`."""
+        rest = iter(answers)
+        self.equal = [(lane, [next(rest) if isinstance(e, Tensor) else e for e in row]) for lane, row in self.equal]
+
+
+class LaneTable:
+    """The lanes of one kind of graph in one generation.
+
+    Args:
+        label: gives the next new lane its number.
+    """
+
+    def __init__(self, label: Callable[[], int]) -> None:
+        self._label = label
+        self._lanes: list[Lane] = []
+        self._generation, self._step = -1, -1
+        self._still: set[int] = set()  # inputs that had the value of the step before, in this step
+        self._changed: set[int] = set()
+        self._always: frozenset[int] | None = None  # inputs that changed at every step so far; None before the second one
+        self.moving: frozenset[int] = frozenset()  # inputs that depend on the timestep, as far as is known
+        self._rewritten: set[int] = set()  # inputs whose objects their owner writes into
+
+    def ask(self, values: Sequence[Any]) -> Question:
+        """Compare a call's conditioning with that of every lane. Reads no value of a device.
+
+        Args:
+            values: of the conditioning inputs, always in the same order.
+        """
+        asked = [i for i in range(len(values)) if i not in self.moving]
+        same = [lane for lane in self._lanes if all(lane.held[i].is_same_object(values[i]) for i in asked)]
+        if same:
+            return Question(values, max(same, key=lambda lane: lane.step))
+        question = Question(values)
+        for lane in self._lanes:
+            self._rewritten.update(i for i in asked if lane.held[i].written(values[i]))
+            question.equal.append((lane, [i in self.moving or compare(lane.held[i], v) for i, v in enumerate(values)]))
+        return question
+
+    def known(self, question: Question) -> Lane | None:
+        """The lane of a call, if there is one. What `question` wanted must have been told."""
+        known = [lane for lane, row in question.equal if all(row)] if question.lane is None else [question.lane]
+        known = [lane for lane in known if any(lane is mine for mine in self._lanes)]
+        return max(known, key=lambda lane: lane.step) if known else None
+
+    def settle(self, question: Question, generation: int, step: int) -> tuple[Lane, bool]:
+        """The lane of a call, and whether it is new. What `question` wanted must have been told.
+
+        Args:
+            generation, step: where the call stands.
+        """
+        self._at(generation, step)
+        values = question.values
+        found = self.known(question)
+        self._learn(question, found)
+        if found is None:
+            if len(self._lanes) >= MOST_LANES:
+                self._lanes.remove(min(self._lanes, key=lambda lane: lane.step))
+            held = [Held(v, copied=i in self._rewritten, weak=i in self.moving) for i, v in enumerate(values)]
+            found = Lane(next(_ids), self._label_of_new(question), held, step)
+            self._lanes.append(found)
+            return found, True
+        for i, value in enumerate(values):
+            held_now = found.held[i]
+            # Of an inference tensor the copy is what counts, and it is equal.
+            if not held_now.is_same_object(value) and (held_now.version is not None or i in self.moving):
+                found.held[i] = Held(value, copied=i in self._rewritten, weak=i in self.moving)
+        found.step = step
+        return found, False
+
+    def clear(self) -> None:
+        """Let go of every lane; what is known of the inputs stays."""
+        self._lanes.clear()
+
+    def gone(self, step: int) -> list[int]:
+        """Forget the lanes that were seen last before `step`, and return their ids."""
+        left = [lane.id for lane in self._lanes if lane.step < step]
+        self._lanes = [lane for lane in self._lanes if lane.step >= step]
+        return left
+
+    def _label_of_new(self, question: Question) -> int:
+        """A person's number of a new lane: that of the lane it goes on, where an input that may depend on the timestep has changed."""
+        if self._always is None:
+            taken = {lane.label for lane in self._lanes if lane.step == self._step}
+            for lane, row in question.equal:
+                if lane.step == self._step - 1 and lane.label not in taken and any(row):
+                    return lane.label
+        return self._label()
+
+    def _learn(self, question: Question, found: Lane | None) -> None:
+        """Note which inputs kept the value that they had in the step before."""
+        before = [lane for lane in self._lanes if lane.step == self._step - 1]
+        if not before:
+            return
+        rows = [row for lane, row in question.equal if lane.step == self._step - 1]
+        for i, value in enumerate(question.values):
+            if any(lane.held[i].is_same_object(value) for lane in before) or (
+                i not in self.moving and any(row[i] for row in rows)
+            ):
+                self._still.add(i)
+            elif i not in self.moving and question.lane is None:
+                self._changed.add(i)
+
+    def _at(self, generation: int, step: int) -> None:
+        """Be at a step: what the last one showed is known now."""
+        if generation != self._generation:
+            self._close()
+            self._lanes.clear()
+            self._generation, self._step, self._always = generation, step, None
+        elif step != self._step:
+            self._close()
+            self._step = step
+
+    def _close(self) -> None:
+        if self._still or self._changed:
+            changed = (self._changed | self.moving) - self._still
+            self._always = frozenset(changed if self._always is None else self._always & changed)
+            self.moving = self._always
+        self._still, self._changed = set(), set()
+
+
+_ids = itertools.count()

@@ -1,0 +1,122 @@
+"""Are these still the same weights? A number that changes when a weight does.
+
+Identity and version of every parameter and buffer tell, and cost some 0.1 µs each. A weight that was moved, as offloading does, is
+another object of the same value: that is found out by a sample of its bits, and is no change. What is written through `.data`
+(as PEFT's merge does) shows in neither identity nor version; no value crosses generations, so it counts from the next one on.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Hashable, Sequence
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["WeightsToken", "sample"]
+
+SAMPLES = 16  # elements of a weight that are compared where it is another object
+
+_version = attrgetter("_version")
+
+
+class WeightsToken:
+    """The weights of the graphs of one model, as far as they were seen."""
+
+    def __init__(self) -> None:
+        self.value = 0
+        self._known: dict[object, _Weights] = {}
+
+    def check(self, graph: object, kind: Hashable, weights: Sequence[Tensor]) -> int:
+        """The token, after a look at what a graph receives. Waits for no device unless a weight is another object than before.
+
+        Args:
+            graph: whose weights these are.
+            kind: graphs of one kind compute the same; one that Dynamo made anew goes on with the weights of the other.
+            weights: its parameters and buffers, always in the same order.
+        """
+        known = self._known.get(graph)
+        if known is None:
+            seen = _Weights(kind, weights)
+            twin = next((w for w in self._known.values() if w.kind == kind), None)
+            if twin is not None and not twin.holds(seen):
+                self.value += 1
+            self._known[graph] = seen
+        elif not known.unchanged(weights):
+            seen = _Weights(kind, weights, known)
+            if seen.differs:
+                self.value += 1
+            self._known[graph] = seen
+        return self.value
+
+
+class _Weights:
+    """Weights as they were once.
+
+    Args:
+        before: the same ones earlier: what is another object now is compared with it.
+    """
+
+    def __init__(self, kind: Hashable, weights: Sequence[Tensor], before: _Weights | None = None) -> None:
+        self.kind = kind
+        self.ids, self.versions = list(map(id, weights)), _versions(weights)
+        self.alive = True
+        self.differs = False
+        self._refs = [weakref.ref(w, self._died) for w in weights]  # an id may be given to another object
+        if before is None:
+            self._samples: list[Tensor] = [sample(w) for w in weights]
+            return
+        self._samples = list(before._samples)
+        moved = []
+        for i, weight in enumerate(weights):
+            if self.ids[i] != before.ids[i] or before._refs[i]() is not weight:
+                moved.append(i)
+                self._samples[i] = sample(weight)
+            elif self.versions[i] != before.versions[i]:  # written into
+                self.differs = True
+                self._samples[i] = sample(weight)
+        self.differs = self.differs or any(not _equal(self._samples[i], before._samples[i]) for i in moved)
+
+    def _died(self, _: Any) -> None:
+        self.alive = False
+
+    def unchanged(self, weights: Sequence[Tensor]) -> bool:
+        return self.alive and list(map(id, weights)) == self.ids and _versions(weights) == self.versions
+
+    def holds(self, other: _Weights) -> bool:
+        """Whether another graph's weights are these, in whatever order: the same objects, or objects of the same value."""
+        mine = {(i, v) for i, v in zip(self.ids, self.versions, strict=True)} if self.alive else set()
+        if all(key in mine for key in zip(other.ids, other.versions, strict=True)):
+            return True
+        own = {_bits(s) for s in self._samples}
+        return all(_bits(s) in own for s in other._samples)
+
+
+def _versions(weights: Sequence[Tensor]) -> list[int | None]:
+    try:
+        return list(map(_version, weights))
+    except RuntimeError:  # inference tensors count none
+        return [None if w.is_inference() else w._version for w in weights]
+
+
+def sample(weight: Tensor) -> Tensor:
+    """Bits of up to `SAMPLES` elements from all over a tensor, on its device, [n] uint8; waits for nothing."""
+    with torch.no_grad():
+        flat = weight.detach()
+        if not flat.is_contiguous():
+            flat = flat[tuple(slice(None, None, max(1, s // 4)) for s in flat.shape)].contiguous()
+        flat = flat.reshape(-1)
+        picked = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].clone()
+        if picked.is_complex():
+            picked = torch.view_as_real(picked)
+        return picked.contiguous().view(torch.uint8).reshape(-1)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a.cpu(), b.cpu())
+
+
+def _bits(sampled: Tensor) -> bytes:
+    return bytes(sampled.cpu().tolist())
