@@ -89,7 +89,8 @@ def compile_with(model: Callable[..., Any], settings: Settings, **torch_compile:
     def under_session(run: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(run)
         def call(*args: Any, **kwargs: Any) -> Any:
-            return runner(session, args, kwargs, run)
+            with session.for_thread(settings.new_session) as mine:
+                return runner(mine, args, kwargs, run)
 
         return call
 

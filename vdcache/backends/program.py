@@ -34,6 +34,7 @@ from vdcache.runtime import registry
 from vdcache.runtime.call import LaneScope, Look, Needs, Probed
 from vdcache.runtime.measures import Layout
 from vdcache.runtime.plan import RECOMPUTE, Plan
+from vdcache.runtime.session import Session
 
 __all__ = ["Part", "Program"]
 
@@ -352,11 +353,17 @@ class Program:
     # ---- running -------------------------------------------------------------------------------------------------
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:
-        session = registry.find(
-            inputs, self.static, drives=bool(self.clocks), resumes=self._resumes, make=self.settings.new_session
-        )
+        session = registry.find(inputs, self.static, drives=bool(self.clocks), resumes=self._resumes, owner=self.settings)
         if session is None:
             return self._alone(inputs)
+        with session.for_thread(self.settings.new_session) as mine:
+            try:
+                return self._under(mine, inputs)
+            except BaseException:
+                mine.failed()
+                raise
+
+    def _under(self, session: Session, inputs: Sequence[Any]) -> Sequence[Any]:
         session.adopt(self)
         if self.settings.takes is not None:
             self.settings.takes(self, inputs)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import threading
 import types
 import weakref
-from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -130,7 +129,6 @@ class Denoiser:
         self.aside = ""  # why the loop that runs now is not cached
         self.checked = False  # slots were looked for
         self.step = -1  # of the loop, in which it was called last
-        self._labels: Counter[Hashable] = Counter()  # of this step
 
     @property
     def module(self) -> Any:
@@ -140,18 +138,12 @@ class Denoiser:
         """Be at a step of the loop."""
         if self.step != step:
             self.step = step
-            self._labels.clear()
             self.session.step(timestep)
 
     def run(self, forward: Callable[..., Any], label: str | None, args: Any, kwargs: Any) -> Any:
-        """One forward as one lane of the step."""
-        if label is None:
-            lane: int | str = sum(self._labels.values())
-        else:
-            again = self._labels[label]
-            lane = f"{label} {again + 1}" if again else label
-        self._labels[label] += 1
-        self.session.lane(lane)
+        """One forward as one lane of the step; where the pipeline has no name for it, its conditioning tells."""
+        if label is not None:
+            self.session.lane(label)
         module = self.module
         function = getattr(forward, "__func__", None)
         bound = function is not None and getattr(forward, "__self__", None) is module

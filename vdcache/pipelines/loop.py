@@ -24,7 +24,7 @@ class Loop:
     """One run of the denoising loop.
 
     It begins when the pipeline asks for its progress bar and ends with that bar, however it ends. Within it a step ends with
-    the scheduler's `step`.
+    the scheduler's `step`; where the pipeline steps copies of its scheduler, with the bar's next tick.
 
     Args:
         applied: the pipeline's.
@@ -40,7 +40,10 @@ class Loop:
         given = _floats(times)
         self.times = given if given is not None else evaluations([s.owner for s in self._steppers], total)
         self._edge = boundary(applied.pipe, [s.owner for s in self._steppers])
+        if total is not None and total > len(self.times):  # more steps than the scheduler has: it is not what the loop steps
+            self.times = [float("nan")] * total
         self.index = -1
+        self._heard = -1  # the last step in which a scheduler of the pipeline went on
         self._between = True  # the next call of a denoiser begins a step
         self._begun: list[Denoiser] = []
         self._ran: list[tuple[float, str]] = []  # timestep and denoiser of every step
@@ -69,11 +72,19 @@ class Loop:
             self.applied.experts.learn([(t, name) for t, name in self._ran if name not in helpers])
         self._made.clear()
 
+    def ticked(self) -> None:
+        """The progress bar went on. It says that a step is over where no scheduler of the pipeline has said so since."""
+        if not self._between and self._heard != self.index:
+            self._between = True
+            self._made.clear()
+
     def stepped(self, stepper: Steps) -> None:
         """A scheduler went on."""
+        self._heard = self.index
         if self._between and stepper is self._steppers[0]:  # a step of a denoiser that is none of ours
             self.index += 1
         self._between = True
+        self._made.clear()
 
     # ---- one call of a denoiser --------------------------------------------------------------------------------------
 
@@ -83,12 +94,13 @@ class Loop:
     def call(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run a forward: through the compiled one, at its place in the generation."""
         denoiser = self.applied.denoiser(module)
-        if self.over or denoiser is None or denoiser.helper:
+        if self.over or denoiser is None:
             return forward(*args, **kwargs)
+        if denoiser.helper:
+            return self._remember(denoiser, forward(*args, **kwargs))
         if self._between:
             self._between, self.index = False, self.index + 1
-            self._made.clear()
-        self._find_helpers(denoiser, args, kwargs)
+        taken = self._taken_from_helpers(denoiser, args, kwargs)
         if denoiser not in self._begun:
             self._begin(denoiser)
         if denoiser.aside:
@@ -96,10 +108,9 @@ class Loop:
         if denoiser.step != self.index and self.index < len(self.times):
             self._ran.append((self.times[self.index], denoiser.name))
         denoiser.at_step(self.index, self.times[self.index] if self.index < len(self.times) else None)
-        result = denoiser.run(forward, self.lane_names.get(id(module)), args, kwargs)
-        for leaf in pytree.tree_leaves(result) if len(self.applied.denoisers) > 1 else ():
-            if isinstance(leaf, Tensor):
-                self._made[id(leaf)] = leaf, denoiser
+        for number, tensor in taken.items():
+            denoiser.session.moves(tensor, number)
+        result = self._remember(denoiser, denoiser.run(forward, self.lane_names.get(id(module)), args, kwargs))
         if not denoiser.checked:
             denoiser.checked = True
             self.applied.look_for_slots(denoiser)
@@ -125,14 +136,27 @@ class Loop:
             return
         self.applied.say_how_little(denoiser, steps)
 
-    def _find_helpers(self, denoiser: Denoiser, args: Any, kwargs: Any) -> None:
-        """What one module returns and another one takes within a step is no prediction: the former is left alone from now on."""
+    def _remember(self, denoiser: Denoiser, result: Any) -> Any:
+        """What a module returned in this step, where another one may take it."""
+        for leaf in pytree.tree_leaves(result) if len(self.applied.denoisers) > 1 else ():
+            if isinstance(leaf, Tensor):
+                self._made[id(leaf)] = leaf, denoiser
+        return result
+
+    def _taken_from_helpers(self, denoiser: Denoiser, args: Any, kwargs: Any) -> dict[int, Tensor]:
+        """What one module returns and another one takes within a step is no prediction: the former is left alone from now on.
+
+        Returns what this call takes, by its place among the arguments.
+        """
+        taken: dict[int, Tensor] = {}
         if not self._made:
-            return
-        for leaf in pytree.tree_leaves((args, kwargs)):
+            return taken
+        for number, leaf in enumerate(pytree.tree_leaves((args, kwargs))):
             if isinstance(leaf, Tensor) and (found := self._made.get(id(leaf))) is not None and found[1] is not denoiser:
                 found[1].helper = True
                 found[1].session.end()
+                taken[number] = leaf
+        return taken
 
 
 class Steps(Override):
@@ -185,12 +209,18 @@ class Bar:
 
     def __iter__(self) -> Iterator[Any]:
         try:
-            yield from self._bar
+            for item in self._bar:
+                yield item
+                self._loop.ticked()
         finally:
             self._loop.end()
 
     def __len__(self) -> int:
         return len(self._bar)
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        self._loop.ticked()
+        return self._bar.update(*args, **kwargs)
 
     def close(self) -> None:
         self._loop.end()

@@ -94,6 +94,13 @@ class Notices:
             "recompiling (torch._dynamo.config.recompile_limit): vary fewer shapes and Python values, or compile with dynamic=True.",
         )
 
+    def threads(self) -> None:
+        self._warn(
+            "threads",
+            "several threads call one compiled model at once. Each has its own session from now on, with its own generations and cached "
+            "values; `vdcache.record()` inside a thread shows that thread's calls.",
+        )
+
     def several_latents(self) -> None:
         self._warn(
             "several latents",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import threading
 import time
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,14 +96,18 @@ class Session:
         self._placed_new = False
         self._placed: Lane | None = None  # the lane of the graph that began this lane, until that graph has taken it
         self._repeated = False  # that graph ran in this step with the same conditioning and another latent
+        self._lock = threading.Lock()
+        self._busy: int | None = None  # the thread that is in the middle of a call
+        self._of_thread = threading.local()  # `session`: the calling thread's own, where it has one
         self._unsure = False  # the step may be no step: its timestep is that of the one before, with another latent
         self._tables: dict[Hashable, LaneTable] = {}
         self._labels: dict[Hashable, int] = {}  # of each family, how many lanes it has in this generation
         self._seen: dict[Hashable, list[Held]] = {}  # of each call of this step, its latents and what moves with the timestep
         self._ambiguous: dict[tuple[int | str | None, int, int], int] = {}  # lanes, and the last step of several latents
-        self._made: dict[
-            int, tuple[weakref.ref[Tensor], Hashable]
-        ] = {}  # what graphs returned lately, and under which conditioning
+        # What graphs returned lately, for which conditioning, in which family; and how often a lane had begun by then.
+        self._made: dict[int, tuple[weakref.ref[Tensor], Hashable, Hashable, int]] = {}
+        self._moving: dict[int, tuple[weakref.ref[Tensor], Hashable]] = {}  # what the caller says moves with the timestep
+        self._lanes_begun = 0
         self._weights = WeightsToken()
         self._weights_of: dict[CompiledGraph, tuple[int, int]] = {}  # the step in which the weights of a graph were looked at
         self._token = 0
@@ -190,6 +196,15 @@ class Session:
             raise ConfigError(f"session.lane(name) takes a name or a number, as 'cond' and 'uncond'; got {name!r}")
         self._explicit_lane = name
 
+    def moves(self, value: Tensor, name: Hashable) -> None:
+        """`value`, an input of the next calls of this step, depends on the timestep: that it is another one at every step is no
+        change of the conditioning.
+
+        Args:
+            name: what it is, the same at every step.
+        """
+        self._moving[id(value)] = weakref.ref(value), name
+
     def reset(self) -> None:
         """Forget every cached value, the policy's state and what was learnt; the history stays."""
         self._step, self._state = -1, None  # what ran so far teaches nothing
@@ -219,6 +234,9 @@ class Session:
         self._in_forward = 0
         try:
             result = run(*args, **kwargs)
+        except BaseException:
+            self.failed()
+            raise
         finally:
             self._in_forward = None
         for listen in self.listeners if self._entered > before else ():
@@ -226,6 +244,38 @@ class Session:
         if before and self._entered == before:
             self._notices.outside()
         return result
+
+    @contextlib.contextmanager
+    def for_thread(self, make: Callable[[], Session]) -> Iterator[Session]:
+        """This session for the length of a call; where another thread is in the middle of one, a session of the calling thread's own.
+
+        Threads that take turns share the session.
+
+        Args:
+            make: makes that session.
+        """
+        own = getattr(self._of_thread, "session", self)
+        me = threading.get_ident()
+        with own._lock:
+            free = own._busy is None
+            if free:
+                own._busy = me
+        if own._busy != me:
+            own = self._of_thread.session = make()
+            self._notices.threads()
+            with own.for_thread(make):
+                yield own
+            return
+        try:
+            yield own
+        finally:
+            if free:
+                own._busy = None
+
+    def failed(self) -> None:
+        """A call raised: what it was to compute is not there, so nothing older counts for it."""
+        self.store.drop()
+        self._computed.clear()
 
     def emit(self, graph: CompiledGraph, values: dict[str, Tensor]) -> None:
         """A graph hands out what it emits; the listeners are given it when the model has returned."""
@@ -359,7 +409,8 @@ class Session:
                 self._first_lane[at] = Held(value)
         for number, result in enumerate(results):
             if isinstance(result, Tensor):
-                self._made[id(result)] = weakref.ref(result), (ticket.key.graph, ticket.key.call, ticket.key.lane, number)
+                origin = ticket.key.graph, ticket.key.call, ticket.key.lane, number
+                self._made[id(result)] = weakref.ref(result), origin, ticket.graph.family, self._lanes_begun
         while len(self._made) > MOST_MADE:
             del self._made[next(iter(self._made))]
         if ticket.keep:
@@ -498,6 +549,7 @@ class Session:
         number = lane.label if graph.conditioning else place
         self._lane = number if self._lane_name is None else self._lane_name
         self._lanes += 1
+        self._lanes_begun += 1
         self._calls.clear()
 
     def _tick(self, graph: CompiledGraph, inputs: Sequence[Any], who: Hashable) -> None:
@@ -581,13 +633,22 @@ class Session:
         return self._tables[key]
 
     def _conditioning(self, graph: CompiledGraph, inputs: Sequence[Any]) -> list[Any]:
-        """The conditioning of a call. What an earlier graph of the model returned stands for that graph's own conditioning."""
+        """The conditioning of a call. What an earlier graph of the same forward returned stands for that graph's own conditioning."""
         values = [inputs[i] for i in graph.conditioning]
-        if len(self._graphs) > 1:
-            for at, value in enumerate(values):
-                made = self._made.get(id(value))
-                if made is not None and made[0]() is value:
-                    values[at] = made[1]
+        if not self._moving and len(self._graphs) < 2:
+            return values
+        begins = self._in_forward == 0 or (self._drives(graph) and not self._explicit_step)
+        for at, value in enumerate(values):
+            if (told := self._moving.get(id(value))) is not None and told[0]() is value:
+                values[at] = told[1]
+            made = self._made.get(id(value))
+            if (
+                made is not None
+                and made[0]() is value
+                and made[3] == self._lanes_begun
+                and (not begins or made[2] in self._early)
+            ):
+                values[at] = made[1]
         return values
 
     def _own_lane(self, graph: CompiledGraph, inputs: Sequence[Any]) -> tuple[Lane, bool]:
@@ -714,6 +775,7 @@ class Session:
         self._undecided, self._probe = False, None
         self._first_lane.clear()
         self._seen.clear()
+        self._moving.clear()
         if self._timestep is not None:
             self._timesteps.append(self._timestep)
         self._driver, self._lanes = None, 0
