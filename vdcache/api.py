@@ -54,7 +54,8 @@ def compile(
             (dynamic=False) unless told otherwise.
 
     Returns what torch.compile returns, with the `Session` as its attribute `vdcache`: its history, its summary, and
-    `begin`, `step`, `lane` for callers who say where they are. The model itself is not changed.
+    `begin`, `step`, `lane` for callers who say where they are. The model itself is not changed. A copy or a pickle of a compiled module
+    is compiled with the same options and has its own session, which starts empty.
 
     Raises:
         ConfigError: an unknown recipe or option, before anything runs.
@@ -98,11 +99,18 @@ def compile_with(model: Callable[..., Any], settings: Settings, **torch_compile:
         compiled.__dict__["forward"] = under_session(compiled.forward)
         compiled.__dict__["vdcache"] = session
         compiled.__dict__["vdcache_original"] = model
+        # A copy, also through a file, compiles anew: it shares neither a session nor a graph with this one.
+        compiled.__dict__["__reduce__"] = lambda: (_compile_again, (model, settings.anew(), torch_compile))
         return compiled
     call = under_session(compiled)
     call.vdcache = session  # type: ignore[attr-defined]
     call.vdcache_original = model  # type: ignore[attr-defined]
     return call
+
+
+def _compile_again(model: nn.Module, settings: Settings, torch_compile: dict[str, Any]) -> Any:
+    """What copies and pickles of a compiled module are made by."""
+    return compile_with(model, settings, **torch_compile)
 
 
 class Runner:
