@@ -81,3 +81,25 @@ def test_copies_of_the_string_backend():
     with vdcache.record() as history:
         outputs(other)
     assert history.computed_steps() == DUE
+
+
+class Pipe:
+    """What every diffusers pipeline has; a call of it is a whole generation."""
+
+    def __init__(self):
+        self.components = {"transformer": TinyDiT()}
+
+    def progress_bar(self, iterable=None, total=None):
+        return iterable
+
+    def __call__(self):
+        return None
+
+
+@pytest.mark.parametrize("what", ["compile", "explain", "export", "profile", "calibrate", "search_schedule"])
+def test_a_whole_pipeline_is_told_of_apply(what):
+    """It was accepted, and then no slot was found in it."""
+    given = {"export": {"schedule": [0], "path": "p"}, "profile": {"run": 1}, "calibrate": {"run": 1}}
+    given["search_schedule"] = {"run": 1, "speedup": 2.0}
+    with pytest.raises(vdcache.ConfigError, match=rf"{what} takes one model, and this Pipe is a whole pipeline: vdcache\.apply\("):
+        getattr(vdcache, what)(Pipe(), **given.get(what, {}))

@@ -13,6 +13,7 @@ from torch import nn
 
 from vdcache.backends import Backend, Settings
 from vdcache.backends.isolated import compile_isolated
+from vdcache.ir.checks import check_model
 from vdcache.ir.errors import CaptureError, ConfigError, VdcacheError
 from vdcache.recipe import Recipe
 from vdcache.runtime import registry
@@ -58,12 +59,9 @@ def compile(
     is compiled with the same options and has its own session, which starts empty.
 
     Raises:
-        ConfigError: an unknown recipe or option, before anything runs.
+        ConfigError: no model, an unknown recipe or option, before anything runs.
     """
-    if isinstance(model, type):  # Dynamo would patch the class itself, for good
-        raise ConfigError(f"pass an instance, {model.__name__}(…), not the class")
-    if not callable(model):
-        raise ConfigError(f"compile takes a module or a function; got {type(model).__name__}")
+    check_model(model, "compile")
     check_options(torch_compile, compile)
     options = {
         "recipe": recipe,
