@@ -10,7 +10,18 @@ from typing import Any
 
 from vdcache.ir.errors import ConfigError
 
-__all__ = ["check_model", "group_name", "is_pipeline", "number", "numbers", "step_count", "timestep", "video_grid", "whole", "whole_numbers"]
+__all__ = [
+    "check_model",
+    "group_name",
+    "is_pipeline",
+    "number",
+    "numbers",
+    "step_count",
+    "timestep",
+    "video_grid",
+    "whole",
+    "whole_numbers",
+]
 
 
 def check_model(value: Any, what: str) -> None:
