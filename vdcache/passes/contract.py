@@ -42,7 +42,7 @@ def check_facts(a_pass: Any) -> None:
 
 def check_options(a_pass: Any) -> None:
     """Raise ConfigError where an option is of another type than its field says."""
-    wanted = _types_of(type(a_pass))
+    wanted = _types_of(type(a_pass))  # type: ignore[arg-type]
     for option in fields(a_pass):
         value = getattr(a_pass, option.name)
         if option.name in wanted and value is not option.default and not _fits(value, wanted[option.name]):
