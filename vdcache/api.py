@@ -13,6 +13,7 @@ from torch import nn
 
 from vdcache.backends import Backend, Settings
 from vdcache.backends.isolated import compile_isolated
+from vdcache.ir.checks import check_model
 from vdcache.ir.errors import CaptureError, ConfigError, VdcacheError
 from vdcache.recipe import Recipe
 from vdcache.runtime import registry
@@ -54,15 +55,13 @@ def compile(
             (dynamic=False) unless told otherwise.
 
     Returns what torch.compile returns, with the `Session` as its attribute `vdcache`: its history, its summary, and
-    `begin`, `step`, `lane` for callers who say where they are. The model itself is not changed.
+    `begin`, `step`, `lane` for callers who say where they are. The model itself is not changed. A copy or a pickle of a compiled module
+    is compiled with the same options and has its own session, which starts empty.
 
     Raises:
-        ConfigError: an unknown recipe or option, before anything runs.
+        ConfigError: no model, an unknown recipe or option, before anything runs.
     """
-    if isinstance(model, type):  # Dynamo would patch the class itself, for good
-        raise ConfigError(f"pass an instance, {model.__name__}(…), not the class")
-    if not callable(model):
-        raise ConfigError(f"compile takes a module or a function; got {type(model).__name__}")
+    check_model(model, "compile")
     check_options(torch_compile, compile)
     options = {
         "recipe": recipe,
@@ -99,11 +98,18 @@ def compile_with(model: Callable[..., Any], settings: Settings, **torch_compile:
         compiled.__dict__["forward"] = under_session(compiled.forward)
         compiled.__dict__["vdcache"] = session
         compiled.__dict__["vdcache_original"] = model
+        # A copy, also through a file, compiles anew: it shares neither a session nor a graph with this one.
+        compiled.__dict__["__reduce__"] = lambda: (_compile_again, (model, settings.anew(), torch_compile))
         return compiled
     call = under_session(compiled)
     call.vdcache = session  # type: ignore[attr-defined]
     call.vdcache_original = model  # type: ignore[attr-defined]
     return call
+
+
+def _compile_again(model: nn.Module, settings: Settings, torch_compile: dict[str, Any]) -> Any:
+    """What copies and pickles of a compiled module are made by."""
+    return compile_with(model, settings, **torch_compile)
 
 
 class Runner:

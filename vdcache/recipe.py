@@ -14,6 +14,7 @@ from typing import Any
 from vdcache.ir.errors import ConfigError
 from vdcache.ir.plugins import Plugin, plugins
 from vdcache.passes import Canonicalise, MarkBranches, MergeSlots, Observe, Pass, Pipeline, Probe, TileAttention
+from vdcache.passes.base import passes_of
 from vdcache.passes.catalogue import known_passes
 from vdcache.passes.predictors import LAST, ByGroup, Extrapolated, Frequencies, LastValue, Predictor, Scaled, Taylor
 from vdcache.runtime.history import Record, by_generation
@@ -49,14 +50,13 @@ class Recipe:
     predictor: Predictor | ByGroup = LAST
 
     def __post_init__(self) -> None:
-        if isinstance(self.passes, Pass):
-            object.__setattr__(self, "passes", (self.passes,))
+        object.__setattr__(self, "passes", passes_of(self.passes, f"the recipe '{self.name}'"))
         if isinstance(self.policy, type) or not isinstance(self.policy, Policy):
+            missing = [n for n in ("plans", "start", "plan", "observe") if not hasattr(self.policy, n)]
+            why = "a class" if isinstance(self.policy, type) else f"which has no {', '.join(missing)}"
             raise ConfigError(
-                f"the recipe '{self.name}' has {self.policy!r} for a policy; give a value, as vdcache.Always() is one"
+                f"the recipe '{self.name}' has {self.policy!r} for a policy, {why}; give a value, as vdcache.Always() is one"
             )
-        if wrong := next((p for p in self.passes if not isinstance(p, Pass)), None):
-            raise ConfigError(f"the recipe '{self.name}' has {wrong!r} among its passes; give values, as MarkBranches() is one")
         if isinstance(self.policy, Deciding) and not any(isinstance(p, Probe) for p in self.passes):
             raise ConfigError(
                 f"the recipe '{self.name}' never decides: {type(self.policy).__name__} asks for a probe, and none of its passes is one; add "
@@ -87,9 +87,7 @@ class Recipe:
         """
         if isinstance(passes, str):
             passes = Pipeline.parse(passes, given=Pipeline(()).given | Canonicalise.ensures)
-        given = (passes,) if isinstance(passes, Pass) else tuple(passes)
-        if wrong := [p for p in given if not isinstance(p, Pass)]:
-            raise ConfigError(f"a pipeline is made of passes; got {wrong[0]!r}")
+        given = passes_of(passes, "a pipeline")
         made = replace(self, passes=tuple(p for p in given if not isinstance(p, Canonicalise)))
         made.pipeline  # noqa: B018 — its order is checked when it is made
         return made

@@ -1,5 +1,9 @@
 """The three doors lead to one form, with mutations, autocast and symbols intact."""
 
+import contextlib
+import sys
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -85,3 +89,41 @@ def test_what_cannot_be_exported_says_where():
 
     with pytest.raises(CaptureError, match="Branching cannot be exported as one graph"):
         exported(Branching(), (torch.randn(2),))
+
+
+class Broken(TinyDiT):
+    """As many graphs as it has blocks, and one more."""
+
+    def block(self, i, h, gates):
+        torch._dynamo.graph_break()
+        return h + self.mlp[i](h)
+
+    def forward(self, x, timestep, text):
+        gates = self.time(self.waves(timestep, x.dtype))
+        h = self.inp(x)
+        for i in range(len(self.mlp)):
+            h = self.block(i, h, gates)
+        return self.out(h)
+
+
+def test_two_threads_do_not_mix_their_graphs(monkeypatch):
+    """The graphs of one model were given to whoever asked last."""
+    module = sys.modules["vdcache.ir.capture"]
+    torch._dynamo.reset()
+    both, found = threading.Barrier(2, timeout=60), {}
+    monkeypatch.setattr(module, "_counting", contextlib.nullcontext())  # not even where they really run at once
+
+    class Waits(Broken):
+        def forward(self, x, timestep, text):
+            torch.compiler.disable(both.wait)()
+            return super().forward(x, timestep, text)
+
+    def collect(blocks):
+        found[blocks] = len(module.parts(Waits(blocks=blocks), (latent(0), time_of(0), latent(1, 1, 3, 4)), {}).found)
+
+    threads = [threading.Thread(target=collect, args=(blocks,)) for blocks in (2, 4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found[4] - found[2] == 2, found

@@ -24,12 +24,27 @@ def test_every_part_has_a_name_and_a_sentence():
     assert all(p.sentence and not p.sentence.startswith(p.name + "(") for p in found), [p for p in found if not p.sentence]
 
 
+class Forgotten:
+    """A pass that forgets (Pass)."""
+
+    name = "forgotten"
+
+    def run(self, graph):
+        return graph
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ((vdcache.Always, (MarkBranches(),)), "for a policy; give a value"),
+        ((vdcache.Always, (MarkBranches(),)), "for a policy, a class; give a value"),
         ((3, (MarkBranches(),)), "has 3 for a policy"),
-        ((vdcache.Always(), (MarkBranches(), MergeSlots)), "among its passes; give values"),
+        ((vdcache.Always(), (MarkBranches(), MergeSlots)), "MergeSlots is a class: give a value of it"),
+        (
+            (vdcache.Always(), (Forgotten(),)),
+            r"Forgotten does not subclass vdcache\.Pass: write class Forgotten\(vdcache\.Pass\)",
+        ),
+        ((vdcache.Always(), Forgotten), r"Forgotten does not subclass vdcache\.Pass"),
+        ((Forgotten(), (MarkBranches(),)), "which has no plans, start, plan, observe; give a value"),
     ],
 )
 def test_what_is_no_part_is_refused(given, message):

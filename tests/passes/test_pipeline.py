@@ -6,6 +6,7 @@ from typing import ClassVar
 import pytest
 import torch
 
+import vdcache
 from vdcache.ir import ConfigError, ContractError, Fact, trace
 from vdcache.methods.registry import NAMES
 from vdcache.passes import (
@@ -23,7 +24,7 @@ from vdcache.passes import (
 from vdcache.passes.predictors import LAST, Blended, ByGroup, Extrapolated, Frequencies, Scaled, Taylor
 from vdcache.recipe import Recipe
 from vdcache.runtime.policies import EveryN
-from vdcache.testing import try_recipe
+from vdcache.testing import TinyDiT, run_pass, try_recipe
 
 PASSES = (
     Canonicalise(),
@@ -178,6 +179,69 @@ def test_what_is_no_predictor_is_refused():
     blended = Specialise(reuse=frozenset({"all"}), predictor=Blended(lambda values, when: values[0]))
     with pytest.raises(ConfigError, match="is no predictor that a text can name"):
         Pipeline.parse(str(blended), given=Specialise.requires)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("specialise{observe=maybe}", "specialise: observe is true or false; got 'maybe'"),
+        ("specialise{reuse=[1]}", "specialise: reuse is a list of words"),
+        ("mark-branches{out-of=many}", "mark-branches: out-of is a whole number; got 'many'"),
+        ("mark-branches{out-of=-1}", "at least 0; got -1"),
+        ("mark-branches{apart=7}", "apart is true or false; got 7"),
+        ("mark-branches{start=x}", "start is a number; got 'x'"),
+        ("mark-branches{kinds=[1]}", "kinds is a list of words"),
+        ("observe{frames=x}", "observe: frames is a whole number; got 'x'"),
+        ("observe{frames=-2}", "at least 0; got -2"),
+        ("observe{blocks=[a]}", "blocks is a list of whole numbers"),
+        ("observe{strides=2.5}", "strides is a list of whole numbers"),
+        ("observe{within=[0.2,x]}", "within is a list of 2 numbers"),
+        ("observe{within=[0.5,2]}", "within is a share of the blocks"),
+        ("probe{blocks=x}", "at least one block; got blocks='x'"),
+        ("emit{kinds=3}", "kinds is a list of words"),
+        ("emit-attention{grid=x}", "grid is a list of whole numbers"),
+    ],
+)
+def test_an_option_of_another_type_is_refused_when_the_pass_is_made(text, said):
+    """Some were accepted, and some were reported as a broken promise of the pass in the middle of a compilation."""
+    with pytest.raises(ConfigError, match=said):
+        Pipeline.parse(text)
+    with pytest.raises(ConfigError, match=said):
+        vdcache.compile(TinyDiT(), "every-2", pipeline=text)
+
+
+def test_options_of_passes_of_other_packages_are_checked_as_well():
+    @dataclass(frozen=True)
+    class Wide(Pass):
+        name: ClassVar[str] = "wide"
+        width: int = 0
+        sides: tuple[int, ...] = ()
+        names: "dict[str, int] | None" = None
+        loose: int = None
+
+        def __post_init__(self):  # without super()
+            pass
+
+        def run(self, graph):
+            return PassResult(graph)
+
+    assert Pipeline((Wide(), Wide(torch.tensor(3), range(2), {"a": 1}, 4), Wide(sides=[1]))).passes
+    for wrong in (Wide("3"), Wide(sides=("x",)), Wide(sides=3), Wide(names=3), Wide(loose="x")):
+        with pytest.raises(ConfigError, match=r"wide: (width|sides|names|loose) is .*; got"):
+            Pipeline((wrong,))
+
+
+@pytest.mark.parametrize("make", [Pipeline, lambda p: Recipe("every-2", EveryN(2)).with_passes(p), lambda p: run_pass(p, "")])
+def test_a_pass_that_forgets_its_base_class(make):
+    class Forgets:
+        name = "forgets"
+
+        def run(self, graph):
+            return PassResult(graph)
+
+    for given in (Forgets(), (MarkBranches(), Forgets()), Forgets):
+        with pytest.raises(ConfigError, match=r"Forgets does not subclass vdcache\.Pass: write class Forgets\(vdcache\.Pass\)"):
+            make(given)
 
 
 def foreign(run, **attributes):

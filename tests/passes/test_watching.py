@@ -129,7 +129,7 @@ def test_a_pipeline_may_be_given_by_value_or_as_text():
             for step in range(2):
                 compiled(latent(step), time_of(step), latent(9))
         assert [s.rpartition(".")[2] for s in history[-1].reused] == ["mlp", "mlp"]
-    for wrong, message in (("nope", "no pass is called 'nope'"), (["mlp"], "a pipeline is made of passes; got 'mlp'")):
+    for wrong, message in (("nope", "no pass is called 'nope'"), (["mlp"], "a pipeline is made of passes, and got 'mlp'")):
         with pytest.raises(vdcache.ConfigError, match=message):
             vdcache.compile(TinyDiT(), "every-2", pipeline=wrong)
     with pytest.raises(vdcache.ContractError, match="'merge-slots' requires guarded"):

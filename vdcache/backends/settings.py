@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from vdcache.backends.kernels.choose import check_lowering
@@ -79,6 +79,10 @@ class Settings:
         if (passes := options.pop("pipeline", None)) is not None:
             chosen = chosen.with_passes(passes)
         return Settings(recipe=chosen, inductor=tuple(sorted(inductor.items())), **options)
+
+    def anew(self) -> Settings:
+        """The same options for another model: no session, no listener, nothing compiled, nothing said."""
+        return replace(self, session=None, hears=None, takes=None, programs=[], _said=set())
 
     def new_session(self) -> Session:
         """A session for one model."""

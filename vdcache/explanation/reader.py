@@ -13,7 +13,8 @@ from vdcache.backends.settings import Settings
 from vdcache.explanation.report import GraphFacts, Report, Slot, Variant
 from vdcache.ir import dialect
 from vdcache.ir.capture import Captured, Part, Parts, parts
-from vdcache.ir.errors import CaptureError, ConfigError, VdcacheError
+from vdcache.ir.checks import check_model
+from vdcache.ir.errors import CaptureError, VdcacheError
 from vdcache.ir.ops import tensor_of, unviewed
 from vdcache.ir.whole import exported
 from vdcache.methods import recipe as named
@@ -49,13 +50,10 @@ def explain(
 
     Raises:
         CaptureError: the model cannot be traced, or computes nothing that Dynamo can see; the message says where.
-        ConfigError: there is no such recipe.
+        ConfigError: no model, or there is no such recipe.
     """
     chosen = named(recipe) if recipe is not None else None
-    if isinstance(model, type):  # Dynamo would patch the class itself, for good
-        raise ConfigError(f"pass an instance, {model.__name__}(…), not the class")
-    if not callable(model):
-        raise ConfigError(f"explain takes a module or a function and its arguments; got {type(model).__name__}")
+    check_model(model, "explain")
     name = type(model).__name__ if isinstance(model, nn.Module) else getattr(model, "__name__", type(model).__name__)
     if name == "OptimizedModule":
         name = type(model._orig_mod).__name__  # type: ignore[attr-defined]

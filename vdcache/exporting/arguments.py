@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vdcache.api import original
 from vdcache.errors import ConfigError
+from vdcache.ir.checks import check_model
 
 __all__ = ["check_call", "check_loop"]
 
@@ -20,10 +21,7 @@ def check_call(model: Any, args: Any, kwargs: Any) -> None:
     Raises:
         ConfigError: no model, no tuple of positional inputs, no mapping of others, or inputs that the model does not take.
     """
-    if isinstance(model, type):
-        raise ConfigError(f"pass an instance, {model.__name__}(…), not the class")
-    if not callable(model):
-        raise ConfigError(f"export takes a module or a function; got {type(model).__name__}")
+    check_model(model, "export")
     if isinstance(args, (str, Mapping, Tensor)) or not isinstance(args, Sequence):
         hint = (
             ": write (x,)" if isinstance(args, Tensor) else "; inputs by name are kwargs" if isinstance(args, Mapping) else ""

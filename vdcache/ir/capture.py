@@ -17,8 +17,10 @@ and 2.13.0.
 from __future__ import annotations
 
 import re
+import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -198,7 +200,9 @@ class Parts:
     breaks: list[str] = field(default_factory=list)
 
 
-_collecting: list[Parts] = []
+# Of the thread that asks: another may ask for another model's at the same time.
+_collecting: ContextVar[Parts | None] = ContextVar("vdcache_collecting", default=None)
+_counting = threading.RLock()  # Dynamo counts graph breaks for the process, and its limits are the process's
 
 
 def parts(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Parts:
@@ -210,12 +214,17 @@ def parts(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
     Raises:
         CaptureError: the function raised, or Dynamo cannot trace it; the message names the user's source line.
     """
+    fn = getattr(fn, "_orig_mod", fn)  # of a compiled module
+    with _counting:
+        return _parts_of(fn, args, kwargs)
+
+
+def _parts_of(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Parts:
     from torch._dynamo.utils import counters
 
-    fn = getattr(fn, "_orig_mod", fn)  # of a compiled module
     parts = Parts()
     before = dict(counters["graph_break"])
-    _collecting.append(parts)
+    token = _collecting.set(parts)
     try:
         # One backend for all calls, so that what was traced once is known. The limits are of no use here: past them the model
         # would run.
@@ -235,7 +244,7 @@ def parts(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
             )
         ) from error
     finally:
-        _collecting.pop()
+        _collecting.reset(token)
     parts.breaks = [reason for reason, n in counters["graph_break"].items() if n > before.get(reason, 0)]
     return parts
 
@@ -266,8 +275,8 @@ def _collect(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[.
     exact = _exact_results(captured) if captured is not None else None
 
     def stand_in(*inputs: Any) -> list[Any]:
-        if _collecting:
-            _collecting[-1].found.append(part)
+        if (parts := _collecting.get()) is not None:
+            parts.found.append(part)
         known = exact(inputs) if exact is not None else {}
         return [known[i] if i in known else _zeros(v) for i, v in enumerate(values)]
 

@@ -4,13 +4,49 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any
 
 from vdcache.ir.errors import ConfigError
 
-__all__ = ["group_name", "number", "numbers", "step_count", "timestep", "video_grid", "whole", "whole_numbers"]
+__all__ = [
+    "check_model",
+    "group_name",
+    "is_pipeline",
+    "number",
+    "numbers",
+    "step_count",
+    "timestep",
+    "video_grid",
+    "whole",
+    "whole_numbers",
+]
+
+
+def check_model(value: Any, what: str) -> None:
+    """Refuse what is not one model.
+
+    Args:
+        what: the public function that was given it, for messages.
+
+    Raises:
+        ConfigError: a class, a whole pipeline, or what cannot be called.
+    """
+    if isinstance(value, type):  # Dynamo would patch the class itself, for good
+        raise ConfigError(f"pass an instance, {value.__name__}(…), not the class")
+    if is_pipeline(value):
+        raise ConfigError(
+            f"{what} takes one model, and this {type(value).__name__} is a whole pipeline: vdcache.apply(pipe, recipe) makes a pipeline skip "
+            f"work. For {what} give its denoiser, as pipe.transformer is one"
+        )
+    if not callable(value):
+        raise ConfigError(f"{what} takes a module or a function; got {type(value).__name__}")
+
+
+def is_pipeline(value: Any) -> bool:
+    """Whether this looks like a diffusers pipeline: it holds components and makes a progress bar."""
+    return isinstance(getattr(value, "components", None), Mapping) and callable(getattr(value, "progress_bar", None))
 
 
 def whole_numbers(values: Any, what: str) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ dense kernel of the device runs, and every key and value is copied once for each
 from __future__ import annotations
 
 import functools
+import importlib
 import itertools
 import math
 from collections import defaultdict
@@ -359,10 +360,24 @@ def _like(query: Tensor, value: Tensor, make: Callable[..., Tensor]) -> Tensor:
     return make(b, n, h, value.shape[-1], dtype=query.dtype, device=query.device).transpose(1, 2)
 
 
-# (query, key, value, tables, scale, bias of keys) → result; kernels of other rooms join on import.
-LOWERINGS: dict[str, Callable[[Tensor, Tensor, Tensor, Tiled, float | None, Tensor | None], Tensor]] = {
+Lowering = Callable[[Tensor, Tensor, Tensor, Tiled, float | None, Tensor | None], Tensor]
+
+
+def _elsewhere(module: str, name: str) -> Lowering:
+    """A lowering of another room, which is imported at its first call: its compiler takes long to load."""
+
+    def run(query: Tensor, key: Tensor, value: Tensor, on: Tiled, scale: float | None, bias: Tensor | None) -> Tensor:
+        return getattr(importlib.import_module(module), name)(query, key, value, on, scale, bias)  # type: ignore[no-any-return]
+
+    return run
+
+
+# (query, key, value, tables, scale, bias of keys) → result
+LOWERINGS: dict[str, Lowering] = {
     "gather": gather,
     "masked": masked,
+    "flex": _elsewhere("vdcache.backends.kernels.flex", "flex"),
+    "triton": _elsewhere("vdcache.backends.kernels.triton", "triton_attention"),
 }
 
 

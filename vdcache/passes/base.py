@@ -6,7 +6,7 @@ import abc
 import importlib
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -18,10 +18,10 @@ from vdcache.ir.edit import copy_graph
 from vdcache.ir.errors import ConfigError, ContractError, VdcacheError
 from vdcache.ir.facts import Fact, check
 from vdcache.ir.words import parts
-from vdcache.passes.contract import Promises, check_facts, failed, is_foreign
+from vdcache.passes.contract import Promises, check_facts, check_options, failed, is_foreign
 from vdcache.passes.watching import Watch
 
-__all__ = ["Pass", "PassResult", "Pipeline", "Refusal", "drop_dead_code", "option_text", "put_guard", "tag"]
+__all__ = ["Pass", "PassResult", "Pipeline", "Refusal", "drop_dead_code", "option_text", "passes_of", "put_guard", "tag"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,14 @@ class Pass(abc.ABC):
     ensures: ClassVar[frozenset[Fact]] = frozenset()
     fixed_sizes: ClassVar[bool] = False
 
+    def __post_init__(self) -> None:
+        """Refuse an option of another type than its field says; a subclass with its own `__post_init__` calls this one.
+
+        Raises:
+            ConfigError: naming the option, what it is and what it was given.
+        """
+        check_options(self)
+
     @abc.abstractmethod
     def run(self, graph: fx.GraphModule) -> PassResult:
         """Rewrite `graph` in place."""
@@ -72,6 +80,31 @@ class Pass(abc.ABC):
         changed = [f for f in fields(self) if getattr(self, f.name) != f.default]
         options = ",".join(f"{f.name.replace('_', '-')}={option_text(getattr(self, f.name))}" for f in changed)
         return f"{self.name}{{{options}}}" if options else self.name
+
+
+def passes_of(given: Any, where: str) -> tuple[Pass, ...]:
+    """One pass or several, as a tuple.
+
+    Args:
+        where: what they are for, for messages.
+
+    Raises:
+        ConfigError: a class, a value whose class does not subclass `Pass`, or anything else.
+    """
+    if isinstance(given, (Pass, str, bytes, type)) or not isinstance(given, Iterable):
+        given = (given,)
+    for value in (found := tuple(given)):
+        if isinstance(value, Pass):
+            continue
+        kind = value if isinstance(value, type) else type(value)
+        if not issubclass(kind, Pass) and callable(getattr(kind, "run", None)):
+            why = f"the class {kind.__name__} does not subclass vdcache.Pass: write class {kind.__name__}(vdcache.Pass)"
+        elif isinstance(value, type):
+            why = f"{kind.__name__} is a class: give a value of it, {kind.__name__}()"
+        else:
+            why = f"got {value!r}; a pass is a value of a class that subclasses vdcache.Pass, as MarkBranches() is one"
+        raise ConfigError(f"{where} is made of passes, and {why}")
+    return found
 
 
 def option_text(value: Any) -> str:
@@ -106,6 +139,7 @@ class Pipeline:
         checked: facts that are checked on the graph that comes in.
 
     Raises:
+        ConfigError: something that is not a pass, or a pass with an option of another type.
         ContractError: a pass requires what nothing before it ensures.
     """
 
@@ -115,11 +149,11 @@ class Pipeline:
     checked: frozenset[Fact] = frozenset()
 
     def __post_init__(self) -> None:
-        if isinstance(self.passes, Pass):
-            object.__setattr__(self, "passes", (self.passes,))
+        object.__setattr__(self, "passes", passes_of(self.passes, "a pipeline"))
         known = set(self.given)
         for a_pass in self.passes:
             check_facts(a_pass)
+            check_options(a_pass)
             if missing := a_pass.requires - known:
                 names = ", ".join(sorted(f.name for f in missing))
                 raise ContractError(f"'{a_pass.name}' requires {names}; nothing before it ensures that")
@@ -216,7 +250,7 @@ def _kind(name: str, known: Mapping[str, type[Pass]]) -> type[Pass]:
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"the pass {name!r} cannot be imported: {error}") from error
     if not (isinstance(kind, type) and issubclass(kind, Pass)):
-        raise ConfigError(f"{name!r} is no class of passes (vdcache.Pass)")
+        raise ConfigError(f"{name!r} is no class of passes: it does not subclass vdcache.Pass")
     return kind
 
 

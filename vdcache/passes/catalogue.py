@@ -97,7 +97,7 @@ def _why_not(plugin: Plugin) -> str:
 
     kind = plugin.value
     if not (isinstance(kind, type) and issubclass(kind, Pass)) or inspect.isabstract(kind):
-        return f"{kind!r} is no class of passes (vdcache.Pass with a 'run' of its own)"
+        return f"{kind!r} is no class of passes: it does not subclass vdcache.Pass with its own 'run'"
     name = getattr(kind, "name", None)
     if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9-]*", name):
         return f"its name is {name!r}; a pass is named in small letters and dashes, as 'mark-branches' is"

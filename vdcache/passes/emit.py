@@ -41,6 +41,7 @@ class Emit(Pass):
     gate: str = "pre"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.at not in ("branches", *VALUES):
             raise ConfigError(f"{self.name}: no place {self.at!r}; there are branches, {', '.join(VALUES)}")
         if unknown := [k for k in self.kinds if k not in KINDS]:

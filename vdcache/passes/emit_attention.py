@@ -46,6 +46,7 @@ class EmitAttention(Pass):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid", video_grid(self.grid, self.name))
+        super().__post_init__()
 
     def run(self, graph: fx.GraphModule) -> PassResult:
         found = anatomy(graph)

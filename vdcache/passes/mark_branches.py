@@ -15,7 +15,7 @@ from typing import ClassVar
 from torch import fx
 
 from vdcache.ir import dialect
-from vdcache.ir.checks import group_name, whole_numbers
+from vdcache.ir.checks import group_name, whole, whole_numbers
 from vdcache.ir.errors import ConfigError
 from vdcache.ir.facts import Fact
 from vdcache.ir.ops import same_type
@@ -66,6 +66,10 @@ class MarkBranches(Pass):
     apart: bool = False
 
     def __post_init__(self) -> None:
+        if self.blocks is not None:
+            object.__setattr__(self, "blocks", whole_numbers(self.blocks, f"{self.name}: blocks"))
+        super().__post_init__()
+        whole(self.out_of, f"{self.name}: out-of, the number of blocks that there must be,")
         if unknown := [k for k in self.kinds if k not in KINDS]:
             raise ConfigError(f"{self.name}: no branch kind {unknown[0]!r}; there are {', '.join(KINDS)}")
         if self.gate not in ("post", "pre"):
@@ -77,15 +81,13 @@ class MarkBranches(Pass):
         group_name(self.group, self.name)
         for name in ("start", "stop"):
             at = getattr(self, name)
-            whole = isinstance(at, int) and not isinstance(at, bool)
-            if not (whole or (at is None and name == "stop") or (isinstance(at, float) and -1 <= at <= 1)):
+            if isinstance(at, float) and not -1 <= at <= 1:
                 raise ConfigError(
                     f"{self.name}: {name} is a number of blocks, or a share of them between -1.0 and 1.0; got {at!r}"
                 )
         if self.blocks is not None and (self.start or self.stop is not None):
             raise ConfigError(f"{self.name}: blocks are given as a list or as a slice (start, stop), not both")
         if self.blocks is not None:
-            object.__setattr__(self, "blocks", whole_numbers(self.blocks, f"{self.name}: blocks"))
             if not self.blocks:
                 raise ConfigError(f"{self.name}: the list of blocks is empty, so there is nothing to reuse")
             if twice := [b for b in self.blocks if self.blocks.count(b) > 1]:

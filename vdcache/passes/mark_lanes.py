@@ -89,6 +89,7 @@ class MarkLanes(Pass):
             raise ConfigError(f"{self.name}: mode is {', '.join(CALLS)}; got {self.mode!r}")
         if self.predicted not in ("first", "second"):
             raise ConfigError(f"{self.name}: predicted is 'first' or 'second'; got {self.predicted!r}")
+        super().__post_init__()
 
     def run(self, graph: fx.GraphModule) -> PassResult:
         found = anatomy(graph)

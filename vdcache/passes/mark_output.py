@@ -48,6 +48,7 @@ class MarkOutput(Pass):
         group_name(self.group, self.name)
         if self.base not in ("input", "zero"):
             raise ConfigError(f"{self.name}: base is 'input' or 'zero', got {self.base!r}")
+        super().__post_init__()
 
     def run(self, graph: fx.GraphModule) -> PassResult:
         g = graph.graph

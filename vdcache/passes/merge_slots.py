@@ -69,6 +69,7 @@ class MergeSlots(Pass):
         group_name(self.group, self.name)
         if self.span not in ("run", "block"):
             raise ConfigError(f"{self.name}: span must be 'run' or 'block', got {self.span!r}")
+        super().__post_init__()
 
     def run(self, graph: fx.GraphModule) -> PassResult:
         static = _step_invariant(graph)

@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from vdcache.ir import dialect
-from vdcache.ir.checks import group_name
+from vdcache.ir.checks import group_name, whole
 from vdcache.ir.edit import call
 from vdcache.ir.errors import ConfigError
 from vdcache.ir.facts import Fact
@@ -59,6 +59,7 @@ class Observe(Pass):
     within: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         group_name(self.group, self.name)
         kinds = (*KINDS, "temporal-attention", "spatial-attention", *VALUES)
         if self.kind and self.kind not in kinds:
@@ -67,6 +68,9 @@ class Observe(Pass):
             raise ConfigError(f"{self.name}: no distance {self.distance!r}; there are {', '.join(dialect.DISTANCES)}")
         if any(i < 1 for i in self.strides):
             raise ConfigError(f"{self.name}: strides are frame distances of at least 1, got {self.strides}")
+        whole(self.frames, f"{self.name}: frames, the number of latent frames or 0 to read it off the graph,")
+        if not 0 <= self.within[0] < self.within[1] <= 1:
+            raise ConfigError(f"{self.name}: within is a share of the blocks, from and to, between 0 and 1; got {self.within}")
 
     def run(self, graph: fx.GraphModule) -> PassResult:
         found = anatomy(graph)

@@ -63,6 +63,7 @@ class Probe(Pass):
                 raise ConfigError(f"{self.name}: no {what} {value!r}; there are {', '.join(k or repr('') for k in known)}")
         if isinstance(self.blocks, bool) or not isinstance(self.blocks, int) or self.blocks < 1:
             raise ConfigError(f"{self.name}: the residual is of at least one block; got blocks={self.blocks!r}")
+        super().__post_init__()
 
     def run(self, graph: fx.GraphModule) -> PassResult:
         value = find(graph, self.at, self.blocks, made_by=str(self))

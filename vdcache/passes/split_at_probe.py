@@ -84,6 +84,7 @@ class SplitAtProbe(Pass):
     def __post_init__(self) -> None:
         if self.part not in ("head", "tail"):
             raise ConfigError(f"{self.name}: part is 'head' or 'tail', got {self.part!r}")
+        super().__post_init__()
 
     def run(self, graph: fx.GraphModule) -> PassResult:
         g = graph.graph

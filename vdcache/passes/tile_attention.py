@@ -67,6 +67,7 @@ class TileAttention(Pass):
         object.__setattr__(self, "text", whole_numbers(self.text, f"{self.name}: text"))
         if self.text and (len(self.text) != 2 or min(self.text) < 0):
             raise ConfigError(f"{self.name}: text is the tokens of text (before, after) those of video, got {self.text}")
+        super().__post_init__()
 
     def run(self, graph: fx.GraphModule) -> PassResult:
         found = anatomy(graph)

@@ -13,6 +13,7 @@ from torch import nn
 
 from vdcache.api import Runner, check_options
 from vdcache.backends import Settings
+from vdcache.ir.checks import is_pipeline
 from vdcache.ir.errors import CacheStateError, CaptureError, ConfigError, warn_once
 from vdcache.pipelines.denoiser import Denoiser, Lanes, Switch
 from vdcache.pipelines.experts import Experts
@@ -129,7 +130,7 @@ def _check_pipeline(pipe: Any) -> None:
         raise ConfigError(
             f"apply takes a whole pipeline; got the model {type(pipe).__name__}, for which there is vdcache.compile(model, recipe)"
         )
-    if not (isinstance(getattr(pipe, "components", None), Mapping) and callable(getattr(pipe, "progress_bar", None))):
+    if not is_pipeline(pipe):
         raise ConfigError(
             f"apply takes a diffusers pipeline (a DiffusionPipeline: it has components and a progress bar); got {type(pipe).__name__}. "
             "For the denoiser of a loop of your own there is vdcache.compile(model, recipe)"

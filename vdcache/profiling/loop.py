@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vdcache.api import compile_with, original
 from vdcache.backends import Settings
+from vdcache.ir.checks import check_model
 from vdcache.ir.errors import CacheStateError, ConfigError
 from vdcache.ir.files import text_of, write_aside
 from vdcache.profiling.watched import checked_prompts, until_forgotten
@@ -80,6 +81,7 @@ class Loop:
         console: Console | None = None,
         path: str | Path | None = None,
     ) -> None:
+        check_model(model, what)
         self._model, self._run, self._what, self._inner, self._console = original(model), run, what, inner, console
         self._given = checked_prompts(prompts, what)
         self._ways: dict[int, _Way] = {}

@@ -10,6 +10,7 @@ import torch
 
 from vdcache.api import compile_with, original
 from vdcache.backends import Settings
+from vdcache.ir.checks import check_model
 from vdcache.ir.errors import CacheStateError, ConfigError
 from vdcache.passes.base import Pass
 from vdcache.recipe import Recipe
@@ -63,9 +64,10 @@ def watch(
         recorder: of the session.
 
     Raises:
-        ConfigError: prompts is no list or is empty.
+        ConfigError: no model, or prompts is no list or is empty.
         CacheStateError: `run` did not call the model.
     """
+    check_model(model, what)
     prompts = checked_prompts(prompts, what)
     heard: list[str] = []
     model = original(model)

@@ -14,6 +14,7 @@ from vdcache.ir.errors import ConfigError
 from vdcache.ir.facts import Fact
 from vdcache.ir.parse import parse
 from vdcache.passes import Canonicalise, DeadCode, MarkBranches, Pass, PassResult, Pipeline, Specialise, variant_io
+from vdcache.passes.base import passes_of
 from vdcache.passes.predictors import LAST, Predictor
 
 __all__ = ["captured", "graph_from", "guarded", "run_pass", "run_variant", "variant"]
@@ -42,7 +43,7 @@ def run_pass(a_pass: Pass | Pipeline | Sequence[Pass], graph: Graph) -> PassResu
     """
     if isinstance(a_pass, str):
         raise ConfigError(f"a pass is a value, not the text {a_pass!r}; vdcache.Pipeline.parse(text) makes passes of a text")
-    passes = (a_pass,) if isinstance(a_pass, Pass) else tuple(a_pass)
+    passes = passes_of(a_pass, "what is tested")
     given = frozenset[Fact]().union(*(p.requires for p in passes))
     result, steps = Pipeline(passes, verify=True, given=given, checked=passes[0].requires).run(graph_from(graph))
     return PassResult(result, sum(s.rewrites for s in steps), tuple(r for s in steps for r in s.refusals))

@@ -1,13 +1,14 @@
-"""Which lowering of attention under a mask is the fastest here: measured once per device, mask and size, kept on disk."""
+"""Which lowering of attention under a mask is the fastest here: measured once per device, mask and size, kept in memory and on disk."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vdcache.backends.kernels import flex, triton
+from vdcache.backends.kernels import triton
 from vdcache.ir.errors import ConfigError
 from vdcache.ir.files import cache_folder, write_aside
 from vdcache.ir.tiles import LOWERINGS, Tiled
 
 __all__ = ["Choice", "choose", "measure"]
 
-LOWERINGS |= {"flex": flex.flex, "triton": triton.triton_attention}
 ENOUGH = 0.9  # of what the mask could save at most: no other lowering can be much faster
 LONGEST = 20e12  # FLOPs of one dense call beyond which nothing is measured on a CPU
+MOST = 1 << 30  # bytes of queries, keys and values that are made to measure on; of larger ones only some heads are
+_known: dict[tuple[Path, str], Choice] = {}  # what this process has measured or read, by file and form
 
 
 @dataclass(frozen=True)
@@ -57,19 +59,62 @@ def choose(
 ) -> Choice:
     """The fastest lowering for operands of this form; measured now if it is not known yet.
 
+    It is measured on random tensors: no value of the caller's is read, and no random generator but its own is used. Large operands, and those
+    for which the memory is not enough, are measured on a part of their heads and then of their batch. Where there is no memory even for one
+    head, the answer is a gather, nothing is measured and nothing is kept.
+
     Args:
         query, key, value, bias: real or fake tensors: only their form counts.
         again: measure even if it is known.
     """
     name = _key(query, key, value, bias, on)
-    known = _read()
-    if not again and (kept := _choice(known.get(name))) is not None:
+    at = _path(), name
+    if not again and (kept := _known.get(at) or _choice(_read().get(name))) is not None:
+        _known[at] = kept
         return kept
-    own = None if bias is None else _random(bias)
-    found = measure(_random(query), _random(key), _random(value), own, on, scale)
+    found = _measured(query, key, value, bias, on, scale)
     if found.seconds:
+        _known[at] = found  # also where the folder cannot be written to
         _write(name, found)
     return found
+
+
+def _measured(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, on: Tiled, scale: float | None) -> Choice:
+    """`measure` on random tensors of this form, as many heads and samples of it as there is memory for."""
+    batch, heads = query.shape[0], key.shape[1]
+    whole = sum(t.numel() * t.element_size() for t in (query, key, value))
+    heads_ = max(1, min(heads, MOST * heads // max(whole, 1)))
+    batch_ = batch if heads_ > 1 or heads == 1 else max(1, min(batch, MOST * batch * heads // max(whole, 1)))
+    while True:
+        share = (batch * heads) / (batch_ * heads_)
+        try:
+            found = measure(*_operands(query, key, value, bias, batch_, heads_), on, scale)
+            return replace(found, seconds={n: s * share for n, s in found.seconds.items()})
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+        if heads_ == batch_ == 1:
+            return Choice("gather", {}, on.density)
+        batch_, heads_ = (batch_, heads_ // 2) if heads_ > 1 else (batch_ // 2, 1)
+
+
+def _operands(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, batch: int, heads: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Random tensors of the form of these, of so many samples and heads of the keys."""
+    draw = torch.Generator(device=query.device).manual_seed(0)
+    group = query.shape[1] // key.shape[1]  # queries that share a head of the keys
+
+    def part(like: Tensor, heads: int) -> Tensor:
+        return _random(like, (min(like.shape[0], batch), min(like.shape[1], heads), *like.shape[2:]), draw)
+
+    own = None if bias is None else part(bias, heads * group)
+    return part(query, heads * group), part(key, heads), part(value, heads), own
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Of a device, by its type; of the CPU, torch raises a RuntimeError."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
 
 
 def measure(
@@ -95,7 +140,7 @@ def measure(
         return lambda: lowering(query, key, value, on, scale, bias)
 
     with torch.no_grad():
-        first = dict(zip(("dense", "gather"), _time([dense, run("gather")]), strict=True))
+        first = dict(zip(("dense", "gather"), _time([dense, run("gather")], query.device), strict=True))
         found = Choice("gather", first, on.density)
         if found.of_ideal >= ENOUGH and not every:
             return found
@@ -107,7 +152,7 @@ def measure(
                 ready.append(name)
             except Exception:  # noqa: BLE001 — a kernel that cannot run here is not chosen
                 continue
-        times = _time([dense, run("gather"), *map(run, ready)])
+        times = _time([dense, run("gather"), *map(run, ready)], query.device)
     seconds = dict(zip(("dense", "gather", *ready), times, strict=True))
     return Choice(min(("gather", *ready), key=seconds.__getitem__), seconds, on.density)
 
@@ -119,31 +164,44 @@ def _can(name: str, on: Tiled, device: torch.device) -> bool:
     return name != "triton" or (device.type == "cuda" and triton.available(device))
 
 
-def _time(runs: Sequence[Callable[[], Any]], seconds: float = 1.0) -> list[float]:
-    """Medians of seconds, side by side, in about so much time each."""
-    sync: Callable[[], None] = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    began = time.perf_counter()
-    for run in runs:
-        run()
-    sync()
-    once = (time.perf_counter() - began) / len(runs)
-    rounds = max(3, min(30, int(seconds / max(once, 1e-6))))
-    times: list[list[float]] = [[] for _ in runs]
-    for _ in range(rounds):
-        for run, own in zip(runs, times, strict=True):
-            began = time.perf_counter()
-            run()
-            sync()
-            own.append(time.perf_counter() - began)
+def _time(runs: Sequence[Callable[[], Any]], device: torch.device, seconds: float = 1.0) -> list[float]:
+    """Medians of seconds, side by side, in about so much time each. Waits for `device` alone."""
+    timed = _on_cuda if device.type == "cuda" else functools.partial(_on_host, device)
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        once = sum(map(timed, runs)) / len(runs)
+        rounds = max(3, min(30, int(seconds / max(once, 1e-6))))
+        times: list[list[float]] = [[] for _ in runs]
+        for _ in range(rounds):
+            for run, own in zip(runs, times, strict=True):
+                own.append(timed(run))
     return [statistics.median(t) for t in times]
 
 
-def _random(like: Tensor) -> Tensor:
-    """A tensor of that form: size, order in memory, dtype and device."""
+def _on_cuda(run: Callable[[], Any]) -> float:
+    """Seconds of one run on the current CUDA device, by its own clock: what else the host does is not counted."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def _on_host(device: torch.device, run: Callable[[], Any]) -> float:
+    """Seconds of one run, waited for where the device is none that computes at once."""
+    began = time.perf_counter()
+    run()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter() - began
+
+
+def _random(like: Tensor, shape: Sequence[int], draw: torch.Generator) -> Tensor:
+    """A random tensor in the order in memory, dtype and device of another; nothing wider is made on the way."""
     strides = like.stride()
     order = sorted(range(like.ndim), key=lambda i: (-strides[i], i))
-    made = torch.randn([like.shape[i] for i in order], device=like.device, dtype=torch.float32)
-    made = made > -1.0 if like.dtype == torch.bool else made.to(like.dtype)
+    made = torch.empty([shape[i] for i in order], device=like.device, dtype=like.dtype)
+    made = made.bernoulli_(0.8, generator=draw) if like.dtype == torch.bool else made.normal_(generator=draw)
     return made.permute([order.index(i) for i in range(like.ndim)])
 
 
@@ -187,7 +245,7 @@ def _read() -> dict[str, Any]:
 
 
 def _write(name: str, found: Choice) -> None:
-    """Add to the file, written aside and renamed; what cannot be written is measured again."""
+    """Add to the file, written aside and renamed; what cannot be written is measured again by the next process."""
     path = _path()
     try:
         write_aside(path, json.dumps({**_read(), name: asdict(found)}, indent=1))
