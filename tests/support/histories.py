@@ -24,15 +24,21 @@ from vdcache.testing import TinyDiT, latent
 STEPS = 6
 
 
-class Adapted(TinyDiT):
-    """A model with a setting that Dynamo takes for constant, as the scale of an adapter."""
+class Scaled(nn.Module):
+    """A layer with a setting that Dynamo takes for constant, or for an input: the scale of an adapter."""
 
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.strength = layer, 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * self.strength
+
+
+class Adapted(TinyDiT):
     def __init__(self, seed: int = 0) -> None:
         super().__init__(seed=seed)
-        self.strength = 1.0
-
-    def waves(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
-        return super().waves(timestep, dtype) * self.strength
+        self.text = Scaled(self.text)
 
 
 @dataclass
@@ -53,7 +59,7 @@ class Truth:
 
     @property
     def weights(self) -> Any:
-        return float(self.model.out.weight.sum()), float(self.model.mlp[0][0].weight.sum()), self.model.strength
+        return float(self.model.out.weight.sum()), float(self.model.mlp[0][0].weight.sum()), self.model.text.strength
 
 
 class Machine:
@@ -95,7 +101,8 @@ class Machine:
             self.did[kind] += 1
         if known is None or not torch.allclose(out, truth.model.with_branches(x, words, known[1]), rtol=1e-4, atol=1e-5):
             record = truth.compiled.vdcache.history[-1]
-            where = f"generation {record.generation}, step {record.step}, lane {record.lane}"
+            off = "" if known is None else f", off by {(out - truth.model.with_branches(x, words, known[1])).abs().max():.2g}"
+            where = f"generation {record.generation}, step {record.step}, lane {record.lane}{off}"
             self.stale.append(f"{kind}: step {step}, lane {lane}: seen as {where}; history: {' | '.join(self.log[-6:])}")
 
     def words(self, prompt: int) -> Tensor:
@@ -165,7 +172,10 @@ class Machine:
         at, guided = self.random.randint(1, STEPS - 2), self.random.random() < 0.5
         others = (9,) if guided else ()
         self.run(
-            truth, "prompt exchanged", lanes_at=lambda s: (*((1,) if s < at else (2,)), *others), cast=self.random.random() < 0.5
+            truth,
+            "prompt exchanged",
+            lanes_at=lambda s: (*((1,) if s < at else (2,)), *others),
+            cast=self.random.random() < 0.5,
         )
 
     def move_prompt_rewritten(self, truth: Truth) -> None:
@@ -198,7 +208,7 @@ class Machine:
 
         def set_scale(step: int) -> None:
             if step == at:
-                truth.model.strength = 0.5 if truth.model.strength == 1.0 else 1.0
+                truth.model.text.strength = 0.5 if truth.model.text.strength == 1.0 else 1.0
 
         self.run(truth, "adapter set", change=set_scale)
 
@@ -281,7 +291,7 @@ class Machine:
         """A batch whose first sample is exchanged for a new request while the second one goes on."""
         truth.begin()
         noise, words = self.new_noise(), torch.cat([self.words(1), self.words(2)])
-        at = self.random.randint(1, 3)
+        at = self.random.randint(2, 3)  # after one step the first sample would seem to wait
         first = 0
         for step in range(STEPS):
             if step == at:
@@ -312,6 +322,7 @@ class Machine:
                 self.call(truth, "two recipes", step, 1, latent(noise + step), self.time(step), words)
 
     def move_rising(self, truth: Truth) -> None:
+        self.run(truth, "before rising")  # after a run that was cut short, rising from its end seems to go on first
         self.run(truth, "rising", rising=True)
         self.run(truth, "falling after rising")
 
@@ -359,8 +370,8 @@ def handles() -> list[Truth]:
     torch._dynamo.reset()
     model = Adapted()
     return [
-        Truth(every, model, vdcache.compile(model, f"every-{every}", num_steps=STEPS, inner="eager", dynamic=True))
-        for every in (2, 3)
+        Truth(every, model, vdcache.compile(model, f"every-{every}", num_steps=STEPS, inner="eager", dynamic=dynamic))
+        for every, dynamic in ((2, True), (3, None))
     ]
 
 

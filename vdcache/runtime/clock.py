@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 __all__ = ["Clock", "Reading", "Tick"]
 
+MOST_ENDS = 64  # timesteps that are remembered
 Form = tuple[tuple[int, ...], object, object]  # shape, dtype, device
 
 
@@ -66,11 +67,14 @@ class Clock:
         self._first: Reading | None = None  # of this generation
         self._first_repeats = False  # the first timestep came again with another latent, as every later one has so far
         self._repeats = False  # the current timestep did
+        self._single = 0  # how many timesteps after the first one did not
         self._direction = 0
         self._expected = 0  # the direction that this generation will take, guessed at its first call
         self._usual_direction = 0  # of the last generation that showed one
         self._in_doubt = False  # the guess was wrong for the generation before, which had one step
-        self._range: tuple[float, float] | None = None  # timesteps of all generations so far
+        self._began: dict[float, int] = {}  # timesteps at which generations began, and their directions
+        self._ended: dict[float, int] = {}
+        self._last: Reading | None = None  # the last reading of this generation
         self._which = 0  # the candidate that is the timestep, as far as is known
 
     def begin(self) -> None:
@@ -92,8 +96,9 @@ class Clock:
             return self._same_timestep(reading, repeated, last)
         if before.keys != self._first.keys and not self._repeats:
             self._first_repeats = False  # no windows: those are there at every timestep
+            self._single += 1
         self._repeats = False
-        if not _same_but_for_batch(before.form, reading.form):
+        if before.form != reading.form and (last or not _same_but_for_batch(before.form, reading.form)):
             return self._new_generation(reading)
         direction = self._direction_to(before, reading)
         if direction is None:
@@ -112,8 +117,8 @@ class Clock:
             self.lane += 1
             return self._at(reading)
         first = self._first is not None and self._first.keys == reading.keys
-        if last and not self._first_repeats:
-            return self._new_generation(reading)  # the generation is complete
+        if not self._first_repeats and (last or (self._single > 1 and not reading.coarse)):
+            return self._new_generation(reading)  # the last one is complete, or was cut short: its solver repeats no timestep
         self._repeats, self._first_repeats = True, self._first_repeats or first
         if reading.coarse or not self._first_repeats:
             return self._new_step(reading, repeated=self._first_repeats)
@@ -121,13 +126,19 @@ class Clock:
         return self._at(reading, repeated=True)
 
     def _new_generation(self, reading: Reading, *, mixed: bool = False, in_doubt: bool = False) -> Tick:
-        self._usual_direction = self._direction or self._usual_direction
+        if self._direction and self._first is not None and self._last is not None:
+            self._usual_direction = self._direction
+            for seen, at in ((self._began, self._timestep(self._first)), (self._ended, self._timestep(self._last))):
+                if at is not None:
+                    seen[at] = self._direction
+                if len(seen) > MOST_ENDS:
+                    del seen[next(iter(seen))]
         self._direction, self._expected = 0, self._usual_direction
-        if self._usual_direction and self._range is not None and (now := self._timestep(reading)) is not None:
-            # From an end of the range there is one way to go: a run the other way round (inversion) begins at the other end.
-            low, high = self._range
-            self._expected = -1 if now == high else 1 if now == low else self._usual_direction
-        self._first, self._first_repeats, self._repeats, self._in_doubt = reading, False, False, in_doubt
+        if (now := self._timestep(reading)) is not None:
+            # A run the other way round (inversion) begins where others ended.
+            self._expected = self._began.get(now) or -self._ended.get(now, -self._usual_direction)
+        self._first, self._first_repeats, self._repeats, self._single = reading, False, False, 0
+        self._in_doubt = in_doubt
         self.generation += 1
         self.step, self.lane = 0, 0
         return self._at(reading, new_step=True, new_generation=True, mixed=mixed)
@@ -145,9 +156,7 @@ class Clock:
         repeated: bool = False,
         mixed: bool = False,
     ) -> Tick:
-        if (now := self._timestep(reading)) is not None:
-            low, high = self._range or (now, now)
-            self._range = min(low, now), max(high, now)
+        self._last = reading
         timestep = max(reading.keys[0]) if reading.keys and reading.keys[0] else None
         return Tick(self.generation, self.step, self.lane, new_step, new_generation, timestep, repeated, mixed)
 
@@ -162,8 +171,7 @@ class Clock:
         for which, (a, b) in enumerate(zip(before.keys, now.keys, strict=True)):
             if a == b or not a or not b:
                 continue
-            if which != self._which:
-                self._which, self._range = which, None
+            self._which = which
             if len(a) != len(b):  # a lane more or less in the batch
                 return (max(b) > max(a)) - (max(b) < max(a))
             signs = {(y > x) - (y < x) for x, y in zip(a, b, strict=True)} - {0}

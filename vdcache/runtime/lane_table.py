@@ -11,13 +11,14 @@ prompts by their looks. They change at every step, so an input that changed at e
 from __future__ import annotations
 
 import itertools
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from vdcache.runtime.weights_token import sample
 
 __all__ = ["Held", "Lane", "LaneTable", "Question", "compare"]
 
@@ -32,55 +33,52 @@ class Held:
     Args:
         value: a tensor or a number.
         copied: keep a copy of the tensor's value.
-        weak: do not keep the tensor alive; it is then known by identity alone.
+        sampled: keep no more than some of its elements, because it is large and another one at every step.
     """
 
-    __slots__ = ("_copy", "_ref", "_value", "version")
+    __slots__ = ("_copy", "_value", "sampled", "version")
 
-    def __init__(self, value: Any, *, copied: bool = False, weak: bool = False) -> None:
+    def __init__(self, value: Any, *, copied: bool = False, sampled: bool = False) -> None:
         self._copy: Tensor | None = None
-        self._ref: weakref.ref[Tensor] | None = None
         self._value: Any = value
         self.version: int | None = None
+        self.sampled = sampled and isinstance(value, Tensor)
         if not isinstance(value, Tensor):
             return
         if not value.is_inference():
             self.version = value._version
-        if weak:
-            self._ref, self._value = weakref.ref(value), None
+        if self.sampled:
+            self._copy, self._value = sample(value), None
         elif copied or self.version is None:
             self._copy = value.clone()
-
-    @property
-    def object(self) -> Any:
-        """What the caller passed; None where it is gone."""
-        return self._value if self._ref is None else self._ref()
 
     def is_same_object(self, value: Any) -> bool:
         """Whether `value` is the very object, not written into since; equal numbers are the same."""
         if isinstance(value, Tensor):
-            return self.object is value and self.version is not None and value._version == self.version
+            return self._value is value and self.version is not None and value._version == self.version
         return type(value) is type(self._value) and bool(value == self._value)
 
     def written(self, value: Any) -> bool:
         """Whether `value` is the very object, and its owner has written into it since (or may have)."""
-        return isinstance(value, Tensor) and self.object is value and not self.is_same_object(value)
+        return isinstance(value, Tensor) and self._value is value and not self.is_same_object(value)
 
     def earlier(self) -> Tensor | None:
         """The value that it had; None where nobody knows it any more."""
         if self._copy is not None:
             return self._copy
-        value = self.object
+        value = self._value
         return value if isinstance(value, Tensor) and self.version is not None and value._version == self.version else None
 
 
 def compare(held: Held, value: Any) -> bool | Tensor:
-    """Whether `value` equals what was held. A tensor of one bool where only a device knows."""
+    """Whether `value` equals what was held, as far as that was kept. A tensor of one bool where only a device knows."""
     if held.is_same_object(value):
         return True
     before = held.earlier()
     if before is None or not isinstance(value, Tensor):
         return False
+    if held.sampled:
+        value = sample(value)
     if before.shape != value.shape or before.dtype != value.dtype or before.device != value.device:
         return False
     if value.device.type == "cpu":
@@ -112,7 +110,8 @@ class Question:
     Args:
         values: the conditioning inputs.
         lane: the lane, where the very objects tell it.
-        equal: for each lane, whether each input is equal; tensors where a device must be read first.
+        equal: for each lane, whether each input is equal; tensors where a device must be read first. Of a lane that the objects
+            tell only those inputs that move are asked for.
     """
 
     values: Sequence[Any]
@@ -143,8 +142,13 @@ class LaneTable:
         self._still: set[int] = set()  # inputs that had the value of the step before, in this step
         self._changed: set[int] = set()
         self._always: frozenset[int] | None = None  # inputs that changed at every step so far; None before the second one
-        self.moving: frozenset[int] = frozenset()  # inputs that depend on the timestep, as far as is known
+        self._moves: frozenset[int] = frozenset()  # inputs that depend on the timestep, as the steps before have shown
         self._rewritten: set[int] = set()  # inputs whose objects their owner writes into
+
+    @property
+    def moving(self) -> frozenset[int]:
+        """The inputs that depend on the timestep, as far as is known: they say nothing of the lane."""
+        return self._moves - self._still
 
     def ask(self, values: Sequence[Any]) -> Question:
         """Compare a call's conditioning with that of every lane. Reads no value of a device.
@@ -152,19 +156,27 @@ class LaneTable:
         Args:
             values: of the conditioning inputs, always in the same order.
         """
-        asked = [i for i in range(len(values)) if i not in self.moving]
+        moving = self.moving
+        asked = [i for i in range(len(values)) if i not in moving]
         same = [lane for lane in self._lanes if all(lane.held[i].is_same_object(values[i]) for i in asked)]
-        if same:
-            return Question(values, max(same, key=lambda lane: lane.step))
-        question = Question(values)
+        question = Question(values, max(same, key=lambda lane: lane.step) if same else None)
+        if same and not moving:
+            return question
         for lane in self._lanes:
             self._rewritten.update(i for i in asked if lane.held[i].written(values[i]))
-            question.equal.append((lane, [i in self.moving or compare(lane.held[i], v) for i, v in enumerate(values)]))
+            row: list[bool | Tensor] = [
+                True if question.lane is not None and i not in moving else compare(lane.held[i], v)
+                for i, v in enumerate(values)
+            ]
+            question.equal.append((lane, row))
         return question
 
     def known(self, question: Question) -> Lane | None:
         """The lane of a call, if there is one. What `question` wanted must have been told."""
-        known = [lane for lane, row in question.equal if all(row)] if question.lane is None else [question.lane]
+        moving = self.moving
+        known = [question.lane] if question.lane is not None else []
+        if not known:
+            known = [lane for lane, row in question.equal if all(e for i, e in enumerate(row) if i not in moving)]
         known = [lane for lane in known if any(lane is mine for mine in self._lanes)]
         return max(known, key=lambda lane: lane.step) if known else None
 
@@ -181,17 +193,20 @@ class LaneTable:
         if found is None:
             if len(self._lanes) >= MOST_LANES:
                 self._lanes.remove(min(self._lanes, key=lambda lane: lane.step))
-            held = [Held(v, copied=i in self._rewritten, weak=i in self.moving) for i, v in enumerate(values)]
+            held = [self._hold(i, v) for i, v in enumerate(values)]
             found = Lane(next(_ids), self._label_of_new(question), held, step)
             self._lanes.append(found)
             return found, True
         for i, value in enumerate(values):
             held_now = found.held[i]
             # Of an inference tensor the copy is what counts, and it is equal.
-            if not held_now.is_same_object(value) and (held_now.version is not None or i in self.moving):
-                found.held[i] = Held(value, copied=i in self._rewritten, weak=i in self.moving)
+            if not held_now.is_same_object(value) and (held_now.version is not None or held_now.sampled):
+                found.held[i] = self._hold(i, value)
         found.step = step
         return found, False
+
+    def _hold(self, i: int, value: Any) -> Held:
+        return Held(value, copied=i in self._rewritten, sampled=i in self.moving)
 
     def clear(self) -> None:
         """Let go of every lane; what is known of the inputs stays."""
@@ -219,11 +234,9 @@ class LaneTable:
             return
         rows = [row for lane, row in question.equal if lane.step == self._step - 1]
         for i, value in enumerate(question.values):
-            if any(lane.held[i].is_same_object(value) for lane in before) or (
-                i not in self.moving and any(row[i] for row in rows)
-            ):
+            if any(lane.held[i].is_same_object(value) for lane in before) or any(row[i] for row in rows):
                 self._still.add(i)
-            elif i not in self.moving and question.lane is None:
+            elif question.lane is None or i in self._moves:
                 self._changed.add(i)
 
     def _at(self, generation: int, step: int) -> None:
@@ -238,9 +251,9 @@ class LaneTable:
 
     def _close(self) -> None:
         if self._still or self._changed:
-            changed = (self._changed | self.moving) - self._still
+            changed = (self._changed | self._moves) - self._still
             self._always = frozenset(changed if self._always is None else self._always & changed)
-            self.moving = self._always
+            self._moves = self._always
         self._still, self._changed = set(), set()
 
 

@@ -680,7 +680,7 @@ class Session:
         moving = [i for at, i in enumerate(graph.conditioning) if at in self._table(graph).moving]
         values = [inputs[i] for i in graph.latents]
         held = self._seen.get((who, call, lane))
-        self._seen[who, call, lane] = [*(Held(v) for v in values), *(Held(inputs[i], weak=True) for i in moving)]
+        self._seen[who, call, lane] = [*(Held(v) for v in values), *(Held(inputs[i], sampled=True) for i in moving)]
         if held is None:
             return False
         values += [inputs[i] for i in moving]

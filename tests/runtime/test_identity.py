@@ -1,0 +1,333 @@
+"""Which call is this, and whose values may it reuse? Each case was seen to fail once."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+
+import pytest
+import torch
+
+import vdcache
+from tests.support.histories import Adapted
+from vdcache.runtime.lane_table import LaneTable
+from vdcache.runtime.weights_token import WeightsToken
+from vdcache.testing import TinyDiT, latent, time_of
+
+STEPS = 8
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def made(recipe: str = "every-2", model: torch.nn.Module | None = None, **more):
+    model = TinyDiT() if model is None else model
+    more.setdefault("num_steps", STEPS)
+    return model, vdcache.compile(model, recipe, inner="eager", **more)
+
+
+def prompt(number: int, rows: int = 1) -> torch.Tensor:
+    return latent(number, rows, 3, 4)
+
+
+def reused(compiled, generation: int = -1) -> list[int]:
+    """The steps of a generation in which some lane reused something."""
+    return sorted({r.step for r in compiled.vdcache.history.generation(generation) if r.reused})
+
+
+# ---- messages -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_windows_that_nothing_tells_apart_are_computed_and_said_once():
+    model, compiled = made()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for step in range(4):
+            for window in range(2):
+                x = latent(10 * step + window)
+                assert torch.equal(compiled(x, time_of(step), prompt(1)), model(x, time_of(step), prompt(1)))
+    messages = [str(w.message) for w in said if issubclass(w.category, vdcache.VdcacheWarning)]
+    assert len(messages) == 1 and "session.lane(name) before each call" in messages[0]
+    assert [r.step for r in compiled.vdcache.history] == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+@torch.no_grad()
+def test_windows_that_the_caller_names_are_cached():
+    model, compiled = made()
+    session = compiled.vdcache
+    session.begin(STEPS)
+    for step in range(3):
+        session.step()
+        for window in range(2):
+            session.lane(f"window {window}")
+            compiled(latent(10 * step + window), time_of(step), prompt(1))
+    assert [bool(r.reused) for r in session.history] == [False, False, True, True, False, False]
+
+
+@torch.no_grad()
+def test_a_queue_of_frames_at_one_vector_of_timesteps_is_named_as_what_it_is():
+    """FIFO: every call has the same timesteps, one a frame, and other latents."""
+    model, compiled = made(model=TinyDiT())
+    t = torch.linspace(1000, 100, 4)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for call in range(6):
+            x = latent(call, 4, 6, 4)
+            assert torch.equal(compiled(x, t, prompt(1)), model(x, t, prompt(1)))
+    assert not any("num_steps=1" in str(w.message) for w in said)
+
+
+# ---- prompts and lanes ----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_prompt_that_is_exchanged_computes_its_own_lane_alone():
+    model, compiled = made()
+    first, second, negative = prompt(1), prompt(2), prompt(3)
+    for step in range(STEPS):
+        x = latent(step)
+        for words in (first if step < 3 else second, negative):
+            out = compiled(x, time_of(step), words)
+            if step == 3 and words is second:
+                assert torch.equal(out, model(x, time_of(step), words))
+    at_three = [r for r in compiled.vdcache.history if r.step == 3]
+    assert [bool(r.reused) for r in at_three] == [False, True] and at_three[0].why == "its conditioning is new"
+    assert reused(compiled) == [1, 3, 5]
+
+
+@torch.no_grad()
+def test_prompts_of_inference_tensors_are_known_by_their_values():
+    model, compiled = made()
+    with torch.inference_mode():
+        words = prompt(1)
+        for step in range(STEPS):
+            if step == 3:
+                words.copy_(prompt(2))
+            x = latent(step)
+            out = compiled(x, time_of(step), words)
+            if step == 3:
+                assert torch.equal(out, model(x, time_of(step), words))
+    assert reused(compiled) == [1, 5]
+
+
+@torch.no_grad()
+def test_lanes_that_left_keep_no_memory():
+    """A prompt that is exchanged again and again."""
+    _, compiled = made("every-2", num_steps=40)
+    store, held = compiled.vdcache.store, []
+    for step in range(40):
+        compiled(latent(step), torch.tensor([1000.0 - step]), prompt(step // 4))
+        held.append(store.bytes())
+    assert max(held) <= 2 * max(held[:3])
+
+
+@torch.no_grad()
+def test_an_input_that_moves_with_the_timestep_is_no_prompt():
+    """As a ControlNet's residuals: after one step more they are known; when they stand still they count again."""
+
+    class Hinted(TinyDiT):
+        def forward(self, x, timestep, text, hint):
+            return super().forward(x + hint, timestep, text)
+
+    _, compiled = made(model=Hinted())
+    for generation in range(2):
+        for step in range(STEPS):
+            compiled(latent(step), time_of(step), prompt(1), 0.1 * latent(100 * generation + step))
+    assert reused(compiled, 0) == [3, 5] and reused(compiled, 1) == [1, 3, 5]
+    hints = [latent(50), latent(51), latent(51), latent(52), latent(52), latent(53)]
+    for step, hint in enumerate(hints):
+        compiled(latent(step), time_of(step), prompt(1), hint)
+    assert reused(compiled) == [1], "it moved, stood still, and is exchanged at steps 3 and 5 like a prompt"
+
+
+@torch.no_grad()
+def test_guidance_in_one_batch_that_ends_goes_on_in_the_same_generation():
+    model, compiled = made()
+    both, one = torch.cat([prompt(1), prompt(2)]), prompt(2)
+    for step in range(STEPS):
+        x, t = latent(step), time_of(step)
+        if step < 4:
+            compiled(x.repeat(2, 1, 1), t.repeat(2), both)
+        else:
+            compiled(x, t, one)
+    assert {r.generation for r in compiled.vdcache.history} == {0}
+    assert reused(compiled) == [1, 3, 5]
+
+
+# ---- weights, settings, threads ---------------------------------------------------------------------------------------
+
+
+def test_a_weight_that_is_moved_is_the_same_and_one_that_is_written_is_not():
+    weights = [torch.randn(4, 4), torch.randn(3)]
+    token = WeightsToken()
+    first = token.check("graph", "kind", weights)
+    weights[0] = weights[0].clone()
+    assert token.check("graph", "kind", weights) == first
+    weights[1].mul_(2)
+    second = token.check("graph", "kind", weights)
+    assert second != first
+    weights[1] = weights[1] + 1
+    assert token.check("graph", "kind", weights) != second
+
+
+def test_graphs_of_one_kind_share_their_weights_in_whatever_order():
+    weights = [torch.randn(4, 4), torch.randn(3)]
+    token = WeightsToken()
+    first = token.check("graph", "kind", weights)
+    assert token.check("made anew", "kind", weights[::-1]) == first
+    assert token.check("made again", "kind", [w + 1 for w in weights]) != first
+
+
+def test_an_address_that_is_used_again_is_no_identity():
+    token = WeightsToken()
+    weights = [torch.ones(8)]
+    token.check("graph", "kind", weights)
+    before = token.value
+    for value in range(2, 12):
+        weights = [torch.full((8,), float(value))]  # often at the place of the one before
+        assert token.check("graph", "kind", weights) == before + value - 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("what", ["written", "adapter"])
+def test_other_weights_in_the_middle_of_a_generation_compute_at_once(what):
+    model, compiled = made(model=Adapted())
+    for step in range(STEPS):
+        if step == 3 and what == "written":
+            model.mlp[0][0].weight.mul_(1.5)
+        elif step == 3:
+            model.text.strength = 0.5
+        x = latent(step)
+        out = compiled(x, time_of(step), prompt(1))
+        if step == 3:
+            assert torch.equal(out, model(x, time_of(step), prompt(1)))
+    assert reused(compiled) == [1, 5]
+
+
+@torch.no_grad()
+def test_a_model_that_counts_its_own_calls_does_not_change_its_weights():
+    class Counting(TinyDiT):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x, timestep, text):
+            self.calls += 1
+            return super().forward(x, timestep, text)
+
+    model, compiled = made(model=Counting())
+    for step in range(STEPS):
+        compiled(latent(step), time_of(step), prompt(1))
+    assert reused(compiled) == [1, 3, 5] and float(model.calls) == STEPS
+
+
+@torch.no_grad()
+def test_the_string_door_follows_the_recipe_of_the_callable_that_is_called():
+    model = TinyDiT()
+    for again in range(2):
+        for recipe, computed in (("every-2", [0, 2, 4, 6, 7]), ("every-4", [0, 4, 7])):
+            run = torch.compile(model, backend="vdcache", options={"recipe": recipe, "num_steps": STEPS, "inner": "eager"})
+            with vdcache.record() as history:
+                for step in range(STEPS):
+                    run(latent(step), time_of(step), prompt(1))
+            assert history.computed_steps() == computed, f"{recipe}, time {again}"
+        torch._dynamo.reset()
+
+
+@torch.no_grad()
+def test_threads_that_call_one_model_at_once_have_sessions_of_their_own():
+    model, compiled = made()
+    wrong: list[int] = []
+    barrier = threading.Barrier(3)
+
+    def generate(number: int) -> None:
+        barrier.wait()
+        with torch.no_grad(), vdcache.record() as history:
+            for generation in range(4):
+                for step in range(STEPS):
+                    x = latent(1000 * number + 10 * generation + step)
+                    out = compiled(x, time_of(step), prompt(1))
+                    if not history[-1].reused and not torch.equal(out, model(x, time_of(step), prompt(1))):
+                        wrong.append(number)
+            if reused_of(history) != [1, 3, 5]:
+                wrong.append(number)
+
+    def reused_of(history: vdcache.History) -> list[int]:
+        return sorted(r.step for r in history.generation() if r.reused)
+
+    compiled(latent(0), time_of(0), prompt(1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        threads = [threading.Thread(target=generate, args=(n,)) for n in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not wrong
+
+
+@torch.no_grad()
+def test_after_a_call_that_raises_the_next_one_computes():
+    model, compiled = made()
+    for step in (0, 1, 2):
+        compiled(latent(step), time_of(step), prompt(1))
+    program = compiled.vdcache.graphs[0]
+    part = program._part(next(p for p in program.plans if p))
+    real = part.ready
+
+    def out_of_memory(*args, **kwargs):
+        raise torch.OutOfMemoryError("on purpose")
+
+    part.ready = out_of_memory
+    with pytest.raises(torch.OutOfMemoryError):
+        compiled(latent(3), time_of(3), prompt(1))
+    part.ready = real
+    x = latent(3)
+    assert torch.equal(compiled(x, time_of(3), prompt(1)), model(x, time_of(3), prompt(1)))
+
+
+# ---- how many steps -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::vdcache.VdcacheWarning")
+def test_lengths_that_alternate_are_recalled_by_how_a_run_begins():
+    _, compiled = made(num_steps=None)
+    for steps in (10, 8, 10, 8, 10):
+        for step in range(steps):
+            compiled(latent(step), torch.tensor([1000.0 - 1000 * step / steps]), prompt(1))
+    assert reused(compiled, 3) == [1, 3, 5] and reused(compiled, 4) == [1, 3, 5, 7]
+
+
+@torch.no_grad()
+def test_a_new_request_in_a_row_of_the_batch_computes():
+    model, compiled = made()
+    words = torch.cat([prompt(1), prompt(2)])
+    for call, t in enumerate(([1000.0, 900.0], [950.0, 850.0], [900.0, 1000.0])):
+        x = latent(call, 2, 6, 4)
+        out = compiled(x, torch.tensor(t), words)
+    assert torch.equal(out, model(x, torch.tensor(t), words))
+    assert not any("ended after" in str(w) for w in compiled.vdcache._notices._said)
+
+
+# ---- the table of lanes by itself ---------------------------------------------------------------------------------------
+
+
+def test_a_table_knows_lanes_by_identity_by_value_and_not_by_order():
+    labels = iter(range(10))
+    table = LaneTable(lambda: next(labels))
+    cond, uncond = torch.ones(2), torch.zeros(2)
+
+    def lane(step: int, value: torch.Tensor) -> int:
+        return table.settle(table.ask([value]), 0, step)[0].label
+
+    assert [lane(0, uncond), lane(0, cond)] == [0, 1]
+    assert [lane(1, cond), lane(1, uncond)] == [1, 0]
+    assert [lane(2, cond.clone()), lane(3, cond.clone())] == [1, 1]
+    cond.add_(1)
+    assert lane(4, cond) == 2, "written into: a new conditioning"
