@@ -88,8 +88,12 @@ def compile_with(model: Callable[..., Any], settings: Settings, **torch_compile:
     def under_session(run: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(run)
         def call(*args: Any, **kwargs: Any) -> Any:
-            with session.for_thread(settings.new_session) as mine:
+            mine, claimed = session.claim(settings.new_session)
+            try:
                 return runner(mine, args, kwargs, run)
+            finally:
+                if claimed:
+                    mine.release()
 
         return call
 

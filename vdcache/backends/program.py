@@ -356,12 +356,15 @@ class Program:
         session = registry.find(inputs, self.static, drives=bool(self.clocks), resumes=self._resumes, owner=self.settings)
         if session is None:
             return self._alone(inputs)
-        with session.for_thread(self.settings.new_session) as mine:
-            try:
-                return self._under(mine, inputs)
-            except BaseException:
-                mine.failed()
-                raise
+        mine, claimed = session.claim(self.settings.new_session)
+        try:
+            return self._under(mine, inputs)
+        except BaseException:
+            mine.failed()
+            raise
+        finally:
+            if claimed:
+                mine.release()
 
     def _under(self, session: Session, inputs: Sequence[Any]) -> Sequence[Any]:
         session.adopt(self)

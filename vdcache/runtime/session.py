@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import threading
 import time
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -245,32 +244,31 @@ class Session:
             self._notices.outside()
         return result
 
-    @contextlib.contextmanager
-    def for_thread(self, make: Callable[[], Session]) -> Iterator[Session]:
-        """This session for the length of a call; where another thread is in the middle of one, a session of the calling thread's own.
+    def claim(self, make: Callable[[], Session]) -> tuple[Session, bool]:
+        """This session for one call; where another thread is in the middle of a call, a session of the calling thread's own.
 
         Threads that take turns share the session.
 
         Args:
             make: makes that session.
+
+        Returns the session, and whether to `release` it after the call: False inside another call of the same thread.
         """
-        own = getattr(self._of_thread, "session", self)
+        own: Session = getattr(self._of_thread, "session", self)
         me = threading.get_ident()
-        with own._lock:
-            free = own._busy is None
-            if free:
-                own._busy = me
-        if own._busy != me:
-            own = self._of_thread.session = make()
-            self._notices.threads()
-            with own.for_thread(make):
-                yield own
-            return
-        try:
-            yield own
-        finally:
-            if free:
-                own._busy = None
+        if own._busy == me:
+            return own, False
+        if own._lock.acquire(blocking=False):
+            own._busy = me
+            return own, True
+        own = self._of_thread.session = make()
+        self._notices.threads()
+        return own.claim(make)
+
+    def release(self) -> None:
+        """The call that claimed the session is over."""
+        self._busy = None
+        self._lock.release()
 
     def failed(self) -> None:
         """A call raised: what it was to compute is not there, so nothing older counts for it."""
@@ -407,7 +405,7 @@ class Session:
             at = ticket.key.graph, ticket.key.call
             if isinstance(value, Tensor) and at not in self._first_lane:
                 self._first_lane[at] = Held(value)
-        for number, result in enumerate(results):
+        for number, result in enumerate(results) if len(results) > 1 or len(self._graphs) > 1 else ():
             if isinstance(result, Tensor):
                 origin = ticket.key.graph, ticket.key.call, ticket.key.lane, number
                 self._made[id(result)] = weakref.ref(result), origin, ticket.graph.family, self._lanes_begun
