@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -65,6 +65,14 @@ class Recording:
         given = tuple(_kept(r) for r in results)
         self.steps[record.step].append(_Call(_kept(inputs[program.latent]), kept, given))
 
+    def not_finite(self) -> int | None:
+        """The first step whose latent or output holds NaN or infinity; None where all are numbers."""
+        for step, calls in enumerate(self.steps):
+            tensors = (t for c in calls for t in (c.latent, *c.results) if isinstance(t, Tensor))
+            if not all(bool(t.isfinite().all()) for t in tensors):
+                return step
+        return None
+
     @property
     def bytes(self) -> int:
         """Held, each tensor once."""
@@ -88,6 +96,22 @@ def _copied(value: Tensor, device: torch.device | str) -> Tensor:
     extent = 1 + sum((n - 1) * stride for n, stride in zip(value.shape, value.stride(), strict=True))
     flat = value.as_strided((extent,), (1,), value.storage_offset()).to(device, copy=True)
     return flat.as_strided(value.shape, value.stride())
+
+
+def _unlike(calls: Sequence[_Call]) -> list[_Call]:
+    """The calls of a step without those that repeat another one, as a run that is cut short and begun again has them in its first step."""
+    found: list[_Call] = []
+    for call in calls:
+        if not any(_equal([call.latent, *call.inputs.values()], [c.latent, *c.inputs.values()]) for c in found):
+            found.append(call)
+    return found
+
+
+def _equal(some: Sequence[Any], others: Sequence[Any]) -> bool:
+    return len(some) == len(others) and all(
+        a is b or (torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b)
+        for a, b in zip(some, others, strict=True)
+    )
 
 
 @dataclass(frozen=True)
@@ -170,6 +194,8 @@ class Rerun:
     def __init__(self, recording: Recording, static: Sequence[Any]) -> None:
         if recording.unfit:
             raise ConfigError(recording.unfit)
+        if len({len(calls) for calls in recording.steps}) > 1:
+            recording = replace(recording, steps=[_unlike(calls) for calls in recording.steps])
         if len(recording.steps) < 2:
             raise ConfigError("a generation of one step shows no update")
         if len({len(calls) for calls in recording.steps}) > 1:
