@@ -26,6 +26,9 @@ from vdcache.scheduling.table import Gathering, StepTable
 __all__ = ["Autopilot", "cost_of_reuse"]
 
 ORDER = 1  # of the recipe's predictor
+TRIES = (
+    3  # generations on which running it again may fail for reasons that are none of vdcache's, before the table decides alone
+)
 
 
 class _Passing(ConfigError):
@@ -39,7 +42,6 @@ class _Run:
     recording: Recording
     gathering: Gathering
     calls: list[int] = field(default_factory=list)  # of each step
-    inputs: Sequence[Any] = ()
     programs: dict[Any, None] = field(default_factory=dict)  # the graphs that ran
 
 
@@ -105,7 +107,6 @@ class Autopilot:
         if self._before:
             run.recording.unfit = "the model runs as several graphs"
         run.recording.add(program, inputs, results, record)
-        run.inputs = inputs
         steps = self._session.num_steps
         if record.step == 0 and run.calls[0] == 1:
             unknown = "no schedule is known for this model, number of steps and size"
@@ -160,7 +161,7 @@ class Autopilot:
                 schedule = replace(schedule, computed=tuple(sorted({1, *schedule.computed})))
             self._session.follow(schedule.policy(self._following.key.times))
         else:
-            self._now = _Run(Recording(program), Gathering(steps))
+            self._now = _Run(Recording(), Gathering(steps))
 
     def _known(self, times: Sequence[float]) -> Calibration | None:
         """What was found before for this generation's key, by this session or any other, if its timesteps begin so."""
@@ -251,19 +252,24 @@ class Autopilot:
         table = StepTable(np.stack([run.gathering.products()]), run.gathering.bytes)
         wrong = [step for step, own in enumerate(table.products[0].diagonal()) if not np.isfinite(own)]
         if (step := run.recording.not_finite()) is not None or wrong:
-            raise _Passing(f"the model was given or gave NaN or infinity in step {min([*wrong[:1], *([] if step is None else [step])])}")
+            raise _Passing(
+                f"the model was given or gave NaN or infinity in step {min([*wrong[:1], *([] if step is None else [step])])}"
+            )
         cost = cost_of_reuse([*run.programs, *self._before])
         scored, tried, note = Scored(), False, ""
         options: dict[str, Any] = {"orders": [ORDER], "reuse_cost": cost, "scored": scored}
         try:
-            rerun = Rerun(run.recording, run.inputs)
+            rerun = Rerun(run.recording)
             tried = True
             schedule = choose(table, Reruns([rerun]), self._goal, **options)
         except Exception as error:
-            if tried and isinstance(error, VdcacheError):
+            may_pass = not isinstance(error, VdcacheError)  # no memory, for one
+            if tried and not may_pass:
                 raise  # what was run says that the goal is out of reach
+            if may_pass and self._tries.get(self._key, (0, 0))[0] < TRIES - 1:
+                raise _Passing(f"it cannot be run again: {_words(error)}") from error
             if self._goal.quality_db is not None:
-                raise _unseen(error)(
+                raise (_Passing if may_pass else ConfigError)(
                     f"which schedule keeps {self._goal.quality_db:g} dB cannot be tried, because {_words(error)}. "
                     "vdcache.calibrate(model, run, quality_db=…) tries it with your own loop"
                 ) from error
@@ -271,11 +277,6 @@ class Autopilot:
             schedule = choose(table, None, self._goal, **options)
         key = replace(self._key, times=tuple(self._times))
         return Calibration.of(key, self._goal, schedule, table, scored, reuse_cost=cost, began=began, note=note)
-
-
-def _unseen(error: Exception) -> type[ConfigError]:
-    """Whether a generation that cannot be run again is one of many: what is no error of vdcache's own, as no memory, may pass."""
-    return ConfigError if isinstance(error, VdcacheError) else _Passing
 
 
 def _words(error: Exception) -> str:
