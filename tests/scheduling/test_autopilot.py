@@ -631,6 +631,20 @@ def test_what_cannot_be_run_again_gets_the_schedule_of_the_table(folder):
     assert set(fast.vdcache.history.computed_steps()) == set(found.schedule.computed) and found.speedup >= 2
 
 
+def test_a_floor_that_nothing_is_known_to_keep_is_said(folder):
+    """The default recipe, a sampler that cannot be run again, and a model whose steps are not predicted well by the table."""
+    model, fast = small(), made(small())
+    result, heard = said(generate, fast, sampler=ancestral)
+    (found,) = kept(folder)
+    assert torch.equal(result, generate(model, sampler=ancestral)) and len(found.schedule.computed) == STEPS
+    (text,) = [h for h in heard if "no schedule of 8 steps is known to keep 30 dB, and every step is computed: chosen by the table" in h]
+    assert "draws random numbers" in text and "With speedup=… there is no such floor" in text
+    _, again = said(generate, fast, 1, sampler=ancestral)
+    assert not again
+    _, taken = said(generate, made(small()), 1, sampler=ancestral)  # in another process
+    assert any("every step is computed: chosen by the table" in h for h in taken)
+
+
 def test_guidance_that_ends_with_the_last_step_is_calibrated_when_it_comes_again(folder):
     """A last step with fewer calls than the one before it may have been cut short."""
     model, fast = small(), made(small(), speedup=2.0)

@@ -26,9 +26,8 @@ from vdcache.scheduling.table import Gathering, StepTable
 __all__ = ["Autopilot", "cost_of_reuse"]
 
 ORDER = 1  # of the recipe's predictor
-TRIES = (
-    3  # generations on which running it again may fail for reasons that are none of vdcache's, before the table decides alone
-)
+FEW_STEPS = 4  # leave nothing to skip
+TRIES = 3  # generations that cannot be run again for reasons that may pass, before the table decides alone
 
 
 class _Passing(ConfigError):
@@ -181,6 +180,7 @@ class Autopilot:
             f"size and timesteps:\n{known.schedule}\nSolvers that ask at the same timesteps share it. To calibrate anew, as for another solver, "
             f"delete {known.path}",
         )
+        self._say_if_nothing_is_reused(known)
 
     def _check(self, step: int) -> None:
         """A calibration whose timesteps are not those of this generation is left."""
@@ -217,6 +217,19 @@ class Autopilot:
             where = f"not kept for other processes: {error}"
         self._found.append(self.calibration)
         self._tell(f"calibrated {key}", f"vdcache: calibrated in {self.calibration.seconds:.1f} s: {self.calibration}\n{where}")
+        self._say_if_nothing_is_reused(self.calibration)
+
+    def _say_if_nothing_is_reused(self, found: Calibration) -> None:
+        """A floor that no list of steps is known to keep; few steps leave nothing to skip, and that is no trouble."""
+        steps, floor = found.key.steps, found.goal.floor_db
+        if floor and steps > FEW_STEPS and len(found.schedule.computed) == steps:
+            best = max((t.psnr for t in found.tried if t.psnr is not None), default=None)
+            why = found.note or ("nothing was tried" if best is None else f"the best that was tried gives {best:.1f} dB")
+            self._say(
+                f"full {found.key}",
+                f"vdcache: no schedule of {steps} steps is known to keep {floor:g} dB, and every step is computed: {why}. With "
+                "speedup=… there is no such floor, and the best that is known is followed.",
+            )
 
     def _reachable(self, run: _Run) -> bool:
         """Whether any schedule can be as fast as is asked: the first step has shown what reuse costs."""
