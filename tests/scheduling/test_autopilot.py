@@ -637,7 +637,11 @@ def test_a_floor_that_nothing_is_known_to_keep_is_said(folder):
     result, heard = said(generate, fast, sampler=ancestral)
     (found,) = kept(folder)
     assert torch.equal(result, generate(model, sampler=ancestral)) and len(found.schedule.computed) == STEPS
-    (text,) = [h for h in heard if "no schedule of 8 steps is known to keep 30 dB, and every step is computed: chosen by the table" in h]
+    (text,) = [
+        h
+        for h in heard
+        if "no schedule of 8 steps is known to keep 30 dB, and every step is computed: chosen by the table" in h
+    ]
     assert "draws random numbers" in text and "With speedup=… there is no such floor" in text
     _, again = said(generate, fast, 1, sampler=ancestral)
     assert not again
