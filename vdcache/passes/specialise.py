@@ -297,9 +297,11 @@ def _clamp_sums(g: fx.Graph, value: fx.Node, made_by: str) -> None:
             seen.add(user)
             narrows = user.target in CASTS and node.meta["val"].dtype != torch.float16
             if out.dtype == torch.float16 and (narrows or user.target in _SUMS):
+                others = list(user.users)
                 with g.inserting_after(user):
                     clamped = _within_half(g, user, made_by)
-                user.replace_all_uses_with(clamped, delete_user_cb=lambda n, own=clamped: n is not own)
+                for other in others:
+                    other.replace_input_with(user, clamped)
             else:
                 todo.append(user)
 

@@ -144,8 +144,8 @@ class Gathering:
         found = np.zeros((steps, steps))
         for own in alike.values():
             at = np.ix_([*own], [*own])
-            for values in zip(*own.values(), strict=True):
-                for parts in zip(*(v.split(COLUMNS) for v in values), strict=True):
+            for same in zip(*own.values(), strict=True):
+                for parts in zip(*(v.split(COLUMNS) for v in same), strict=True):
                     wide = torch.stack(parts).double()
                     found[at] += (wide @ wide.T).cpu().numpy()
         return found
