@@ -372,7 +372,8 @@ class Program:
         observed = dict(zip(io.previous, rest[len(io.saves) :], strict=False))
         if io.emits:
             session.emit(self, dict(zip(io.emits, rest[len(io.saves) + len(io.previous) :], strict=False)))
-        if ticket.keep and not io.measures and not _finite(saved.values()):  # who measures computes by that already
+        # A policy that measured or probed what is no number computes the next step by itself, and says why.
+        if ticket.keep and not io.measures and _finite(ticket.look.values) and not _finite(saved.values()):
             ticket.keep = False
             self.settings.say_once(
                 "not finite",
