@@ -32,7 +32,7 @@ ALLOWED = {
     "runtime_onnx": {"errors", "exporting"},
     "pipelines": {"ir", "runtime", "backends", "recipe", "api", "report", "pipelines"},
     "quality": {"ir", "quality"},
-    "explanation": {"ir", "patterns", "passes", "runtime", "backends", "recipe", "methods", "explanation"},
+    "explanation": {"ir", "patterns", "passes", "runtime", "backends", "recipe", "methods", "scheduling", "explanation"},
 }
 FILES = sorted(ROOT.rglob("*.py"))
 

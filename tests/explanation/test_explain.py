@@ -164,6 +164,22 @@ def test_recipes_slots_variants_and_bound():
     assert report.cache_bytes == sum(s.bytes for s in report.slots)
 
 
+@pytest.mark.parametrize(
+    ("goal", "computed", "text"),
+    [({}, 4, "2× speed, 30 dB at least"), ({"speedup": 3.0}, 2, "3× speed"), ({"quality_db": 40.0}, 1, "40 dB")],
+    ids=str,
+)
+def test_what_the_goal_of_the_default_recipe_means(goal, computed, text):
+    model, args, _ = tiny()
+    report = vdcache.explain(model, *args, recipe=vdcache.auto(**goal), num_steps=10)
+    assert sum(not plan for plan in report.schedule) == computed and report.goal == text
+    assert report.bound >= goal.get("speedup", 2.0)
+    shown = " ".join(str(report).split())
+    assert f"goal {text}: {computed} of 10 steps computed, {report.bound:.2f}× at most" in shown and "1.00×" not in shown
+    few = vdcache.explain(model, *args, recipe=vdcache.auto(speedup=9.0), num_steps=2)
+    assert few.bound == 1 and few.schedule == ((), ())
+
+
 def test_a_recipe_that_finds_nothing_says_why():
     report = vdcache.explain(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.randn(2, 4), recipe="every-2")
     assert "no value is added to what it was computed from" in report.nothing

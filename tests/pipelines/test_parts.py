@@ -63,6 +63,18 @@ def test_two_that_run_at_every_step_share_none():
     assert experts.share("video", [3.0, 2.0, 1.0], None) == experts.share("audio", [3.0, 2.0, 1.0], None) == 3
 
 
+@pytest.mark.parametrize("rising", [False, True])
+def test_timesteps_that_are_others_in_every_request_take_no_room(rising):
+    """What is known holds where somebody else begins, and nothing more, however many requests there were."""
+    experts = Experts()
+    for request in range(600):
+        times = sorted((1000.0 - 100 * i - request / 7 % 50 for i in range(10)), reverse=not rising)
+        experts.learn([(t, "high" if t >= 500 else "low") for t in times])
+    assert len(experts._known) == 2
+    first = "low" if rising else "high"
+    assert experts.share(first, times, None) == sum((t >= 500) != rising for t in times)
+
+
 class Scheduler:
     def __init__(self, times, steps, order=1):
         self.timesteps, self.num_inference_steps, self.order = torch.tensor(times), steps, order

@@ -58,7 +58,7 @@ def test_windows_that_nothing_tells_apart_are_computed_and_said_once():
 
 @torch.no_grad()
 def test_windows_that_the_caller_names_are_cached():
-    model, compiled = made()
+    _, compiled = made()
     session = compiled.vdcache
     session.begin(STEPS)
     for step in range(3):
@@ -147,7 +147,7 @@ def test_an_input_that_moves_with_the_timestep_is_no_prompt():
 
 @torch.no_grad()
 def test_guidance_in_one_batch_that_ends_goes_on_in_the_same_generation():
-    model, compiled = made()
+    _, compiled = made()
     both, one = torch.cat([prompt(1), prompt(2)]), prompt(2)
     for step in range(STEPS):
         x, t = latent(step), time_of(step)

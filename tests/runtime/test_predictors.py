@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -11,11 +12,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 import vdcache
-from vdcache import ConfigError, LastValue, Recipe, Scaled, Taylor
-from vdcache.passes import MarkBranches, MergeSlots
+from vdcache import ConfigError, Extrapolated, LastValue, Recipe, Scaled, Taylor
+from vdcache.ir.dump import dump
+from vdcache.passes import MarkBranches, MergeSlots, variant_io
 from vdcache.passes.predictors import When
 from vdcache.runtime import Listed, Scheduled, Together
 from vdcache.testing import TinyDiT, latent, time_of
+from vdcache.testing.graphs import guarded, run_variant, variant
 
 
 def number(x):
@@ -291,3 +294,109 @@ def test_published_recipes_before_the_gate(name, computed, predictor):
 def test_published_recipes_refuse_what_cannot_be(name):
     with pytest.raises(ConfigError):
         vdcache.methods.recipe(name)
+
+
+# --- numbers at the end of a type, and what is none ----------------------------------------------------------------------------
+
+
+class Loud(TinyDiT):
+    """A branch that adds 200 times the stream: in float16 it is not far from the end at 65504."""
+
+    def __init__(self):
+        super().__init__(blocks=1)
+        self.branch = nn.Linear(8, 8, bias=False)
+        self.branch.weight = nn.Parameter(200 * torch.eye(8), requires_grad=False)
+        self.inp.weight.copy_(torch.eye(4).repeat(2, 1))
+        self.inp.bias.zero_()
+        self.out.weight.mul_(1e-4)
+
+    def forward(self, x, timestep, text):
+        h = self.inp(x)
+        h = h + (1 + 1e-3 * self.time(self.waves(timestep, x.dtype))[:, None, :8]) * self.branch(h)
+        return self.out(h)
+
+
+PREDICTORS = [Taylor(1), Taylor(2), Scaled(1.5), Extrapolated(3.0)]
+
+
+@pytest.mark.parametrize("predictor", PREDICTORS, ids=str)
+@pytest.mark.parametrize("merged", [True, False])
+@torch.no_grad()
+def test_predictions_stay_within_float16(merged, predictor):
+    """Values that grow by 10,000 a step, and stop growing before the end of float16 where prediction begins."""
+    torch._dynamo.reset()
+    scope = (MarkBranches(), MergeSlots()) if merged else (MarkBranches(),)
+    recipe = Recipe("r", Scheduled(Listed((0, 1, 2))), scope, predictor=predictor)
+    model, text = Loud().half(), latent(9, 1, 3, 4).half()
+    fast = vdcache.compile(model, recipe, num_steps=8, inner="eager", strict=True)
+    for step in range(8):
+        x = (latent(0).sign() * 50 * min(step + 1, 3)).half()
+        assert model(x, time_of(step), text).isfinite().all()
+        assert fast(x, time_of(step), text).isfinite().all()
+    assert fast.vdcache.history.computed_steps() == [0, 1, 2]
+
+
+@torch.no_grad()
+def test_sums_in_float32_stay_within_float16_where_they_are_cast_back():
+    def net(x, w):
+        for _ in range(2):
+            x = (x.float() + torch.relu(x @ w).float() * 0.5).half()
+        return x
+
+    x, w = torch.full((2, 4), 30000.0).half(), torch.eye(4).half()
+    reuse = variant(guarded(net, x, w), {"all"}, Taylor(1))
+    kept = [torch.full(v.shape, 60000.0, dtype=v.dtype) for v in variant_io(reuse).read_values]
+    (found,) = run_variant(reuse, x, w, extra=[*kept, *[number(3)] * 3])
+    assert found.isfinite().all()
+
+
+GUARDED = """
+%0 = input() : TYPE[2]
+%1 = relu(%0)
+%2 = add(%0, %1)
+%3 = guard(%2, 'all/run.0', %0)
+return (%3)"""
+
+
+@pytest.mark.parametrize("predictor", [LastValue(), *PREDICTORS], ids=str)
+def test_what_is_added_to_a_base_stays_within_float16(predictor):
+    reuse = variant(GUARDED.replace("TYPE", "f16"), {"all"}, predictor)
+    kept = [torch.full(v.shape, 60000.0, dtype=v.dtype) for v in variant_io(reuse).read_values]
+    (found,) = run_variant(
+        reuse, torch.full((2,), 60000.0).half(), extra=[*kept, *[number(1)] * len(variant_io(reuse).time_values)]
+    )
+    assert found.dtype == torch.float16 and found.tolist() == [65504.0] * 2
+    opposite = torch.full((2,), -60000.0).half()
+    (found,) = run_variant(reuse, opposite, extra=[*kept, *[number(1)] * len(variant_io(reuse).time_values)])
+    assert found.isfinite().all() and (predictor != LastValue() or (found == 0).all())
+
+
+@pytest.mark.parametrize("kind", ["f32", "bf16"])
+def test_types_with_room_are_not_clamped(kind):
+    for predictor in (LastValue(), *PREDICTORS):
+        assert "clamp" not in dump(variant(GUARDED.replace("TYPE", kind), {"all"}, predictor))
+
+
+@pytest.mark.parametrize(
+    "recipe", ["every-3", "taylorseer-3-1", "fbcache-9", "teacache-0.5", vdcache.adacache([(1e9, 5)])], ids=str
+)
+@pytest.mark.parametrize("first", [0, 6, 15])
+@torch.no_grad()
+def test_what_is_no_number_is_not_reused(first, recipe):
+    """Steps that are given NaN, up to a computed one: the next ones compute until one gives numbers, and vdcache says so once."""
+    torch._dynamo.reset()
+    model, text = TinyDiT(), latent(9, 1, 3, 4)
+    fast = vdcache.compile(model, recipe, num_steps=30, inner="eager")
+    broken = False
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        for step in range(30):
+            given = (latent(0) + 1e-3 * step) * (math.nan if step >= first and not broken else 1)
+            fast.vdcache.begin() if not step else None
+            fast.vdcache.step()
+            out = fast(given, time_of(step), text)
+            assert out.isfinite().all() == given.isfinite().all(), step
+            broken = broken or bool(given.isnan().any() and not fast.vdcache.history[-1].reused)
+    texts = [str(w.message) for w in heard if "not a number" in str(w.message)]
+    assert broken and texts and len(texts) == len(set(texts)) and sum("nothing of it is reused" in t for t in texts) <= 1
+    assert any(r.reused for r in fast.vdcache.history)

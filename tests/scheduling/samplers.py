@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from vdcache.testing import latent
+from vdcache.testing import TinyDiT, latent
 
 TEXT, OTHER = latent(99, 1, 3, 4), latent(98, 1, 3, 4)
 
@@ -115,3 +116,65 @@ def generate(model, seed=0, steps=8, shift=1.0, sampler=euler, tokens=6, texts=(
 
     with torch.no_grad():
         return sampler(call, latent(seed, 1, tokens, 4, dtype=dtype), sigmas(steps, shift))
+
+
+# --- steps that differ in their calls ------------------------------------------------------------------------------------------
+
+REFERENCE = latent(77, 1, 3, 4)
+
+
+class Skipping(TinyDiT):
+    """Leaves out blocks on request, as skip-layer guidance asks: another graph of the same model."""
+
+    def forward(self, x: Tensor, timestep: Tensor, text: Tensor, skip: tuple[int, ...] = ()) -> Tensor:
+        gates = self.time(self.waves(timestep, x.dtype))[:, None].chunk(2, -1)
+        h = self.inp(x) + self.text(text).mean(1, keepdim=True)
+        for i, (qkv, mlp) in enumerate(zip(self.qkv, self.mlp, strict=True)):
+            if i not in skip:
+                q, k, v = qkv(h).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+                h = h + gates[0] * functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+                h = h + gates[1] * mlp(h)
+        return self.out(h)
+
+
+def guided_half_way(m, x: Tensor, t: Tensor, half: bool) -> Tensor:
+    if not half:
+        return m(x, t, TEXT)
+    a, b = m(x, t, TEXT), m(x, t, OTHER)
+    return b + 2 * (a - b)
+
+
+def batched_half_way(m, x: Tensor, t: Tensor, half: bool) -> Tensor:
+    if not half:
+        return m(x, t, TEXT)
+    a, b = m(torch.cat([x, x]), t.expand(2), torch.cat([TEXT, OTHER])).chunk(2)
+    return b + 2 * (a - b)
+
+
+def reference_first(m, x: Tensor, t: Tensor, half: bool) -> Tensor:
+    if t != 1000:
+        return m(x, t, TEXT)
+    return m(torch.cat([x, REFERENCE], 1), t, TEXT)[:, : x.shape[1]]
+
+
+def layers_skipped(m, x: Tensor, t: Tensor, half: bool) -> Tensor:
+    guided = batched_half_way(m, x, t, True)
+    return guided + (guided - m(x, t, TEXT, skip=(1,))) if half and t != 1000 else guided
+
+
+UNEVEN = [guided_half_way, batched_half_way, reference_first, layers_skipped]
+
+
+def explicit(call, steps: int):
+    """A generation that says its steps; `call` is given whether it is in its first half."""
+
+    def generation(m, seed: int = 0) -> Tensor:
+        x = latent(seed)
+        with torch.no_grad():
+            for step, (now, after) in enumerate(itertools.pairwise(sigmas(steps))):
+                if hasattr(m, "vdcache"):
+                    m.vdcache.step()
+                x = x - (now - after) * call(m, x, time(now), step < steps // 2)
+        return x
+
+    return generation

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import vdcache
 from vdcache import Calibration, ConfigError, Schedule
 from vdcache.runtime.session import Session
-from vdcache.scheduling.calibration import Key, find, folder, keep, key_of
+from vdcache.scheduling.calibration import Key, find, folder, keep, key_of, weights_of
 from vdcache.scheduling.choose import Goal
 from vdcache.testing import TinyDiT, latent, time_of
 
@@ -75,7 +77,7 @@ def test_json_of_something_else_is_refused(text, tmp_path):
 def test_as_text():
     found = one(note="a note")
     assert str(found) == (
-        "█·█·  2 of 4 steps, order 1, error 0.25, 33.0 dB\n"
+        "█·█·  2 of 4 steps, order 1, blocks off by 12.5% in a reused step (predicted), result at 33.0 dB (measured)\n"
         "for 2× speed: 1.82× by FLOPs; 4 steps of 1×6×4:float32\n"
         "2 schedules were run in 2 s\n"
         "a note"
@@ -246,3 +248,13 @@ def test_every_parameter_tells_models_apart():
             same.append(name)
         parameter -= 0.1
     assert not same
+
+
+def test_complex_parameters_count_with_both_parts():
+    """A rotary table: the imaginary part is not thrown away, and torch has nothing to warn of."""
+    table = torch.polar(torch.ones(2, 3), torch.arange(6.0).reshape(2, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert weights_of([table]) == weights_of([table.clone()]) == weights_of([table.conj().conj()])
+        assert weights_of([table]) != weights_of([table.conj()])
+        assert weights_of([torch.ones(2, dtype=torch.complex64)]) != weights_of([torch.ones(2)])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import threading
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -399,6 +400,14 @@ class Program:
         observed = dict(zip(io.previous, rest[len(io.saves) :], strict=False))
         if io.emits:
             session.emit(self, dict(zip(io.emits, rest[len(io.saves) + len(io.previous) :], strict=False)))
+        # A policy that measured or probed what is no number computes the next step by itself, and says why.
+        if ticket.keep and not io.measures and _finite(ticket.look.values) and not _finite(saved.values()):
+            ticket.keep = False
+            self.settings.say_once(
+                "not finite",
+                f"vdcache: what the model computed in step {ticket.record.step} is not a number (NaN or infinite), so nothing of it is reused and the "
+                "steps after it are computed until it is one again. Look at the model's input and its weights: nothing was reused in this step.",
+            )
         session.leave(ticket, inputs, results, saved, observed, rest[-1] if io.measures else None)
         if session.recorder is not None:
             probed = zip((p.layout.name for p in self.probes), ticket.look.values, strict=False)
@@ -440,6 +449,12 @@ class Program:
 
     def _zeros(self, values: Sequence[Tensor], inputs: Sequence[Any]) -> list[Tensor]:
         return [torch.zeros(self.bindings.shape(v, inputs), dtype=v.dtype, device=v.device) for v in values]
+
+
+def _finite(values: Iterable[Tensor]) -> bool:
+    """Whether no value holds NaN or infinity, as far as that is known without waiting for a device."""
+    on_host = (v for v in values if v.device.type == "cpu" and v.is_floating_point())
+    return all(math.isfinite(v.sum(dtype=torch.float64 if v.dtype == torch.float64 else torch.float32)) for v in on_host)
 
 
 def _structure(graph: fx.GraphModule) -> tuple[Hashable, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from vdcache.explanation.report import GraphFacts, Report, Slot, Variant
 from vdcache.ir import dialect
 from vdcache.ir.capture import Captured, Part, Parts, parts
 from vdcache.ir.checks import check_model
-from vdcache.ir.errors import CaptureError, VdcacheError
+from vdcache.ir.errors import CaptureError, ConfigError, VdcacheError
 from vdcache.ir.ops import tensor_of, unviewed
 from vdcache.ir.whole import exported
 from vdcache.methods import recipe as named
@@ -23,6 +23,8 @@ from vdcache.patterns import Anatomy, Branch, NoMatch, anatomy, cost
 from vdcache.recipe import Recipe
 from vdcache.runtime.measures import Measured
 from vdcache.runtime.plan import Plan
+from vdcache.runtime.policies import Auto
+from vdcache.scheduling.choose import Goal
 
 __all__ = ["explain"]
 
@@ -151,7 +153,6 @@ def _with_recipe(report: Report, captured: list[Captured], numbers: list[int], r
         after += _slots(program.guarded, facts, number)
         own = program.cache_bytes()
         total = None if own is None or total is None else total + own * (1 + report.graphs[number].again)
-    schedule = _cheapest(recipe, steps)
     variants = []
     for plan in dict.fromkeys(p for _, program in programs for p in program.plans):
         costs = nodes = 0
@@ -161,6 +162,9 @@ def _with_recipe(report: Report, captured: list[Captured], numbers: list[int], r
             costs += times * program.flops(plan if plan in program.plans else Plan())
             nodes += times * sum(n.op == "call_function" for n in variant)
         variants.append(Variant(tuple(sorted(plan.reuse)), costs, nodes))
+    schedule, goal = _cheapest(recipe, steps), ""
+    if isinstance(auto := recipe.policy, Auto):
+        schedule, goal = _meant(Goal.of(auto), steps, variants), str(Goal.of(auto))
     nothing = ""
     masks = tuple(program.masks for _, program in programs if program.masks)
     if not after and not masks and recipe.passes:
@@ -179,6 +183,7 @@ def _with_recipe(report: Report, captured: list[Captured], numbers: list[int], r
         variants=tuple(variants),
         steps=steps,
         schedule=schedule,
+        goal=goal,
         nothing=nothing,
         recipe_refusals=tuple(refusals),
         masks=masks,
@@ -256,3 +261,19 @@ def _cheapest(recipe: Recipe, steps: int) -> tuple[tuple[str, ...], ...]:
         state = policy.observe(state, step, plan, still if not plan else None)
         plans.append(tuple(sorted(plan.reuse)))
     return tuple(plans)
+
+
+def _meant(goal: Goal, steps: int, variants: Sequence[Variant]) -> tuple[tuple[str, ...], ...]:
+    """What a goal means: so many computed steps that a speed is reached, or one, where a quality says how many. Which they are is
+    found on the model itself.
+    """
+    reuse = next((v for v in variants if v.reuse), None)
+    if reuse is None:
+        return ((),) * steps
+    count = 1
+    if goal.speedup is not None:
+        try:
+            count = goal.count(steps, reuse.flops / max(1, variants[0].flops))
+        except ConfigError:  # no schedule is so fast
+            count = steps
+    return ((),) * count + (reuse.reuse,) * (steps - count)

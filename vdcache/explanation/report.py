@@ -97,6 +97,8 @@ class Report:
         variants: with a recipe, every compiled graph.
         steps: denoising steps that `schedule` is for.
         schedule: the plan of each step if nothing changed from step to step: the fewest computed steps that the recipe can take.
+        goal: of a recipe that finds its steps on the model itself, in words; `schedule` then has as many computed steps as the goal
+            means, which need not be the first ones. "" for others.
         nothing: with a recipe that finds no slot, why.
         recipe_refusals: what the passes of the recipe left alone, with reasons.
         masks: with a recipe that has masks, in words what they are on, a line a graph.
@@ -112,6 +114,7 @@ class Report:
     variants: tuple[Variant, ...] = ()
     steps: int = 0
     schedule: tuple[tuple[str, ...], ...] = field(default=(), repr=False)
+    goal: str = ""
     nothing: str = ""
     recipe_refusals: tuple[NoMatch, ...] = field(default=(), repr=False)
     masks: tuple[str, ...] = ()

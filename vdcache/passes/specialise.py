@@ -5,7 +5,7 @@
 
 What a reused slot kept becomes inputs of the graph, from which a predictor makes its value, so all that only it needed is dead.
 A recomputed slot becomes outputs. With a base, reuse gives base + input, and recomputing returns fresh − base beside the fresh
-value itself. An observation whose group this plan computes turns into the sums of its measure against its previous value, which
+value itself. Predictions of float16 values stay within its range. An observation whose group this plan computes turns into the sums of its measure against its previous value, which
 is an input; zeros go in where there is none yet. What is emitted becomes an output where nothing is reused. Recompute-all is
 bit-exact. The result holds no dialect node; the order of what was added is in `VariantIO`.
 """
@@ -24,15 +24,17 @@ from vdcache.ir.dialect import group_of
 from vdcache.ir.edit import add_input, call, evaluate, inline, inputs, laid_out, live_nodes, outputs, set_outputs
 from vdcache.ir.errors import ContractError
 from vdcache.ir.facts import Fact
-from vdcache.ir.ops import VIEWS, is_effectful, is_work
+from vdcache.ir.ops import CASTS, VIEWS, is_effectful, is_work
 from vdcache.passes.base import Pass, PassResult, drop_dead_code
-from vdcache.passes.predictors import LAST, ByGroup, Predictor, When, predictor_of, read_predictor
+from vdcache.passes.predictors import LAST, ByGroup, LastValue, Predictor, When, predictor_of, read_predictor
 from vdcache.passes.sums import sums_of
 from vdcache.patterns.anatomy import forget
 
 __all__ = ["Specialise", "VariantIO", "dense", "variant_io"]
 
 aten = torch.ops.aten
+_SUMS = frozenset({aten.add.Tensor, aten.sub.Tensor, aten.addcmul.default})
+_CARRY = _SUMS | VIEWS | CASTS | {aten.mul.Tensor}  # what a predicted value goes through on its way into the stream
 
 
 @dataclass(frozen=True)
@@ -215,14 +217,22 @@ class Specialise(Pass):
         when = added.time(group_of(slot), like)
         with g.inserting_before(guard):
             value = _traced(g, predictor, "predict", (kept, when), like, made_by=str(self))[0]
-            if value.meta["val"].dtype != like.dtype:
+            half, own = like.dtype == torch.float16, value.meta["val"].dtype
+            if own != like.dtype and not half:
                 value = call(g, aten._to_copy.default, value, dtype=like.dtype, made_by=str(self))
             if isinstance(base, fx.Node):
+                if half and own != like.dtype:
+                    base = call(g, aten._to_copy.default, base, dtype=own, made_by=str(self))
                 value = call(g, aten.add.Tensor, base, value, made_by=str(self))
+            if half and (own != like.dtype or not isinstance(predictor, LastValue) or base is not None):
+                value = _within_half(g, value, made_by=str(self))
+                if own != like.dtype:
+                    value = call(g, aten._to_copy.default, value, dtype=like.dtype, made_by=str(self))
             if not _views_fit(guard, value.meta["val"]):
                 value = laid_out(g, value, like, made_by=str(self))
         guard.replace_all_uses_with(value)
         g.erase_node(guard)
+        _clamp_sums(g, value, made_by=str(self))
 
     def _saved(self, g: fx.Graph, guard: fx.Node, added: _Added) -> dict[str, fx.Node]:
         """What a recomputed slot keeps, by name."""
@@ -267,6 +277,33 @@ def _traced(g: fx.Graph, predictor: Predictor, what: str, args: Any, like: torch
             f"'{what}' of the predictor {predictor} gives {shapes} for a value of {tuple(like.shape)}; it gives {many} of that shape"
         )
     return values
+
+
+def _within_half(g: fx.Graph, value: fx.Node, made_by: str) -> fx.Node:
+    """`value`, within the range of float16, which ends where extrapolation goes beyond anything that the model itself ever gives."""
+    most = torch.finfo(torch.float16).max
+    return call(g, aten.clamp.default, value, -most, most, made_by=made_by)
+
+
+def _clamp_sums(g: fx.Graph, value: fx.Node, made_by: str) -> None:
+    """Keep the float16 sums that a predicted value goes into, behind its gate and casts, within their range."""
+    todo, seen = [value], {value}
+    while todo:
+        node = todo.pop()
+        for user in list(node.users):
+            out = user.meta.get("val")
+            if user in seen or user.target not in _CARRY or not isinstance(out, torch.Tensor):
+                continue
+            seen.add(user)
+            narrows = user.target in CASTS and node.meta["val"].dtype != torch.float16
+            if out.dtype == torch.float16 and (narrows or user.target in _SUMS):
+                others = list(user.users)
+                with g.inserting_after(user):
+                    clamped = _within_half(g, user, made_by)
+                for other in others:
+                    other.replace_input_with(user, clamped)
+            else:
+                todo.append(user)
 
 
 def _views_fit(guard: fx.Node, value: torch.Tensor) -> bool:

@@ -11,7 +11,8 @@ class Experts:
     """Goes by the boundary, where the pipeline's configuration has one, else by the loops before."""
 
     def __init__(self) -> None:
-        self._known: dict[float, frozenset[str]] = {}  # timestep -> who ran there, in the order of a loop
+        # Who ran from a timestep on, in the order of a loop. Only where somebody else begins: timesteps may be others in every request.
+        self._known: dict[float, frozenset[str]] = {}
 
     def learn(self, ran: Sequence[tuple[float, str]]) -> None:
         """Keep who ran at which timestep of a whole loop. A loop that contradicts what is known counts alone."""
@@ -24,7 +25,8 @@ class Experts:
             self._known.clear()
         self._known |= {t: frozenset(names) for t, names in found.items()}
         times = list(found)
-        self._known = dict(sorted(self._known.items(), reverse=times[0] >= times[-1]))
+        known = sorted(self._known.items(), reverse=times[0] >= times[-1])
+        self._known = dict(own for before, own in zip([None, *known], known) if before is None or before[1] != own[1])
 
     def share(self, name: str, times: Sequence[float], edge: float | None) -> int:
         """How many of the steps that are left belong to the denoiser that runs at the first of them.

@@ -125,16 +125,13 @@ class Loop:
 
     def _measure(self, prompt: int) -> None:
         found: dict[int, Gathering] = {}
-        calls: dict[tuple[int, int, int | str], int] = {}
         times: dict[int, float] = {}
 
         def record(program: Any, inputs: Sequence[Any], results: Any, kept: dict[str, Tensor], entry: Record) -> None:
             if not program.slots:
                 return
-            at = entry.generation, entry.step, entry.lane
-            calls[at] = calls.get(at, -1) + 1
             own = found.setdefault(entry.generation, Gathering(None))
-            own.add(entry.lane, calls[at], {n: kept[n] for n in program.slots if n in kept})
+            own.add(entry.step, entry.lane, {n: kept[n] for n in program.slots if n in kept})
             if program is not self._program:
                 self._program, self.reuse_cost = program, cost_of_reuse(way.fast.vdcache.graphs)
                 self._is(key_of(program, inputs, 0))

@@ -18,6 +18,7 @@ from vdcache.passes.tile_attention import Place, place_of
 from vdcache.patterns import NoMatch, anatomy
 from vdcache.patterns.cost import flops
 from vdcache.profiling.watched import watch
+from vdcache.scheduling.calibration import as_real
 
 __all__ = ["Call", "Replay", "Run", "record"]
 
@@ -89,13 +90,15 @@ class Replay:
         for i in sorted(self._static):
             value = self.calls[0].inputs[i]
             if isinstance(value, Tensor):
-                some = value.detach().flatten()[:4096].float().cpu()
+                some = as_real(value.detach()).flatten()[:4096].float().cpu()
                 digest.update(f"{tuple(value.shape)}{value.dtype}{some.double().sum().item():.12e}".encode())
         for call in self.calls:
             for i, value in enumerate(call.inputs):
                 if i not in self._static:
                     digest.update(
-                        value.detach().float().cpu().numpy().tobytes() if isinstance(value, Tensor) else repr(value).encode()
+                        as_real(value.detach()).float().cpu().numpy().tobytes()
+                        if isinstance(value, Tensor)
+                        else repr(value).encode()
                     )
         return digest.hexdigest()[:32]
 

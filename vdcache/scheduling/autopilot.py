@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from vdcache.ir.errors import ConfigError
+from vdcache.ir.errors import ConfigError, VdcacheError
 from vdcache.runtime.history import Record
 from vdcache.runtime.plan import RECOMPUTE
 from vdcache.runtime.policies import Always
@@ -26,6 +26,12 @@ from vdcache.scheduling.table import Gathering, StepTable
 __all__ = ["Autopilot", "cost_of_reuse"]
 
 ORDER = 1  # of the recipe's predictor
+FEW_STEPS = 4  # leave nothing to skip
+TRIES = 3  # generations that cannot be run again for reasons that may pass, before the table decides alone
+
+
+class _Passing(ConfigError):
+    """What is wrong with one generation alone: another one may be calibrated."""
 
 
 @dataclass
@@ -35,7 +41,6 @@ class _Run:
     recording: Recording
     gathering: Gathering
     calls: list[int] = field(default_factory=list)  # of each step
-    inputs: Sequence[Any] = ()
     programs: dict[Any, None] = field(default_factory=dict)  # the graphs that ran
 
 
@@ -44,7 +49,9 @@ class Autopilot:
 
     Where a calibration is known for the model, number of steps, sizes and timesteps, it is followed. Else one generation runs
     uncached; when it ends, candidates are run on what was recorded (at most two generations' worth), the best is kept on disk
-    and followed from the next generation on. Whatever goes wrong, the user's generation is computed in full.
+    and followed from the next generation on. Whatever goes wrong, the user's generation is computed in full. What cannot be run again
+    gets the table's best. After trouble that may pass (NaN, memory) the next generation is tried, then ever rarer ones; only a goal that the model
+    cannot reach is given up.
 
     Args:
         session: whose policy it sets.
@@ -66,6 +73,8 @@ class Autopilot:
         self._seen: dict[Key, tuple[float, ...]] = {}  # timesteps of the last generation of each key
         self._found: list[Calibration] = []  # by this session, should the disk take none
         self._hopeless: set[Key] = set()
+        self._tries: dict[Key, tuple[int, int]] = {}  # generations that failed, and the one that is tried next
+        self._cut: set[Key] = set()  # of which a generation ended with fewer calls than a step has
         self._before: set[Any] = set()  # graphs of which nobody knows the step
         self.calibration: Calibration | None = None  # the last that was found
         session.prepare = lambda steps: Always()
@@ -91,13 +100,12 @@ class Autopilot:
             run.calls.append(0)
         if record.step == 1 and not run.calls[1] and not self._reachable(run):
             return
-        run.gathering.add(record.lane, run.calls[record.step], {n: kept[n] for n in program.slots if n in kept})
+        run.gathering.add(record.step, record.lane, {n: kept[n] for n in program.slots if n in kept})
         run.calls[record.step] += 1
         run.programs[program] = None
         if self._before:
             run.recording.unfit = "the model runs as several graphs"
         run.recording.add(program, inputs, results, record)
-        run.inputs = inputs
         steps = self._session.num_steps
         if record.step == 0 and run.calls[0] == 1:
             unknown = "no schedule is known for this model, number of steps and size"
@@ -110,7 +118,7 @@ class Autopilot:
                 f"{size:.0f} MiB beside. When it ends, schedules are tried on it, once, for about the time of two generations; from then on the best "
                 f"is followed ({self._goal}).",
             )
-        if steps is not None and record.step == steps - 1 and run.calls[-1] == run.calls[0]:
+        if steps is not None and record.step == steps - 1 and run.calls[-1] == run.calls[max(0, steps - 2)]:
             self._finish()
 
     def _end(self) -> None:
@@ -119,12 +127,16 @@ class Autopilot:
         if self._times:
             self._seen[self._key] = tuple(self._times)
         if run is not None and steps == len(run.calls):
-            self._finish()  # its length was not known before, or its last step was called less often than the first
+            # Its length was not known before, or its last step was called less often than the one before it: cut short, unless it comes again.
+            if run.calls[-1] >= run.calls[max(0, steps - 2)] or self._key in self._cut:
+                self._finish()
+            else:
+                self._cut.add(self._key)
         elif run is not None and len(run.calls) < (steps or 0):
             self._say(
                 f"short {self._key}",
-                f"vdcache: a generation that was to calibrate ended after {len(run.calls)} of {steps} steps, and taught nothing. "
-                f"If this is its real number, pass num_steps={len(run.calls)}.",
+                f"vdcache: a generation that was to calibrate ended after {len(run.calls)} of {steps} steps, and taught nothing; the next "
+                f"one is tried. If this is its real number, pass num_steps={len(run.calls)}.",
             )
         self._now, self._following, self._times = None, None, []
 
@@ -133,7 +145,7 @@ class Autopilot:
         self._generation = record.generation
         steps = self._session.num_steps
         self._key = key_of(program, inputs, steps or 0)
-        if self._key in self._hopeless:
+        if self._key in self._hopeless or record.generation < self._tries.get(self._key, (0, 0))[1]:
             return
         expected = self._seen.get(self._key, ())
         if not same_times(expected, self._times):
@@ -148,7 +160,7 @@ class Autopilot:
                 schedule = replace(schedule, computed=tuple(sorted({1, *schedule.computed})))
             self._session.follow(schedule.policy(self._following.key.times))
         else:
-            self._now = _Run(Recording(program), Gathering(steps))
+            self._now = _Run(Recording(), Gathering(steps))
 
     def _known(self, times: Sequence[float]) -> Calibration | None:
         """What was found before for this generation's key, by this session or any other, if its timesteps begin so."""
@@ -168,6 +180,7 @@ class Autopilot:
             f"size and timesteps:\n{known.schedule}\nSolvers that ask at the same timesteps share it. To calibrate anew, as for another solver, "
             f"delete {known.path}",
         )
+        self._say_if_nothing_is_reused(known)
 
     def _check(self, step: int) -> None:
         """A calibration whose timesteps are not those of this generation is left."""
@@ -204,6 +217,19 @@ class Autopilot:
             where = f"not kept for other processes: {error}"
         self._found.append(self.calibration)
         self._tell(f"calibrated {key}", f"vdcache: calibrated in {self.calibration.seconds:.1f} s: {self.calibration}\n{where}")
+        self._say_if_nothing_is_reused(self.calibration)
+
+    def _say_if_nothing_is_reused(self, found: Calibration) -> None:
+        """A floor that no list of steps is known to keep; few steps leave nothing to skip, and that is no trouble."""
+        steps, floor = found.key.steps, found.goal.floor_db
+        if floor and steps > FEW_STEPS and len(found.schedule.computed) == steps:
+            best = max((t.psnr for t in found.tried if t.psnr is not None), default=None)
+            why = found.note or ("nothing was tried" if best is None else f"the best that was tried gives {best:.1f} dB")
+            self._say(
+                f"full {found.key}",
+                f"vdcache: no schedule of {steps} steps is known to keep {floor:g} dB, and every step is computed: {why}. With "
+                "speedup=… there is no such floor, and the best that is known is followed.",
+            )
 
     def _reachable(self, run: _Run) -> bool:
         """Whether any schedule can be as fast as is asked: the first step has shown what reuse costs."""
@@ -221,31 +247,55 @@ class Autopilot:
         return True
 
     def _give_up(self, error: Exception) -> None:
-        """There is no schedule for what has this key."""
-        self._hopeless.add(self._key)
+        """No schedule was found for what has this key; after trouble that may pass another generation is tried."""
+        if isinstance(error, VdcacheError) and not isinstance(error, _Passing):
+            self._hopeless.add(self._key)
+            self._say(f"hopeless {self._key}", f"vdcache: no schedule was found, and every step is computed: {_words(error)}")
+            return
+        failed = self._tries.get(self._key, (0, 0))[0] + 1
+        self._tries[self._key] = failed, (self._generation or 0) + 2 ** (failed - 1)
         self._say(
-            f"hopeless {self._key}",
-            f"vdcache: no schedule was found, and every step is computed: {error or type(error).__name__}",
+            f"passing {self._key}",
+            f"vdcache: a generation that was to calibrate taught nothing, because {_words(error)}. Until one does, every step is computed: the "
+            "next one is tried, and after further trouble ever rarer ones.",
         )
 
     def _calibrated(self, run: _Run) -> Calibration:
         began = time.perf_counter()
         table = StepTable(np.stack([run.gathering.products()]), run.gathering.bytes)
+        wrong = [step for step, own in enumerate(table.products[0].diagonal()) if not np.isfinite(own)]
+        if (step := run.recording.not_finite()) is not None or wrong:
+            raise _Passing(
+                f"the model was given or gave NaN or infinity in step {min([*wrong[:1], *([] if step is None else [step])])}"
+            )
         cost = cost_of_reuse([*run.programs, *self._before])
-        rerun, note = None, ""
+        scored, tried, note = Scored(), False, ""
+        options: dict[str, Any] = {"orders": [ORDER], "reuse_cost": cost, "scored": scored}
         try:
-            rerun = Rerun(run.recording, run.inputs)
-        except ConfigError as error:
+            rerun = Rerun(run.recording)
+            tried = True
+            schedule = choose(table, Reruns([rerun]), self._goal, **options)
+        except Exception as error:
+            may_pass = not isinstance(error, VdcacheError)  # no memory, for one
+            if tried and not may_pass:
+                raise  # what was run says that the goal is out of reach
+            if may_pass and self._tries.get(self._key, (0, 0))[0] < TRIES - 1:
+                raise _Passing(f"it cannot be run again: {_words(error)}") from error
             if self._goal.quality_db is not None:
-                raise ConfigError(
-                    f"which schedule keeps {self._goal.quality_db:g} dB cannot be tried, because {error}. "
+                raise (_Passing if may_pass else ConfigError)(
+                    f"which schedule keeps {self._goal.quality_db:g} dB cannot be tried, because {_words(error)}. "
                     "vdcache.calibrate(model, run, quality_db=…) tries it with your own loop"
                 ) from error
-            note = f"chosen by the table of steps alone, because {error}"
-        scored = Scored()
-        schedule = choose(table, Reruns([rerun]) if rerun else None, self._goal, orders=[ORDER], reuse_cost=cost, scored=scored)
+            note = f"chosen by the table of steps alone, because {_words(error)}"
+            schedule = choose(table, None, self._goal, **options)
         key = replace(self._key, times=tuple(self._times))
         return Calibration.of(key, self._goal, schedule, table, scored, reuse_cost=cost, began=began, note=note)
+
+
+def _words(error: Exception) -> str:
+    """Why, in a line. Errors of others are named by their kind: their text alone often says nothing."""
+    first = str(error).strip().partition("\n")[0]
+    return first if first and isinstance(error, VdcacheError) else f"{type(error).__name__}: {first}".rstrip(": ")
 
 
 def _when(path: Path | None) -> str:

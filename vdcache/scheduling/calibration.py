@@ -24,7 +24,7 @@ from vdcache.scheduling.choose import Goal, Scored
 from vdcache.scheduling.schedule import Schedule, candidates_up_to
 from vdcache.scheduling.table import StepTable
 
-__all__ = ["Calibration", "Key", "find", "folder", "keep", "key_of", "time_of", "weights_of"]
+__all__ = ["Calibration", "Key", "as_real", "find", "folder", "keep", "key_of", "time_of", "weights_of"]
 
 
 @dataclass(frozen=True)
@@ -224,8 +224,13 @@ def weights_of(params: Iterable[Tensor]) -> str:
     """A digest of parameters: the form of each, its first number and its last."""
     params = [p.detach() for p in params]
     some = [p[(at,) * p.dim()] for p in params if p.numel() and not p.is_meta for at in (0, -1)]
-    numbers, _ = read([s.float() for s in some])
+    numbers, _ = read([as_real(s).float() for s in some])
     return _digest([(tuple(p.shape), str(p.dtype)) for p in params], numbers)
+
+
+def as_real(value: Tensor) -> Tensor:
+    """Complex numbers (rotary tables) as both their parts; others as they are."""
+    return torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
 
 
 def time_of(program: Any, inputs: Sequence[Any], timestep: float | None) -> float:

@@ -63,7 +63,8 @@ class Goal:
         return Goal(speedup=policy.speedup, quality_db=policy.quality_db, floor_db=policy.floor_db)
 
     def count(self, steps: int, reuse_cost: float = 0.0) -> int:
-        """How many of `steps` may be computed, where a reused one costs `reuse_cost` of a computed one.
+        """How many of `steps` may be computed, where a reused one costs `reuse_cost` of a computed one: with a floor all of them,
+        where they are too few to be so much faster.
 
         Raises:
             ConfigError: more than there are, or a speed-up that reuse does not give.
@@ -77,6 +78,8 @@ class Goal:
             raise ConfigError("nothing is saved where steps are reused")
         found = math.floor((steps / self.speedup - reuse_cost * steps) / (1 - reuse_cost) + 1e-9)
         if found < 1:
+            if self.floor_db and reuse_cost * self.speedup < 1:  # more steps would do: a warm-up of one is no trouble
+                return steps
             best = steps / (1 + reuse_cost * (steps - 1))
             raise ConfigError(
                 f"no schedule of {steps} steps is {self.speedup:g} times faster: with a single computed step it is {best:.2f} times{'' if reuse_cost else ' at most'}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,40 +30,54 @@ EXACT = 1e-4  # of the change from one latent to the next, which an update may l
 
 @dataclass
 class _Call:
+    program: Any
+    lane: int | str
     latent: Tensor
     inputs: dict[int, Any]  # without parameters and the latent
-    results: tuple[Any, ...]
+    results: tuple[Any, ...]  # None in the place of what has not the form of a latent
 
 
 @dataclass
 class Recording:
-    """What one graph was given and what it returned in one uncached generation.
+    """What the graphs of a model were given and what they returned in one uncached generation.
 
     Values are kept in main memory; those that come again unchanged, as text embeddings do, once.
     """
 
-    program: Any
     steps: list[list[_Call]] = field(default_factory=list)
-    devices: dict[int, torch.device] = field(default_factory=dict)  # of inputs, by position
+    static: dict[Any, dict[int, Any]] = field(default_factory=dict)  # parameters, by program and position
+    devices: dict[tuple[Any, int], torch.device] = field(default_factory=dict)  # of inputs, by program and position
     unfit: str = ""  # why it cannot be run again
 
     def add(self, program: Any, inputs: Sequence[Any], results: Sequence[Any], record: Record) -> None:
         """Take one call, in order."""
-        if program is not self.program or program.latent is None:
-            self.unfit = "the model runs as several graphs" if program is not self.program else "no latent is known in it"
-        if self.unfit:
-            self.steps = []
-            return
         while len(self.steps) <= record.step:
             self.steps.append([])
-        call = len(self.steps[record.step])
-        before = self.steps[record.step - 1] if record.step else self.steps[record.step][:-1]
-        like = before[min(call, len(before) - 1)].inputs if before else {}
+        calls = self.steps[record.step]
+        if any(c.lane == record.lane for c in calls):  # what the second of them is given was made by the first
+            self.unfit = "the model runs as several graphs"
+        if program.latent is None:
+            self.unfit = "no latent is known in it"
+        if self.unfit:
+            self.steps, self.static = [], {}
+            return
+        before = self.steps[record.step - 1] if record.step else calls
+        like = before[min(len(calls), len(before) - 1)].inputs if before else {}
         given_at = [i for i in range(len(inputs)) if i not in program.static]
-        self.devices |= {i: inputs[i].device for i in given_at if isinstance(inputs[i], Tensor)}
+        self.static[program] = {i: inputs[i] for i in program.static}
+        self.devices |= {(program, i): inputs[i].device for i in given_at if isinstance(inputs[i], Tensor)}
         kept = {i: _kept(inputs[i], like.get(i)) for i in given_at if i != program.latent}
-        given = tuple(_kept(r) for r in results)
-        self.steps[record.step].append(_Call(_kept(inputs[program.latent]), kept, given))
+        latent = _kept(inputs[program.latent])
+        given = tuple(_kept(r) if _alike(r, latent) else None for r in results)
+        calls.append(_Call(program, record.lane, latent, kept, given))
+
+    def not_finite(self) -> int | None:
+        """The first step whose latent or output holds NaN or infinity; None where all are numbers."""
+        for step, calls in enumerate(self.steps):
+            tensors = (t for c in calls for t in (c.latent, *c.results) if isinstance(t, Tensor))
+            if not all(bool(t.isfinite().all()) for t in tensors):
+                return step
+        return None
 
     @property
     def bytes(self) -> int:
@@ -90,59 +104,141 @@ def _copied(value: Tensor, device: torch.device | str) -> Tensor:
     return flat.as_strided(value.shape, value.stride())
 
 
+def _alike(result: Any, latent: Tensor) -> bool:
+    """Whether a result may be what a sampler takes for this latent: of as many dimensions, and the same batch."""
+    return isinstance(result, Tensor) and result.dim() == latent.dim() and result.shape[0] == latent.shape[0]
+
+
+def _unlike(calls: Sequence[_Call]) -> list[_Call]:
+    """The calls of a step without those that repeat another one, as a run that is cut short and begun again has them in its first step."""
+    found: list[_Call] = []
+    for call in calls:
+        if not any(
+            c.program is call.program and _equal([call.latent, *call.inputs.values()], [c.latent, *c.inputs.values()])
+            for c in found
+        ):
+            found.append(call)
+    return found
+
+
+def _equal(some: Sequence[Any], others: Sequence[Any]) -> bool:
+    return len(some) == len(others) and all(
+        a is b or (torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b)
+        for a, b in zip(some, others, strict=True)
+    )
+
+
 @dataclass(frozen=True)
-class _Parts:
-    """Which part of the latent the sampler moves, and how outputs are cut into parts of that form.
+class _Cut:
+    """How the latent and the outputs of calls of one graph and one size are cut into parts of one form.
 
     Args:
         lanes: equal parts of the batch.
-        dim, width: of the dimension along which the latent holds more than what is moved (positions, a mask, a first frame).
-        moving: bool, of the form of one part: what changes from step to step.
         result: which result of the model it is.
+        dim, width: of the dimension along which the latent holds more than what is moved (positions, a mask, a first frame), or
+            the output more than one such part.
     """
 
     lanes: int
+    result: int
     dim: int
     width: int
+
+    def latents(self, latent: Tensor) -> list[Tensor]:
+        """Views of the equal parts of a latent."""
+        return [lane.narrow(self.dim, 0, self.width) for lane in latent.chunk(self.lanes)]
+
+    def results(self, results: Sequence[Any]) -> list[Tensor]:
+        """Views of the parts of a model's output."""
+        return [c for lane in results[self.result].chunk(self.lanes) for c in lane.split(self.width, self.dim)]
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Which part of the latent the sampler moves, in calls that may differ in batch and size.
+
+    Args:
+        cuts: by graph and shape of the latent.
+        moving: bool, of the form that all parts have in common: what changes from step to step. Larger parts begin with it.
+    """
+
+    cuts: dict[tuple[Any, torch.Size], _Cut]
     moving: Tensor
-    result: int
 
-    def of_latent(self, latent: Tensor) -> Tensor:
+    def of_latent(self, call: _Call) -> Tensor:
         """What is moved, as one float32 vector."""
-        return latent.chunk(self.lanes)[0].narrow(self.dim, 0, self.width)[self.moving].float()
+        return self._corner(self._cut(call).latents(call.latent)[0])[self.moving].float()
 
-    def of_results(self, results: Sequence[Any]) -> list[Tensor]:
+    def of_results(self, call: _Call, results: Sequence[Any]) -> list[Tensor]:
         """The parts of a model's output, as vectors."""
-        parts = [c for lane in results[self.result].chunk(self.lanes) for c in lane.split(self.width, self.dim)]
-        return [p[self.moving].float() for p in parts]
+        return [self._corner(p)[self.moving].float() for p in self._cut(call).results(results)]
 
-    def placed(self, moved: Tensor, like: Tensor) -> Tensor:
-        """A latent with what was moved in its place."""
-        latent = _copied(like, like.device)
-        for lane in latent.chunk(self.lanes):
-            part = lane.narrow(self.dim, 0, self.width)
-            part[self.moving] = moved.to(latent.dtype)
+    def placed(self, moved: Tensor, call: _Call) -> Tensor:
+        """The latent of a call with what was moved in its place."""
+        latent = _copied(call.latent, call.latent.device)
+        for part in self._cut(call).latents(latent):
+            self._corner(part)[self.moving] = moved.to(latent.dtype)
         return latent
+
+    def _cut(self, call: _Call) -> _Cut:
+        return self.cuts[call.program, call.latent.shape]
+
+    def _corner(self, part: Tensor) -> Tensor:
+        return _corner(part, self.moving.shape)
+
+
+def _corner(part: Tensor, sizes: Sequence[int]) -> Tensor:
+    return part[tuple(slice(n) for n in sizes)]
 
 
 def _parts(recording: Recording) -> _Parts | str:
     """How latents and outputs fit together, or why they do not."""
-    latents = [c.latent for calls in recording.steps for c in calls]
-    if any(not torch.equal(calls[0].latent, c.latent) for calls in recording.steps for c in calls[1:]):
-        return "the lanes of a step are given different latents"
-    first = latents[0]
-    if any(x.shape != first.shape for x in latents):
+    alike: dict[tuple[Any, torch.Size], list[_Call]] = {}
+    for call in itertools.chain(*recording.steps):
+        alike.setdefault((call.program, call.latent.shape), []).append(call)
+    cuts: dict[tuple[Any, torch.Size], _Cut] = {}
+    for key, calls in alike.items():
+        if (found := _cut(calls)) is None:
+            return "the model's outputs do not have the form of its latent"
+        cuts[key] = found
+    forms = [cuts[key].latents(calls[0].latent)[0].shape for key, calls in alike.items()]
+    if len({len(form) for form in forms}) > 1 or len({form[0] for form in forms}) > 1:
         return "the latents of a generation differ in size"
+    sizes = [min(n) for n in zip(*forms, strict=True)]
+    steps = [[_corner(cuts[c.program, c.latent.shape].latents(c.latent)[0], sizes) for c in calls] for calls in recording.steps]
+    if any(not torch.equal(calls[0], other) for calls in steps for other in calls[1:]):
+        return "the lanes of a step are given different latents"
+    moving = torch.zeros(sizes, dtype=torch.bool)
+    for (a, *_), (b, *_) in itertools.pairwise(steps):
+        moving |= a != b
+    for key, calls in alike.items():  # what is beyond the form that all have stays as it is
+        changes = _changes([cuts[key].latents(c.latent)[0] for c in calls])
+        _corner(changes, sizes).zero_()
+        if changes.any():
+            return "the latents of a generation differ in size"
+    return _Parts(cuts, moving) if moving.any() else "the model's outputs do not have the form of its latent"
+
+
+def _changes(latents: Sequence[Tensor]) -> Tensor:
+    """Where any of them differs from the one before."""
+    changes = torch.zeros_like(latents[0], dtype=torch.bool)
+    for a, b in itertools.pairwise(latents):
+        changes |= a != b
+    return changes
+
+
+def _cut(calls: Sequence[_Call]) -> _Cut | None:
+    """How calls of one graph and one size are cut; None where no result has the form of the latent."""
+    latents = [c.latent for c in calls]
+    first = latents[0]
     lanes = next(
         n
         for n in range(min(4, first.shape[0]), 0, -1)
         if first.shape[0] % n == 0 and all(torch.equal(x.chunk(n)[0], p) for x in latents for p in x.chunk(n)[1:])
     )
-    changes = torch.zeros_like(first.chunk(lanes)[0], dtype=torch.bool)
-    for a, b in itertools.pairwise(latents):
-        changes |= (a != b).chunk(lanes)[0]
-    for at, result in enumerate(recording.steps[0][0].results):
-        if not isinstance(result, Tensor) or result.dim() != first.dim() or result.shape[0] != first.shape[0]:
+    changes = _changes([x.chunk(lanes)[0] for x in latents])
+    for at, result in enumerate(calls[0].results):
+        if result is None:
             continue
         other = [d for d in range(1, first.dim()) if result.shape[d] != first.shape[d]]
         if len(other) > 1:
@@ -150,14 +246,11 @@ def _parts(recording: Recording) -> _Parts | str:
         dim = other[0] if other else 1
         have, made = first.shape[dim], result.shape[dim]
         width = made if made <= have else have  # more channels come out than go in where a variance is predicted too
-        if made % width:
+        if made % width or (width < have and changes.narrow(dim, width, have - width).any()):
             continue
-        moving = changes.narrow(dim, 0, width)
-        if width < have and changes.narrow(dim, width, have - width).any():
-            continue
-        if moving.any():
-            return _Parts(lanes, dim, width, moving, at)
-    return "the model's outputs do not have the form of its latent"
+        if len(calls) == 1 or changes.narrow(dim, 0, width).any():
+            return _Cut(lanes, at, dim, width)
+    return None
 
 
 class Rerun:
@@ -167,28 +260,43 @@ class Rerun:
         ConfigError: it was not made by a sampler that is linear in what the model returns, or the model cannot be run apart.
     """
 
-    def __init__(self, recording: Recording, static: Sequence[Any]) -> None:
+    def __init__(self, recording: Recording) -> None:
         if recording.unfit:
             raise ConfigError(recording.unfit)
+        if len({len(calls) for calls in recording.steps}) > 1:
+            recording = replace(recording, steps=[_unlike(calls) for calls in recording.steps])
         if len(recording.steps) < 2:
             raise ConfigError("a generation of one step shows no update")
-        if len({len(calls) for calls in recording.steps}) > 1:
-            raise ConfigError("the steps of the generation differ in how often the model is called")
+        if not all(recording.steps):
+            raise ConfigError("a step of the generation does not call the model")
         found = _parts(recording)
         if isinstance(found, str):
             raise ConfigError(found)
-        self._recording, self._static, self._cut = recording, static, found
-        self._latents = latents = [found.of_latent(calls[0].latent) for calls in recording.steps]
-        self._outputs = outputs = [[p for c in calls for p in found.of_results(c.results)] for calls in recording.steps]
+        self._recording, self._cut = recording, found
+        self._latents = latents = [found.of_latent(calls[0]) for calls in recording.steps]
+        self._outputs = outputs = [[p for c in calls for p in found.of_results(c, c.results)] for calls in recording.steps]
         rounding = torch.finfo(recording.steps[0][0].latent.dtype).eps
         self._coarse = rounding if rounding > 1e-6 else 0.0
         self._updates = [_fitted(latents, outputs, s, self._coarse) for s in range(len(latents) - 1)]
+        self._updates.append(self._last_update())
         self._wanted: Tensor | None = None
+
+    def _last_update(self) -> _Update:
+        """Not seen, since the model is not called after it: taken to be as the last one that was made of as many outputs."""
+
+        def made_of(step: int, back: int) -> list[int]:
+            return [len(outputs) for outputs in self._outputs[max(0, step - back) : step + 1]]
+
+        last = len(self._outputs) - 1
+        for step in reversed(range(last)):
+            if made_of(step, self._updates[step].back) == made_of(last, self._updates[step].back):
+                return self._updates[step]
+        raise ConfigError("the last step of the generation calls the model another number of times than any step before it")
 
     @property
     def solver(self) -> tuple[tuple[float, ...], ...]:
-        """The weights of every update: of the latents and outputs of a step, the newest step first."""
-        return tuple(tuple(u.weights) for u in self._updates)
+        """The weights of every update that was seen: of the latents and outputs of a step, the newest step first."""
+        return tuple(tuple(u.weights) for u in self._updates[:-1])
 
     def wanted(self) -> Tensor:
         """What it ends with when every step is computed: as recorded, or run again where 16-bit latents hid some of it."""
@@ -197,16 +305,13 @@ class Rerun:
         return self._wanted
 
     def of(self, policy: Policy) -> Tensor:
-        """What the generation ends with under a policy: float32, what the sampler moves, as a vector.
-
-        The last update is not seen, since the model is not called after it; it is taken to be as the one before it.
-        """
+        """What the generation ends with under a policy: float32, what the sampler moves, as a vector."""
         return self._run(policy)[-1]
 
     def _run(self, policy: Policy) -> list[Tensor]:
-        recording, program = self._recording, self._recording.program
+        recording = self._recording
         session = Session(policy, len(recording.steps), name="rerun")
-        latents = [self._cut.of_latent(recording.steps[0][0].latent)]
+        latents = [self._latents[0]]
         outputs: list[list[Tensor]] = []
         with registry.using(session), unheard(), torch.no_grad():
             session.begin(len(recording.steps))
@@ -214,13 +319,14 @@ class Rerun:
                 session.step()
                 outputs.append([])
                 for call in calls:
-                    inputs = list(self._static)
-                    latent = self._cut.placed(latents[-1], call.latent)
-                    for i, value in (call.inputs | {program.latent: latent}).items():
-                        inputs[i] = _copied(value, recording.devices[i]) if isinstance(value, Tensor) else value
-                    results = program(*inputs)
-                    outputs[-1] += self._cut.of_results([r.cpu() if isinstance(r, Tensor) else r for r in results])
-                latents.append(self._updates[min(step, len(self._updates) - 1)].of(latents, outputs))
+                    session.lane(call.lane)
+                    program = call.program
+                    inputs = dict(recording.static[program])
+                    for i, value in (call.inputs | {program.latent: self._cut.placed(latents[-1], call)}).items():
+                        inputs[i] = _copied(value, recording.devices[program, i]) if isinstance(value, Tensor) else value
+                    results = program(*(inputs[i] for i in range(len(inputs))))
+                    outputs[-1] += self._cut.of_results(call, [r.cpu() if isinstance(r, Tensor) else r for r in results])
+                latents.append(self._updates[step].of(latents, outputs))
                 if len(outputs) > BACK + 1:
                     outputs[-BACK - 2] = []  # nothing looks back so far
         return latents

@@ -103,8 +103,10 @@ class Schedule:
         return "".join("█" if s in self.computed else "·" for s in range(self.steps))
 
     def __str__(self) -> str:
-        psnr = f", {self.psnr:.1f} dB" if self.psnr is not None else ""
-        return f"{self._row()}  {len(self.computed)} of {self.steps} steps, order {self.order}, error {self.error:.3g}{psnr}"
+        text = f"{self._row()}  {len(self.computed)} of {self.steps} steps, order {self.order}"
+        if self.error and len(self.computed) < self.steps:
+            text += f", blocks off by {self.error / (self.steps - len(self.computed)):.1%} in a reused step (predicted)"
+        return text if self.psnr is None else f"{text}, result at {self.psnr:.1f} dB (measured)"
 
     def to_json(self, path: str | File | None = None) -> str:
         """The schedule as JSON text, also written to `path`."""

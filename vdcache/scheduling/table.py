@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,9 @@ __all__ = ["ORDERS", "Gathering", "StepTable", "no_order"]
 ORDERS = (0, 1)  # orders above do worse than these: they amplify what the solver does between steps
 LIMIT = 256 * 2**20  # bytes that one generation's values may take
 COLUMNS = 1 << 18  # of the values that are multiplied at one time, in float64
+
+_Lane = tuple[int | str, int]  # and the number of the call within it
+_Values = dict[str, tuple[torch.Size, Tensor]]  # by name: the shape of a value, and what is kept of it
 
 
 def no_order(order: int) -> str:
@@ -84,28 +88,30 @@ class Gathering:
 
     def __init__(self, steps: int | None, limit: int = LIMIT) -> None:
         self._steps, self._limit = steps or 50, limit
-        self._held: dict[tuple[int | str, int, str], list[Tensor]] = defaultdict(list)
+        self._held: dict[_Lane, dict[int, _Values]] = defaultdict(dict)
         self._chosen: dict[tuple[torch.Size, torch.device], Tensor | None] = {}
 
     @property
     def bytes(self) -> int:
         """Held now."""
-        return sum(v.numel() * v.element_size() for values in self._held.values() for v in values)
+        return sum(map(_bytes, (values for calls in self._held.values() for values in calls.values())))
 
     def will_hold(self) -> int:
         """Bytes at the end of the generation, told from its first calls."""
-        return sum(v[0].numel() * v[0].element_size() for v in self._held.values()) * self._steps
+        return sum(_bytes(next(iter(calls.values()))) for calls in self._held.values()) * self._steps
 
-    def add(self, lane: int | str, call: int, values: Mapping[str, Tensor]) -> None:
+    def add(self, step: int, lane: int | str, values: Mapping[str, Tensor]) -> None:
         """Take the values of one call.
 
         Args:
+            step: of the generation, counted from 0.
             lane: of guidance.
-            call: the number of the call within the lane, for models of several graphs.
             values: by name, each [..., channels].
         """
-        for name, value in values.items():
-            self._held[lane, call, name].append(self._sample(value.detach(), len(values)))
+        if not values:
+            return
+        call = next(n for n in itertools.count() if step not in self._held.get((lane, n), {}))  # models of several graphs
+        self._held[lane, call][step] = {n: (v.shape, self._sample(v.detach(), len(values))) for n, v in values.items()}
 
     def _sample(self, value: Tensor, beside: int) -> Tensor:
         rows = value.reshape(-1, value.shape[-1]) if value.dim() > 1 else value.reshape(1, -1)
@@ -120,16 +126,40 @@ class Gathering:
     def products(self) -> np.ndarray:
         """⟨a, b⟩ of the values of all pairs of steps, [steps, steps]; lanes and values add up.
 
+        Lanes that some steps lack (guidance for a part of the run) are left out: the error of one step from another is that of
+        values which both have. Values of another form (a batch of 2, then 1) have nothing in common, as none is reused for another.
+
         Raises:
-            ConfigError: no value, or lanes of unequal length.
+            ConfigError: no value, or a step without any.
         """
         if not self._held:
             raise ConfigError("no value of the generation was seen")
-        if len(lengths := {len(v) for v in self._held.values()}) > 1:
-            raise ConfigError(f"the lanes of a generation have {sorted(lengths)} steps")
-        found = np.zeros((next(iter(lengths)),) * 2)
-        for values in self._held.values():
-            for parts in zip(*(v.split(COLUMNS) for v in values), strict=True):
-                wide = torch.stack(parts).double()
-                found += (wide @ wide.T).cpu().numpy()
+        steps = 1 + max(step for calls in self._held.values() for step in calls)
+        whole = {key: calls for key, calls in self._held.items() if len(calls) == steps} or self._firsts(steps)
+        alike: dict[Hashable, dict[int, list[Tensor]]] = defaultdict(dict)
+        for key, calls in whole.items():
+            for step, values in calls.items():
+                form = tuple((name, shape) for name, (shape, _) in values.items())
+                alike[key, form][step] = [v for _, v in values.values()]
+        found = np.zeros((steps, steps))
+        for own in alike.values():
+            at = np.ix_([*own], [*own])
+            for same in zip(*own.values(), strict=True):
+                for parts in zip(*(v.split(COLUMNS) for v in same), strict=True):
+                    wide = torch.stack(parts).double()
+                    found[at] += (wide @ wide.T).cpu().numpy()
         return found
+
+    def _firsts(self, steps: int) -> dict[_Lane, dict[int, _Values]]:
+        """One lane for every step, where no lane has them all: the first one that has it."""
+        found: dict[_Lane, dict[int, _Values]] = defaultdict(dict)
+        for step in range(steps):
+            key = next((key for key, calls in self._held.items() if step in calls), None)
+            if key is None:
+                raise ConfigError(f"no value of step {step} of a generation was seen")
+            found[key][step] = self._held[key][step]
+        return found
+
+
+def _bytes(values: _Values) -> int:
+    return sum(v.numel() * v.element_size() for _, v in values.values())
