@@ -158,3 +158,4 @@ class Ticket:
     pair: Tensor | None = None  # what the step's first lane returned
     rows: tuple[int, int] | None = None  # of the batch that is computed; None for all
     keep: bool = True
+    again: bool = False  # the very same call came in this step before, and its values are kept

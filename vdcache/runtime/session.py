@@ -101,6 +101,7 @@ class Session:
         self._unsure = False  # the step may be no step: its timestep is that of the one before, with another latent
         self._tables: dict[Hashable, LaneTable] = {}
         self._labels: dict[Hashable, int] = {}  # of each family, how many lanes it has in this generation
+        self._shown: set[int] = set()  # numbers of the lanes of this step
         self._seen: dict[Hashable, list[Held]] = {}  # of each call of this step, its latents and what moves with the timestep
         self._ambiguous: dict[tuple[int | str | None, int, int], int] = {}  # lanes, and the last step of several latents
         # What graphs returned lately, for which conditioning, in which family; and how often a lane had begun by then.
@@ -328,6 +329,9 @@ class Session:
                 self._notices.several_latents()
         changed = self._look_at_weights(graph, inputs)
         key = CallKey(who, call, lane, self._token, _forms(inputs, graph.activations))
+        if repeated:
+            self._drop(key)  # of the other latent
+        again = any(step == self._step for step, _ in self._computed.get(key, {}).values())
         seen = Look()
         if graph.probes:
             earlier = self.store.get(key, [p.layout.name for p in graph.probes])
@@ -387,7 +391,8 @@ class Session:
             seen,
             pair,
             rows,
-            keep=follows and self.num_steps is not None and not self._last(),
+            keep=follows and self.num_steps is not None and not self._last() and not again,
+            again=again,
         )
 
     def leave(
@@ -423,7 +428,7 @@ class Session:
                 own[group] = (self._step, own.get(group, (0, 0))[1] + 1)
                 if group not in self._plan.reuse:
                     self._due[ticket.key.graph, ticket.key.call, group] = self._step
-        elif not ticket.plan:
+        elif not ticket.plan and not ticket.again:
             self._drop(ticket.key)
         if self._last():  # nothing will read this lane again
             self._drop(ticket.key)
@@ -545,6 +550,9 @@ class Session:
         self._lane_name, self._explicit_lane = self._explicit_lane, None
         self._lane_id, self._placed, self._placed_new = lane.id, lane, new
         number = lane.label if graph.conditioning else place
+        if number in self._shown:  # the same conditioning again in this step
+            number = max([*self._shown, *self._labels.values()]) + 1
+        self._shown.add(number)
         self._lane = number if self._lane_name is None else self._lane_name
         self._lanes += 1
         self._lanes_begun += 1
@@ -711,6 +719,7 @@ class Session:
         for table in self._tables.values():
             table.clear()
         self._labels.clear()
+        self._shown.clear()
         self._seen.clear()
         self._ambiguous.clear()
         self._first_lane.clear()
@@ -773,6 +782,7 @@ class Session:
         self._undecided, self._probe = False, None
         self._first_lane.clear()
         self._seen.clear()
+        self._shown.clear()
         self._moving.clear()
         if self._timestep is not None:
             self._timesteps.append(self._timestep)
