@@ -84,6 +84,7 @@ def test_predictions_take_their_times_from_the_host(inner):
 
 @torch.no_grad()
 def test_profiles_and_block_lists():
+    pytest.importorskip("diffusers")
     from tests.passes.test_block_lists import STEPS, ByHand, Stack, call
 
     model = Stack(True).cuda()
@@ -102,3 +103,45 @@ def test_profiles_and_block_lists():
         args = [t.cuda() for t in call(step)]
         for a, b in zip(compiled(*args), hand(*args, set() if step in (0, 3) else {1, 2, 4}), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_records_seconds_are_those_of_the_device():
+    """A long kernel is launched in no time: the history must tell how long it ran."""
+    model = TinyDiT().cuda()
+    compiled = vdcache.compile(model, "always", num_steps=4, inner="eager")
+    compiled(latent(0).cuda(), time_of(0).cuda(), latent(9).cuda())
+    x = torch.randn(1, 8192, 4, device="cuda")
+    torch.cuda.synchronize()
+    compiled(x, time_of(1).cuda(), latent(9).cuda())
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    compiled(x, time_of(2).cuda(), latent(9).cuda())
+    end.record()
+    record = compiled.vdcache.history[-1]
+    assert 0 < record.seconds <= begin.elapsed_time(end) / 1e3 * 1.001 and record.host_seconds > 0
+
+
+@torch.no_grad()
+def test_a_prompt_that_is_cast_at_every_call_costs_one_read_and_keeps_its_cache():
+    model = TinyDiT().cuda()
+    compiled = vdcache.compile(model, "every-2", num_steps=8, inner="eager")
+    session, words = compiled.vdcache, latent(9).cuda()
+    session.begin(8)
+    for step in range(8):
+        session.step()
+        compiled(latent(step).cuda(), time_of(step).cuda(), words.clone())
+    assert session.history.computed_steps() == [0, 2, 4, 6, 7]
+    assert [r.syncs for r in session.history] == [0] + [1] * 7
+
+
+@torch.no_grad()
+def test_a_prompt_that_is_exchanged_computes():
+    model = TinyDiT().cuda()
+    compiled = vdcache.compile(model, "every-2", num_steps=8, inner="eager")
+    for step in range(8):
+        x, t, words = latent(step).cuda(), time_of(step).cuda(), latent(9 if step < 3 else 10).cuda()
+        out = compiled(x, t, words)
+        if step == 3:
+            assert torch.equal(out, model(x, t, words))
+    assert compiled.vdcache.history.computed_steps() == [0, 2, 3, 4, 6, 7]

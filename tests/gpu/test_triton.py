@@ -19,6 +19,17 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def few_configurations(monkeypatch):
+    """Two instead of ten: each takes seconds to compile, for every head dimension and kind of bias."""
+    from vdcache.backends.kernels import block_sparse
+
+    keep = [
+        c for c in block_sparse._HALF if (c.kwargs["BLOCK_M"], c.kwargs["BLOCK_N"], c.num_warps) in ((128, 64, 8), (16, 64, 4))
+    ]
+    monkeypatch.setattr(block_sparse.kernel, "configs", keep)
+
+
 def inputs(n, d, heads, shared, heads_first, dtype):
     torch.manual_seed(0)
     for h in (heads, heads // shared, heads // shared):

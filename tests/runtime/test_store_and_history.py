@@ -11,6 +11,7 @@ from vdcache.report import timeline
 from vdcache.runtime import History, Plan, Record, Store
 from vdcache.runtime.history import any_computed
 from vdcache.runtime.measures import Layout, measured
+from vdcache.runtime.plan import RECOMPUTE
 from vdcache.testing import TinyDiT, latent, time_of
 
 
@@ -186,3 +187,59 @@ def test_a_step_of_several_graphs_is_computed_where_none_of_them_reused_anything
     assert any_computed([record(0, "all/a"), record(1)]) and not any_computed(
         [record(0, "all/a"), record(1, "all/a"), record(1)]
     )
+
+
+@torch.no_grad()
+def test_seconds_are_the_devices_and_are_read_when_they_are_asked_for(monkeypatch):
+    """A GPU works on after the call: its events are asked once somebody looks, or once they are done anyway."""
+    from vdcache.runtime.device_time import DeviceTime
+
+    class Events:
+        asked = 0
+
+        def __init__(self) -> None:
+            self.ready = False
+
+        def stop(self) -> None: ...
+        def restart(self) -> None: ...
+
+        def done(self) -> bool:
+            return self.ready
+
+        def seconds(self) -> float:
+            Events.asked += 1
+            return 42.0
+
+    made: list[Events] = []
+    monkeypatch.setattr(DeviceTime, "of", staticmethod(lambda inputs: made.append(Events()) or made[-1]))
+    compiled = vdcache.compile(TinyDiT(), "every-2", num_steps=4, inner="eager")
+    for step in range(3):
+        compiled(latent(step), time_of(step), latent(9))
+    assert Events.asked == 0
+    made[0].ready = made[1].ready = True
+    compiled(latent(3), time_of(3), latent(9))
+    assert Events.asked == 2, "what is done is read without waiting, so that events do not pile up"
+    records = list(compiled.vdcache.history)
+    assert [r.seconds for r in records] == [42.0] * 4 and Events.asked == 4
+    assert all(0 < r.host_seconds < 42 for r in records)
+    assert compiled.vdcache.history.rows()[3]["seconds"] == 42.0
+
+
+@torch.no_grad()
+def test_what_a_computed_step_replaces_is_freed_before_it_runs():
+    compiled = vdcache.compile(TinyDiT(), "every-2", num_steps=6, inner="eager")
+    store = compiled.vdcache.store
+    held: list[int] = []
+    for step in range(3):
+        if step == 2:
+            program = compiled.vdcache.graphs[0]
+            part = program._part(RECOMPUTE)
+            real = part.ready
+
+            def ready(inputs, real=real):
+                held.append(store.bytes())
+                return real(inputs)
+
+            part.ready = ready
+        compiled(latent(step), time_of(step), latent(9))
+    assert held == [0] and store.bytes() > 0

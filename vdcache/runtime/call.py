@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from vdcache.runtime.device_time import DeviceTime
 from vdcache.runtime.history import Record
 from vdcache.runtime.measures import Layout
 from vdcache.runtime.plan import Plan
@@ -158,4 +159,5 @@ class Ticket:
     pair: Tensor | None = None  # what the step's first lane returned
     rows: tuple[int, int] | None = None  # of the batch that is computed; None for all
     keep: bool = True
+    device_time: DeviceTime | None = None
     again: bool = False  # the very same call came in this step before, and its values are kept

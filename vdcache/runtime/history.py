@@ -8,9 +8,10 @@ from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from vdcache.errors import ConfigError
+from vdcache.runtime.device_time import DeviceTime
 from vdcache.runtime.measures import Measured
 from vdcache.runtime.plan import RECOMPUTE, Plan
 
@@ -27,10 +28,11 @@ class Record:
         plan: what the step was meant to reuse.
         reused: slots that were really reused in this call.
         measures: what was observed at this step over all its lanes, filled in when the next step is planned.
-        seconds: host time of the call. A GPU may still be working when it ends.
+        seconds: time of the call on its device. On a GPU it is read when somebody asks for it, which waits for the call to end there.
         why: the reason for recomputing where the plan says reuse, or for a plan that the policy did not choose.
         syncs: how many times the call waited for a device value.
         probe: what was measured at this step before its plan was chosen, by policies that decide so.
+        host_seconds: host time of the call. A GPU may still be working when it ends.
     """
 
     generation: int
@@ -44,10 +46,37 @@ class Record:
     why: str = ""
     syncs: int = 0
     probe: tuple[Measured, ...] = ()
+    host_seconds: float = 0.0
 
     @property
     def computed(self) -> bool:
         return not self.reused
+
+    def timed(self, device: DeviceTime | None, host_seconds: float) -> None:
+        """How long the call took: on the host, and by its device's events where it has them."""
+        self.host_seconds = self.seconds = host_seconds
+        self.__dict__["_device"] = device
+
+    def settle(self) -> bool:
+        """Take the time from the device's events if nothing needs to be waited for. Whether it is known now."""
+        if self._device is not None and self._device.done():
+            self.seconds  # noqa: B018 — reading it is what settles it
+        return self._device is None
+
+    _device: ClassVar[DeviceTime | None] = None
+
+
+def _seconds(record: Record) -> float:
+    if record._device is not None:
+        _set_seconds(record, record._device.seconds())
+    return float(record.__dict__["_seconds"])
+
+
+def _set_seconds(record: Record, seconds: float) -> None:
+    record.__dict__.update(_seconds=seconds, _device=None)
+
+
+Record.seconds = property(_seconds, _set_seconds)  # type: ignore[assignment,method-assign]  # a field whose value may come late
 
 
 @dataclass

@@ -6,6 +6,7 @@ import math
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,7 @@ from vdcache.ir.dialect import group_of
 from vdcache.ir.errors import CacheStateError, ConfigError
 from vdcache.runtime.call import CallKey, CompiledGraph, Emitted, LaneScope, Listener, Look, Recorder, Ticket
 from vdcache.runtime.clock import Clock, Reading, Tick
+from vdcache.runtime.device_time import DeviceTime
 from vdcache.runtime.history import History, Record, tell
 from vdcache.runtime.lane_table import Held, Lane, LaneTable, Question, compare
 from vdcache.runtime.measures import Layout, Measured, count_of, measured
@@ -95,6 +97,7 @@ class Session:
         self._placed_new = False
         self._placed: Lane | None = None  # the lane of the graph that began this lane, until that graph has taken it
         self._repeated = False  # that graph ran in this step with the same conditioning and another latent
+        self._running: deque[Record] = deque()  # calls that a device may still be working on
         self._lock = threading.Lock()
         self._busy: int | None = None  # the thread that is in the middle of a call
         self._of_thread = threading.local()  # `session`: the calling thread's own, where it has one
@@ -309,7 +312,7 @@ class Session:
         Args:
             look: runs the graph's head, given the previous values of its probes; called once, where the graph has probes.
         """
-        began = time.perf_counter()
+        began, on_device = time.perf_counter(), DeviceTime.of([inputs[i] for i in (*graph.latents[:1], *graph.activations[:1])])
         self._entered += 1
         self._syncs = 0
         # One graph may serve several blocks (regional compilation) or be called again with the same weights. Within a forward they
@@ -366,6 +369,10 @@ class Session:
         needs = graph.needs(plan)
         before = self.store.get(key, needs.before) if needs.before else None
         previous = self.store.get(key, [layout.name for layout in needs.layouts]) if needs.layouts else None
+        if not plan and not again and rows is None:
+            # What the step replaces is freed before it runs, when memory is needed most, but for what it compares with.
+            compared = {*needs.before, *(layout.name for layout in needs.layouts), *(p.layout.name for p in graph.probes)}
+            self.store.drop(key, but=compared)
         record = Record(
             generation=self._generation,
             step=self._step,
@@ -392,6 +399,7 @@ class Session:
             pair,
             rows,
             keep=follows and self.num_steps is not None and not self._last() and not again,
+            device_time=on_device,
             again=again,
         )
 
@@ -435,7 +443,12 @@ class Session:
         if sums is not None and ticket.keep:
             elements = tuple(v.numel() for v in observed.values())
             self._pending.append(_Pending(sums, ticket.needs.layouts, elements, ticket.previous is not None))
-        ticket.record.seconds = time.perf_counter() - ticket.began
+        ticket.record.timed(ticket.device_time, time.perf_counter() - ticket.began)
+        if ticket.device_time is not None:
+            ticket.device_time.stop()
+            self._running.append(ticket.record)
+            while self._running and self._running[0].settle():
+                self._running.popleft()
         self.history.add(ticket.record)
         tell(ticket.record)
         self._hit = self._hit or bool(ticket.record.reused)

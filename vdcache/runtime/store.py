@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -56,12 +56,16 @@ class Store:
             held[slot] = value if own and value.is_contiguous() else value.clone(memory_format=torch.contiguous_format)
         self.peak_bytes = max(self.peak_bytes, self.bytes())
 
-    def drop(self, key: Hashable | None = None) -> None:
-        """Free the values of one key, or all."""
+    def drop(self, key: Hashable | None = None, *, but: Collection[str] = ()) -> None:
+        """Free the values of one key, or all.
+
+        Args:
+            but: slots of the key that stay.
+        """
         if key is None:
             self._values.clear()
-        else:
-            self._values.pop(key, None)
+        elif held := {slot: v for slot, v in self._values.pop(key, {}).items() if slot in but}:
+            self._values[key] = held
 
     def keys(self) -> list[Hashable]:
         """The keys under which something is held."""
