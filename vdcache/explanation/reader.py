@@ -20,7 +20,7 @@ from vdcache.methods import recipe as named
 from vdcache.passes import Canonicalise, MergeSlots, Pipeline
 from vdcache.patterns import Anatomy, Branch, NoMatch, anatomy, cost
 from vdcache.recipe import Recipe
-from vdcache.runtime.measures import Measured
+from vdcache.runtime.bound import best_plans
 from vdcache.runtime.plan import Plan
 
 __all__ = ["explain"]
@@ -153,7 +153,7 @@ def _with_recipe(report: Report, captured: list[Captured], numbers: list[int], r
         after += _slots(program.guarded, facts, number)
         own = program.cache_bytes()
         total = None if own is None or total is None else total + own * (1 + report.graphs[number].again)
-    schedule = _cheapest(recipe, steps)
+    schedule = tuple(tuple(sorted(plan.reuse)) for plan in best_plans(recipe.policy, steps))
     variants = []
     for plan in dict.fromkeys(p for _, program in programs for p in program.plans):
         costs = nodes = 0
@@ -238,23 +238,3 @@ def _as_many(a: fx.Node, b: fx.Node) -> bool:
     """Whether two nodes hold as many elements."""
     x, y = tensor_of(a), tensor_of(b)
     return x is not None and y is not None and str(x.numel()) == str(y.numel())
-
-
-def _cheapest(recipe: Recipe, steps: int) -> tuple[tuple[str, ...], ...]:
-    """The plans of a generation in which nothing ever changes: what the policy would choose in the best of cases."""
-    policy = recipe.policy
-    state = policy.start(steps)
-    plans = []
-    groups = sorted({g for p in policy.plans() for g in p.reuse}) or ["all"]
-    still = [
-        Measured(f"{group}/observed.{what}", 1e-9, 1e-9, size=1.0, motion=0.0, motion_absolute=0.0)
-        for group in groups
-        for what in ("input", "output")
-    ]
-    for step in range(steps):
-        plan = policy.plan(state, step)
-        if plan is None:  # only policies that decide by a probe leave it open
-            state, plan = policy.decide(state, step, still)  # type: ignore[attr-defined]
-        state = policy.observe(state, step, plan, still if not plan else None)
-        plans.append(tuple(sorted(plan.reuse)))
-    return tuple(plans)

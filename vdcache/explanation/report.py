@@ -96,7 +96,7 @@ class Report:
         cache_bytes: bytes kept for one lane, known before the first run; None where sizes are symbols.
         variants: with a recipe, every compiled graph.
         steps: denoising steps that `schedule` is for.
-        schedule: the plan of each step if nothing changed from step to step: the fewest computed steps that the recipe can take.
+        schedule: the plan of each step in the best of cases: the fewest computed steps that the recipe can take.
         nothing: with a recipe that finds no slot, why.
         recipe_refusals: what the passes of the recipe left alone, with reasons.
         masks: with a recipe that has masks, in words what they are on, a line a graph.

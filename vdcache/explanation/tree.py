@@ -183,7 +183,7 @@ def _recipe(at: Tree, report: Report) -> None:
             _line(
                 "bound",
                 "bold",
-                f"{report.bound:.2f}× over {report.steps} steps, if nothing changed from step to step ({computed} computed)",
+                f"{report.bound:.2f}× over {report.steps} steps at best ({computed} computed), at the changes that let it reuse most",
             )
         )
 
