@@ -120,7 +120,9 @@ def _always_true(test: ast.expr) -> bool:
 @pytest.mark.parametrize("path", sorted(Path(__file__).parent.rglob("*.py")), ids=lambda p: p.name)
 def test_every_assertion_can_fail(path):
     asserts = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Assert)]
-    programs = [n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+    programs = [
+        n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant) and isinstance(n.value, str)
+    ]
     assert not [f"{path.name}:{n.lineno}" for n in asserts if _always_true(n.test)]
     # and in the programs that tests hand to a fresh process
     assert not [p for p in programs if re.search(r"^\s*assert .* or True$", p, re.MULTILINE)]

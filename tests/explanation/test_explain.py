@@ -290,3 +290,8 @@ def test_a_page_that_cannot_be_written_is_said_before_the_work(tmp_path):
     (tmp_path / "file").touch()
     result = CliRunner().invoke(app, ["explain", "vdcache.demo.model:example", "--html", str(tmp_path / "file" / "page.html")])
     assert result.exit_code == 2 and "self-attention" not in result.output
+
+
+def test_a_report_is_no_wall_of_data():
+    report = vdcache.explain(TinyDiT(8), latent(0), time_of(0), latent(1, 1, 3, 4), recipe="every-2")
+    assert repr(report) == "<Report on TinyDiT: 1 graph, 16 branches, recipe 'every-2'; print it>" and len(str(report)) > 200

@@ -15,6 +15,7 @@ import vdcache
 from tests.exporting.packages import SCHEDULE, STEPS, by_hand, call, inputs, loop, model
 from vdcache.cli import app
 from vdcache.exporting.fixed import recipe_of
+from vdcache.exporting.manifest import Manifest
 from vdcache.scheduling.calibration import Key
 from vdcache.scheduling.choose import Goal
 from vdcache.testing import TinyDiT
@@ -247,6 +248,7 @@ def test_command_line(tmp_path, monkeypatch):
     assert code == 0 and "largest difference" in text and "the same" in text
     code, text = run("verify", "package", "tests.exporting.packages:nothing")
     assert code == 1 and "too large" in text and "DIFFERENT" in text
+    assert repr(Manifest.read("package")).startswith("<package of TinyDiT: onnx plans, 2 graphs for 6 steps (3 computed), ")
     data = json.loads((tmp_path / "package/manifest.json").read_text())
     (tmp_path / "package/weights.bin").unlink()
     code, text = run("run", "package")

@@ -83,7 +83,7 @@ class Variant:
         return f"reuse {', '.join(self.reuse)}" if self.reuse else "recompute all"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """What `vdcache.explain` found. Prints as a tree, shows itself in notebooks, writes itself as a page.
 
@@ -115,6 +115,10 @@ class Report:
     nothing: str = ""
     recipe_refusals: tuple[NoMatch, ...] = field(default=(), repr=False)
     masks: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        asked = f", recipe '{self.recipe}'" if self.recipe else ""
+        return f"<Report on {self.model}: {len(self.graphs)} graph{'s' * (len(self.graphs) != 1)}, {len(self.branches)} branches{asked}; print it>"
 
     def _of(self, name: str) -> Iterable[Any]:
         for graph in self.graphs:
