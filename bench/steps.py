@@ -19,14 +19,19 @@ ROUNDS = 15
 
 
 def main() -> None:
-    args = arguments(__doc__)
+    args = arguments(
+        __doc__,
+        lambda p: p.add_argument("--blocks", type=int, default=8, help="of the model; the committed rows are of 8"),
+        lambda p: p.add_argument("--rounds", type=int, default=ROUNDS, help="how many times each kind of call is timed"),
+        lambda p: p.add_argument("--inner", default="inductor", help="eager finds bugs of this script; its times mean nothing"),
+    )
     torch._dynamo.reset()
-    model = wan()
+    model = wan(args.blocks)
     fast = vdcache.adacache("fast")
     # AdaCache's passes under a fixed schedule: computed with observation, then reused, in turn.
     turn = Recipe("adacache-in-turn", EveryN(2), fast.passes)
-    plain = torch.compile(model)
-    cached = vdcache.compile(model, turn, num_steps=10_000)
+    plain = torch.compile(model, backend=args.inner)
+    cached = vdcache.compile(model, turn, num_steps=10_000, inner=args.inner)
     bench = Bench("steps", str(fast.pipeline))
     with torch.no_grad():
         plain(**wan_call(0))
@@ -36,7 +41,7 @@ def main() -> None:
         program = session.graphs[0]
         session.begin(10_000)
         times: dict[str, list[float]] = {"plain": [], "computed": [], "reused": []}
-        for i in range(ROUNDS):
+        for i in range(args.rounds):
             call = wan_call(i)
             times["plain"].append(timed(lambda: plain(**call)))
             for kind in ("computed", "reused"):
@@ -77,7 +82,12 @@ def main() -> None:
         kept = adaptive.vdcache.graphs[0].cache_bytes()
         stream = 5 * 16 * 16 * 384 * 4
         bench.row(
-            "cached bytes, adacache-fast, one lane", kept / stream, "streams", "<= 2", bytes=kept, two_a_block=2 * 8 * stream
+            "cached bytes, adacache-fast, one lane",
+            kept / stream,
+            "streams",
+            "<= 2",
+            bytes=kept,
+            two_a_block=2 * args.blocks * stream,
         )
     bench.write(args.json)
 
@@ -86,12 +96,12 @@ def added_seconds(program: Any, session: Any, explicit: bool) -> float:
     """Host time of a reuse call around a variant that does nothing."""
     from vdcache.runtime import Plan, registry
 
-    inputs = [torch.zeros(v.shape, dtype=v.dtype) if isinstance(v, torch.Tensor) else v for v in program._fakes]
-    plan = Plan.of(["all"])
+    inputs = [torch.zeros(v.shape, dtype=v.dtype) if isinstance(v, torch.Tensor) else v for v in program.fakes]
+    part = program._part(Plan.of(["all"]))
     result = [torch.zeros(1)] * program._results
-    kept, policy, prepare = program._compiled[plan, ()], session.policy, session.prepare
+    kept, policy, prepare = part._compiled[()], session.policy, session.prepare
     session.prepare = None
-    program._compiled[plan, ()] = lambda *a: result
+    part._compiled[()] = lambda *a: result
     clock = program.clocks[0]
     times = []
     try:
@@ -104,7 +114,7 @@ def added_seconds(program: Any, session: Any, explicit: bool) -> float:
                     session.step()
                 times.append(timed(lambda: program(*inputs)))
     finally:
-        program._compiled[plan, ()], session.policy, session.prepare = kept, policy, prepare
+        part._compiled[()], session.policy, session.prepare = kept, policy, prepare
     return median(times[1:])
 
 

@@ -2,7 +2,7 @@
 
 First the kernel: masks of k reference frames in F, the lowering that vdcache chooses on this device against dense
 scaled_dot_product_attention and against the ideal, 1 / density. Beside it every other lowering that runs here, and the whole model: a
-Wan class compiled dense and under masks. The paper's speed-ups (Efficient-vDiT, arXiv 2502.06155, tables 8, 9 and 12) are
+Wan class compiled dense and under masks. The paper's speed-ups (Efficient-vDiT, arXiv 2502.06155, tables 1 and 12) are
 quoted with each row; they are against its own dense kernel.
 
 Then the trained model: one mask for all layers against masks that the search chose for each at the same share of weights (tables 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import os
@@ -73,6 +74,35 @@ def test_the_page_of_the_graph_names_every_fact_and_every_dialect_node():
         assert f"`{name}(" in text or f"vdcache.{name}(" in text, name
     for name in DTYPES:
         assert name in text
+
+
+QUOTED = re.compile(r"^\| \"(.+?)\" \|", re.MULTILINE)
+
+
+def literals() -> list[str]:
+    """The texts in vdcache's sources, with … for what is filled in."""
+    found = []
+    for path in sorted((ROOT / "vdcache").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(v.value if isinstance(v, ast.Constant) else "…" for v in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+def test_every_message_in_the_table_of_symptoms_is_one():
+    """What a person reads in a warning and looks for in the page: its words, with … or a number for what is filled in."""
+    quotes = QUOTED.findall((ROOT / "docs" / "using.md").read_text())
+    there = [re.sub(r"[\d.]+", "…", text) for text in literals()]
+    assert len(quotes) >= 10
+    assert not [q for q in quotes if not any(map(re.compile(_pattern(q)).search, there))]
+
+
+def _pattern(quote: str) -> str:
+    """A quoted message, with anything in the place of what is filled in."""
+    parts = re.split(r"\s*(?:…|[\d.]+)\s*", quote)
+    return ".*".join(map(re.escape, parts))
 
 
 def test_from_scratch():

@@ -130,7 +130,7 @@ def test_print_changed_and_time(graph_file):
     ],
 )
 def test_mistakes_are_told(graph_file, args, message):
-    assert message in opt(*args, graph_file, code=1)
+    assert message in opt(*args, graph_file, code=2)
 
 
 def test_a_failing_pass_writes_what_shows_it_again(graph_file, more_passes):
@@ -191,8 +191,27 @@ def test_bisect_with_a_check_of_ones_own(graph_file):
     )
     assert "pass 2, 'mark-branches', breaks it: AssertionError: a guard" in out
     assert "the check fails before the first pass" in opt(
-        "--pipeline", "canonicalise", "--bisect", "tests.test_opt:leaks_nothing", graph_file, code=1
+        "--pipeline", "canonicalise", "--bisect", "tests.test_opt:leaks_nothing", graph_file, code=2
     )
+
+
+def test_bisect_writes_the_graph_that_the_culprit_is_given(graph_file):
+    text = "canonicalise,mark-branches,merge-slots"
+    found = opt("--pipeline", text, "--bisect", "tests.test_opt:no_guards", graph_file, "--out", "before.txt", code=1)
+    saved = load_graph(graph_file.parent / "before.txt")
+    assert saved.pipeline == "mark-branches,merge-slots" and "guard(" not in vdcache.dump(saved.graph)
+    assert f"# {found.splitlines()[0]}" in (graph_file.parent / "before.txt").read_text()
+    opt("--pipeline", text, "--bisect", "runs", graph_file, "--out", "after.txt")
+    saved = load_graph(graph_file.parent / "after.txt")
+    assert saved.pipeline == "" and "guard(" in vdcache.dump(saved.graph)
+
+
+def test_a_graph_from_standard_input(graph_file):
+    wanted = opt("--pipeline", "canonicalise,mark-branches", graph_file)
+    piped = CliRunner().invoke(app, ["opt", "-"], input=f"# pipeline: canonicalise,mark-branches\n{TEXT}")
+    assert piped.exit_code == 0 and piped.output == wanted
+    nothing = CliRunner().invoke(app, ["opt", "-", "--pipeline", "canonicalise"], input="")
+    assert nothing.exit_code == 2 and nothing.output.strip()
 
 
 @pytest.mark.parametrize("name", CHECKS)

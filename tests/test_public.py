@@ -74,7 +74,7 @@ Rewrite()
     why_not(match)
 Plan(reuse=)
     of(groups)
-Recipe(name, policy, passes=, source=, books=, predictor=)
+Recipe(name, policy, passes=, source=, books=, predictor=, derived=)
     pipeline
     masks
     fixed_sizes
@@ -154,7 +154,7 @@ Case(name, make, call, branches, graphs=, seen=)
 build(case, seed=)
 Trial(model, steps, computed=, identical=, flops=, error=, said=)
 Trials(iterable=)
-try_recipe(recipe, models=, steps=, tokens=)
+try_recipe(recipe, models=, steps=, tokens=, on_progress=)
 Reference(model, every, steps)
 TinyDiT(blocks=, dim=, seed=)
 latent(seed, *shape, dtype=)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from vdcache import cli_packages
+from vdcache.cli_output import FAILED, NO, console, needs, options_for_arguments, print_json, spinner, told
+
+AS_JSON = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 app = typer.Typer(help="Diffusion transformers several times faster, by compiling.", no_args_is_help=True, add_completion=False)
 
@@ -21,7 +24,7 @@ def _version(wanted: bool) -> None:
     if wanted:
         import vdcache
 
-        Console().print(f"vdcache {vdcache.__version__}")
+        console().print(f"vdcache {vdcache.__version__}")
         raise typer.Exit
 
 
@@ -34,84 +37,83 @@ def main(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Where pictures and rows go.")] = Path("out/demo"),
-    steps: Annotated[int, typer.Option(help="Denoising steps.", min=1)] = 30,
-    rounds: Annotated[int, typer.Option(help="Timed rounds; the table shows medians.", min=1)] = 3,
+    out: Annotated[Path, typer.Option(help="Folder for the pictures and the rows.")] = Path("out/demo"),
+    steps: Annotated[int, typer.Option(help="Number of denoising steps.", min=1)] = 30,
+    rounds: Annotated[int, typer.Option(help="Number of timed rounds; the table shows medians.", min=1)] = 3,
     recipe: Annotated[
-        list[str] | None, typer.Option(help="A recipe to run (again for more); all of AdaCache's without.")
+        list[str] | None,
+        typer.Option(help="Recipe to run; repeat for several. Default: vdcache-auto and all AdaCache recipes."),
     ] = None,
     inner: Annotated[str, typer.Option(help="Inner compiler: inductor or eager.")] = "inductor",
 ) -> None:
     """Generate videos with the shipped model, plain and with each recipe, and compare time and quality."""
-    missing = _missing("matplotlib", "imageio", "torchmetrics")
-    if missing:
-        Console(stderr=True).print(f"The demo needs {', '.join(missing)}: pip install 'vdcache\\[demo]'")
-        raise typer.Exit(1)
+    needs("'vdcache[demo]'", "matplotlib", "imageio", "torchmetrics")
     from vdcache.demo.run import run_demo
-    from vdcache.ir.errors import VdcacheError
 
-    try:
+    with told():
         run_demo(out, steps=steps, rounds=rounds, recipes=recipe or None, inner=inner)
-    except VdcacheError as error:
-        Console(stderr=True).print(f"[red]{error}[/red]")
-        raise typer.Exit(1) from error
 
 
 @app.command()
 def explain(
-    target: Annotated[str, typer.Argument(help="package.module:function; the function returns (model, args, kwargs).")],
-    recipe: Annotated[str | None, typer.Option(help="Also say what this recipe would do.")] = None,
-    steps: Annotated[int, typer.Option(help="Denoising steps of a generation.", min=1)] = 30,
-    html: Annotated[Path | None, typer.Option(help="Write the report as one page.")] = None,
+    target: Annotated[str, typer.Argument(help="Function, as package.module:function, that returns (model, args, kwargs).")],
+    recipe: Annotated[str | None, typer.Option(help="Recipe of which the report also says what it would do.")] = None,
+    steps: Annotated[int, typer.Option(help="Number of denoising steps of a generation.", min=1)] = 30,
+    html: Annotated[Path | None, typer.Option(help="File that the report is written to as one page.")] = None,
 ) -> None:
     """Show what vdcache finds in a model: branches, attention, streams, cost, and what is left alone and why."""
-    if html is not None and (missing := _missing("jinja2")):
-        Console(stderr=True).print(f"--html needs {missing[0]}: pip install jinja2")
-        raise typer.Exit(1)
+    if html is not None:
+        needs("jinja2", "jinja2")
     from vdcache.explanation import explain as explained
     from vdcache.explanation.target import load
-    from vdcache.ir.errors import VdcacheError
 
-    try:
-        if html is not None:
-            html.parent.mkdir(parents=True, exist_ok=True)
-            html.touch()
-        model, args, kwargs = load(target)
-        report = explained(model, *args, recipe=recipe, num_steps=steps, **kwargs)
-    except (VdcacheError, OSError) as error:
-        Console(stderr=True).print(f"[red]{escape(str(error))}[/red]")
-        raise typer.Exit(1) from error
-    Console().print(report)
+    with told():
+        new = html is not None and not html.exists()
+        try:
+            if html is not None:  # that it can be written is known before the model is loaded
+                html.parent.mkdir(parents=True, exist_ok=True)
+                html.touch()
+            model, args, kwargs = load(target)
+            report = explained(model, *args, recipe=recipe, num_steps=steps, **kwargs)
+        except BaseException:
+            if html is not None and new:
+                html.unlink(missing_ok=True)
+            raise
+    console().print(report)
     if html is not None:
         report.to_html(html)
-        Console().print(f"written: {html}")
+        console().print(f"written: {html}")
 
 
 @app.command()
 def recipes(
-    name: Annotated[str, typer.Argument(help="Explain this one: scope, policy, predictor, constants, source.")] = "",
+    name: Annotated[str, typer.Argument(help="Recipe to explain: scope, policy, predictor, constants, source.")] = "",
+    json: AS_JSON = False,
 ) -> None:
     """List the named recipes, or explain one."""
-    from vdcache.ir.errors import ConfigError
     from vdcache.methods import describe
     from vdcache.methods.registry import families
 
     table = Table(box=None, pad_edge=False, show_header=not name)
     table.add_column("recipe", style="bold", no_wrap=True)
     table.add_column("what it does")
+    if not name and json:
+        print_json({"name": f.name, "summary": f.summary, "from": f.origin} for f in families())
+        return
     if not name:
         for family in families():
             origin = "" if family.origin == "vdcache" else f" [{family.origin}]"
             table.add_row(Text(family.name), Text(family.summary + origin))
-        Console().print(table)
-        Console().print(
+        console().print(table)
+        console().print(
             "N and D stand for numbers, MODEL for a model's constants: vdcache recipes NAME explains one.", style="dim"
         )
         return
-    try:
+    with told():
         found = describe(name)
-    except ConfigError as error:
-        raise typer.BadParameter(str(error)) from error
+    if json:
+        print_json(asdict(found))
+        return
     plans = ", ".join(found.plans) + (" (and the head, which runs first)" if found.probes else "")
     rows = (
         (found.name, found.summary),
@@ -127,36 +129,57 @@ def recipes(
     for title, text in rows:
         if text:
             table.add_row(title, Text(text))
-    Console().print(table)
+    console().print(table)
 
 
 @app.command("try")
 def try_(
-    recipe: Annotated[str, typer.Argument(help="The name of a recipe, vdcache's own or an installed package's.")],
-    model: Annotated[list[str] | None, typer.Option(help="A small model; again for more. All of them without.")] = None,
-    steps: Annotated[int, typer.Option(help="Of a generation.")] = 12,
+    recipe: Annotated[str, typer.Argument(help="Name of a recipe, vdcache's own or an installed package's.")],
+    model: Annotated[
+        list[str] | None, typer.Option(help="Small model to try it on; repeat for several. Default: all of them.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Number of denoising steps of a generation.", min=1)] = 12,
+    json: AS_JSON = False,
 ) -> None:
     """Try a recipe on small random models: where it works, what it leaves out, how far off what it reuses is."""
-    from vdcache.ir.errors import ConfigError
     from vdcache.methods import describe
     from vdcache.testing import try_recipe
 
-    try:
+    with told():
         describe(recipe)
-        trials = try_recipe(recipe, model or None, steps=steps)
-    except ConfigError as error:
-        raise typer.BadParameter(str(error)) from error
-    typer.echo(str(trials))
+        with spinner() as on_progress:
+            trials = try_recipe(recipe, model or None, steps=steps, on_progress=on_progress)
+    if json:
+        print_json(t.row() for t in trials)
+    else:
+        typer.echo(options_for_arguments(str(trials)))
     if any(not t.identical for t in trials):
-        raise typer.Exit(1)
+        raise typer.Exit(NO)
 
 
 @app.command()
-def passes() -> None:
+def passes(json: AS_JSON = False) -> None:
     """List the passes, with their options, and the policies, predictors and masks; and where they come from."""
     from vdcache.methods.parts import parts
     from vdcache.passes.catalogue import catalogue
 
+    if json:
+        print_json(
+            [
+                *(
+                    {
+                        "group": "pass",
+                        "name": e.name,
+                        "summary": e.sentence,
+                        "options": [o.text for o in e.options],
+                        "from": e.origin,
+                    }
+                    for e in catalogue()
+                ),
+                *({"group": p.group, "name": p.name, "summary": p.sentence, "from": p.origin} for p in parts()),
+            ]
+        )
+        return
     table = Table(box=None, pad_edge=False)
     table.add_column("pass", style="bold", no_wrap=True)
     table.add_column("what it does")
@@ -169,45 +192,58 @@ def passes() -> None:
         table.add_row(Text(group, style="not bold"), "")
         for part in found:
             table.add_row(Text(part.name), Text(part.sentence), Text(part.origin))
-    Console().print(table)
+    console().print(table)
 
 
 @app.command()
 def opt(
     graph: Annotated[
-        Path, typer.Argument(help="The text of a graph, as vdcache.dump prints it; a reproducer names its own passes.")
+        Path,
+        typer.Argument(
+            help="Text of a graph, as vdcache.dump prints it, or - for standard input. A reproducer names its own passes."
+        ),
     ],
-    pipeline: Annotated[str, typer.Option(help='The passes: "canonicalise,mark-branches{kinds=[mlp]},merge-slots".')] = "",
+    pipeline: Annotated[str, typer.Option(help='Passes to run: "canonicalise,mark-branches{kinds=[mlp]},merge-slots".')] = "",
     verify: Annotated[bool, typer.Option("--verify", help="Check every fact after every pass.")] = False,
     print_changed: Annotated[bool, typer.Option("--print-changed", help="Print what each pass changes.")] = False,
     timing: Annotated[bool, typer.Option("--time", help="Print how long each pass takes.")] = False,
     bisect: Annotated[
         str, typer.Option(help="Find the first pass that breaks this: a fact, runs, same, skips, or package.module:function.")
     ] = "",
-    out: Annotated[Path | None, typer.Option(help="Write the graph after the last pass.")] = None,
-    reproducer: Annotated[Path, typer.Option(help="Where graph and passes go when one fails.")] = Path("reproducer.txt"),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="File for the graph after the last pass; with --bisect, for the graph that the culprit is given."),
+    ] = None,
+    reproducer: Annotated[Path, typer.Option(help="File for the graph and the passes where one fails.")] = Path(
+        "reproducer.txt"
+    ),
 ) -> None:
     """Run passes on the text of a graph: what they do to it, whether they keep their promises, which one breaks something."""
     from vdcache import opt as tool
-    from vdcache.ir.errors import ConfigError, VdcacheError
+    from vdcache.ir.errors import ConfigError, ContractError, VdcacheError
     from vdcache.ir.facts import holding
-    from vdcache.ir.graph_files import load_graph, save_graph
+    from vdcache.ir.graph_files import load_graph, read_graph, save_graph
     from vdcache.passes import Pipeline
-    from vdcache.passes.catalogue import known_facts
+    from vdcache.passes.catalogue import known_facts, readable
 
     try:
-        saved = load_graph(graph)
+        saved = read_graph(sys.stdin.read()) if str(graph) == "-" else load_graph(graph)
         if not (text := pipeline or saved.pipeline):
             raise ConfigError('name the passes: --pipeline "canonicalise,mark-branches"; vdcache passes lists them')
         parsed = Pipeline.parse(text, given=holding(saved.graph.graph, known_facts()))
         if bisect:
             found = tool.bisect(saved.graph, parsed, tool.checker(bisect))
             typer.echo(str(found) if found else f"no pass breaks '{bisect}'")
-            raise typer.Exit(1 if found else 0)
+            if out is not None:
+                at = found.index if found else len(parsed.passes)
+                before, _ = Pipeline(parsed.passes[:at], given=parsed.given).run(saved.graph)
+                save_graph(out, before, comment=str(found or ""), pipeline=",".join(map(readable, parsed.passes[at:])))
+            raise typer.Exit(NO if found else 0)
         result = tool.run(saved.graph, parsed, verify=verify, reproducer=reproducer)
     except VdcacheError as error:
         typer.echo("\n".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())]), err=True)
-        raise typer.Exit(1) from error
+        # a pass that fails or breaks a promise is an answer; a graph or a pass that does not exist is none
+        raise typer.Exit(NO if isinstance(error, ContractError) else FAILED) from error
     typer.echo(result.report(changed=print_changed, timing=timing))
     if out is not None:
         save_graph(out, result.graph)
@@ -216,50 +252,45 @@ def opt(
 @app.command()
 def compare(
     reference: Annotated[
-        Path, typer.Argument(help="A video, a picture, a folder of pictures, or a tensor (.pt, .npy, .safetensors).")
+        Path, typer.Argument(help="Video, picture, folder of pictures, or tensor (.pt, .npy, .safetensors) to compare with.")
     ],
-    candidate: Annotated[Path, typer.Argument(help="The same, of what is judged.")],
-    json: Annotated[Path | None, typer.Option(help="Write the numbers of every frame.")] = None,
-    picture: Annotated[Path | None, typer.Option(help="Write the worst frame: reference, candidate, difference.")] = None,
-    curve: Annotated[Path | None, typer.Option(help="Write a picture of PSNR and SSIM over frames.")] = None,
-    layout: Annotated[str, typer.Option(help="Of tensors: TCHW, CTHW, THWC, CHW or HWC; read off the shape without.")] = "",
+    candidate: Annotated[Path, typer.Argument(help="Video, picture, folder or tensor that is judged.")],
+    json: Annotated[Path | None, typer.Option(help="File for the numbers of every frame.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="File for a picture of the worst frame: reference, candidate, difference.")
+    ] = None,
+    curve: Annotated[Path | None, typer.Option(help="File for a picture of PSNR and SSIM over frames.")] = None,
+    layout: Annotated[
+        str, typer.Option(help="Layout of tensors: TCHW, CTHW, THWC, CHW or HWC. Default: read off the shape.")
+    ] = "",
 ) -> None:
     """Compare two videos: PSNR and SSIM of every frame and overall, LPIPS where its weights are at hand."""
-    if missing := _missing("torchmetrics", "imageio", *(["matplotlib"] if curve else [])):
-        Console(stderr=True).print(f"compare needs {', '.join(missing)}: pip install 'vdcache\\[video]'")
-        raise typer.Exit(1)
-    from vdcache.ir.errors import VdcacheError
+    needs("'vdcache[video]'", "torchmetrics", "imageio", *(["matplotlib"] if curve else []))
     from vdcache.quality import compare as compared
 
-    try:
+    with told():
         found = compared(reference, candidate, layout=layout)
         for path, write in ((json, found.to_json), (picture, found.picture), (curve, found.curve)):
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write(path)
-    except (VdcacheError, OSError) as error:
-        Console(stderr=True).print(f"[red]{escape(str(error))}[/red]")
-        raise typer.Exit(1) from error
-    Console().print(found)
+    console().print(found)
 
 
 @app.command()
-def info() -> None:
+def info(json: AS_JSON = False) -> None:
     """Versions, devices, what is usable and why something is not."""
     from vdcache.info import facts
 
+    if json:
+        print_json(dict(facts()))
+        return
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
     for name, text in facts():
         table.add_row(name, text)
-    Console().print(table)
+    console().print(table)
 
 
 cli_packages.add_to(app)
-
-
-def _missing(*modules: str) -> list[str]:
-    from importlib.util import find_spec
-
-    return [m for m in modules if find_spec(m) is None]

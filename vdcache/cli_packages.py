@@ -9,11 +9,10 @@ from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from vdcache.cli_output import NO, console, spinner, told
 from vdcache.errors import VdcacheError
 
 if TYPE_CHECKING:
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["add_to"]
 
-TARGET = "package.module:function; the function returns (model, args, kwargs) or (model, args, kwargs, loop, inputs)."
+TARGET = "Function, as package.module:function, that returns (model, args, kwargs) or (model, args, kwargs, loop, inputs)."
 
 
 def add_to(app: typer.Typer) -> None:
@@ -32,31 +31,23 @@ def add_to(app: typer.Typer) -> None:
         app.command()(command)
 
 
-@contextmanager
-def _told() -> Iterator[None]:
-    """What goes wrong as one red line, and a status of 1."""
-    try:
-        yield
-    except (VdcacheError, OSError) as error:
-        Console(stderr=True).print(f"[red]{escape(str(error))}[/red]")
-        raise typer.Exit(1) from error
-
-
 def export(
     target: Annotated[str, typer.Argument(help=TARGET)],
-    out: Annotated[Path, typer.Option(help="The package's folder.")],
+    out: Annotated[Path, typer.Option(help="Folder that the package is written to.")],
     schedule: Annotated[
-        str, typer.Option(help="A schedule or a recipe as a .json file, computed steps as 0,3,7, or a recipe's name.")
+        str, typer.Option(help="Schedule or recipe: a .json file, computed steps as 0,3,7, or the name of a recipe.")
     ],
-    steps: Annotated[int | None, typer.Option(help="Denoising steps, where the schedule does not say them.", min=1)] = None,
-    format: Annotated[str, typer.Option(help="onnx, onnx-single, onnx-unrolled, pt2 or aoti.")] = "onnx",
-    overwrite: Annotated[bool, typer.Option(help="Replace a package that is there.")] = False,
+    steps: Annotated[
+        int | None, typer.Option(help="Number of denoising steps, where the schedule does not say it.", min=1)
+    ] = None,
+    format: Annotated[str, typer.Option(help="Format of the package: onnx, onnx-single, onnx-unrolled, pt2 or aoti.")] = "onnx",
+    overwrite: Annotated[bool, typer.Option(help="Replace a package that is already there.")] = False,
 ) -> None:
     """Write a model under a static schedule as a package of fixed graphs."""
     from vdcache.explanation.target import load_with_loop
     from vdcache.exporting.exporter import export as exported
 
-    with _told(), _spinner() as on_progress:
+    with told(), spinner() as on_progress:
         on_progress("loading the model")
         model, args, kwargs, loop, inputs = load_with_loop(target)
         if format in ("pt2", "aoti"):
@@ -85,30 +76,31 @@ def export(
         count = f"{sum(graph.operators.values())}" if graph.operators else "–"
         table.add_row(graph.name, str(ran), count, f"{manifest.files[graph.file].bytes / 1024:.0f}")
     table.add_row("weights", "", "", f"{manifest.files[manifest.weights].bytes / 1024:.0f}")
-    Console().print(table)
+    console().print(table)
 
 
 def run(
-    package: Annotated[Path, typer.Argument(help="The package's folder; exported with a loop.")],
-    out: Annotated[Path, typer.Option(help="Where the result goes: .npz, or .gif for a video in −1 to 1.")] = Path(
-        "result.npz"
-    ),
-    inputs: Annotated[Path | None, typer.Option(help="The loop's inputs by name, .npz; the package's own without.")] = None,
-    draw: Annotated[str, typer.Option(help="Draw this input from a normal distribution instead.")] = "",
-    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
-    threads: Annotated[int | None, typer.Option(help="Of onnxruntime within an operator.", min=1)] = None,
+    package: Annotated[Path, typer.Argument(help="Folder of a package that was exported with a loop.")],
+    out: Annotated[Path, typer.Option(help="File for the result: .npz, or .gif for a video in −1 to 1.")] = Path("result.npz"),
+    inputs: Annotated[
+        Path | None, typer.Option(help="Inputs of the loop by name, .npz. Default: those in the package.")
+    ] = None,
+    draw: Annotated[str, typer.Option(help="Name of an input that is drawn from a normal distribution instead.")] = "",
+    seed: Annotated[int, typer.Option(help="Seed of the input that is drawn.")] = 0,
+    threads: Annotated[
+        int | None, typer.Option(help="Number of threads that onnxruntime uses within an operator.", min=1)
+    ] = None,
 ) -> None:
     """Generate with an ONNX package, without PyTorch."""
     import numpy as np
 
-    with _told():
+    with told():
         if out.suffix not in (".npz", ".gif"):
-            raise typer.BadParameter(f"a result is written as .npz or .gif; got {out.name!r}")
+            raise VdcacheError(f"a result is written as .npz or .gif; got {out.name!r}")
         try:
             from vdcache.runtime_onnx import OnnxRunner
         except ImportError as error:
-            Console(stderr=True).print("Running a package needs numpy and onnxruntime: pip install onnxruntime")
-            raise typer.Exit(1) from error
+            raise VdcacheError("running a package needs numpy and onnxruntime: pip install onnxruntime") from error
         runner = OnnxRunner(package, threads=threads)
         source = inputs or package / "inputs.npz"
         if not source.is_file():
@@ -125,7 +117,7 @@ def run(
             _gif(out, results)
         else:
             np.savez(out, **results)  # type: ignore[arg-type]
-    Console().print(f"{_times(runner.history.generation(), runner.manifest.form)}; written: {out}")
+    console().print(f"{_times(runner.history.generation(), runner.manifest.form)}; written: {out}")
 
 
 def _times(records: Sequence[Record], form: str) -> str:
@@ -138,45 +130,31 @@ def _times(records: Sequence[Record], form: str) -> str:
 
 
 def verify(
-    package: Annotated[Path, typer.Argument(help="The package's folder.")],
-    target: Annotated[str, typer.Argument(help=f"The model that was exported: {TARGET}")],
-    tolerance: Annotated[float, typer.Option(help="The largest relative difference that passes.")] = 1e-4,
+    package: Annotated[Path, typer.Argument(help="Folder of the package.")],
+    target: Annotated[str, typer.Argument(help=f"Model that was exported. {TARGET}")],
+    tolerance: Annotated[float, typer.Option(help="Largest relative difference that passes.")] = 1e-4,
 ) -> None:
     """Compare a package with PyTorch, step by step; exits with 1 where they differ."""
     from vdcache.explanation.target import load_with_loop
     from vdcache.exporting.manifest import Manifest
     from vdcache.exporting.verifying import verify as verified
 
-    with _told():
+    with told():
         manifest = Manifest.read(package)
         model, args, kwargs, loop, inputs = load_with_loop(target)
         if manifest.loop is None:
             loop = inputs = None
         with _bar("comparing", len(manifest.steps)) as on_step:
             found = verified(package, model, args, kwargs, loop=loop, inputs=inputs, tolerance=tolerance, on_step=on_step)
-    Console().print(found)
+    console().print(found)
     if not found.ok:
-        raise typer.Exit(1)
-
-
-@contextmanager
-def _spinner() -> Iterator[Callable[[str], None]]:
-    """What is being done, and since when; a pipe gets a line each."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda doing: console.print(doing)
-        return
-    with Progress(
-        SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True
-    ) as progress:
-        task = progress.add_task("", total=None)
-        yield lambda doing: progress.update(task, description=doing)
+        raise typer.Exit(NO)
 
 
 @contextmanager
 def _bar(doing: str, total: int) -> Iterator[Callable[[int], None]]:
     columns: tuple[Any, ...] = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with Progress(*columns, console=console(stderr=True), transient=True) as progress:
         task = progress.add_task(doing, total=total)
         yield lambda step: progress.update(task, completed=step + 1)
 

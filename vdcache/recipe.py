@@ -6,7 +6,7 @@ A recipe is scope (which slots) × policy (when to recompute) × predictor (what
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,6 @@ from vdcache.runtime.windows import Bursts, Windowed
 
 __all__ = ["Recipe"]
 
-MOREG_WINDOWS: Mapping[int, tuple[int, int]] = {30: (4, 26), 100: (10, 90)}
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -40,6 +38,7 @@ class Recipe:
         source: where it was published.
         books: codebooks by number of steps, from which `for_steps` takes the nearest.
         predictor: what is substituted for what is not computed.
+        derived: numbers of steps whose codebook in `books` no author published; `for_steps` says so.
     """
 
     name: str
@@ -48,6 +47,7 @@ class Recipe:
     source: str = ""
     books: tuple[tuple[int, Codebook], ...] = ()
     predictor: Predictor | ByGroup = LAST
+    derived: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "passes", passes_of(self.passes, f"the recipe '{self.name}'"))
@@ -145,17 +145,17 @@ class Recipe:
                 said(f"vdcache: '{self.name}': {changed}")
             return replace(self, policy=policy)
         steps, book = min(self.books, key=lambda b: abs(b[0] - num_steps))
-        if steps != num_steps:
+        if steps != num_steps or steps in self.derived:
             book = scaled(book, num_steps / steps)
+            which = f"the one for {steps}"
+            if steps in self.derived:
+                which = f"one for {steps} that nobody published, but that follows from the published ones,"
+            scale = " with its rates scaled" if steps != num_steps else ""
             said(
-                f"vdcache: '{self.name}' has no codebook for {num_steps} steps; the one for {steps} is used with its rates scaled: "
+                f"vdcache: '{self.name}' has no codebook for {num_steps} steps; {which} is used{scale}: "
                 f"{book}. Thresholds tuned for other steps may be far off: calibrate, or give a codebook."
             )
-        moreg = self.policy.moreg
-        if moreg is not None:
-            of = min(MOREG_WINDOWS, key=lambda n: abs(n - num_steps))
-            moreg = replace(moreg, window=MOREG_WINDOWS[of], of_steps=of)
-        return replace(self, policy=replace(self.policy, codebook=book, moreg=moreg))
+        return replace(self, policy=replace(self.policy, codebook=book))
 
     def __str__(self) -> str:
         return f"{self.name}: {self.pipeline} | {self.policy} | {self.predictor}"
@@ -180,6 +180,7 @@ class Recipe:
                 "source": self.source,
                 "books": _plain(self.books),
                 "predictor": _plain(self.predictor),
+                "derived": _plain(self.derived),
             },
             indent=1,
         )
@@ -215,7 +216,8 @@ class Recipe:
             raise ConfigError("this JSON is no recipe: it was not written by Recipe.to_json")
         passes = tuple(Pipeline.parse(data["pipeline"]).passes[1:])
         predictor = _value(data.get("predictor", {"kind": "LastValue"}))
-        return Recipe(data["name"], _value(data["policy"]), passes, data["source"], _value(data["books"]), predictor)
+        derived = _value(data.get("derived", []))
+        return Recipe(data["name"], _value(data["policy"]), passes, data["source"], _value(data["books"]), predictor, derived)
 
 
 KINDS: dict[str, Any] = {

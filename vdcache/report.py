@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["steps_of", "summary_table", "timeline"]
 
+WIDTH = 110  # of a table in a pipe or a file
 COMPUTED, REUSED, LINE = "#2b6cb0", "#e2e8f0", "#dd6b20"
 
 
@@ -37,7 +38,7 @@ def summary_table(session: Session, generation: int = -1) -> Table:
 
     class Table(RichTable):
         def __str__(self) -> str:
-            console = Console(width=110)
+            console = Console(width=WIDTH)
             with console.capture() as out:
                 console.print(self)
             return "\n".join(line.rstrip() for line in out.get().splitlines())

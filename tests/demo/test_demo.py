@@ -163,4 +163,4 @@ def test_command_line():
     output = run(app, ["info"]).output
     assert torch.__version__ in output and "registered: torch.compile" in output
     result = run(app, ["demo", "--recipe", "adacache-quick", "--inner", "eager"])
-    assert result.exit_code == 1 and "no recipe is called 'adacache-quick'" in result.output.replace("\n", " ")
+    assert result.exit_code == 2 and "no recipe is called 'adacache-quick'" in result.output.replace("\n", " ")

@@ -285,7 +285,7 @@ def test_the_command_line(tmp_path):
     assert "2 self-attention, 2 mlp" in result.output and "bound" in result.output
     assert (tmp_path / "a" / "page.html").read_text().startswith("<!doctype html>")
     result = CliRunner().invoke(app, ["explain", "nonsense"])
-    assert result.exit_code == 1
+    assert result.exit_code == 2
 
 
 @pytest.mark.slow
@@ -305,4 +305,9 @@ def test_the_shipped_example_and_the_version():
 def test_a_page_that_cannot_be_written_is_said_before_the_work(tmp_path):
     (tmp_path / "file").touch()
     result = CliRunner().invoke(app, ["explain", "vdcache.demo.model:example", "--html", str(tmp_path / "file" / "page.html")])
-    assert result.exit_code == 1 and "self-attention" not in result.output
+    assert result.exit_code == 2 and "self-attention" not in result.output
+
+
+def test_a_report_is_no_wall_of_data():
+    report = vdcache.explain(TinyDiT(8), latent(0), time_of(0), latent(1, 1, 3, 4), recipe="every-2")
+    assert repr(report) == "<Report on TinyDiT: 1 graph, 16 branches, recipe 'every-2'; print it>" and len(str(report)) > 200

@@ -15,6 +15,7 @@ import vdcache
 from tests.exporting.packages import SCHEDULE, STEPS, by_hand, call, inputs, loop, model
 from vdcache.cli import app
 from vdcache.exporting.fixed import recipe_of
+from vdcache.exporting.manifest import Manifest
 from vdcache.scheduling.calibration import Key
 from vdcache.scheduling.choose import Goal
 from vdcache.testing import TinyDiT
@@ -231,7 +232,7 @@ def test_command_line(tmp_path, monkeypatch):
     code, text = run("export", target, "--schedule", "schedule.json", "--out", "package")
     assert code == 0 and "package: TinyDiT, onnx plans" in text and "reuse_all" in text, text
     code, text = run("export", target, "--schedule", "schedule.json", "--out", "package")
-    assert code == 1 and "is there already; overwrite=True replaces it" in text
+    assert code == 2 and "is there already; --overwrite replaces it" in text
     code, text = run("run", "package", "--out", "out/result.npz", "--threads", "1")
     assert code == 0 and "6 calls computed" in text and "6 calls reused" in text, text
     with np.load("out/result.npz") as found:
@@ -247,9 +248,10 @@ def test_command_line(tmp_path, monkeypatch):
     assert code == 0 and "largest difference" in text and "the same" in text
     code, text = run("verify", "package", "tests.exporting.packages:nothing")
     assert code == 1 and "too large" in text and "DIFFERENT" in text
+    assert repr(Manifest.read("package")).startswith("<package of TinyDiT: onnx plans, 2 graphs for 6 steps (3 computed), ")
     data = json.loads((tmp_path / "package/manifest.json").read_text())
     (tmp_path / "package/weights.bin").unlink()
     code, text = run("run", "package")
-    assert code == 1 and "weights.bin is missing" in text and data["version"] == 1
+    assert code == 2 and "weights.bin is missing" in text and data["version"] == 1
     code, text = run("export", target, "--schedule", "0,2", "--steps", "5", "--out", "listed", "--format", "pt2")
     assert code == 0 and "pt2 plans" in text, text

@@ -293,6 +293,19 @@ def test_good_numbers():
         assert Recipe.from_json(made.to_json()) == made and made.policy.plans()
 
 
+@pytest.mark.parametrize(("blocks", "covered"), [(2, 2), (0.3, 2), (5, 5), (0.7, 5), (7, 7), (9, 7), (1.0, 7)])
+def test_delta_dit_leaves_out_as_many_blocks_as_asked_for(blocks, covered):
+    args = torch.randn(1, 5, 4), torch.tensor([900.0]), torch.randn(1, 3, 4)
+    report = vdcache.explain(TinyDiT(7), *args, recipe=methods.delta_dit(3, blocks=blocks))
+    block_of = {b.name: b.block for b in report.branches}
+    plans = [v.reuse for v in report.variants if v.reuse]
+    assert len(plans) == (1 if covered == 7 else 2)
+    for reuse in plans:
+        kept = {block_of[b] for s in report.slots if s.name.partition("/")[0] in reuse for b in s.branches}
+        front, rear = set(range(covered)), set(range(7 - covered, 7))
+        assert kept == (front if "front" in reuse else rear)
+
+
 def test_names_of_ones_own():
     assert methods.fora(3, name="mine").name == "mine" and methods.fbcache(0.25).name == "fbcache-0.25"
     assert methods.teacache(0.1, "flux").name == "teacache-flux-0.1" == recipe("teacache-flux-0.1").name

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vdcache import ConfigError, adacache
-from vdcache.methods import ADACACHE_CODEBOOKS, recipe
+from vdcache.methods import ADACACHE_CODEBOOKS, describe, recipe
 from vdcache.runtime import RECOMPUTE, AdaCache, Codebook, EveryN, Measured, MoReg
 from vdcache.runtime.policies import AdaState
 
@@ -100,7 +101,7 @@ def test_vdcache_rule_uses_elapsed_steps_and_a_clean_state(changes, motions):
 
 @given(changes30, motions30)
 def test_paper_rule_is_equations_4_to_9(changes, motions):
-    policy = AdaCache(FAST, MoReg(window=(1, 30)), rule="paper")
+    policy = AdaCache(FAST, MoReg(), rule="paper")
     computed, _ = play(policy, 30, changes, motions)
     last, rate, m_before, want = 0, 1, None, [0]
     for step in range(1, 30):
@@ -153,9 +154,44 @@ def test_published_codebooks_by_steps():
     assert dict(fast.for_steps(30, said.append).policy.codebook.entries) == ADACACHE_CODEBOOKS["fast"][30] and not said
     half = fast.for_steps(15, said.append).policy.codebook
     assert [r for _, r in half.entries] == [3, 2, 2, 2, 1, 1] and "no codebook for 15 steps" in said[0]
-    slow = recipe("adacache-slow").for_steps(100, said.append).policy.codebook
-    assert slow.entries[0] == (0.08, 10) and len(said) == 2, "no slow codebook for 100 steps is invented"
-    assert recipe("adacache-fast+moreg").for_steps(100).policy.moreg.window == (10, 90)
+    recipe("adacache-slow").for_steps(100, said.append)
+    assert "no codebook for 100 steps; one for 100 that nobody published" in said[1]
+    assert "30 and 100" not in describe("adacache-slow").constants and "30 and 100" in describe("adacache-fast").constants
+
+
+@pytest.mark.parametrize("plus", ["", "+moreg"])
+def test_slow_never_reuses_longer_than_fast(plus):
+    slow, fast = recipe(f"adacache-slow{plus}"), recipe(f"adacache-fast{plus}")
+    changes = [i / 200 for i in range(100)]
+    for steps in range(3, 301):
+        books = [r.for_steps(steps).policy.codebook for r in (slow, fast)]
+        assert all(books[0].rate(c) <= books[1].rate(c) for c in changes), steps
+    for steps in (30, 50, 65, 66, 67, 100, 150):  # published: 3 steps for 6, 2 for 5 … at 30
+        still = [0.01] * steps
+        computed = [len(play(r.for_steps(steps).policy, steps, still)[0]) for r in (slow, fast)]
+        assert computed[0] > computed[1], "it is the slower one, not an equal one"
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_window_of_the_users_is_kept(layers):
+    def motions(made):
+        policy = made.for_steps(30).policy
+        return [p.moreg for p in getattr(policy, "policies", [policy])]
+
+    own = MoReg(window=(1, 30), scale=0.2)
+    assert motions(adacache("fast", moreg=own, layers=layers)) == [own] * layers
+    for motion in motions(adacache("fast", moreg=True, layers=layers)):
+        assert [s for s in range(30) if motion.applies(s, 30)] == list(range(3, 26))
+        assert [s for s in range(100) if motion.applies(s, 100)] == list(range(9, 90))
+
+
+def test_the_printed_equations_have_no_window():
+    quiet, loud = [0.1] * 30, [10.0] * 30  # by equation 9 a motion of 10 makes every change 10 times larger
+    policy = adacache("fast", moreg=True, rule="paper").for_steps(30).policy
+    computed, _ = play(policy, 30, quiet, loud)
+    assert computed == list(range(30))
+    windowed, _ = play(replace(policy, moreg=MoReg(window=(4, 26))), 30, quiet, loud)
+    assert windowed != computed, "a window that the user gives holds under every rule"
 
 
 def test_recipes_survive_json(tmp_path):

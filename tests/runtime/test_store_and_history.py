@@ -1,6 +1,7 @@
 """The store owns what it keeps; the history says what happened."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -103,6 +104,28 @@ def test_a_history_replays_its_policy():
         records = [r for r in session.history if r.step == step]
         assert session.policy.plan(state, step) == records[0].plan
         state = session.policy.observe(state, step, records[0].plan, records[0].measures or None)
+
+
+def test_a_history_prints_a_line_a_generation():
+    history = ran().history
+    assert repr(history) == f"<History of {len(history)} calls in 1 generation>"
+    assert str(history).splitlines()[1].endswith("5 of 8 steps computed: 0, 1, 4, 6, 7")
+    long = History([replace(r, generation=g) for g in range(50) for r in history])
+    assert "… 42 earlier" in str(long) and "generation 49" in str(long) and len(str(long)) < 1000
+    assert repr(History()) == str(History()) == "<History of 0 calls in 0 generations>"
+
+
+def test_one_summary_for_every_handle(capsys):
+    model = vdcache.compile(TinyDiT(), "every-2", num_steps=3, inner="eager")
+    with torch.no_grad():
+        for step in range(3):
+            model(latent(step), time_of(step), latent(9, 1, 3, 4))
+    printed = []
+    for handle in (model, model.vdcache):
+        vdcache.summary(handle)
+        printed.append(capsys.readouterr().out.split())
+    print(model.vdcache.summary())
+    assert printed[0] == printed[1] == capsys.readouterr().out.split() and "computed" in printed[0]
 
 
 def test_a_summary_prints_itself():

@@ -348,3 +348,17 @@ def test_an_observation_that_finds_nothing_is_said():
     assert (
         "because nothing was measured: observe{kind=residual} found nothing, " in trial.said and "thresholds" not in trial.said
     )
+
+
+def test_without_hypothesis_it_is_said_what_needs_it():
+    """Random nets alone do; the rest of the kit works."""
+    program = """
+import sys
+sys.modules["hypothesis"] = None
+import vdcache.testing
+vdcache.testing.TinyDiT, vdcache.testing.assert_pass, vdcache.testing.small_models
+vdcache.testing.residual_nets
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stderr.strip().endswith("need hypothesis: pip install 'vdcache[testing]'"), done.stderr
+    assert "ModuleNotFoundError: random nets (residual_nets" in done.stderr

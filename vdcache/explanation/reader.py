@@ -21,7 +21,7 @@ from vdcache.methods import recipe as named
 from vdcache.passes import Canonicalise, MergeSlots, Pipeline
 from vdcache.patterns import Anatomy, Branch, NoMatch, anatomy, cost
 from vdcache.recipe import Recipe
-from vdcache.runtime.measures import Measured
+from vdcache.runtime.bound import best_plans
 from vdcache.runtime.plan import Plan
 from vdcache.runtime.policies import Auto
 from vdcache.scheduling.choose import Goal
@@ -162,7 +162,7 @@ def _with_recipe(report: Report, captured: list[Captured], numbers: list[int], r
             costs += times * program.flops(plan if plan in program.plans else Plan())
             nodes += times * sum(n.op == "call_function" for n in variant)
         variants.append(Variant(tuple(sorted(plan.reuse)), costs, nodes))
-    schedule, goal = _cheapest(recipe, steps), ""
+    schedule, goal = tuple(tuple(sorted(plan.reuse)) for plan in best_plans(recipe.policy, steps)), ""
     if isinstance(auto := recipe.policy, Auto):
         schedule, goal = _meant(Goal.of(auto), steps, variants), str(Goal.of(auto))
     nothing = ""
@@ -241,26 +241,6 @@ def _as_many(a: fx.Node, b: fx.Node) -> bool:
     """Whether two nodes hold as many elements."""
     x, y = tensor_of(a), tensor_of(b)
     return x is not None and y is not None and str(x.numel()) == str(y.numel())
-
-
-def _cheapest(recipe: Recipe, steps: int) -> tuple[tuple[str, ...], ...]:
-    """The plans of a generation in which nothing ever changes: what the policy would choose in the best of cases."""
-    policy = recipe.policy
-    state = policy.start(steps)
-    plans = []
-    groups = sorted({g for p in policy.plans() for g in p.reuse}) or ["all"]
-    still = [
-        Measured(f"{group}/observed.{what}", 1e-9, 1e-9, size=1.0, motion=0.0, motion_absolute=0.0)
-        for group in groups
-        for what in ("input", "output")
-    ]
-    for step in range(steps):
-        plan = policy.plan(state, step)
-        if plan is None:  # only policies that decide by a probe leave it open
-            state, plan = policy.decide(state, step, still)  # type: ignore[attr-defined]
-        state = policy.observe(state, step, plan, still if not plan else None)
-        plans.append(tuple(sorted(plan.reuse)))
-    return tuple(plans)
 
 
 def _meant(goal: Goal, steps: int, variants: Sequence[Variant]) -> tuple[tuple[str, ...], ...]:

@@ -83,7 +83,7 @@ class Variant:
         return f"reuse {', '.join(self.reuse)}" if self.reuse else "recompute all"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """What `vdcache.explain` found. Prints as a tree, shows itself in notebooks, writes itself as a page.
 
@@ -96,7 +96,7 @@ class Report:
         cache_bytes: bytes kept for one lane, known before the first run; None where sizes are symbols.
         variants: with a recipe, every compiled graph.
         steps: denoising steps that `schedule` is for.
-        schedule: the plan of each step if nothing changed from step to step: the fewest computed steps that the recipe can take.
+        schedule: the plan of each step in the best of cases: the fewest computed steps that the recipe can take.
         goal: of a recipe that finds its steps on the model itself, in words; `schedule` then has as many computed steps as the goal
             means, which need not be the first ones. "" for others.
         nothing: with a recipe that finds no slot, why.
@@ -118,6 +118,10 @@ class Report:
     nothing: str = ""
     recipe_refusals: tuple[NoMatch, ...] = field(default=(), repr=False)
     masks: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        asked = f", recipe '{self.recipe}'" if self.recipe else ""
+        return f"<Report on {self.model}: {len(self.graphs)} graph{'s' * (len(self.graphs) != 1)}, {len(self.branches)} branches{asked}; print it>"
 
     def _of(self, name: str) -> Iterable[Any]:
         for graph in self.graphs:

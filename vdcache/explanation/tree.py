@@ -179,7 +179,7 @@ def _recipe(at: Tree, report: Report) -> None:
         at.add(_line(variant.name, "cyan", f"{amount(variant.flops)}{share}, {variant.nodes} operations"))
     if report.bound is not None:
         computed = sum(not plan for plan in report.schedule)
-        text = f"{report.bound:.2f}× over {report.steps} steps, if nothing changed from step to step ({computed} computed)"
+        text = f"{report.bound:.2f}× over {report.steps} steps at best ({computed} computed), at the changes that let it reuse most"
         if report.goal:
             text = f"{report.goal}: {computed} of {report.steps} steps computed, {report.bound:.2f}× at most; the first generation tells which"
         at.add(_line("goal" if report.goal else "bound", "bold", text))

@@ -133,7 +133,7 @@ class FileFacts:
     sha256: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Manifest:
     """A package of version `version`.
 
@@ -165,6 +165,12 @@ class Manifest:
     loop: Loop | None = None
     format: str = FORMAT
     version: int = VERSION
+
+    def __repr__(self) -> str:
+        computed = sum(not s.reused for s in self.steps)
+        size = sum(f.bytes for f in self.files.values()) / 2**20
+        steps = f"{len(self.steps)} steps ({computed} computed)"
+        return f"<package of {self.model}: {self.kind} {self.form}, {len(self.graphs)} graphs for {steps}, {size:.1f} MiB>"
 
     def graph(self, name: str) -> Graph:
         return next(g for g in self.graphs if g.name == name)

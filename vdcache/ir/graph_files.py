@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from vdcache.ir.dump import SHOWN, attribute, dump
 from vdcache.ir.errors import ConfigError
 from vdcache.ir.parse import parse
 
-__all__ = ["Saved", "load_graph", "save_graph"]
+__all__ = ["Saved", "load_graph", "read_graph", "save_graph"]
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,20 @@ def load_graph(path: Path) -> Saved:
         from safetensors.torch import load_file
 
         constants = load_file(beside)
+    return read_graph(text, constants)
+
+
+def read_graph(text: str, constants: Mapping[str, torch.Tensor] | None = None) -> Saved:
+    """The graph and the pipeline of a text.
+
+    Args:
+        constants: the large ones, which a text does not hold, by name.
+
+    Raises:
+        ConfigError: it holds no graph.
+    """
     found = re.search(r"^# pipeline: (.+)$", text, re.MULTILINE)
-    return Saved(parse(text, constants), found[1].strip() if found else "")
+    return Saved(parse(text, dict(constants or {})), found[1].strip() if found else "")
 
 
 def _large_constants(graph: fx.GraphModule) -> dict[str, torch.Tensor]:

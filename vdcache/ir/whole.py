@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
+import sys
+import threading
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +60,7 @@ def whole(model: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, Any] |
     from torch.export.graph_signature import InputKind, OutputKind
 
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), _without_its_graph(), warnings.catch_warnings():
             # of torch 2.13 about itself: it copies a class of its own that it calls deprecated
             warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
             program = torch.export.export(model, args, kwargs or {}, strict=False).run_decompositions({})
@@ -81,3 +87,30 @@ def whole(model: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, Any] |
     state = {i: owned[names[i]] for i in sorted(static) if isinstance(owned.get(names[i]), Tensor)}
     given = tuple(i for i in range(len(names)) if i not in static)
     return Whole(Captured(graph, signature), state, given, program.call_spec.in_spec, program.call_spec.out_spec)
+
+
+_EXPORTING = threading.RLock()  # standard error is one for all threads
+
+
+@contextlib.contextmanager
+def _without_its_graph() -> Iterator[None]:
+    """Where torch.export fails it prints the graph so far, hundreds of lines, before the error. What else is printed meanwhile
+    is printed at the end.
+    """
+    printed, graph = io.StringIO(), ""
+    log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    with _EXPORTING:
+        log.addFilter(_is_of_use)
+        try:
+            with contextlib.redirect_stderr(printed):
+                yield
+        except Exception as error:
+            graph = f"{getattr(error, 'partial_fx_graph', '')}\n"
+            raise
+        finally:
+            log.removeFilter(_is_of_use)
+            sys.stderr.write(printed.getvalue().replace(graph, "") if graph.strip() else printed.getvalue())
+
+
+def _is_of_use(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("Unable to find user code")

@@ -1,4 +1,4 @@
-"""Every published method as a recipe: its scope, its policy, its predictor, its constants, its source."""
+"""Published methods as recipes: its scope, its policy, its predictor, its constants, its source."""
 
 from vdcache.methods.adacache import ADACACHE_CODEBOOKS, adacache
 from vdcache.methods.attention import fastercache, pab, tgate

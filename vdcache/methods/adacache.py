@@ -15,13 +15,17 @@ from vdcache.runtime.schedules import Together
 __all__ = ["ADACACHE_CODEBOOKS", "adacache"]
 
 # The published codebooks: {steps of the generation: {threshold: rate}} (the configs of the reference code).
-# No slow one was published for 100 steps.
 ADACACHE_CODEBOOKS: Mapping[str, Mapping[int, Mapping[float, int]]] = {
     "fast": {
         30: {0.08: 6, 0.16: 5, 0.24: 4, 0.32: 3, 0.40: 2, 1.00: 1},
         100: {0.03: 12, 0.05: 10, 0.07: 8, 0.09: 6, 0.11: 4, 1.00: 3},
     },
     "slow": {30: {0.08: 3, 0.16: 2, 0.24: 1, 0.32: 1, 0.40: 1, 1.00: 1}},
+}
+# No slow one was published for 100 steps. Scaling the rates of the one for 30 would reuse longer than "fast", whose thresholds
+# for 100 steps are far smaller; so here are fast's thresholds, and its rates times slow / fast at 30 steps, not rising.
+DERIVED: Mapping[str, Mapping[int, Mapping[float, int]]] = {
+    "slow": {100: {0.03: 6, 0.05: 4, 0.07: 2, 0.09: 2, 0.11: 2, 1.00: 2}}
 }
 
 
@@ -42,9 +46,9 @@ def adacache(
     """AdaCache (arXiv 2411.02397) with any of its choices.
 
     Args:
-        codebook: "fast" or "slow" (published, scaled to other numbers of steps), or (threshold, rate) entries of any number,
-            used as they are.
-        moreg: motion regularisation: True for the published constants.
+        codebook: "fast" or "slow" (published for 30 steps, fast for 100 as well; scaled to other numbers of steps), or
+            (threshold, rate) entries of any number, used as they are. For the same change slow never waits longer than fast.
+        moreg: motion regularisation: True for the published constants, or a `MoReg`, used as it is.
         rule: "vdcache", "paper" or "code"; `AdaCache` says how they differ.
         distance: "l1", "l2" or "cosine".
         observe: kind of the observed branch; empty for temporal attention, else self-attention, else joint attention.
@@ -65,10 +69,12 @@ def adacache(
     if not isinstance(codebook, (str, Codebook, Mapping, Sequence)):
         raise ConfigError(f"codebook is 'fast', 'slow' or (threshold, rate) entries; got {codebook!r}")
     books: tuple[tuple[int, Codebook], ...] = ()
+    derived: tuple[int, ...] = ()
     if isinstance(codebook, str):
         if codebook not in ADACACHE_CODEBOOKS:
             raise ConfigError(f"AdaCache published the codebooks {', '.join(ADACACHE_CODEBOOKS)}; got {codebook!r}")
-        books = tuple((n, Codebook.of(book)) for n, book in ADACACHE_CODEBOOKS[codebook].items())
+        derived = tuple(DERIVED.get(codebook, {}))
+        books = tuple((n, Codebook.of(b)) for n, b in {**ADACACHE_CODEBOOKS[codebook], **DERIVED.get(codebook, {})}.items())
         name, book = name or f"adacache-{codebook}", books[0][1]
     else:
         name, book = name or "adacache-custom", Codebook.of(codebook)
@@ -79,7 +85,7 @@ def adacache(
     strides = motion.strides if motion else ()
     if layers == 1:
         watch = Observe(kind=observe, blocks=tuple(blocks), distance=distance, strides=strides, frames=frames)
-        return Recipe(name, policy, (MarkBranches(), MergeSlots(), watch), "arXiv 2411.02397", books)
+        return Recipe(name, policy, (MarkBranches(), MergeSlots(), watch), "arXiv 2411.02397", books, derived=derived)
     if layers > 4:
         raise ConfigError(f"layers have 1 to 4 schedules of their own; got {layers!r}")
     if blocks:
@@ -91,4 +97,5 @@ def adacache(
         passes += [MarkBranches(group=group, start=share[0], stop=share[1]), MergeSlots(group=group)]
         passes.append(Observe(kind=observe, distance=distance, strides=strides, frames=frames, group=group, within=share))
         policies.append(replace(policy, group=group))
-    return Recipe(f"{name}-{layers}-layers", Together(tuple(policies)), tuple(passes), "arXiv 2411.02397", books)
+    together = Together(tuple(policies))
+    return Recipe(f"{name}-{layers}-layers", together, tuple(passes), "arXiv 2411.02397", books, derived=derived)

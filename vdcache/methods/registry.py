@@ -108,7 +108,12 @@ NAMES = (
             lambda book=book, plus=plus: adacache(book, moreg=bool(plus)),
             f"AdaCache with the published {book} codebook{' and motion regularisation' if plus else ''}"
             + (" (arXiv 2411.02397)" if (book, plus) == ("slow", "") else ""),
-            "the codebooks of the reference code, for Open-Sora 1.2 at 30 and 100 steps",
+            "the codebook of the reference code, for Open-Sora 1.2 at "
+            + (
+                "30 and 100 steps"
+                if book == "fast"
+                else "30 steps; for 100 none was published, and ours follows from the fast one's"
+            ),
         )
         for book in ("slow", "fast")
         for plus in ("", "+moreg")

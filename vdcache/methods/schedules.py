@@ -53,7 +53,8 @@ def delta_dit(n: int, *, blocks: int | float = 0.5, switch: float = 0.5, name: s
     The constants of the paper could not be read, and no code is public: the defaults are ours.
 
     Args:
-        blocks: how many blocks at either end, or which share of them.
+        blocks: how many blocks at either end, or which share of them; more than half may be left out, and those in the middle
+            are left out all the time then.
         switch: the share of the run after which the front blocks are left out.
 
     Raises:
@@ -66,10 +67,14 @@ def delta_dit(n: int, *, blocks: int | float = 0.5, switch: float = 0.5, name: s
         or (isinstance(blocks, float) and blocks > 1)
     ):
         raise ConfigError(f"blocks is a number of blocks, or a share of them as a fraction; got {blocks!r}")
-    rear = MarkBranches(group="rear", start=-blocks)
-    front = MarkBranches(group="front", stop=blocks)
-    passes = (rear, front, MergeSlots(group="rear"), MergeSlots(group="front"))
-    policy = Scheduled(Grid(n), ("rear", "front"), "split", switch)
+    marks = [MarkBranches(group="rear", start=-blocks), MarkBranches(group="front", stop=blocks)]
+    shared: tuple[str, ...] = ()
+    if isinstance(blocks, int) or blocks > 0.5:  # a count may be more than half, which the model alone says
+        # marked first, so that what is in both ends is in neither of their groups
+        marks.insert(0, MarkBranches(group="both", start=-blocks, stop=blocks))
+        shared = ("both",)
+    passes = (*marks, *(MergeSlots(group=m.group) for m in marks))
+    policy = Scheduled(Grid(n), ("rear", "front"), "split", switch, shared)
     return Recipe(name or f"delta-dit-{n}", policy, passes, "arXiv 2406.01125")
 
 

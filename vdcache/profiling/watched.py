@@ -99,7 +99,7 @@ def watch(
         )
     refused = {why for graph in session.graphs for r in graph.refusals for why in r.reasons}  # type: ignore[attr-defined]
     name = type(model).__name__ if isinstance(model, torch.nn.Module) else getattr(model, "__name__", "model")
-    return Watched(session, name, tuple(sorted(refused) or heard))
+    return Watched(session, name, tuple(sorted(refused) or dict.fromkeys(heard)))
 
 
 def checked_prompts(prompts: Any, what: str) -> list[Any] | None:

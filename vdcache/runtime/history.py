@@ -79,9 +79,12 @@ def _set_seconds(record: Record, seconds: float) -> None:
 Record.seconds = property(_seconds, _set_seconds)  # type: ignore[assignment,method-assign]  # a field whose value may come late
 
 
-@dataclass
+SHOWN = 8  # generations that `print(history)` has a line for
+
+
+@dataclass(repr=False)
 class History:
-    """Records in order of calls. At most `limit` are kept, the oldest go first."""
+    """Records in order of calls. At most `limit` are kept, the oldest go first. Prints as a line a generation."""
 
     records: list[Record] = field(default_factory=list)
     limit: int = 100_000
@@ -99,6 +102,25 @@ class History:
 
     def __getitem__(self, at: int) -> Record:
         return self.records[at]
+
+    def __repr__(self) -> str:
+        generations = len({r.generation for r in self.records})
+        return f"<History of {len(self.records)} calls in {generations} generation{'s' * (generations != 1)}>"
+
+    def __str__(self) -> str:
+        found: dict[int, list[Record]] = {}
+        for record in self.records:
+            found.setdefault(record.generation, []).append(record)
+        lines = [repr(self)]
+        if len(found) > SHOWN:
+            lines.append(f"  … {len(found) - SHOWN} earlier")
+        for number, records in [*found.items()][-SHOWN:]:
+            steps, lanes = len({r.step for r in records}), len({r.lane for r in records})
+            computed = self.computed_steps(number)
+            which = f": {', '.join(map(str, computed))}" if len(computed) < steps else ""
+            guidance = f", {lanes} lanes" if lanes > 1 else ""
+            lines.append(f"  generation {number}{guidance}: {len(computed)} of {steps} steps computed{which}")
+        return "\n".join(lines)
 
     def generation(self, number: int = -1) -> list[Record]:
         """The records of one generation, the last one by default."""

@@ -84,7 +84,7 @@ class Notices:
         self._warn(
             "no hit",
             f"'{self._name}' reused nothing in a generation of {steps} steps{reason}. Few steps leave little to skip; with many, other "
-            "thresholds or another recipe may (session.summary() shows every step).",
+            "thresholds or another recipe may. vdcache.summary(…) of the pipeline or the compiled model shows every step.",
         )
 
     def outside(self) -> None:

@@ -168,6 +168,9 @@ def scaled(codebook: Codebook, factor: float) -> Codebook:
     return Codebook(tuple((t, max(1, round(r * factor))) for t, r in codebook.entries))
 
 
+MOREG_WINDOWS: Mapping[int, tuple[int, int]] = {30: (4, 26), 100: (10, 90)}  # the configs of the reference code
+
+
 @dataclass(frozen=True)
 class MoReg:
     """Motion regularisation (arXiv 2411.02397, section 4.3): videos that move are recomputed more often.
@@ -175,13 +178,14 @@ class MoReg:
     Args:
         strides: distances in latent frames that the motion score looks at.
         window: first and last step (counted from 1, inclusive) in which it applies, in a generation of `of_steps`; scaled to
-            other numbers of steps.
+            other numbers of steps. None: that of the reference code, (4, 26) of 30 steps or (10, 90) of 100, whichever is
+            nearer; under the rule "paper" every step, since equation 9 has no window.
         scale, power, divisor: m ← (m / scale)^power / divisor (the reference code's `moreg_hyp`).
         gradient: factor of the motion gradient (`mograd_mul`).
     """
 
     strides: tuple[int, ...] = (1,)
-    window: tuple[int, int] = (4, 26)
+    window: tuple[int, int] | None = None
     of_steps: int = 30
     scale: float = 0.385
     power: float = 8.0
@@ -193,8 +197,13 @@ class MoReg:
             raise ConfigError(f"MoReg strides are frame distances of at least 1; got {self.strides}")
 
     def applies(self, step: int, num_steps: int) -> bool:
-        factor = num_steps / self.of_steps
-        return round(self.window[0] * factor) <= step + 1 <= round(self.window[1] * factor)
+        """Whether step `step` (counted from 0) lies in the window."""
+        window, of_steps = self.window, self.of_steps
+        if window is None:
+            of_steps = min(MOREG_WINDOWS, key=lambda n: abs(n - num_steps))
+            window = MOREG_WINDOWS[of_steps]
+        factor = num_steps / of_steps
+        return round(window[0] * factor) <= step + 1 <= round(window[1] * factor)
 
 
 @dataclass(frozen=True)
@@ -224,7 +233,7 @@ class AdaCache:
         rule: how change and rate are formed, R the residual now, P at the computed step before, k steps apart:
 
             - "paper", equations 4 to 9 as printed: c = mean|P − R| / k with k the elapsed steps; m = mean|R[i:] − R[:−i]|;
-              mg = (m − m_before) / k; c ← c · (m + mg), signed; recompute once rate steps have passed.
+              mg = (m − m_before) / k; c ← c · (m + mg), signed, at every step; recompute once rate steps have passed.
             - "code", the reference implementation: c = (‖P − R‖₁ / ‖P‖₁) / k with k the rate in force (not what really
               elapsed); m = ((motion / .385)^8); c ← c · (m + |10 · (m − m_before) / k|); recompute exactly at
               last + rate; m_before is kept from one generation to the next.
@@ -276,11 +285,14 @@ class AdaCache:
         else:
             change = _mean([m.change for m in measures]) / k
         state = replace(state, last=step)
-        if self.moreg is not None and self.moreg.applies(step, state.num_steps):
+        if self.moreg is not None and self._regularised(self.moreg, step, state.num_steps):
             state, factor = self._motion(self.moreg, state, measures, k)
             change *= factor
         rate = self.codebook.rate(change)
         return replace(state, rate=rate, trace=(*state.trace, (step, change, rate)))
+
+    def _regularised(self, moreg: MoReg, step: int, num_steps: int) -> bool:
+        return (self.rule == "paper" and moreg.window is None) or moreg.applies(step, num_steps)
 
     def _motion(self, moreg: MoReg, state: AdaState, measures: Sequence[Measured], k: int) -> tuple[AdaState, float]:
         """The factor of the change (equations 7 to 9)."""

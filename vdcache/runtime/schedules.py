@@ -32,21 +32,26 @@ class Scheduled:
             warm-up (ProfilingDiT table 3); "together", all of them in every reused step.
         switch: for "split" of two groups, the share of the run after which the second one takes over; 0 for half of what
             follows the warm-up.
+        shared: groups that are reused in every reused step, whichever of the others has its turn.
 
     Raises:
-        ConfigError: no group, an unknown turn, a share that is none.
+        ConfigError: no group, an unknown turn, a share that is none, a group that is shared and has turns.
     """
 
     when: Steps
     groups: tuple[str, ...] = ("all",)
     turn: str = "alternate"
     switch: float = 0.0
+    shared: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.when, Steps):
             object.__setattr__(self, "when", Listed(self.when))
-        if isinstance(self.groups, str):
-            raise ConfigError(f"groups is a list of names; got {self.groups!r}: ({self.groups!r},)")
+        for name in ("groups", "shared"):
+            if isinstance(given := getattr(self, name), str):
+                raise ConfigError(f"{name} is a list of names; got {given!r}: ({given!r},)")
+        if both := [g for g in self.shared if g in self.groups]:
+            raise ConfigError(f"a group is shared or has turns; {both[0]!r} is named for both")
         if not self.groups:
             raise ConfigError("a scheduled policy reuses at least one group of slots")
         if self.turn not in TURNS:
@@ -57,8 +62,8 @@ class Scheduled:
 
     def plans(self) -> tuple[Plan, ...]:
         if self.turn == "together":
-            return (RECOMPUTE, Plan.of(self.groups))
-        return (RECOMPUTE, *(Plan.of([g]) for g in self.groups))
+            return (RECOMPUTE, Plan.of([*self.groups, *self.shared]))
+        return (RECOMPUTE, *(Plan.of([g, *self.shared]) for g in self.groups))
 
     def start(self, num_steps: int, before: Any = None) -> tuple[Plan, ...]:
         computed = set(self.when.computed(num_steps))
@@ -71,7 +76,7 @@ class Scheduled:
                 continue
             segment += not plans or not plans[-1]
             if self.turn == "together":
-                plans.append(Plan.of(self.groups))
+                plans.append(Plan.of([*self.groups, *self.shared]))
                 continue
             if self.switch:
                 at = int(step >= round(self.switch * num_steps))
@@ -79,7 +84,7 @@ class Scheduled:
                 at = (step - warm_up) * len(self.groups) // (num_steps - warm_up)
             else:
                 at = segment % len(self.groups)
-            plans.append(Plan.of([self.groups[at]]))
+            plans.append(Plan.of([self.groups[at], *self.shared]))
         return tuple(plans)
 
     def plan(self, state: tuple[Plan, ...], step: int, times: Sequence[float] = ()) -> Plan:

@@ -71,7 +71,7 @@ class Calibration:
     key: Key
     goal: Goal
     schedule: Schedule
-    products: tuple[tuple[tuple[float, ...], ...], ...] = ()
+    products: tuple[tuple[tuple[float, ...], ...], ...] = field(default=(), repr=False)
     tried: tuple[Schedule, ...] = ()
     reuse_cost: float = 0.0
     seconds: float = 0.0

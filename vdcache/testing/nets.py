@@ -5,8 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from hypothesis import strategies as st
 from torch import Tensor
+
+try:
+    from hypothesis import strategies as st
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "random nets (residual_nets, Net and WIDTH of vdcache.testing) need hypothesis: pip install 'vdcache[testing]'",
+        name=error.name,
+    ) from error
 
 __all__ = ["WIDTH", "Net", "residual_nets"]
 

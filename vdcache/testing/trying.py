@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 import vdcache
+from vdcache.ir.checks import step_count, whole
 from vdcache.ir.errors import VdcacheWarning
 from vdcache.recipe import Recipe
 from vdcache.runtime.plan import RECOMPUTE
@@ -40,6 +41,10 @@ class Trial:
     error: float = math.nan
     said: str = ""
 
+    def row(self) -> dict[str, Any]:
+        """The trial as JSON takes it: no error is None."""
+        return {**asdict(self), "error": None if math.isnan(self.error) else self.error}
+
 
 class Trials(tuple[Trial, ...]):
     """Trials that print as a table."""
@@ -56,7 +61,12 @@ class Trials(tuple[Trial, ...]):
 
 
 def try_recipe(
-    recipe: Recipe | str, models: Mapping[str, Case] | Iterable[str] | None = None, *, steps: int = 12, tokens: int = 6
+    recipe: Recipe | str,
+    models: Mapping[str, Case] | Iterable[str] | None = None,
+    *,
+    steps: int = 12,
+    tokens: int = 6,
+    on_progress: Callable[[str], None] = lambda doing: None,
 ) -> Trials:
     """Run one generation of every model under a recipe, with the inner compiler "eager", beside the untouched model.
 
@@ -64,14 +74,18 @@ def try_recipe(
     small and random: this says whether a method works on an architecture, not how good its pictures are.
 
     Args:
-        models: cases by name, or names of `small_models()`; all of them without.
-        tokens: of text.
+        models: cases by name, or names of `small_models()`. Default: all of them.
+        steps: denoising steps of the generation, at least 1.
+        tokens: tokens of text, at least 1.
+        on_progress: is told which model is next.
 
     Returns the trials, which print as a table. A model on which the recipe fails is a row that says why.
 
     Raises:
-        ConfigError: no such model or recipe.
+        ConfigError: no such model or recipe, no step, no token.
     """
+    steps = step_count(steps)
+    whole(tokens, "tokens, the number of tokens of text,", 1)
     there = small_models()
     if models is None or isinstance(models, Mapping):
         cases = dict(there if models is None else models)
@@ -80,7 +94,11 @@ def try_recipe(
         if wrong := [n for n in names if n not in there]:
             raise vdcache.ConfigError(f"there is no small model {wrong[0]!r}; there are {', '.join(there)}")
         cases = {name: there[name] for name in names}
-    return Trials(_trial(recipe, name, case, steps, tokens) for name, case in cases.items())
+    trials = []
+    for i, (name, case) in enumerate(cases.items(), start=1):
+        on_progress(f"trying {name} ({i} of {len(cases)})")
+        trials.append(_trial(recipe, name, case, steps, tokens))
+    return Trials(trials)
 
 
 def _trial(recipe: Recipe | str, name: str, case: Case, steps: int, tokens: int) -> Trial:
