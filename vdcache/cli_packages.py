@@ -132,7 +132,10 @@ def _times(records: Sequence[Record], form: str) -> str:
 def verify(
     package: Annotated[Path, typer.Argument(help="Folder of the package.")],
     target: Annotated[str, typer.Argument(help=f"Model that was exported. {TARGET}")],
-    tolerance: Annotated[float, typer.Option(help="Largest relative difference that passes.")] = 1e-4,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(help="Largest relative difference that passes. Default: 1e-4, more for a model in 16 bits."),
+    ] = None,
 ) -> None:
     """Compare a package with PyTorch, step by step; exits with 1 where they differ."""
     from vdcache.explanation.target import load_with_loop

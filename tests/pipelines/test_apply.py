@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import io
 import warnings
@@ -527,3 +528,92 @@ def test_running_in_two_threads_is_refused():
     got = sample(pipe, NAME, 4, callback_on_step_end=second)
     assert errors and "is running in another thread" in errors[0]
     assert got.shape == want.shape
+
+
+# ---- wrapped and compiled transformers -------------------------------------------------------------------------------
+
+
+class Forwarding(nn.Module):
+    """A wrapper that hands on every attribute of what it wraps, as PEFT's, DDP's and torch.compile's do."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.inside = model
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inside"), name)
+
+    def forward(self, *args, **kwargs):
+        return self.inside(*args, **kwargs)
+
+
+def adapted(model):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False))
+
+
+WRAPPERS = {
+    "wrapper": Forwarding,
+    "two wrappers": lambda model: Forwarding(Forwarding(model)),
+    "PeftModel": adapted,
+    "wrapper of a compiled model": lambda model: Forwarding(torch.compile(model, backend="eager")),
+}
+
+
+@pytest.mark.parametrize("kind", WRAPPERS)
+def test_a_wrapped_transformer_is_cached_and_its_lanes_are_heard(kind):
+    """`cache_context` was looked for in the wrapper's class."""
+    pipe = made("Wan")
+    inner = pipe.transformer
+    pipe.transformer = WRAPPERS[kind](inner)
+    plain = sample(pipe, "Wan", 4)
+    held = set(vars(inner)), set(vars(pipe.transformer))
+    assert torch.equal(sample(cached(pipe, "always"), "Wan", 4), plain)
+    vdcache.remove(pipe)
+    cached(pipe)
+    assert not torch.equal(sample(pipe, "Wan", 4), plain)
+    assert computed(pipe) == [due(4)] and {r.lane for r in session(pipe).history} == {"cond", "uncond"}
+    other = copy.deepcopy(pipe)
+    assert torch.equal(sample(other, "Wan", 4), sample(pipe, "Wan", 4))
+    assert {r.lane for r in session(other).history} == {"cond", "uncond"}, "a copy hears its lanes as well"
+    vdcache.remove(pipe)
+    assert (set(vars(inner)), set(vars(pipe.transformer))) == held and torch.equal(sample(pipe, "Wan", 4), plain)
+
+
+def test_a_transformer_that_is_compiled_in_place_later_is_not_gone_past():
+    pipe = cached(made(NAME))
+    want = sample(pipe, NAME, 3)
+    ran = []
+
+    def backend(graph, inputs):
+        ran.append(1)
+        return graph.forward
+
+    pipe.transformer.compile(backend=backend, fullgraph=True)
+    own = pipe.transformer._compiled_call_impl
+    with pytest.warns(vdcache.VdcacheWarning, match=r"transformer was compiled in place.* after vdcache\.apply") as said:
+        assert torch.equal(sample(pipe, NAME, 3), want) and torch.equal(sample(pipe, NAME, 3), want)
+    assert len([w for w in said if "vdcache" in str(w.message)]) == 1, [str(w.message) for w in said]
+    assert computed(pipe) == [due(3)] and not ran
+    call = {
+        "hidden_states": text(1, 3, 4, 8, 8),
+        "encoder_hidden_states": text(1, 6, 12),
+        "timestep": torch.tensor([500]),
+        "return_dict": False,
+    }
+    with torch.no_grad():
+        pipe.transformer(**call)
+    assert ran, "outside the pipeline it is the user's compilation that runs"
+    vdcache.remove(pipe)
+    assert pipe.transformer._compiled_call_impl is own
+
+
+def test_a_transformer_that_is_exchanged_for_a_compiled_one_is_cached():
+    pipe = cached(made(NAME))
+    want = sample(pipe, NAME, 3)
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    assert torch.equal(sample(pipe, NAME, 3), want) and computed(pipe) == [due(3)]

@@ -91,7 +91,14 @@ def traced_loop(what: Fixed, model: Callable[..., Any], loop: Callable[..., Any]
     given = [graph_inputs(g)[p] for p in found.given]
     if wrong_nodes := [n.name for i, n in enumerate(graph_inputs(g)) if i not in found.given and i not in found.state]:
         raise ConfigError(f"the loop holds {wrong_nodes[0]}, which is no tensor")
-    results = [_copied(g, v) for v in outputs(g) if isinstance(v, fx.Node)]
+    # What it writes into its inputs comes first. A package leaves its inputs as they are, and the results follow from new values.
+    written = found.captured.signature.mutations
+    if wrong := [found.captured.signature.names[at] for _, at in written if at in found.state]:
+        raise ConfigError(
+            f"the loop writes into a tensor that it was not given ({wrong[0]}), and a package keeps nothing between generations: give it as an "
+            "input and return its new value"
+        )
+    results = [_copied(g, v) for v in outputs(g)[len(written) :] if isinstance(v, fx.Node)]
     names: dict[fx.Node, str] = dict(zip(given, inputs, strict=True))
     for i, node in enumerate(results):
         names[node] = unused(f"output_{i}", set(names.values()))

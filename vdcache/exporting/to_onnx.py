@@ -24,6 +24,7 @@ from vdcache.errors import CaptureError, ConfigError
 from vdcache.exporting.fixed import Fixed, Variant
 from vdcache.exporting.manifest import Graph
 from vdcache.exporting.weights import Weights
+from vdcache.ir.capture import last_line
 
 __all__ = [
     "OPSET",
@@ -50,12 +51,16 @@ def convert(graph: fx.GraphModule, examples: Sequence[Any], inputs: Sequence[str
     Raises:
         CaptureError: an operation that has no ONNX form, or does not follow from a static graph.
     """
+    if given := next((n for n in graph.graph.find_nodes(op="placeholder") if _is_complex(n)), None):
+        raise _no_complex(inputs[list(graph.graph.find_nodes(op="placeholder")).index(given)], given)
     try:
         with torch.no_grad(), _quiet():
             program = torch.export.export(graph, tuple(examples), strict=False)
             found: Any = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False)
     except Exception as error:
         reason = str(error.__cause__ or error).strip().partition("\n")[0]
+        if used := next((n for n in graph.graph.nodes if _is_complex(n)), None):
+            raise _no_complex(used.name, used) from error
         raise CaptureError(f"the graph has no ONNX form: {type(error).__name__}: {reason}") from error
     model: ir.Model = found.model
     if len(model.graph.inputs) != len(inputs) or len(model.graph.outputs) != len(results):
@@ -75,8 +80,24 @@ def convert(graph: fx.GraphModule, examples: Sequence[Any], inputs: Sequence[str
     return model
 
 
+def _is_complex(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.is_complex()
+
+
+def _no_complex(name: str, node: fx.Node) -> CaptureError:
+    line = last_line(str(node.meta.get("stack_trace", "")))
+    return CaptureError(
+        f"the model computes with complex numbers ('{name}'{f', at {line}' if line else ''}), which ONNX does not have: give rotary tables as "
+        "cosines and sines, or export as format='pt2' or 'aoti'"
+    )
+
+
 def converted(fixed: Fixed, variant: Variant, weights: Weights) -> ir.Model:
     """A variant as ONNX: weights are initializers that lie in the shared file."""
+    for (kind, name), node in zip(variant.roles, variant.graph.graph.find_nodes(op="placeholder"), strict=True):
+        if kind == "weight" and _is_complex(node):
+            raise _no_complex(fixed.whole.captured.signature.names[name], node)
     names = [str(name) if kind != "weight" else f"weight_{name}" for kind, name in variant.roles]
     outs = [*(v.name for v in fixed.outputs), *(f"new_{name}" for name in variant.writes)]
     model = convert(variant.graph, fixed.example(variant), names, outs)

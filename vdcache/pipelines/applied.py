@@ -15,7 +15,7 @@ from vdcache.api import Runner, check_options
 from vdcache.backends import Settings
 from vdcache.ir.checks import is_pipeline
 from vdcache.ir.errors import CacheStateError, CaptureError, ConfigError, warn_once
-from vdcache.pipelines.denoiser import Denoiser, Lanes, Switch
+from vdcache.pipelines.denoiser import Denoiser, InPlace, Lanes, Switch
 from vdcache.pipelines.experts import Experts
 from vdcache.pipelines.forecast import most_reused
 from vdcache.pipelines.foreign import cache_on, is_encoder, runs_loop
@@ -210,7 +210,7 @@ class Applied:
                 raise ConfigError(
                     f"{name} has a cache enabled already, and two would cache each other's values; turn it off first: {line}"
                 )
-            if hasattr(module, "_orig_mod"):
+            if "_orig_mod" in module._modules:
                 raise ConfigError(
                     f"{name} is compiled already, and apply compiles it itself: pipe.{name} = pipe.{name}._orig_mod gives back the model"
                 )
@@ -231,8 +231,13 @@ class Applied:
                 settings = self.settings[name] if isinstance(self.settings, dict) else self.settings
                 self.denoisers[name] = Denoiser(name, module, _fresh(settings), functools.partial(self._runner, settings))
             Switch.put_on(module).users.add(self)
-            if "cache_context" not in module.__dict__ and callable(getattr(module, "cache_context", None)):
-                Lanes(module, "cache_context").install()
+            Lanes.put_on(module)
+            if InPlace.put_on(module):
+                self.say(
+                    f"{name} was compiled in place ({name}.compile()) after vdcache.apply, which compiles it itself: in the pipeline vdcache's "
+                    f"compilation runs, elsewhere yours. vdcache.apply(pipe, recipe, mode=…, dynamic=…) takes torch.compile's options",
+                    key=f"in place {name}",
+                )
 
     def denoiser(self, module: nn.Module) -> Denoiser | None:
         return next((d for d in self.denoisers.values() if d.module is module), None)
@@ -268,7 +273,8 @@ class Applied:
         switch.users.discard(self)
         if not switch.users:
             switch.take_off()
-            if isinstance(lanes := module.__dict__.get("cache_context"), Lanes):
+            InPlace.take_off(module)
+            if (lanes := Lanes.on(module)) is not None:
                 lanes.uninstall()
 
     # ---- what happens --------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from vdcache.pipelines.foreign import places
 from vdcache.pipelines.override import Override, method_of
 from vdcache.runtime.session import Session
 
-__all__ = ["Denoiser", "Lanes", "Switch", "here"]
+__all__ = ["Denoiser", "InPlace", "Lanes", "Switch", "here"]
 
 
 class Listening(Protocol):
@@ -89,15 +89,66 @@ def _is_method(found: Any, module: nn.Module) -> bool:
     return isinstance(found, types.MethodType) and found.__self__ is module and found.__func__ is type(module).forward
 
 
-class Lanes(Override):
-    """Stands in front of `cache_context` and hears what the pipeline calls the lane."""
+class InPlace(Override):
+    """Stands where `module.compile()` put what runs in the place of the forward and its hooks, which would go past the switch.
+
+    Within a loop the hooks and the switch run, and vdcache compiles; everywhere else what the user compiled runs.
+    """
 
     __slots__ = ()
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module = self.owner
+        return self.plain(*args, **kwargs) if here.of(module) is None else module._call_impl(*args, **kwargs)
+
+    @staticmethod
+    def put_on(module: nn.Module) -> bool:
+        """Whether the module was compiled in place since this was asked last."""
+        compiled = module.__dict__.get("_compiled_call_impl")
+        if compiled is None or isinstance(compiled, InPlace):
+            return False
+        InPlace(module, "_compiled_call_impl", compiled).install()
+        return True
+
+    @staticmethod
+    def take_off(module: nn.Module) -> None:
+        if isinstance(own := module.__dict__.get("_compiled_call_impl"), InPlace):
+            own.uninstall()
+
+
+class Lanes(Override):
+    """Stands in front of `cache_context` and hears what the pipeline calls the lane.
+
+    Args:
+        owner: the module whose method it is.
+        module: the denoiser, which may be a wrapper that hands the owner's attributes on.
+        before: what the owner's dict held.
+    """
+
+    __slots__ = ("_module",)
+
+    def __init__(self, owner: Any, module: nn.Module, before: Callable[..., Any] | None) -> None:
+        super().__init__(owner, "cache_context", before)
+        self._module = weakref.ref(module)
+
+    @staticmethod
+    def on(module: nn.Module) -> Lanes | None:
+        """What hears the lanes of a module."""
+        found = getattr(module, "cache_context", None)
+        return found if isinstance(found, Lanes) else None
+
+    @staticmethod
+    def put_on(module: nn.Module) -> None:
+        """Hear the lanes of a module, if the pipeline can name them."""
+        found = getattr(module, "cache_context", None)
+        if callable(found) and not isinstance(found, Lanes):
+            owner = getattr(found, "__self__", module)
+            Lanes(owner, module, owner.__dict__.get("cache_context")).install()
+
     @contextmanager
     def __call__(self, name: str, **kwargs: Any) -> Any:
-        module = self.owner
-        loop = here.of(module)
+        module = self._module()
+        loop = None if module is None else here.of(module)
         with self.plain(name, **kwargs):
             if loop is not None:
                 loop.lane_names[id(module)] = name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -66,4 +65,4 @@ class Override:
 
 def method_of(owner: Any, name: str) -> Callable[..., Any]:
     """The method that the class of `owner` has."""
-    return types.MethodType(getattr(type(owner), name), owner)
+    return getattr(type(owner), name).__get__(owner)  # type: ignore[no-any-return]
