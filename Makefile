@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup browser demo test bench lint types check
+.PHONY: setup browser demo test thorough bench gpu lint types check
 
 setup: $(READY)
 
@@ -25,6 +25,16 @@ browser:
 
 test: setup browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+
+# The full counts of what the tests sample: half an hour and more on one core.
+thorough: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.thorough --json bench/results/thorough.json
+	OMP_NUM_THREADS=1 VDCACHE_HISTORIES=1000 $(BIN)/python -m pytest -q tests/pipelines/test_histories.py
+
+# Where there is a GPU: what vdcache does on it, and the tests that need one. It uses the Python that has CUDA's torch.
+gpu:
+	$(PYTHON) -m bench.gpu_session --out bench/results/gpu
+	$(PYTHON) -m pytest -q tests/gpu
 
 # Each script answers one question and writes its rows.
 bench: setup
