@@ -25,7 +25,9 @@ def few_configurations(monkeypatch):
     from vdcache.backends.kernels import block_sparse
 
     keep = [
-        c for c in block_sparse._HALF if (c.kwargs["BLOCK_M"], c.kwargs["BLOCK_N"], c.num_warps) in ((128, 64, 8), (16, 64, 4))
+        c
+        for c in block_sparse._HALF
+        if (c.kwargs["BLOCK_M"], c.kwargs["BLOCK_N"], c.num_warps) in ((128, 64, 8), (64, 64, 4), (32, 64, 4))
     ]
     monkeypatch.setattr(block_sparse.kernel, "configs", keep)
 
