@@ -21,7 +21,7 @@ from bench.common import Bench, arguments
 
 ROOT = Path(__file__).parents[1]
 KIT = ("tests/testing/test_passes_with_the_kit.py", "tests/passes/test_rewrite.py", "tests/patterns/test_match.py")
-MACHINE = ("tests/runtime/test_machine.py", "tests/backends/test_backend.py")
+MACHINE = ("tests/runtime/test_machine.py", "tests/runtime/test_identity.py", "tests/backends/test_backend.py")
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ BUGS = (
     _passes(
         "a prediction in another type than the value",
         "specialise",
-        '            if value.meta["val"].dtype != like.dtype:',
+        "            if own != like.dtype and not half:",
         "            if False:",
         *SPECIALISE,
     ),
@@ -312,19 +312,98 @@ BUGS = (
     ),
     # clock
     _runtime("a jump back is no new generation", "clock", "if expected and direction and direction != expected:", "if False:"),
-    _runtime("the next lane is the same lane", "clock", "                self.lane += 1\n", ""),
     _runtime(
-        "colliding 16-bit timesteps taken for a restart",
+        "windows taken for steps of a solver",
         "clock",
-        "if self.step == 0 and not reading.coarse:",
-        "if self.step == 0:",
+        "if reading.coarse or not self._first_repeats:",
+        "if True:",
     ),
-    _runtime("another shape of latent is no new generation", "clock", "before.form != reading.form or ", ""),
+    _runtime(
+        "colliding 16-bit timesteps taken for windows",
+        "clock",
+        "if reading.coarse or not self._first_repeats:",
+        "if not self._first_repeats:",
+    ),
+    _runtime(
+        "another shape of latent is no new generation",
+        "clock",
+        "if before.form != reading.form and (last or not _same_but_for_batch(before.form, reading.form)):",
+        "if False:",
+    ),
+    _runtime(
+        "a sample more or less is a new generation",
+        "clock",
+        "if before.form != reading.form and (last or not _same_but_for_batch(before.form, reading.form)):",
+        "if before.form != reading.form:",
+    ),
     _runtime(
         "the direction of the last generation forgotten",
         "clock",
-        "expected = self._direction or self._usual_direction",
+        "expected = self._direction or self._expected",
         "expected = self._direction",
+    ),
+    _runtime(
+        "a run the other way round not expected where others ended",
+        "clock",
+        "self._began.get(now) or -self._ended.get(now, -self._usual_direction)",
+        "self._usual_direction",
+    ),
+    _runtime(
+        "samples of a batch that go different ways are a step",
+        "clock",
+        "return signs.pop() if len(signs) == 1 else None if signs else 0",
+        "return signs.pop() if signs else 0",
+    ),
+    # whose values
+    _runtime(
+        "a prompt that was written into taken for the same",
+        "lane_table",
+        "return self._value is value and self.version is not None and value._version == self.version",
+        "return self._value is value and self.version is not None",
+    ),
+    _runtime("a prompt of equal value taken for another", "lane_table", "return torch.equal(before, value)", "return False"),
+    _runtime(
+        "what moved once is never looked at again", "lane_table", "return self._moves - self._still", "return self._moves"
+    ),
+    _runtime(
+        "the oldest of equal lanes",
+        "lane_table",
+        "return max(known, key=lambda lane: lane.step) if known else None",
+        "return known[0] if known else None",
+    ),
+    _runtime("weights that were written into", "weights_token", "                self.differs = True\n", ""),
+    _runtime("an address that is used again", "weights_token", "        self.alive = False", "        pass"),
+    _runtime(
+        "a weight that was moved is another",
+        "weights_token",
+        "any(not _equal(self._samples[i], before._samples[i]) for i in moved)",
+        "bool(moved)",
+    ),
+    _runtime(
+        "lanes told by nothing", "session", "lane = (self._lane_name, self._lane_id, own.id)", "lane = (self._lane_name, 0, 0)"
+    ),
+    _runtime(
+        "the caller's name of a lane ignored",
+        "session",
+        "lane = (self._lane_name, self._lane_id, own.id)",
+        "lane = (None, self._lane_id, own.id)",
+    ),
+    _runtime("several latents not noticed", "session", "if any(a is False for a in answers):", "if False:"),
+    _runtime(
+        "a step that raises keeps what was there",
+        "session",
+        "        self.store.drop()\n        self._computed.clear()\n\n    def emit",
+        "\n    def emit",
+    ),
+    _runtime(
+        "the length of the last run taken for every one", "session", "if steps is None or steps == self.num_steps:", "if True:"
+    ),
+    _runtime("threads share a session", "session", "if own._busy == me:", "if True:"),
+    _runtime(
+        "sessions of a model regardless of the recipe",
+        "registry",
+        "session = next((s for o, s in known if o is owner or o == owner), None)",
+        "session = next((s for _, s in known), None)",
     ),
     # store and session
     _runtime(
@@ -335,8 +414,18 @@ BUGS = (
         "tests/runtime/test_store_and_history.py",
         *MACHINE,
     ),
-    _runtime("the wrong lane's value", "session", "key = (who, call, self._lane, _forms", "key = (who, call, 0, _forms"),
-    _runtime("a value of another shape of text", "session", "self._lane, _forms(inputs, graph.activations))", "self._lane)"),
+    _runtime(
+        "a value of another shape of latent",
+        "session",
+        "key = CallKey(who, call, lane, self._token, _forms(inputs, graph.activations))",
+        "key = CallKey(who, call, lane, self._token, ())",
+    ),
+    _runtime(
+        "a value of other weights",
+        "session",
+        "        self.store.drop()\n        self._computed.clear()\n        return True",
+        "        return False",
+    ),
     _runtime(
         "values of the last generation kept",
         "session",
