@@ -62,6 +62,8 @@ class Loop:
             here.loops.remove(self)
         for stepper in self._steppers:
             stepper.uninstall()
+        if self.index == len(self.times) - 1:  # what ran in the last step alone
+            self._look_for_slots(strict=False)
         for denoiser in self._begun:
             denoiser.session.end()
         helpers = {d.name for d in self._begun if d.helper}
@@ -88,6 +90,7 @@ class Loop:
         if self._between:
             self._between, self.index = False, self.index + 1
             self._made.clear()
+            self._look_for_slots()
         self._find_helpers(denoiser, args, kwargs)
         if denoiser not in self._begun:
             self._begin(denoiser)
@@ -100,10 +103,19 @@ class Loop:
         for leaf in pytree.tree_leaves(result) if len(self.applied.denoisers) > 1 else ():
             if isinstance(leaf, Tensor):
                 self._made[id(leaf)] = leaf, denoiser
-        if not denoiser.checked:
-            denoiser.checked = True
-            self.applied.look_for_slots(denoiser)
         return result
+
+    def _look_for_slots(self, strict: bool = True) -> None:
+        """A step is over, so it is known which modules only help others: those are left alone anyway.
+
+        Args:
+            strict: also for denoisers where what is missing is an error.
+        """
+        waiting = [d for d in self._begun if not (d.checked or d.aside or d.helper) and (strict or not d.settings.strict)]
+        for denoiser in waiting:
+            denoiser.checked = True
+        for denoiser in waiting:
+            self.applied.look_for_slots(denoiser)
 
     def _begin(self, denoiser: Denoiser) -> None:
         self._begun.append(denoiser)
