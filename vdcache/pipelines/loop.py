@@ -43,6 +43,7 @@ class Loop:
         self.index = -1
         self._between = True  # the next call of a denoiser begins a step
         self._begun: list[Denoiser] = []
+        self._looked_at: list[Denoiser] = []
         self._ran: list[tuple[float, str]] = []  # timestep and denoiser of every step
         self._made: dict[int, tuple[Tensor, Denoiser]] = {}  # what the modules of this step returned, where there are several
         self.over = False
@@ -63,7 +64,7 @@ class Loop:
         for stepper in self._steppers:
             stepper.uninstall()
         if self.index == len(self.times) - 1:  # what ran in the last step alone
-            self._look_for_slots(strict=False)
+            self._look(strict=False)
         for denoiser in self._begun:
             denoiser.session.end()
         helpers = {d.name for d in self._begun if d.helper}
@@ -90,7 +91,7 @@ class Loop:
         if self._between:
             self._between, self.index = False, self.index + 1
             self._made.clear()
-            self._look_for_slots()
+            self._look()
         self._find_helpers(denoiser, args, kwargs)
         if denoiser not in self._begun:
             self._begin(denoiser)
@@ -105,13 +106,17 @@ class Loop:
                 self._made[id(leaf)] = leaf, denoiser
         return result
 
-    def _look_for_slots(self, strict: bool = True) -> None:
-        """A step is over, so it is known which modules only help others: those are left alone anyway.
+    def _look(self, strict: bool = True) -> None:
+        """A step is over, so it is known which modules only help others: those are left alone, and nothing is said of them.
 
         Args:
-            strict: also for denoisers where what is missing is an error.
+            strict: also for denoisers where a missing slot is an error.
         """
-        waiting = [d for d in self._begun if not (d.checked or d.aside or d.helper) and (strict or not d.settings.strict)]
+        ready = [d for d in self._begun if d not in self._looked_at and not (d.aside or d.helper)]
+        self._looked_at += ready
+        for denoiser in ready:
+            self.applied.say_how_little(denoiser, denoiser.session.num_steps or 0)
+        waiting = [d for d in ready if not d.checked and (strict or not d.settings.strict)]
         for denoiser in waiting:
             denoiser.checked = True
         for denoiser in waiting:
@@ -134,8 +139,6 @@ class Loop:
             self.applied.say(
                 f"{denoiser.name}: '{denoiser.settings.recipe.name}' cannot be followed for {steps} {'steps' if steps > 1 else 'step'}, so all are computed: {error}"
             )
-            return
-        self.applied.say_how_little(denoiser, steps)
 
     def _find_helpers(self, denoiser: Denoiser, args: Any, kwargs: Any) -> None:
         """What one module returns and another one takes within a step is no prediction: the former is left alone from now on."""
