@@ -116,7 +116,7 @@ def compile_graph(
             verdict.lacks("slot", size, _nothing(program, settings, "model"))
         elif whole:
             settings.say_once("clock alone", _nothing(program, settings))
-        nested = split == ""  # a function that the model calls, and that nothing goes on from
+        nested = split == "" and not resumes  # a function that the model calls, and that nothing goes on from
         if not whole and (not size or (nested and not program.clocks)):
             return _inner(graph, example_inputs, settings)
     program.compile_first(captured.wrapped.flat(example_inputs))
