@@ -13,6 +13,7 @@ from torch import nn
 
 from vdcache.backends import Backend, Settings
 from vdcache.backends.isolated import compile_isolated
+from vdcache.backends.verdict import Verdict
 from vdcache.ir.checks import check_model
 from vdcache.ir.errors import CaptureError, ConfigError, VdcacheError
 from vdcache.recipe import Recipe
@@ -123,14 +124,23 @@ class Runner:
         model: what is compiled.
         settings: recipe and compiler.
         recompile_limit: how many graphs Dynamo may make of one forward before it gives up; its own limit without.
+        slots_are_told: somebody else says where no graph of the model has a slot.
         torch_compile: `fullgraph`, `dynamic`, `mode` of torch.compile.
     """
 
     def __init__(
-        self, model: Callable[..., Any], settings: Settings, *, recompile_limit: int | None = None, **torch_compile: Any
+        self,
+        model: Callable[..., Any],
+        settings: Settings,
+        *,
+        recompile_limit: int | None = None,
+        slots_are_told: bool = False,
+        **torch_compile: Any,
     ) -> None:
+        self._but = ("slot", "probe") if slots_are_told else ()
         self.settings = settings
-        self._backend = Backend(settings, torch_compile.pop("mode", None))
+        self.verdict = Verdict(settings, model)
+        self._backend = Backend(settings, torch_compile.pop("mode", None), self.verdict)
         if settings.recipe.fixed_sizes and torch_compile.get("dynamic") is None:
             torch_compile["dynamic"] = False  # a mask is cut for sizes: where they are symbols it fits none
         self.compiled: Any = compile_isolated(model, limit=recompile_limit, backend=self._backend, **torch_compile)
@@ -143,6 +153,8 @@ class Runner:
         Args:
             run: the compiled callable, where it is not `compiled` itself.
         """
+        if not self.verdict.settled:
+            self.verdict.runs()
         try:
             with registry.using(session):
                 result = session.watch(run or self.compiled, args, kwargs)
@@ -150,8 +162,12 @@ class Runner:
             if isinstance(error.inner_exception, VdcacheError):
                 raise error.inner_exception from None  # what the user can catch and read
             raise
+        except Exception as error:
+            self.verdict.failed(error)
+            raise
         if not self._backend.called:
-            _never_called(self.settings)
+            _never_called(self.settings, self.verdict.because())
+        self.verdict.judge(session.step_index >= 0, self._but)
         return result
 
 
@@ -177,12 +193,12 @@ def original(model: Callable[..., Any]) -> Callable[..., Any]:
     return model
 
 
-def _never_called(settings: Settings) -> None:
+def _never_called(settings: Settings, because: str) -> None:
     """Dynamo ran the model without asking the backend once."""
-    message = (
-        "vdcache: Dynamo compiled nothing of this model, so nothing is reused: torch.compile is disabled (TORCHDYNAMO_DISABLE, "
-        "torch.compiler.disable), or this forward was compiled too often in this process (torch._dynamo.config.recompile_limit; "
-        "torch._dynamo.reset() forgets)"
+    message = "vdcache: Dynamo compiled nothing of this model, so nothing is reused. " + (
+        because
+        or "Either torch.compile is disabled (TORCHDYNAMO_DISABLE, torch.compiler.disable), or this forward was compiled too often in this "
+        "process (torch._dynamo.config.recompile_limit; torch._dynamo.reset() forgets)."
     )
     if settings.strict:
         raise CaptureError(message)

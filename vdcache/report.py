@@ -49,7 +49,7 @@ def summary_table(session: Session, generation: int = -1) -> Table:
     table = Table(title=f"{session.name}: generation {records[0].generation if records else '–'}", title_justify="left")
     groups = {name for step in steps for name in _groups(step)}
     columns = (
-        ("step", "right", [str(s[0].step) for s in steps]),
+        ("step", "right", [str(s[0].step) if s[0].step >= 0 else "–" for s in steps]),
         ("timestep", "right", [_number(s[0].timestep, "g") for s in steps]),
         ("lanes", "right", [str(len({r.lane for r in s})) for s in steps]),
         ("", "left", [_deed(s, named=len(groups) > 1) for s in steps]),

@@ -617,3 +617,59 @@ def test_a_transformer_that_is_exchanged_for_a_compiled_one_is_cached():
     want = sample(pipe, NAME, 3)
     pipe.transformer = torch.compile(pipe.transformer, backend="eager")
     assert torch.equal(sample(pipe, NAME, 3), want) and computed(pipe) == [due(3)]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_nothing_is_said_of_a_helper_without_a_slot(strict):
+    """Of a ControlNet, which is left alone anyway, every refusal was listed."""
+    from diffusers import CogVideoXPipeline
+
+    class Hints(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(12, 12).requires_grad_(False)
+
+        def forward(self, words):
+            return self.lin(words).tanh()
+
+    class Helped(CogVideoXPipeline):
+        @property
+        def components(self):
+            return {**super().components, "hints": self.hints}
+
+    pipe = made(NAME)
+    hints, model = Hints(), pipe.transformer
+    pipe.__class__ = Helped
+    pipe.__dict__["hints"] = hints
+    scale = pipe.scheduler.scale_model_input
+
+    def scaled(*args, **kwargs):  # the loop calls this before each call of the transformer
+        words.append(hints(text(2, 6, 12)))
+        return scale(*args, **kwargs)
+
+    words: list = []
+
+    def hinted(module, args, kwargs):
+        return args, {**kwargs, "encoder_hidden_states": words[-1]}
+
+    pipe.scheduler.scale_model_input = scaled
+    handle = model.register_forward_pre_hook(hinted, with_kwargs=True)
+    cached(pipe, strict=strict)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        sample(pipe, NAME, 4)
+    handle.remove()
+    assert session(pipe).history.computed_steps() == due(4) and applied_to(pipe).denoisers["hints"].helper
+    assert not [str(w.message) for w in said if "hints" in str(w.message)]
+
+
+def test_layerwise_casting_is_named():
+    """It was advised about offloading, and three messages said the same."""
+    pipe = made(NAME)
+    pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        sample(cached(pipe), NAME, 6)
+    (message,) = [str(w.message) for w in said if "vdcache" in str(w.message)]
+    assert "single layers (LayerwiseCastingHook)" in message and "leave out enable_layerwise_casting" in message
+    assert "offload" not in message

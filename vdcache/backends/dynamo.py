@@ -12,6 +12,7 @@ from vdcache.backends.eager import run_eagerly
 from vdcache.backends.inductor import compile_now, frame_of_backend_call
 from vdcache.backends.program import Program
 from vdcache.backends.settings import Settings
+from vdcache.backends.verdict import Verdict, breaks_since
 from vdcache.ir.capture import capture
 from vdcache.ir.errors import CaptureError, ConfigError, VdcacheError
 from vdcache.ir.ops import ATTENTION, is_work
@@ -44,22 +45,30 @@ def backend(
 class Backend:
     """The backend with its settings bound: what `vdcache.compile` hands to torch.compile."""
 
-    def __init__(self, settings: Settings, mode: str | None = None) -> None:
-        self.settings, self.mode = settings, mode
+    def __init__(self, settings: Settings, mode: str | None = None, verdict: Verdict | None = None) -> None:
+        self.settings, self.mode, self._verdict = settings, mode, verdict
         self.called = False  # Dynamo has handed over a graph
 
     def __call__(self, graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         self.called = True
-        return compile_graph(graph, example_inputs, self.settings, self.mode)
+        return compile_graph(graph, example_inputs, self.settings, self.mode, self._verdict)
 
     def __repr__(self) -> str:
         return f"vdcache({self.settings.recipe.name})"
 
 
 def compile_graph(
-    graph: fx.GraphModule, example_inputs: Sequence[Any], settings: Settings, mode: str | None = None
+    graph: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    settings: Settings,
+    mode: str | None = None,
+    verdict: Verdict | None = None,
 ) -> Callable[..., Any]:
-    """Bring one Dynamo graph under its session, or compile it plainly where that cannot be done."""
+    """Bring one Dynamo graph under its session, or compile it plainly where that cannot be done.
+
+    Args:
+        verdict: of the model, where somebody judges it when its forward has run; else each graph is judged alone.
+    """
     if mode is not None:
         settings = _with_mode(settings, mode)
     if mode in ("reduce-overhead", "max-autotune"):
@@ -75,28 +84,40 @@ def compile_graph(
     resumes = frame.startswith("torch_dynamo_resume_in")
     try:
         captured = capture(graph, example_inputs)
-        program = Program(captured, settings, family, resumes)
+        program = Program(captured, settings, family, resumes, verdict)
     except ConfigError:
         raise
     except VdcacheError as error:
         if settings.strict:
             raise
         return _plain(graph, example_inputs, settings, str(error))
-    whole = not (split or resumes)
+    whole = split is None and not resumes
+    size = sum(map(is_work, program.guarded.graph.nodes))
+    if verdict is not None:
+        verdict.ends = verdict.ends or split or ""
+        for what in (w for w, there in (("slot", program.slots), ("probe", program.probes), ("mask", program.tiled)) if there):
+            verdict.has(what)
     if whole and program.slots and not program.probes and isinstance(settings.recipe.policy, Deciding):
-        return _nothing_found(program, graph, example_inputs, settings)
+        return _nothing_found(program, graph, example_inputs, settings, verdict, size)
     if not program.tiled and (reasons := _no_mask(program, whole)):
         message = f"the masks of '{settings.recipe.name}' are on no attention of this graph: {reasons}"
-        if settings.strict:
+        if verdict is not None:
+            verdict.lacks("mask", size, message)
+        elif settings.strict:
             raise CaptureError(message)
-        settings.say_once("no mask", f"vdcache: {message}")
+        else:
+            settings.say_once("no mask", f"vdcache: {message}")
     wanted = any(not isinstance(p, TileAttention) for p in program.settings.recipe.passes)
     if wanted and not program.slots and not program.emits:
-        if whole and (settings.strict or not program.clocks):
-            return _nothing_found(program, graph, example_inputs, settings)
-        if whole:  # it may be one part of a model that breaks further out: then it is this graph that tells the time
+        # One with a clock may be part of a model that breaks further out: then it is this graph that tells the time.
+        if (whole and not program.clocks) or (whole and settings.strict and verdict is None):
+            return _nothing_found(program, graph, example_inputs, settings, verdict, size)
+        if verdict is not None:
+            verdict.lacks("slot", size, _nothing(program, settings, "model"))
+        elif whole:
             settings.say_once("clock alone", _nothing(program, settings))
-        elif not any(is_work(n) for n in program.guarded.graph.nodes):
+        nested = split == "" and not resumes  # a function that the model calls, and that nothing goes on from
+        if not whole and (not size or (nested and not program.clocks)):
             return _inner(graph, example_inputs, settings)
     program.compile_first(captured.wrapped.flat(example_inputs))
     settings.programs.append(program)
@@ -122,17 +143,29 @@ def _no_mask(program: Program, whole: bool) -> str:
 
 
 def _nothing_found(
-    program: Program, graph: fx.GraphModule, example_inputs: Sequence[Any], settings: Settings
+    program: Program,
+    graph: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    settings: Settings,
+    verdict: Verdict | None,
+    size: int,
 ) -> Callable[..., Any]:
+    if verdict is not None:
+        verdict.lacks("probe" if program.slots else "slot", size, _nothing(program, settings, "model"))
+        return _inner(graph, example_inputs, settings)
     message = _nothing(program, settings)
     if settings.strict:
         raise CaptureError(message)
+    if broken := next(iter(breaks_since({})), ""):
+        message += (
+            f"\nOther graphs may be cached, if it is the model's forward that Dynamo has broken in this process: {broken}"
+        )
     return _plain(graph, example_inputs, settings, message)
 
 
-def _nothing(program: Program, settings: Settings) -> str:
+def _nothing(program: Program, settings: Settings, where: str = "graph") -> str:
     what = "no slot" if not program.slots else "nothing to probe"
-    found = f"the recipe '{settings.recipe.name}' finds {what} in this graph"
+    found = f"the recipe '{settings.recipe.name}' finds {what} in this {where}"
     if refusals := "".join(f"\n  {r}" for r in program.refusals):
         return f"{found}; every candidate:{refusals}"
     if branches := len(program.anatomy.branches):

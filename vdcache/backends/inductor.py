@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from vdcache.ir.capture import first_line
+
 __all__ = ["Context", "compile_now", "frame_of_backend_call", "no_autocast", "package_ahead"]
 
 Compiled = Callable[..., Sequence[Any]]
@@ -102,14 +104,36 @@ class Context:
         return len(env.guards) if env is not None else 0
 
 
-def frame_of_backend_call() -> tuple[object, str, bool]:
-    """The user's frame that Dynamo compiles now: an identity shared by its recompilations, its code's name, whether Dynamo
-    split it (so that this graph is one of several)."""
+def graph_breaks() -> dict[str, int]:
+    """Why Dynamo has broken forwards in this process or left them uncompiled, and how often each."""
+    from torch._dynamo.utils import counters
+
+    return {**counters["graph_break"], **counters["unimplemented"]}
+
+
+def modes_in_force() -> str:
+    """Modes around a call under which Dynamo does not compile it as one graph, as a message names them; "" where there are none."""
+    from torch.overrides import _get_current_function_mode
+    from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+    if (mode := _get_current_dispatch_mode()) is not None:
+        return f"the dispatch mode {type(mode).__name__}"
+    if (over := _get_current_function_mode()) is not None:
+        hint = " (torch.set_default_device)" if type(over).__name__ == "DeviceContext" else ""
+        return f"the mode {type(over).__name__}{hint}"
+    return ""
+
+
+def frame_of_backend_call() -> tuple[object, str, str | None]:
+    """The user's frame that Dynamo compiles now: an identity shared by its recompilations, its code's name, and where Dynamo split
+    it (so that this graph is one of several) why, with the line; "" where it is called by a function that Dynamo broke or skipped."""
     from torch._guards import CompileContext
 
     compile_id = CompileContext.current_compile_id()
     family: object = getattr(compile_id, "frame_id", None)
-    name, split = "", False
+    name: str = ""
+    split: str | None = None
+    root: Any = None
     frame: Any = sys._getframe(1)
     while frame is not None:
         owner = frame.f_locals.get("self")
@@ -117,7 +141,25 @@ def frame_of_backend_call() -> tuple[object, str, bool]:
         if root is not None and hasattr(root, "f_code"):
             name = root.f_code.co_name
             reason = getattr(owner, "compile_subgraph_reason", None)
-            split = bool(getattr(reason, "graph_break", False))
+            if reason is not None and getattr(reason, "graph_break", False):
+                stack = list(getattr(reason, "user_stack", None) or ())
+                split = first_line(str(reason.reason)) + (f" (at {stack[-1].filename}:{stack[-1].lineno})" if stack else "")
             break
         frame = frame.f_back
+    if split is None and root is not None and _is_nested(frame, root.f_code):
+        split = ""
     return (family if family is not None else object()), name, split
+
+
+def _is_nested(frame: Any, code: Any) -> bool:
+    """Whether a function that Dynamo compiles is called by another one below the compiled model, which Dynamo has broken or skipped."""
+    while frame is not None:
+        file, name = frame.f_code.co_filename, frame.f_code.co_name
+        if name == "compile_wrapper" and "_dynamo" in file:  # torch 2.11 to 2.13: what torch.compile puts around a model
+            return False
+        generated = any(n.startswith(("__compiled_fn", "__resume_at")) for n in frame.f_code.co_names)
+        own = file.startswith((torch.__path__[0], "<")) or str(frame.f_globals.get("__name__")).partition(".")[0] == "vdcache"
+        if frame.f_code is not code and (generated or not own):
+            return True
+        frame = frame.f_back
+    return False

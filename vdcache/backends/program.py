@@ -17,6 +17,7 @@ from vdcache.backends.inductor import Compiled, Context, compile_now, no_autocas
 from vdcache.backends.kernels.choose import Choice
 from vdcache.backends.lowering import lower_tiles, tile_sites
 from vdcache.backends.settings import Settings
+from vdcache.backends.verdict import Verdict, breaks_since
 from vdcache.ir import dialect
 from vdcache.ir.capture import Captured
 from vdcache.ir.dialect import group_of
@@ -119,11 +120,20 @@ class Program:
     Args:
         captured: the graph as it came in.
         settings: recipe and compiler.
-        frame: identity of the user's frame, and whether this graph goes on where another one left off.
+        frame: identity of the user's frame.
+        resumes: whether this graph goes on where another one left off.
+        verdict: of the model, which knows why its forward is broken.
     """
 
-    def __init__(self, captured: Captured, settings: Settings, frame: Hashable = None, resumes: bool = False) -> None:
-        self.settings, self.family, self._resumes = settings, frame, resumes
+    def __init__(
+        self,
+        captured: Captured,
+        settings: Settings,
+        frame: Hashable = None,
+        resumes: bool = False,
+        verdict: Verdict | None = None,
+    ) -> None:
+        self.settings, self.family, self._resumes, self._verdict = settings, frame, resumes, verdict
         self._captured = captured
         pipeline = settings.recipe.pipeline
         self.guarded, self.steps = self._guard(pipeline)
@@ -264,6 +274,14 @@ class Program:
         """Why what the recipe observes is not in this graph."""
         silent = (s for s in self.steps if s.text.partition("{")[0] == Observe.name and not s.rewrites)
         return tuple(f"{s.text} found nothing, {reason}" for s in silent for r in s.refusals for reason in r.reasons)
+
+    @property
+    def broken(self) -> str:
+        """Why Dynamo broke the forward that this graph is part of, in sentences; "" where nothing is known."""
+        advice = "Remove the break, or say where each step begins with session.begin() and session.step()."
+        if self._verdict is not None:
+            return self._verdict.because(advice)
+        return ""
 
     @property
     def refusals(self) -> tuple[Refusal, ...]:
@@ -435,7 +453,7 @@ class Program:
 
     def _alone(self, inputs: Sequence[Any]) -> Sequence[Any]:
         """Run without a session: everything is computed, nothing is kept."""
-        if self.slots or not self.tiled:
+        if self.slots:
             self._say_no_session()
         more = self._zeros(self._more, inputs)
         carried = [*more, *self._look([*inputs, *more], None).carried]
@@ -445,11 +463,18 @@ class Program:
             return run(*inputs, *carried, *zeros)[: self._results]
 
     def _say_no_session(self) -> None:
+        reason = next(iter(breaks_since({})), "")
+        broken = (
+            f"If it is part of a forward that Dynamo has broken in this process, the reason is: {reason.rstrip('.')}. "
+            if reason
+            else ""
+        )
         self.settings.say_once(
             "no session",
-            "vdcache: a graph runs outside any session and is computed in full: no timestep is seen in it. A timestep is a tensor "
-            "that reaches a sine or cosine and then a layer (a Python float reaches none: pass a tensor). If the model embeds its time otherwise, or "
-            "breaks into several graphs, use model = vdcache.compile(model); model.vdcache.begin(steps) and .step() then say the step.",
+            f"vdcache: a graph runs outside any session and is computed in full: no timestep is seen in it. {broken}A timestep is a tensor "
+            "that reaches a sine or cosine and then a layer (a Python float reaches none: pass a tensor). If the model embeds its time otherwise, "
+            "breaks into several graphs, or is compiled block by block (compile_repeated_blocks), compile the whole of it: "
+            "model = vdcache.compile(model); model.vdcache.begin(steps) and .step() then say the step.",
         )
 
     def _zeros(self, values: Sequence[Tensor], inputs: Sequence[Any]) -> list[Tensor]:

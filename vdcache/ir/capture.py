@@ -363,4 +363,4 @@ def first_line(error: BaseException | str) -> str:
     """What an error says first, and the explanation that Dynamo gives further down."""
     lines = str(error).strip().splitlines()
     explained = next((line.strip() for line in lines if line.strip().startswith("Explanation:")), "")
-    return ": ".join(part for part in (lines[0] if lines else "", explained.removeprefix("Explanation: ")) if part)
+    return ": ".join(part for part in (lines[0] if lines else "", explained.removeprefix("Explanation:").strip()) if part)

@@ -18,7 +18,7 @@ from vdcache.ir.errors import CacheStateError, CaptureError, ConfigError, warn_o
 from vdcache.pipelines.denoiser import Denoiser, InPlace, Lanes, Switch
 from vdcache.pipelines.experts import Experts
 from vdcache.pipelines.forecast import most_reused
-from vdcache.pipelines.foreign import cache_on, is_encoder, runs_loop
+from vdcache.pipelines.foreign import cache_on, instead_of, is_encoder, layer_hooks, runs_loop
 from vdcache.pipelines.loop import Bars, Loop
 from vdcache.recipe import Recipe
 
@@ -252,7 +252,9 @@ class Applied:
         with _making:
             found = _runners.get(key)
             if found is None:
-                found = _runners[key] = Runner(forward, _fresh(settings), recompile_limit=MOST_GRAPHS, **self.torch_compile)
+                found = _runners[key] = Runner(
+                    forward, _fresh(settings), recompile_limit=MOST_GRAPHS, slots_are_told=True, **self.torch_compile
+                )
             self._runners.append(found)  # as long as this pipeline is cached
         return found
 
@@ -323,13 +325,11 @@ class Applied:
         ]
         message = f"the recipe '{recipe.name}' finds no slot in {denoiser.name} ({type(denoiser.module).__name__}), so every step of it is computed"
         message += f"; {', '.join(others)} is cached" if others else ""
-        hooked = any("forward" in m.__dict__ and not any(m.children()) for m in denoiser.module.modules())
-        hint = (
-            "Hooks on its single layers break it into pieces that hold no branch: offload whole models (enable_model_cpu_offload) or whole "
-            "blocks (enable_group_offload with offload_type='block_level') instead"
-            if hooked
-            else f"vdcache.apply(pipe, {{{denoiser.name!r}: another_recipe, …}}) gives each its own; vdcache.explain shows what there is"
-        )
+        if hooks := layer_hooks(denoiser.module):
+            hint = f"Hooks on its single layers ({', '.join(sorted(hooks))}) break it into pieces that hold no branch: {instead_of(hooks)}"
+        else:
+            hint = f"vdcache.apply(pipe, {{{denoiser.name!r}: another_recipe, …}}) gives each its own; vdcache.explain shows what there is"
+            hint += f". {why[0].upper()}{why[1:]}" if (why := denoiser.why_no_slot) else ""
         if denoiser.settings.strict:
             raise CaptureError(f"{message}. {hint}")
         self.say(f"{message}. {hint}", key=f"no slot {denoiser.name}")

@@ -185,6 +185,12 @@ class Denoiser:
     def module(self) -> Any:
         return self._module()
 
+    @property
+    def why_no_slot(self) -> str:
+        """Why no graph of it has a slot, with every candidate; "" where some graph has one."""
+        verdict = self._compiled.verdict if self._compiled is not None else None
+        return (verdict.why("slot") or verdict.why("probe")) if verdict is not None else ""
+
     def at_step(self, step: int, timestep: float | None) -> None:
         """Be at a step of the loop."""
         if self.step != step:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["Place", "boundary", "cache_on", "is_encoder", "places", "runs_loop"]
+__all__ = ["Place", "boundary", "cache_on", "instead_of", "is_encoder", "layer_hooks", "places", "runs_loop"]
 
 
 class Place:
@@ -72,6 +72,22 @@ def cache_on(pipe: Any, name: str, module: nn.Module) -> str | None:
                     f"HookRegistry.check_if_exists_or_initialize(pipe.{name}).remove_hook({hook_name!r}, recurse=True)"
                 )
     return None
+
+
+def layer_hooks(module: nn.Module) -> set[str]:
+    """The hooks that stand in front of single layers, by the names of their classes."""
+    found = set()
+    for layer in (m for m in module.modules() if "forward" in m.__dict__ and not any(m.children())):
+        registry, own = getattr(layer, "_diffusers_hook", None), getattr(layer, "_hf_hook", None)
+        found |= {type(h).__name__ for h in (*getattr(registry, "hooks", {}).values(), *([own] if own is not None else []))}
+    return found
+
+
+def instead_of(hooks: set[str]) -> str:
+    """What to use instead of hooks on single layers."""
+    if hooks == {"LayerwiseCastingHook"}:  # of enable_layerwise_casting
+        return "leave out enable_layerwise_casting, or keep the weights small by quantising them (torchao's weights of 8 bits are cached like any)"
+    return "offload whole models (enable_model_cpu_offload) or whole blocks (enable_group_offload with offload_type='block_level') instead"
 
 
 def is_encoder(module: nn.Module) -> bool:

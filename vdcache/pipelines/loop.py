@@ -46,6 +46,7 @@ class Loop:
         self._heard = -1  # the last step in which a scheduler of the pipeline went on
         self._between = True  # the next call of a denoiser begins a step
         self._begun: list[Denoiser] = []
+        self._looked_at: list[Denoiser] = []
         self._ran: list[tuple[float, str]] = []  # timestep and denoiser of every step
         self._made: dict[int, tuple[Tensor, Denoiser]] = {}  # what the modules of this step returned, where there are several
         self.over = False
@@ -65,6 +66,8 @@ class Loop:
             here.loops.remove(self)
         for stepper in self._steppers:
             stepper.uninstall()
+        if self.index == len(self.times) - 1:  # what ran in the last step alone
+            self._look(strict=False)
         for denoiser in self._begun:
             denoiser.session.end()
         helpers = {d.name for d in self._begun if d.helper}
@@ -100,6 +103,7 @@ class Loop:
             return self._remember(denoiser, forward(*args, **kwargs))
         if self._between:
             self._between, self.index = False, self.index + 1
+            self._look()
         taken = self._taken_from_helpers(denoiser, args, kwargs)
         if denoiser not in self._begun:
             self._begin(denoiser)
@@ -111,10 +115,23 @@ class Loop:
         for number, tensor in taken.items():
             denoiser.session.moves(tensor, number)
         result = self._remember(denoiser, denoiser.run(forward, self.lane_names.get(id(module)), args, kwargs))
-        if not denoiser.checked:
-            denoiser.checked = True
-            self.applied.look_for_slots(denoiser)
         return result
+
+    def _look(self, strict: bool = True) -> None:
+        """A step is over, so it is known which modules only help others: those are left alone, and nothing is said of them.
+
+        Args:
+            strict: also for denoisers where a missing slot is an error.
+        """
+        ready = [d for d in self._begun if d not in self._looked_at and not (d.aside or d.helper)]
+        self._looked_at += ready
+        for denoiser in ready:
+            self.applied.say_how_little(denoiser, denoiser.session.num_steps or 0)
+        waiting = [d for d in ready if not d.checked and (strict or not d.settings.strict)]
+        for denoiser in waiting:
+            denoiser.checked = True
+        for denoiser in waiting:
+            self.applied.look_for_slots(denoiser)
 
     def _begin(self, denoiser: Denoiser) -> None:
         self._begun.append(denoiser)
@@ -133,8 +150,6 @@ class Loop:
             self.applied.say(
                 f"{denoiser.name}: '{denoiser.settings.recipe.name}' cannot be followed for {steps} {'steps' if steps > 1 else 'step'}, so all are computed: {error}"
             )
-            return
-        self.applied.say_how_little(denoiser, steps)
 
     def _remember(self, denoiser: Denoiser, result: Any) -> Any:
         """What a module returned in this step, where another one may take it."""

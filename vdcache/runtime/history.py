@@ -23,7 +23,8 @@ class Record:
     """One call of the model's graph.
 
     Args:
-        generation, step, lane: where in the run, each counted from 0; `lane` is a name where the user gave one.
+        generation, step, lane: where in the run, each counted from 0; `lane` is a name where the user gave one. Before any step is known,
+            generation and step are −1.
         timestep: the clock's value (the largest one of a batch), None under explicit control.
         plan: what the step was meant to reuse.
         reused: slots that were really reused in this call.
@@ -129,9 +130,9 @@ class History:
         return [r for r in self.records if r.generation == number]
 
     def computed_steps(self, generation: int = -1) -> list[int]:
-        """The steps of a generation in which at least one lane was computed."""
+        """The steps of a generation in which at least one lane was computed; not what ran before any step was known."""
         steps: dict[int, list[Record]] = {}
-        for record in self.generation(generation):
+        for record in (r for r in self.generation(generation) if r.step >= 0):
             steps.setdefault(record.step, []).append(record)
         return sorted(step for step, records in steps.items() if any_computed(records))
 

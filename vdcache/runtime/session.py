@@ -452,7 +452,7 @@ class Session:
         self.history.add(ticket.record)
         tell(ticket.record)
         self._hit = self._hit or bool(ticket.record.reused)
-        if self._last() and self._skips and not self._hit:
+        if self._last() and self._skips and not self._hit and any(getattr(g, "slots", True) for g in self._graphs):
             unobserved = dict.fromkeys(why for g in self._graphs for why in g.unobserved)
             self._notices.nothing_reused(self.num_steps, self.history.generation(), tuple(unobserved))
         self._step_records.append(ticket.record)
@@ -551,8 +551,8 @@ class Session:
             return True
         if self._step < 0 or self._ticker is None:
             self._early.add(graph.family)
-            if not graph.clocks:
-                self._notices.no_clock()
+            if not graph.clocks and getattr(graph, "slots", True):
+                self._notices.no_clock(getattr(graph, "broken", ""))
         return graph.family not in self._early and self._step >= 0
 
     def _drives(self, graph: CompiledGraph) -> bool:
