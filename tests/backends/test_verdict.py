@@ -134,12 +134,13 @@ def test_a_break_among_the_blocks_is_named():
     assert "sine" not in said
     session = model.vdcache
     assert session.history.computed_steps() == [] and "0 steps computed" in repr(session)
-    session.begin(STEPS)
-    with torch.no_grad():
-        for step in range(STEPS):
-            session.step()
-            model(latent(step), time_of(step), words())
-    assert session.history.computed_steps() == DUE
+    for computed in ({1, *DUE}, {*DUE}):  # one step more, once: to learn that the gates, which Python makes, move with the timestep
+        session.begin(STEPS)
+        with torch.no_grad():
+            for step in range(STEPS):
+                session.step()
+                model(latent(step), time_of(step), words())
+        assert session.history.computed_steps() == sorted(computed)
 
 
 def test_the_string_backend_names_the_break_as_well():

@@ -4,8 +4,8 @@ The inputs of a graph that are neither weights, nor the timestep, nor the latent
 same within a generation, and differ between its lanes. A call belongs to the lane whose conditioning it has: the same objects,
 unchanged, or objects of equal value. A call with a conditioning that no lane has is a new lane, for which nothing is cached.
 
-Inputs that depend on the timestep (a ControlNet's residuals, what an earlier graph of the same forward computed) cannot be told from
-prompts by their looks. They change at every step, so an input that changed at every step of the generation so far is left out.
+Inputs that depend on the timestep (residuals that another network computes from the latent) cannot be told from prompts by their
+looks. They change at every step, so an input that changed at every step of the generation so far is left out.
 """
 
 from __future__ import annotations
