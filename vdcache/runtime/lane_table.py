@@ -118,12 +118,12 @@ class Question:
     lane: Lane | None = None
     equal: list[tuple[Lane, list[bool | Tensor]]] = field(default_factory=list)
 
-    def wanted(self) -> list[Tensor]:
+    def unread(self) -> list[Tensor]:
         """What must be read from a device."""
         return [e for _, row in self.equal for e in row if isinstance(e, Tensor)]
 
     def told(self, answers: Sequence[bool]) -> None:
-        """What was read, in the order of `wanted`."""
+        """What was read, in the order of `unread`."""
         rest = iter(answers)
         self.equal = [(lane, [next(rest) if isinstance(e, Tensor) else e for e in row]) for lane, row in self.equal]
 
@@ -172,7 +172,7 @@ class LaneTable:
         return question
 
     def known(self, question: Question) -> Lane | None:
-        """The lane of a call, if there is one. What `question` wanted must have been told."""
+        """The lane of a call, if there is one. `question` must have been told what was unread."""
         moving = self.moving
         known = [question.lane] if question.lane is not None else []
         if not known:
@@ -181,7 +181,7 @@ class LaneTable:
         return max(known, key=lambda lane: lane.step) if known else None
 
     def settle(self, question: Question, generation: int, step: int) -> tuple[Lane, bool]:
-        """The lane of a call, and whether it is new. What `question` wanted must have been told.
+        """The lane of a call, and whether it is new. `question` must have been told what was unread.
 
         Args:
             generation, step: where the call stands.

@@ -612,7 +612,7 @@ class Session:
                 wanted.append(value)
             else:
                 keys[-1] = (float(value),)
-        asked = question.wanted()
+        asked = question.unread()
         wanted += asked
         same: bool | Tensor | None = None
         if question.lane is not None and graph.latent is not None:
@@ -677,7 +677,7 @@ class Session:
             return lane, self._placed_new
         table = self._table(graph)
         question = table.ask(self._conditioning(graph, inputs))
-        if wanted := question.wanted():
+        if wanted := question.unread():
             answers, syncs = read(wanted)
             self._syncs += syncs
             question.told([bool(a[0]) for a in answers])
