@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -117,7 +117,7 @@ class CompiledGraph(Protocol):
         """Compile every variant."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class CallKey:
     """What the cached values of a call belong to, within one generation.
 
@@ -134,6 +134,13 @@ class CallKey:
     lane: tuple[int | str | None, int, int]
     weights: int
     forms: Hashable
+    _hash: int = field(init=False, compare=False, repr=False)  # made once: a call looks its values up many times
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_hash", hash((self.graph, self.call, self.lane, self.weights, self.forms)))
+
+    def __hash__(self) -> int:
+        return self._hash
 
 
 Emitted = tuple[CompiledGraph, dict[str, Tensor]]  # a graph, and its emitted values by name

@@ -696,13 +696,15 @@ class Session:
 
         What moves with the timestep counts as the latent does: where both are equal it is the same call again.
         """
-        moving = [i for at, i in enumerate(graph.conditioning) if at in self._table(graph).moving]
+        moves = self._table(graph).moving
+        moving = [inputs[i] for at, i in enumerate(graph.conditioning) if at in moves] if moves else []
         values = [inputs[i] for i in graph.latents]
-        held = self._seen.get((who, call, lane))
-        self._seen[who, call, lane] = [*(Held(v) for v in values), *(Held(inputs[i], sampled=True) for i in moving)]
+        at = who, call, lane
+        held = self._seen.get(at)
+        self._seen[at] = [*map(Held, values), *(Held(v, sampled=True) for v in moving)]
         if held is None:
             return False
-        values += [inputs[i] for i in moving]
+        values += moving
         answers = [compare(h, v) for h, v in zip(held, values, strict=False)]
         if same_latent is not None and answers:
             answers[0] = same_latent
