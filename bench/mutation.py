@@ -376,8 +376,8 @@ BUGS = (
     _runtime(
         "a weight that was moved is another",
         "weights_token",
-        "any(not _equal(self._samples[i], before._samples[i]) for i in moved)",
-        "bool(moved)",
+        "self.differs = now != then",
+        "self.differs = True",
     ),
     _runtime(
         "lanes told by nothing", "session", "lane = (self._lane_name, self._lane_id, own.id)", "lane = (self._lane_name, 0, 0)"

@@ -46,11 +46,12 @@ class DiT(nn.Module):
         super().__init__()
         self.dim = dim
         self.inp, self.text, self.out = nn.Linear(16, dim), nn.Linear(32, dim), nn.Linear(dim, 16)
+        self.time = nn.Linear(dim, dim)
         self.blocks = nn.ModuleList(Block(dim) for _ in range(blocks))
 
     def forward(self, latent: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
         angles = timestep[:, None] * torch.exp(-9 * torch.arange(self.dim // 2, device=latent.device) / self.dim * 2)
-        time = torch.cat([angles.sin(), angles.cos()], -1) + self.text(text).mean(1)
+        time = self.time(torch.cat([angles.sin(), angles.cos()], -1)) + self.text(text).mean(1)
         h = self.inp(latent)
         for block in self.blocks:
             h = block(h, time)

@@ -8,14 +8,20 @@ from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from vdcache.errors import ConfigError
-from vdcache.runtime.device_time import DeviceTime
 from vdcache.runtime.measures import Measured
 from vdcache.runtime.plan import RECOMPUTE, Plan
 
 __all__ = ["History", "Record", "any_computed", "by_generation", "record", "unheard"]
+
+
+class Timer(Protocol):
+    """A clock of the device, as `DeviceTime` is one. Packages run where there is no torch, so this file knows no more of it."""
+
+    def done(self) -> bool: ...
+    def seconds(self) -> float: ...
 
 
 @dataclass
@@ -53,7 +59,7 @@ class Record:
     def computed(self) -> bool:
         return not self.reused
 
-    def timed(self, device: DeviceTime | None, host_seconds: float) -> None:
+    def timed(self, device: Timer | None, host_seconds: float) -> None:
         """How long the call took: on the host, and by its device's events where it has them."""
         self.host_seconds = self.seconds = host_seconds
         self.__dict__["_device"] = device
@@ -64,7 +70,7 @@ class Record:
             self.seconds  # noqa: B018 — reading it is what settles it
         return self._device is None
 
-    _device: ClassVar[DeviceTime | None] = None
+    _device: ClassVar[Timer | None] = None
 
 
 def _seconds(record: Record) -> float:

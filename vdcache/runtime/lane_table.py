@@ -143,6 +143,8 @@ class LaneTable:
         self._changed: set[int] = set()
         self._always: frozenset[int] | None = None  # inputs that changed at every step so far; None before the second one
         self._moves: frozenset[int] = frozenset()  # inputs that depend on the timestep, as the steps before have shown
+        self._sure: frozenset[int] = frozenset()  # those that a whole generation showed, more than two steps of it
+        self._seen_changes = 0  # how many steps of this generation could show it
         self._rewritten: set[int] = set()  # inputs whose objects their owner writes into
 
     @property
@@ -249,8 +251,11 @@ class LaneTable:
         """Be at a step: what the last one showed is known now."""
         if generation != self._generation:
             self._close()
+            if self._seen_changes > 1:
+                self._sure = self._moves
             self._lanes.clear()
             self._generation, self._step, self._always = generation, step, None
+            self._moves, self._seen_changes = self._sure, 0
         elif step != self._step:
             self._close()
             self._step = step
@@ -260,6 +265,7 @@ class LaneTable:
             changed = (self._changed | self._moves) - self._still
             self._always = frozenset(changed if self._always is None else self._always & changed)
             self._moves = self._always
+            self._seen_changes += 1
         self._still, self._changed = set(), set()
 
 

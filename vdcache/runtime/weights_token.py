@@ -77,7 +77,9 @@ class _Weights:
             elif self.versions[i] != before.versions[i]:  # written into
                 self.differs = True
                 self._samples[i] = sample(weight)
-        self.differs = self.differs or any(not _equal(self._samples[i], before._samples[i]) for i in moved)
+        if moved and not self.differs:
+            now, then = (_on_host([of._samples[i] for i in moved]) for of in (self, before))
+            self.differs = now != then
 
     def _died(self, _: Any) -> None:
         self.alive = False
@@ -90,8 +92,7 @@ class _Weights:
         mine = {(i, v) for i, v in zip(self.ids, self.versions, strict=True)} if self.alive else set()
         if all(key in mine for key in zip(other.ids, other.versions, strict=True)):
             return True
-        own = {_bits(s) for s in self._samples}
-        return all(_bits(s) in own for s in other._samples)
+        return set(_on_host(other._samples)) <= set(_on_host(self._samples))
 
 
 def _versions(weights: Sequence[Tensor]) -> list[int | None]:
@@ -114,9 +115,16 @@ def sample(weight: Tensor) -> Tensor:
         return picked.contiguous().view(torch.uint8).reshape(-1)
 
 
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.equal(a.cpu(), b.cpu())
-
-
-def _bits(sampled: Tensor) -> bytes:
-    return bytes(sampled.cpu().tolist())
+def _on_host(samples: Sequence[Tensor]) -> list[bytes]:
+    """The bits of samples; waits once for each device."""
+    found = [b""] * len(samples)
+    by_device: dict[torch.device, list[int]] = {}
+    for i, one in enumerate(samples):
+        by_device.setdefault(one.device, []).append(i)
+    for members in by_device.values():
+        flat = bytes(torch.cat([samples[i] for i in members]).tolist())
+        at = 0
+        for i in members:
+            found[i] = flat[at : at + samples[i].numel()]
+            at += samples[i].numel()
+    return found
