@@ -6,11 +6,14 @@ unchanged, or objects of equal value. A call with a conditioning that no lane ha
 
 Inputs that depend on the timestep (residuals that another network computes from the latent) cannot be told from prompts by their
 looks. They change at every step, so an input that changed at every step of the generation so far is left out.
+Where the forward of the model is watched, what it makes itself (between two graphs) is told from what it is given, and says nothing
+of the lane, unless the very object was there at an earlier step: then it is a part of the model's state.
 """
 
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,12 +37,14 @@ class Held:
         value: a tensor or a number.
         copied: keep a copy of the tensor's value.
         sampled: keep no more than some of its elements, because it is large and another one at every step.
+        weak: know it by identity alone, without keeping it alive.
     """
 
-    __slots__ = ("_copy", "_value", "sampled", "version")
+    __slots__ = ("_copy", "_ref", "_value", "sampled", "version")
 
-    def __init__(self, value: Any, *, copied: bool = False, sampled: bool = False) -> None:
+    def __init__(self, value: Any, *, copied: bool = False, sampled: bool = False, weak: bool = False) -> None:
         self._copy: Tensor | None = None
+        self._ref: weakref.ref[Tensor] | None = None
         self._value: Any = value
         self.version: int | None = None
         self.sampled = sampled and isinstance(value, Tensor)
@@ -47,26 +52,33 @@ class Held:
             return
         if not value.is_inference():
             self.version = value._version
-        if self.sampled:
+        if weak:
+            self._ref, self._value, self.sampled = weakref.ref(value), None, False
+        elif self.sampled:
             self._copy, self._value = sample(value), None
         elif copied or self.version is None:
             self._copy = value.clone()
 
+    @property
+    def object(self) -> Any:
+        """What the caller passed; None where it is gone."""
+        return self._value if self._ref is None else self._ref()
+
     def is_same_object(self, value: Any) -> bool:
         """Whether `value` is the very object, not written into since; equal numbers are the same."""
         if isinstance(value, Tensor):
-            return self._value is value and self.version is not None and value._version == self.version
+            return self.object is value and self.version is not None and value._version == self.version
         return type(value) is type(self._value) and bool(value == self._value)
 
     def written(self, value: Any) -> bool:
         """Whether `value` is the very object, and its owner has written into it since (or may have)."""
-        return isinstance(value, Tensor) and self._value is value and not self.is_same_object(value)
+        return isinstance(value, Tensor) and self.object is value and not self.is_same_object(value)
 
     def earlier(self) -> Tensor | None:
         """The value that it had; None where nobody knows it any more."""
         if self._copy is not None:
             return self._copy
-        value = self._value
+        value = self.object
         return value if isinstance(value, Tensor) and self.version is not None and value._version == self.version else None
 
 
@@ -115,6 +127,7 @@ class Question:
     """
 
     values: Sequence[Any]
+    inside: frozenset[int] = frozenset()  # inputs that the forward itself has made
     lane: Lane | None = None
     equal: list[tuple[Lane, list[bool | Tensor]]] = field(default_factory=list)
 
@@ -143,8 +156,7 @@ class LaneTable:
         self._changed: set[int] = set()
         self._always: frozenset[int] | None = None  # inputs that changed at every step so far; None before the second one
         self._moves: frozenset[int] = frozenset()  # inputs that depend on the timestep, as the steps before have shown
-        self._sure: frozenset[int] = frozenset()  # those that a whole generation showed, more than two steps of it
-        self._seen_changes = 0  # how many steps of this generation could show it
+        self._stayed: frozenset[int] = frozenset()  # inputs made inside whose very object was there at an earlier step
         self._rewritten: set[int] = set()  # inputs whose objects their owner writes into
 
     @property
@@ -152,20 +164,22 @@ class LaneTable:
         """The inputs that depend on the timestep, as far as is known: they say nothing of the lane."""
         return self._moves - self._still if self._moves else self._moves
 
-    def ask(self, values: Sequence[Any]) -> Question:
+    def ask(self, values: Sequence[Any], inside: frozenset[int] = frozenset()) -> Question:
         """Compare a call's conditioning with that of every lane. Reads no value of a device.
 
         Args:
             values: of the conditioning inputs, always in the same order.
+            inside: those that the forward itself has made.
         """
-        moving = self.moving
+        inside -= self._stayed
+        moving = self.moving | inside if inside else self.moving
         if not moving:  # by far the most calls: the very objects tell the lane
             same = [lane for lane in self._lanes if all(map(Held.is_same_object, lane.held, values))]
             if same:
-                return Question(values, same[0] if len(same) == 1 else max(same, key=lambda lane: lane.step))
+                return Question(values, lane=same[0] if len(same) == 1 else max(same, key=lambda lane: lane.step))
         asked = [i for i in range(len(values)) if i not in moving]
         same = [lane for lane in self._lanes if all(lane.held[i].is_same_object(values[i]) for i in asked)]
-        question = Question(values, max(same, key=lambda lane: lane.step) if same else None)
+        question = Question(values, inside, max(same, key=lambda lane: lane.step) if same else None)
         for lane in self._lanes:
             self._rewritten.update(i for i in asked if lane.held[i].written(values[i]))
             row: list[bool | Tensor] = [
@@ -177,7 +191,7 @@ class LaneTable:
 
     def known(self, question: Question) -> Lane | None:
         """The lane of a call, if there is one. `question` must have been told what was unread."""
-        moving = self.moving
+        moving = self.moving | question.inside
         known = [question.lane] if question.lane is not None else []
         if not known:
             known = [lane for lane, row in question.equal if all(e for i, e in enumerate(row) if i not in moving)]
@@ -195,26 +209,31 @@ class LaneTable:
         found = self.known(question)
         if self._always is None or self._always:  # something may still turn out to move
             self._learn(question)
-        if found is not None and found is question.lane and not self._moves:
+        if found is not None and found is question.lane and not self._moves and not question.inside:
             found.step = step
             return found, False
         if found is None:
             if len(self._lanes) >= MOST_LANES:
                 self._lanes.remove(min(self._lanes, key=lambda lane: lane.step))
-            held = [self._hold(i, v) for i, v in enumerate(values)]
+            held = [self._hold(i, v, question) for i, v in enumerate(values)]
             found = Lane(next(_ids), self._label_of_new(question), held, step)
             self._lanes.append(found)
             return found, True
         for i, value in enumerate(values):
             held_now = found.held[i]
+            if i in question.inside and found.step < step and held_now.is_same_object(value):
+                self._stayed |= {i}
             # Of an inference tensor the copy is what counts, and it is equal.
-            if not held_now.is_same_object(value) and (held_now.version is not None or held_now.sampled):
-                found.held[i] = self._hold(i, value)
+            if i in question.inside or (
+                not held_now.is_same_object(value) and (held_now.version is not None or held_now.sampled)
+            ):
+                found.held[i] = self._hold(i, value, question)
         found.step = step
         return found, False
 
-    def _hold(self, i: int, value: Any) -> Held:
-        return Held(value, copied=i in self._rewritten, sampled=i in self.moving)
+    def _hold(self, i: int, value: Any, question: Question) -> Held:
+        weak = i in question.inside and i not in self._stayed and isinstance(value, Tensor)
+        return Held(value, copied=i in self._rewritten, sampled=i in self.moving, weak=weak)
 
     def clear(self) -> None:
         """Let go of every lane; what is known of the inputs stays."""
@@ -242,6 +261,8 @@ class LaneTable:
             return
         rows = [row for lane, row in question.equal if lane.step == self._step - 1]
         for i, value in enumerate(question.values):
+            if i in question.inside:
+                continue
             if any(lane.held[i].is_same_object(value) for lane in before) or any(row[i] for row in rows):
                 self._still.add(i)
             elif question.lane is None or i in self._moves:
@@ -251,11 +272,9 @@ class LaneTable:
         """Be at a step: what the last one showed is known now."""
         if generation != self._generation:
             self._close()
-            if self._seen_changes > 1:
-                self._sure = self._moves
             self._lanes.clear()
             self._generation, self._step, self._always = generation, step, None
-            self._moves, self._seen_changes = self._sure, 0
+            self._moves = frozenset()  # learnt anew, so that equal generations have equal outputs
         elif step != self._step:
             self._close()
             self._step = step
@@ -265,7 +284,6 @@ class LaneTable:
             changed = (self._changed | self._moves) - self._still
             self._always = frozenset(changed if self._always is None else self._always & changed)
             self._moves = self._always
-            self._seen_changes += 1
         self._still, self._changed = set(), set()
 
 

@@ -7,7 +7,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -126,6 +126,9 @@ class Session:
         self._entered = 0  # how many calls have come through
         self._driver: Hashable = None  # under explicit control: the call that began the current lane
         self._in_forward: int | None = None  # graphs that ran in this forward of the model; None where nobody watches forwards
+        self._given: set[int] | None = (
+            None  # what this forward was given, by identity; None where nobody watches, or one graph is all
+        )
         self._calls: dict[Hashable, int] = {}  # how often each graph ran in the current lane
         self._lanes = 0  # how many lanes the current step has had under explicit control
         self._explicit_step = False  # step() was called in this generation
@@ -236,13 +239,14 @@ class Session:
         before = self._entered
         self._emitted.clear()
         self._in_forward = 0
+        self._given = {id(x) for x in _tensors((*args, *kwargs.values()))} if len(self._graphs) != 1 else None
         try:
             result = run(*args, **kwargs)
         except BaseException:
             self.failed()
             raise
         finally:
-            self._in_forward = None
+            self._in_forward = self._given = None
         for listen in self.listeners if self._entered > before else ():
             listen(self.history[-1], tuple(self._emitted), result)
         if before and self._entered == before:
@@ -325,7 +329,7 @@ class Session:
         if self._in_forward is not None:
             self._in_forward += 1
         call = self._calls[who] = self._calls.get(who, -1) + 1
-        own, new = self._own_lane(graph, inputs)
+        own, new = self._own_lane(graph, who, inputs, call)
         lane = (self._lane_name, self._lane_id, own.id)
         repeated = self._repeats(graph, who, call, lane, inputs) or self._repeated
         if repeated:
@@ -420,7 +424,7 @@ class Session:
             at = ticket.key.graph, ticket.key.call
             if isinstance(value, Tensor) and at not in self._first_lane:
                 self._first_lane[at] = Held(value)
-        for number, result in enumerate(results) if len(results) > 1 or len(self._graphs) > 1 else ():
+        for number, result in enumerate(results) if self._given is not None or len(self._graphs) > 1 else ():
             if isinstance(result, Tensor):
                 origin = ticket.key.graph, ticket.key.call, ticket.key.lane, number
                 self._made[id(result)] = weakref.ref(result), origin, ticket.graph.family, self._lanes_begun
@@ -545,7 +549,7 @@ class Session:
             # A lane begins with a forward; where nobody watches those, with the step's first graph, which comes again with every lane.
             if self._in_forward == 0 or (self._in_forward is None and self._driver in (None, who)):
                 self._driver = who
-                self._begin_lane(graph, *self._own_lane(graph, inputs), self._lanes)
+                self._begin_lane(graph, *self._own_lane(graph, who, inputs), self._lanes)
             return True
         if self._drives(graph):
             self._ticker = graph.family
@@ -574,8 +578,8 @@ class Session:
         self._calls.clear()
 
     def _tick(self, graph: CompiledGraph, inputs: Sequence[Any], who: Hashable) -> None:
-        table = self._table(graph)
-        question = table.ask(self._conditioning(graph, inputs))
+        table = self._table(graph, who)
+        question = table.ask(*self._conditioning(graph, inputs))
         reading, latent = self._read(graph, inputs, who, question)
 
         def repeated() -> bool:
@@ -640,9 +644,9 @@ class Session:
 
     # ---- whose values these are ------------------------------------------------------------------------------------
 
-    def _table(self, graph: CompiledGraph) -> LaneTable:
-        """The lanes of a kind of graph: one that Dynamo makes anew goes on with those of the other."""
-        key = graph.kind, len(graph.conditioning)
+    def _table(self, graph: CompiledGraph, who: Hashable, call: int = 0) -> LaneTable:
+        """The lanes of a kind of graph, at its first, second … call in a forward: one that Dynamo makes anew goes on with the other's."""
+        key = who, call, len(graph.conditioning)
         if key not in self._tables:
             family = graph.family
 
@@ -653,15 +657,20 @@ class Session:
             self._tables[key] = LaneTable(label)
         return self._tables[key]
 
-    def _conditioning(self, graph: CompiledGraph, inputs: Sequence[Any]) -> list[Any]:
-        """The conditioning of a call. What an earlier graph of the same forward returned stands for that graph's own conditioning."""
+    def _conditioning(self, graph: CompiledGraph, inputs: Sequence[Any]) -> tuple[list[Any], frozenset[int]]:
+        """The conditioning of a call, and which of it the forward itself has made.
+
+        What an earlier graph of the same forward returned stands for that graph's own conditioning.
+        """
         values = [inputs[i] for i in graph.conditioning]
         if not self._moving and len(self._graphs) < 2:
-            return values
+            return values, frozenset()
         begins = self._in_forward == 0 or (self._drives(graph) and not self._explicit_step)
+        inside: set[int] = set()
         for at, value in enumerate(values):
             if (told := self._moving.get(id(value))) is not None and told[0]() is value:
                 values[at] = told[1]
+                continue
             made = self._made.get(id(value))
             if (
                 made is not None
@@ -670,15 +679,17 @@ class Session:
                 and (not begins or made[2] in self._early)
             ):
                 values[at] = made[1]
-        return values
+            elif self._given is not None and isinstance(value, Tensor) and value.numel() > 1 and id(value) not in self._given:
+                inside.add(at)  # one number may be a setting of the model, which Dynamo hands over as a tensor
+        return values, frozenset(inside)
 
-    def _own_lane(self, graph: CompiledGraph, inputs: Sequence[Any]) -> tuple[Lane, bool]:
+    def _own_lane(self, graph: CompiledGraph, who: Hashable, inputs: Sequence[Any], call: int = 0) -> tuple[Lane, bool]:
         """The lane that a graph's own conditioning tells, and whether it is new."""
         if self._placed is not None:
             lane, self._placed = self._placed, None
             return lane, self._placed_new
-        table = self._table(graph)
-        question = table.ask(self._conditioning(graph, inputs))
+        table = self._table(graph, who, call)
+        question = table.ask(*self._conditioning(graph, inputs))
         if wanted := question.unread():
             answers, syncs = read(wanted)
             self._syncs += syncs
@@ -698,7 +709,7 @@ class Session:
 
         What moves with the timestep counts as the latent does: where both are equal it is the same call again.
         """
-        moves = self._table(graph).moving
+        moves = self._table(graph, who, call).moving
         moving = [inputs[i] for at, i in enumerate(graph.conditioning) if at in moves] if moves else []
         values = [inputs[i] for i in graph.latents]
         at = who, call, lane
@@ -885,6 +896,17 @@ class Session:
 
     def _last(self) -> bool:
         return self.num_steps is not None and self._step >= self.num_steps - 1
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among values, in lists, tuples and dicts too."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+        elif isinstance(value, dict):
+            yield from _tensors(value.values())
 
 
 def _forms(inputs: Sequence[Any], positions: Sequence[int]) -> Hashable:
