@@ -114,7 +114,6 @@ class Session:
         self._weights = WeightsToken()
         self._weights_of: dict[CompiledGraph, tuple[int, int]] = {}  # the step in which the weights of a graph were looked at
         self._token = 0
-        self._has_slots = False  # some graph has something to reuse
         self._lengths: dict[tuple[float, ...], int] = {}  # first two timesteps -> steps of the generation that began so
         self._timestep: float | None = None
         self._timesteps: list[float] = []  # of this generation
@@ -306,7 +305,6 @@ class Session:
         """A graph joins at its first run, not when it is compiled."""
         if graph not in self._graphs:
             self._graphs[graph] = None
-            self._has_slots = self._has_slots or bool(getattr(graph, "slots", True))
 
     # ---- what happens around a call --------------------------------------------------------------------------------
 
@@ -424,7 +422,9 @@ class Session:
             at = ticket.key.graph, ticket.key.call
             if isinstance(value, Tensor) and at not in self._first_lane:
                 self._first_lane[at] = Held(value)
-        for number, result in enumerate(results) if self._given is not None or len(self._graphs) > 1 else ():
+        for number, result in (
+            enumerate(results) if len(results) > 1 or self._given is not None or len(self._graphs) > 1 else ()
+        ):
             if isinstance(result, Tensor):
                 origin = ticket.key.graph, ticket.key.call, ticket.key.lane, number
                 self._made[id(result)] = weakref.ref(result), origin, ticket.graph.family, self._lanes_begun
@@ -732,10 +732,10 @@ class Session:
     def _look_at_weights(self, graph: CompiledGraph, inputs: Sequence[Any]) -> bool:
         """Look at a graph's weights at its first call in a step. Whether they changed: then no cached value counts any more."""
         now = self._generation, self._step
-        if self._weights_of.get(graph) == now or not self._has_slots:
+        if self._weights_of.get(graph) == now:
             return False
         self._weights_of[graph] = now
-        before, self._token = self._token, self._weights.check(graph, graph.kind, graph.weights(inputs))
+        before, self._token = self._token, self._weights.check(graph, graph.kind, graph.weights(inputs), now)
         if self._token == before:
             return False
         self.store.drop()

@@ -29,19 +29,21 @@ class WeightsToken:
         self.value = 0
         self._known: dict[object, _Weights] = {}
 
-    def check(self, graph: object, kind: Hashable, weights: Sequence[Tensor]) -> int:
+    def check(self, graph: object, kind: Hashable, weights: Sequence[Tensor], now: Hashable = None) -> int:
         """The token, after a look at what a graph receives. Waits for no device unless a weight is another object than before.
 
         Args:
             graph: whose weights these are.
             kind: graphs of one kind compute the same; one that Dynamo made anew goes on with the weights of the other.
             weights: its parameters and buffers, always in the same order.
+            now: the step. A graph whose like ran in this very step is another block, not the other one made anew.
         """
         known = self._known.get(graph)
         if known is None:
             seen = _Weights(kind, weights)
             twin = next((w for w in self._known.values() if w.kind == kind), None)
-            if twin is not None and not twin.holds(seen):
+            beside = twin is not None and now is not None and twin.step == now
+            if twin is not None and not beside and not twin.holds(seen):
                 self.value += 1
             self._known[graph] = seen
         elif not known.unchanged(weights):
@@ -49,6 +51,7 @@ class WeightsToken:
             if seen.differs:
                 self.value += 1
             self._known[graph] = seen
+        self._known[graph].step = now
         return self.value
 
 
@@ -61,6 +64,7 @@ class _Weights:
 
     def __init__(self, kind: Hashable, weights: Sequence[Tensor], before: _Weights | None = None) -> None:
         self.kind = kind
+        self.step: Hashable = None  # in which they were seen last
         self.ids, self.versions = list(map(id, weights)), _versions(weights)
         self.alive = True
         self.differs = False
