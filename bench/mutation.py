@@ -358,8 +358,8 @@ BUGS = (
     _runtime(
         "a prompt that was written into taken for the same",
         "lane_table",
-        "return self._value is value and self.version is not None and value._version == self.version",
-        "return self._value is value and self.version is not None",
+        "return self.object is value and self.version is not None and value._version == self.version",
+        "return self.object is value and self.version is not None",
     ),
     _runtime("a prompt of equal value taken for another", "lane_table", "return torch.equal(before, value)", "return False"),
     _runtime(
