@@ -173,13 +173,14 @@ class LaneTable:
         """
         inside -= self._stayed
         moving = self.moving | inside if inside else self.moving
-        if not moving:  # by far the most calls: the very objects tell the lane
-            same = [lane for lane in self._lanes if all(map(Held.is_same_object, lane.held, values))]
-            if same:
-                return Question(values, lane=same[0] if len(same) == 1 else max(same, key=lambda lane: lane.step))
         asked = [i for i in range(len(values)) if i not in moving]
-        same = [lane for lane in self._lanes if all(lane.held[i].is_same_object(values[i]) for i in asked)]
+        if moving:
+            same = [lane for lane in self._lanes if all(lane.held[i].is_same_object(values[i]) for i in asked)]
+        else:  # by far the most calls: the very objects tell the lane
+            same = [lane for lane in self._lanes if all(map(Held.is_same_object, lane.held, values))]
         question = Question(values, inside, max(same, key=lambda lane: lane.step) if same else None)
+        if same and not moving:
+            return question
         for lane in self._lanes:
             self._rewritten.update(i for i in asked if lane.held[i].written(values[i]))
             row: list[bool | Tensor] = [
