@@ -388,7 +388,7 @@ BUGS = (
         "lane = (self._lane_name, self._lane_id, own.id)",
         "lane = (None, self._lane_id, own.id)",
     ),
-    _runtime("several latents not noticed", "session", "if any(a is False for a in answers):", "if False:"),
+    _runtime("several latents not noticed", "session", "if any(a is False for a in answers.values()):", "if False:"),
     _runtime(
         "a step that raises keeps what was there",
         "session",

@@ -26,7 +26,7 @@ from vdcache.ir.edit import inputs as graph_inputs
 from vdcache.ir.errors import ConfigError
 from vdcache.ir.facts import Fact
 from vdcache.ir.ops import is_work, tensor_of
-from vdcache.ir.sizes import Bindings
+from vdcache.ir.sizes import Bindings, size_hint, updated_by
 from vdcache.passes import DeadCode, Observe, Pipeline, Refusal, Specialise, SplitAtProbe, Step, VariantIO, head_io, variant_io
 from vdcache.passes.canonicalise import Canonicalise
 from vdcache.passes.mark_lanes import halve_lanes, lanes_io
@@ -157,16 +157,18 @@ class Program:
         }  # a timestep's own dtype says nothing of what is kept: pipelines change it
         self.activations = tuple(i for i in range(len(names)) if i not in timed)
         outputs = [tensor_of(n) for n in captured.graph.graph.output_node().all_input_nodes]
-        looks = [i for x in self.anatomy.latents if _looks_updated(self.fakes[i := names.index(x)], outputs)]
-        self.latents = tuple(looks)
+        # What only comes nearest of all inputs may be a prompt, whose exchange must be noticed.
+        results = [[size_hint(s) for s in o.shape] for o in outputs if o is not None]
+        fed = {i: self.fakes[i] for i in map(names.index, self.anatomy.latents)}
+        nearest = {i: [size_hint(s) for s in v.shape] for i, v in fed.items() if v is not None}
+        self.latents = tuple(updated_by(nearest, results))
+        self.whole = len(self.latents) == len(nearest) > 0
         written = {at for _, at in captured.signature.mutations}  # by the model itself: its state, which says nothing of a call
         sizes = {str(d) for v in self.fakes if isinstance(v, Tensor) for d in v.shape if isinstance(d, torch.SymInt)}
-        self.conditioning = tuple(
+        self.told = tuple(
             i
             for i in self.activations
-            if i not in self.latents
-            and i not in written
-            and not (isinstance(self.fakes[i], torch.SymInt) and str(self.fakes[i]) in sizes)
+            if i not in written and not (isinstance(self.fakes[i], torch.SymInt) and str(self.fakes[i]) in sizes)
         )
         self._weights = tuple(i for i in self.static if i not in written)
         self._pick_weights = operator.itemgetter(*self._weights) if len(self._weights) > 1 else None
@@ -501,16 +503,6 @@ def _structure(graph: fx.GraphModule) -> tuple[Hashable, ...]:
             value = n.args[0].meta.get("val")
             found.append((str(n.args[1]), getattr(value, "dtype", None)))
     return tuple(found)
-
-
-def _looks_updated(latent: Any, outputs: Sequence[Tensor | None]) -> bool:
-    """Whether a solver can add an output to this input: the shapes agree but for one dimension, the channels.
-
-    What only comes nearest of all inputs may be a prompt, whose exchange must be noticed.
-    """
-    shape = [str(s) for s in latent.shape]
-    forms = ([str(s) for s in o.shape] for o in outputs if o is not None)
-    return any(len(form) == len(shape) and sum(a != b for a, b in zip(shape, form, strict=True)) <= 1 for form in forms)
 
 
 _kinds: dict[Hashable, int] = {}  # a small number for each, because it is hashed at every call

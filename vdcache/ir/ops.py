@@ -16,6 +16,7 @@ __all__ = [
     "is_effectful",
     "is_work",
     "same_type",
+    "tensor_inputs",
     "tensor_of",
     "unviewed",
 ]
@@ -92,6 +93,11 @@ def tensor_of(node: object) -> torch.Tensor | None:
     """The fake tensor that a node computes, if it computes one."""
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
     return value if isinstance(value, torch.Tensor) else None
+
+
+def tensor_inputs(node: fx.Node) -> list[fx.Node]:
+    """The tensors that a node takes; not the sizes, which are nodes too in a graph for many sizes."""
+    return [p for p in node.all_input_nodes if tensor_of(p) is not None]
 
 
 def unviewed(node: fx.Node) -> fx.Node:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["Bindings", "is_symbolic"]
+__all__ = ["Bindings", "is_symbolic", "size_hint", "updated_by"]
+
+Key = TypeVar("Key")
 
 
 def is_symbolic(value: Any) -> bool:
@@ -15,6 +18,40 @@ def is_symbolic(value: Any) -> bool:
     if isinstance(value, torch.SymInt):
         return True
     return isinstance(value, torch.Tensor) and any(isinstance(s, torch.SymInt) for s in value.shape)
+
+
+def size_hint(value: Any) -> int:
+    """A size as an integer: that of the call for which a graph was made, where it is a symbol; 1 where nobody knows."""
+    if isinstance(value, int):
+        return value
+    hint = getattr(getattr(value, "node", None), "hint", None)
+    return hint if isinstance(hint, int) else 1
+
+
+def updated_by(inputs: Mapping[Key, Sequence[int]], results: Sequence[Sequence[int]], *, nearest: bool = False) -> list[Key]:
+    """Which inputs a solver updates with which results, judged by shapes: for each result the input that agrees with it in all
+    dimensions but one at most, the channels. The best comes first; of several for one result, the likeliest, then the largest.
+    Beyond the first one, sequences [B, N, C] must agree wholly: what differs may be the number of tokens, of text for example.
+
+    Args:
+        inputs: shapes.
+        results: shapes.
+        nearest: where none agrees so well, the input that comes nearest stands in.
+    """
+    scored = []
+    for key, shape in inputs.items():
+        for number, result in enumerate(results):
+            differ = sum(a != b for a, b in zip(shape, result, strict=False)) if len(shape) == len(result) else len(result) + 1
+            likeness = 1 - differ / max(1, len(result))
+            scored.append((differ <= 1, likeness, math.prod(shape), number, key))
+    chosen: list[Key] = []
+    taken: set[int] = set()
+    for agrees, likeness, _, number, key in sorted(scored, key=lambda s: s[:3], reverse=True):
+        sure = likeness == 1 or len(results[number]) > 3
+        if key not in chosen and number not in taken and ((agrees and (sure or not chosen)) or (nearest and not chosen)):
+            chosen.append(key)
+            taken.add(number)
+    return chosen
 
 
 class Bindings:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from vdcache.ir.ops import ATTENTION, CASTS, VIEWS, is_work, tensor_of, unviewed
+from vdcache.ir.ops import ATTENTION, CASTS, VIEWS, is_work, tensor_inputs, tensor_of, unviewed
 from vdcache.ir.tiles import TILE_ATTENTION
 from vdcache.patterns.facts import Attention, Grid, NoMatch, Span
 from vdcache.patterns.index import Index
@@ -126,7 +126,7 @@ _MOVES = (
 
 def _is_factor(node: fx.Node) -> bool:
     return (
-        node.target in (aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar) and len(node.all_input_nodes) == 1
+        node.target in (aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar) and len(tensor_inputs(node)) == 1
     )
 
 

@@ -3,6 +3,7 @@ which of them alone."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +11,8 @@ from torch import fx
 
 from vdcache.ir.capture import Signature
 from vdcache.ir.edit import inputs
-from vdcache.ir.ops import is_work, tensor_of
+from vdcache.ir.ops import is_work, tensor_inputs, tensor_of
+from vdcache.ir.sizes import size_hint, updated_by
 from vdcache.patterns.facts import Conditioning, Grid
 from vdcache.patterns.index import Index
 
@@ -74,13 +76,13 @@ def _is_table_product(node: fx.Node, factor: fx.Node) -> bool:
     value = tensor_of(factor)
     if node.target not in _LAYERS or value is None or value.ndim == 0 or str(value.shape[-1]) != "1":
         return False
-    return all(p is factor or _is_leaf(p) for p in node.all_input_nodes)
+    return all(p is factor or _is_leaf(p) for p in tensor_inputs(node))
 
 
 def _is_leaf(node: fx.Node) -> bool:
     """Whether `node` is an input or a constant, or one operation after another makes it of one."""
-    while node.op == "call_function" and len(node.all_input_nodes) == 1:
-        node = node.all_input_nodes[0]
+    while node.op == "call_function" and len(parents := tensor_inputs(node)) == 1:
+        node = parents[0]
     return node.op != "call_function"
 
 
@@ -93,7 +95,7 @@ def _feeds_a_layer(wave: fx.Node) -> bool:
             if user.target in _LAYERS and node in user.args[:2] and tensor_of(user) is not None:
                 return True
             # what takes one tensor, or puts several side by side, passes waves on; a product with another tensor rotates
-            alone = user.op == "call_function" and not is_work(user) and len(user.all_input_nodes) == 1
+            alone = user.op == "call_function" and not is_work(user) and len(tensor_inputs(user)) == 1
             if (alone or user.target in (aten.cat.default, aten.stack.default)) and user not in seen:
                 seen.add(user)
                 todo.append(user)
@@ -111,28 +113,14 @@ def latents(index: Index, sig: Signature, sources: Sequence[fx.Node], clock_name
     fed = 0
     for source in sources:
         fed |= index.inputs_of(source)
-    scored: list[tuple[tuple[float, float], int, str]] = []
+    shapes: dict[str, list[int]] = {}
     for i, node in enumerate(index.activations):
         value = tensor_of(node)
         if value is None or node.name in clock_names or not value.is_floating_point() or value.ndim < 2 or not fed >> i & 1:
             continue
-        size = float(value.numel()) if all(isinstance(s, int) for s in value.shape) else 0.0
-        for number, out in enumerate(outputs or [value]):
-            scored.append(((_likeness(value, out), size), number, node.name))
-    chosen: list[str] = []
-    taken: set[int] = set()
-    for (likeness, _), number, name in sorted(scored, key=lambda s: s[0], reverse=True):
-        if name not in chosen and number not in taken and (likeness == 1.0 or not chosen):
-            chosen.append(name)
-            taken.add(number)
-    return tuple(chosen)
-
-
-def _likeness(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Share of dimensions, one by one from the left, in which two shapes agree; 0 for another rank."""
-    if a.ndim != b.ndim:
-        return 0.0
-    return sum(str(x) == str(y) for x, y in zip(a.shape, b.shape, strict=True)) / a.ndim
+        shapes[node.name] = [size_hint(s) for s in value.shape]
+    forms = [[size_hint(s) for s in v.shape] for v in outputs] or sorted(shapes.values(), key=math.prod)[-1:]
+    return tuple(updated_by(shapes, forms, nearest=True))
 
 
 def grid(index: Index, latent_name: str, tokens: int | None) -> Grid | None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from vdcache.ir.ops import ATTENTION, tensor_of
+from vdcache.ir.sizes import size_hint
 from vdcache.ir.tiles import TILE_ATTENTION, tables_of
 
 __all__ = ["bytes_of", "flops", "owners"]
@@ -32,16 +33,8 @@ _TRANSPOSED = {
 _PRODUCTS = (aten.mm.default, aten.bmm.default, aten.matmul.default)
 
 
-def _size(value: Any) -> int:
-    """A size as an integer; a symbol by its hint."""
-    if isinstance(value, int):
-        return value
-    hint = getattr(getattr(value, "node", None), "hint", None)
-    return hint if isinstance(hint, int) else 1
-
-
 def _numel(value: Tensor | None) -> int:
-    return math.prod(_size(s) for s in value.shape) if value is not None else 0
+    return math.prod(size_hint(s) for s in value.shape) if value is not None else 0
 
 
 def bytes_of(node: fx.Node) -> int:
@@ -57,11 +50,11 @@ def flops(node: fx.Node) -> int:
     out = tensor_of(node)
     shapes = [tensor_of(a) for a in node.args]
     if node.target is aten.linear.default:
-        return 2 * _numel(out) * _size(shapes[1].shape[-1])  # type: ignore[union-attr]
+        return 2 * _numel(out) * size_hint(shapes[1].shape[-1])  # type: ignore[union-attr]
     if node.target in _PRODUCTS and shapes[0] is not None:
-        return 2 * _numel(out) * _size(shapes[0].shape[-1])
+        return 2 * _numel(out) * size_hint(shapes[0].shape[-1])
     if node.target in (aten.addmm.default, aten.baddbmm.default) and shapes[1] is not None:
-        return 2 * _numel(out) * _size(shapes[1].shape[-1])
+        return 2 * _numel(out) * size_hint(shapes[1].shape[-1])
     if node.target in _CONVS and shapes[1] is not None:
         transposed = node.target is aten.convolution.default and bool(node.args[6])
         return _convolution(shapes[0], shapes[1], out, transposed)
@@ -79,15 +72,15 @@ def flops(node: fx.Node) -> int:
 
 
 def _convolution(x: Tensor | None, weight: Tensor, out: Tensor | None, transposed: bool) -> int:
-    taps = math.prod(_size(s) for s in weight.shape[1:])  # in channels of a group × kernel
+    taps = math.prod(size_hint(s) for s in weight.shape[1:])  # in channels of a group × kernel
     return 2 * _numel(x if transposed else out) * taps
 
 
 def _attention(q: Tensor | None, k: Tensor | None, v: Tensor | None) -> int:
     if q is None or k is None or v is None:
         return 0
-    rows = math.prod(_size(s) for s in q.shape[:-1])
-    return 2 * rows * _size(k.shape[-2]) * (_size(q.shape[-1]) + _size(v.shape[-1]))
+    rows = math.prod(size_hint(s) for s in q.shape[:-1])
+    return 2 * rows * size_hint(k.shape[-2]) * (size_hint(q.shape[-1]) + size_hint(v.shape[-1]))
 
 
 def _einsum(equation: str, operands: Any) -> int:
@@ -97,7 +90,7 @@ def _einsum(equation: str, operands: Any) -> int:
     for letters, operand in zip(equation.replace(" ", "").split("->")[0].split(","), operands, strict=False):
         value = tensor_of(operand)
         if value is not None:
-            sizes.update({letter: _size(s) for letter, s in zip(letters, value.shape, strict=False)})
+            sizes.update({letter: size_hint(s) for letter, s in zip(letters, value.shape, strict=False)})
     return 2 * math.prod(sizes.values())
 
 

@@ -13,7 +13,18 @@ from vdcache.runtime.history import Record
 from vdcache.runtime.measures import Layout
 from vdcache.runtime.plan import Plan
 
-__all__ = ["CallKey", "CompiledGraph", "Emitted", "LaneScope", "Listener", "Look", "Needs", "Probed", "Recorder", "Ticket"]
+__all__ = [
+    "CallKey",
+    "CompiledGraph",
+    "Emitted",
+    "LaneScope",
+    "Listener",
+    "Look",
+    "Needs",
+    "Probed",
+    "Recorder",
+    "Ticket",
+]
 
 
 @dataclass(frozen=True)
@@ -92,9 +103,13 @@ class CompiledGraph(Protocol):
     @property
     def latents(self) -> tuple[int, ...]: ...  # what the denoising loop updates, `latent` first
     @property
+    def whole(self) -> bool: ...  # every likely latent looks like one of its results, as in a model that is one graph
+    @property
     def activations(self) -> tuple[int, ...]: ...  # all but parameters and timesteps
     @property
-    def conditioning(self) -> tuple[int, ...]: ...  # activations but for latents, sizes of tensors, and what it writes into
+    def told(
+        self,
+    ) -> tuple[int, ...]: ...  # activations but for sizes of tensors and what it writes into: latents, conditioning
     @property
     def static(self) -> tuple[int, ...]: ...  # parameters and buffers
     @property

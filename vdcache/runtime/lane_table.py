@@ -23,8 +23,9 @@ from torch import Tensor
 
 from vdcache.runtime.weights_token import sample
 
-__all__ = ["Held", "Lane", "LaneTable", "Question", "compare"]
+__all__ = ["LATENT", "Held", "Lane", "LaneTable", "Question", "compare"]
 
+LATENT = object()  # stands for a latent among a call's inputs: it says nothing of the lane, and equals whatever was there
 MOST_LANES = 64  # of a generation; the one that was seen longest ago goes
 
 
@@ -65,10 +66,10 @@ class Held:
         return self._value if self._ref is None else self._ref()
 
     def is_same_object(self, value: Any) -> bool:
-        """Whether `value` is the very object, not written into since; equal numbers are the same."""
+        """Whether `value` is the very object, not written into since; equal numbers are the same, and `LATENT` is what it is given for."""
         if isinstance(value, Tensor):
             return self.object is value and self.version is not None and value._version == self.version
-        return type(value) is type(self._value) and bool(value == self._value)
+        return value is LATENT or (type(value) is type(self._value) and bool(value == self._value))
 
     def written(self, value: Any) -> bool:
         """Whether `value` is the very object, and its owner has written into it since (or may have)."""

@@ -18,11 +18,12 @@ from vdcache.ir.checks import step_count
 from vdcache.ir.checks import timestep as checked_timestep
 from vdcache.ir.dialect import group_of
 from vdcache.ir.errors import CacheStateError, ConfigError
+from vdcache.ir.sizes import updated_by
 from vdcache.runtime.call import CallKey, CompiledGraph, Emitted, LaneScope, Listener, Look, Recorder, Ticket
 from vdcache.runtime.clock import Clock, Reading, Tick
 from vdcache.runtime.device_time import DeviceTime
 from vdcache.runtime.history import History, Record, tell
-from vdcache.runtime.lane_table import Held, Lane, LaneTable, Question, compare
+from vdcache.runtime.lane_table import LATENT, Held, Lane, LaneTable, Question, compare
 from vdcache.runtime.measures import Layout, Measured, count_of, measured
 from vdcache.runtime.notices import Notices
 from vdcache.runtime.plan import RECOMPUTE, Plan
@@ -105,7 +106,9 @@ class Session:
         self._tables: dict[Hashable, LaneTable] = {}
         self._labels: dict[Hashable, int] = {}  # of each family, how many lanes it has in this generation
         self._shown: set[int] = set()  # numbers of the lanes of this step
-        self._seen: dict[Hashable, list[Held]] = {}  # of each call of this step, its latents and what moves with the timestep
+        self._seen: dict[
+            Hashable, dict[int, Held]
+        ] = {}  # of each call of this step, its latents and what moves with the timestep
         self._ambiguous: dict[tuple[int | str | None, int, int], int] = {}  # lanes, and the last step of several latents
         # What graphs returned lately, for which conditioning, in which family; and how often a lane had begun by then.
         self._made: dict[int, tuple[weakref.ref[Tensor], Hashable, Hashable, int]] = {}
@@ -125,9 +128,12 @@ class Session:
         self._entered = 0  # how many calls have come through
         self._driver: Hashable = None  # under explicit control: the call that began the current lane
         self._in_forward: int | None = None  # graphs that ran in this forward of the model; None where nobody watches forwards
-        self._given: set[int] | None = (
-            None  # what this forward was given, by identity; None where nobody watches, or one graph is all
+        # What this forward was given, by identity; None where nobody watches, or one graph is all.
+        self._given: set[int] | None = None
+        self._results: list[tuple[int, ...]] | None = (
+            None  # shapes of what the last watched forward of a model in parts returned
         )
+        self._latents_of: dict[CompiledGraph, tuple[int, ...]] = {}  # what is updated with those
         self._calls: dict[Hashable, int] = {}  # how often each graph ran in the current lane
         self._lanes = 0  # how many lanes the current step has had under explicit control
         self._explicit_step = False  # step() was called in this generation
@@ -246,6 +252,10 @@ class Session:
             raise
         finally:
             self._in_forward = self._given = None
+        if self._results is None or len(self._graphs) > 1 or not all(graph.whole for graph in self._graphs):
+            results = [tuple(x.shape) for x in _tensors((result,))]
+            if results != self._results:
+                self._results, self._latents_of = results, {}
         for listen in self.listeners if self._entered > before else ():
             listen(self.history[-1], tuple(self._emitted), result)
         if before and self._entered == before:
@@ -328,7 +338,8 @@ class Session:
             self._in_forward += 1
         call = self._calls[who] = self._calls.get(who, -1) + 1
         own, new = self._own_lane(graph, who, inputs, call)
-        lane = (self._lane_name, self._lane_id, own.id)
+        # A graph that runs before the clock belongs to no lane but its own: the last one is that of another forward.
+        lane = (self._lane_name, self._lane_id, own.id) if follows else (None, -1, own.id)
         repeated = self._repeats(graph, who, call, lane, inputs) or self._repeated
         if repeated:
             self._ambiguous[lane] = self._step
@@ -568,7 +579,7 @@ class Session:
         """The next graphs belong to this lane, until another one begins."""
         self._lane_name, self._explicit_lane = self._explicit_lane, None
         self._lane_id, self._placed, self._placed_new = lane.id, lane, new
-        number = lane.label if graph.conditioning else place
+        number = lane.label if len(graph.told) > len(graph.latents) else place
         if number in self._shown:  # the same conditioning again in this step
             number = max([*self._shown, *self._labels.values()]) + 1
         self._shown.add(number)
@@ -621,10 +632,11 @@ class Session:
         asked = question.unread()
         wanted += asked
         same: bool | Tensor | None = None
-        if question.lane is not None and graph.latent is not None:
+        latents = self._latents(graph, inputs)
+        if question.lane is not None and latents:
             lane = (self._explicit_lane, question.lane.id, question.lane.id)
-            if held := self._seen.get((who, 0, lane)):
-                same = compare(held[0], inputs[graph.latent])
+            if held := self._seen.get((who, 0, lane), {}).get(latents[0]):
+                same = compare(held, inputs[latents[0]])
         waits = self._waits([*wanted, *([same] if isinstance(same, Tensor) else [])])
         if isinstance(same, Tensor):
             wanted.append(same)
@@ -646,7 +658,7 @@ class Session:
 
     def _table(self, graph: CompiledGraph, who: Hashable, call: int = 0) -> LaneTable:
         """The lanes of a kind of graph, at its first, second … call in a forward: one that Dynamo makes anew goes on with the other's."""
-        key = who, call, len(graph.conditioning)
+        key = who, call, len(graph.told)
         if key not in self._tables:
             family = graph.family
 
@@ -658,11 +670,14 @@ class Session:
         return self._tables[key]
 
     def _conditioning(self, graph: CompiledGraph, inputs: Sequence[Any]) -> tuple[list[Any], frozenset[int]]:
-        """The conditioning of a call, and which of it the forward itself has made.
+        """The conditioning of a call, with `LATENT` in the place of latents, and which of it the forward itself has made.
 
         What an earlier graph of the same forward returned stands for that graph's own conditioning.
         """
-        values = [inputs[i] for i in graph.conditioning]
+        values: list[Any] = [inputs[i] for i in graph.told]
+        for i in self._latents(graph, inputs):
+            if i in graph.told:
+                values[graph.told.index(i)] = LATENT
         if not self._moving and len(self._graphs) < 2:
             return values, frozenset()
         begins = self._in_forward == 0 or (self._drives(graph) and not self._explicit_step)
@@ -671,17 +686,37 @@ class Session:
             if (told := self._moving.get(id(value))) is not None and told[0]() is value:
                 values[at] = told[1]
                 continue
-            made = self._made.get(id(value))
-            if (
-                made is not None
-                and made[0]() is value
-                and made[3] == self._lanes_begun
-                and (not begins or made[2] in self._early)
-            ):
-                values[at] = made[1]
+            made = self._origin(value)
+            if made is not None and (not begins or made[1] in self._early):
+                values[at] = made[0]
             elif self._given is not None and isinstance(value, Tensor) and value.numel() > 1 and id(value) not in self._given:
                 inside.add(at)  # one number may be a setting of the model, which Dynamo hands over as a tensor
         return values, frozenset(inside)
+
+    def _origin(self, value: Any) -> tuple[Hashable, Hashable] | None:
+        """Where an earlier graph of this lane has made a value, and that graph's family; None where none has."""
+        made = self._made.get(id(value))
+        return (made[1], made[2]) if made is not None and made[0]() is value and made[3] == self._lanes_begun else None
+
+    @property
+    def _unlearnt(self) -> bool:
+        """In the first forward that is watched."""
+        return self._results is None and self._in_forward is not None
+
+    def _latents(self, graph: CompiledGraph, inputs: Sequence[Any]) -> tuple[int, ...]:
+        """What the denoising loop updates. A part of a model cannot tell by its own results; the whole model's can.
+
+        Before the first watched forward is over nobody knows whether a graph is the whole: then everything is taken for conditioning.
+        """
+        if self._unlearnt:
+            return ()
+        if self._results is None or (graph.whole and len(self._graphs) == 1):
+            return graph.latents
+        if (found := self._latents_of.get(graph)) is None:
+            given = {i: v for i in graph.told if isinstance(v := inputs[i], Tensor) and v.is_floating_point() and v.ndim > 1}
+            outer = {i: v.shape for i, v in given.items() if self._given is None or id(v) in self._given}
+            found = self._latents_of[graph] = tuple(updated_by(outer, self._results))
+        return found
 
     def _own_lane(self, graph: CompiledGraph, who: Hashable, inputs: Sequence[Any], call: int = 0) -> tuple[Lane, bool]:
         """The lane that a graph's own conditioning tells, and whether it is new."""
@@ -710,20 +745,21 @@ class Session:
         What moves with the timestep counts as the latent does: where both are equal it is the same call again.
         """
         moves = self._table(graph, who, call).moving
-        moving = [inputs[i] for at, i in enumerate(graph.conditioning) if at in moves] if moves else []
-        values = [inputs[i] for i in graph.latents]
+        moving = [i for at, i in enumerate(graph.told) if at in moves] if moves else []
+        latents = self._latents(graph, inputs)
+        # What an earlier graph has made goes with that graph's latents, and is not kept alive.
+        kept = [i for i in (graph.told if self._unlearnt else latents) if self._origin(inputs[i]) is None]
         at = who, call, lane
         held = self._seen.get(at)
-        self._seen[at] = [*map(Held, values), *(Held(v, sampled=True) for v in moving)]
+        self._seen[at] = {i: Held(inputs[i]) for i in kept} | {i: Held(inputs[i], sampled=True) for i in moving}
         if held is None:
             return False
-        values += moving
-        answers = [compare(h, v) for h, v in zip(held, values, strict=False)]
-        if same_latent is not None and answers:
-            answers[0] = same_latent
-        if any(a is False for a in answers):
+        answers = {i: compare(held[i], inputs[i]) for i in (*latents, *moving) if i in held}
+        if same_latent is not None and latents:
+            answers[latents[0]] = same_latent
+        if any(a is False for a in answers.values()):
             return True
-        if unknown := [a for a in answers if isinstance(a, Tensor)]:
+        if unknown := [a for a in answers.values() if isinstance(a, Tensor)]:
             numbers, syncs = read(unknown)
             self._syncs += syncs
             return not all(n[0] for n in numbers)
