@@ -99,7 +99,7 @@ def entries(model: nn.Module) -> list[Entry]:
     add("PAB", {f"{a}/{c}": vdcache.pab(a, 0, c, window=window) for a, c in ((2, 2), (2, 4), (3, 6), (5, 10))})
     add("SmoothCache", {f"{a:g}": vdcache.smoothcache(errors.schedule(a)) for a in (0.1, 0.15, 0.25, 0.35)})
     add("FasterCache", {name: vdcache.fastercache(name, predicted="second") for name in ("cogvideox", "latte", "open-sora")})
-    lists = {"even": vdcache.Intervals(6, 12, 2, "even", of_steps=50), "decreasing": vdcache.Intervals(6, 12, 2, of_steps=50)}
+    lists = {"even": vdcache.LinearIntervals(6, 12, 2, "even", of_steps=50), "decreasing": vdcache.LinearIntervals(6, 12, 2, of_steps=50)}
     add("ProfilingDiT", {name: vdcache.profilingdit(profile, when=when) for name, when in lists.items()}, (0, 1))
     # what no paper has, from the same parts: the trunk's delta extrapolated, at steps that a probe or a schedule chooses
     trunk = (vdcache.passes.MarkBranches(), vdcache.passes.MergeSlots())

@@ -34,9 +34,9 @@ from vdcache.profiling.segment import Otsu, principal_picture
 
 STEPS = 30
 WHEN = {
-    "stepwise": vdcache.Intervals(6, 12, 2, "decreasing", of_steps=50),
-    "inverse": vdcache.Intervals(6, 12, 2, "increasing", of_steps=50),
-    "average": vdcache.Intervals(6, 12, 2, "even", of_steps=50),
+    "stepwise": vdcache.LinearIntervals(6, 12, 2, "decreasing", of_steps=50),
+    "inverse": vdcache.LinearIntervals(6, 12, 2, "increasing", of_steps=50),
+    "average": vdcache.LinearIntervals(6, 12, 2, "even", of_steps=50),
 }
 
 
@@ -250,7 +250,7 @@ def _pair(plain: Way, way: Way, conditions: Sequence[Condition]) -> float:
 def whole_trunk(steps: Sequence[int]) -> vdcache.Recipe:
     from vdcache.passes import MarkBranches, MergeSlots
 
-    return vdcache.Recipe("whole-trunk", vdcache.Scheduled(vdcache.Listed(tuple(steps))), (MarkBranches(), MergeSlots()))
+    return vdcache.Recipe("whole-trunk", vdcache.SchedulePolicy(vdcache.StepList(tuple(steps))), (MarkBranches(), MergeSlots()))
 
 
 def tea_steps(model: torch.nn.Module, conditions: Sequence[Condition], budget: int) -> list[int]:

@@ -38,7 +38,7 @@ REUSE = 0.00753  # FLOPs of a reused step over those of a computed one
 def even(count: int, order: int) -> vdcache.Recipe:
     steps = sorted({round(s) for s in np.linspace(0, STEPS - 1, count)})
     predictor: Any = vdcache.Taylor(order) if order else vdcache.LastValue()
-    policy = vdcache.Scheduled(vdcache.Listed(tuple(steps), of_steps=STEPS))
+    policy = vdcache.SchedulePolicy(vdcache.StepList(tuple(steps), of_steps=STEPS))
     return vdcache.Recipe(f"even-{count}-{order}", policy, (MarkBranches(), MergeSlots()), predictor=predictor)
 
 

@@ -99,9 +99,9 @@ Predictor()
 
 def test_the_facts_of_the_patterns():
     assert_expected_inline(
-        "\n".join(written(n, getattr(patterns, n)) for n in ("Anatomy", "Branch", "Attention", "Block", "Stream")),
+        "\n".join(written(n, getattr(patterns, n)) for n in ("GraphAnalysis", "Branch", "Attention", "Block", "Stream")),
         """\
-Anatomy(branches, clocks, latent, grid, refusals, streams=, blocks=, attentions=, conditioning=, latents=, flops=, covered=)
+GraphAnalysis(branches, clocks, latent, grid, refusals, streams=, blocks=, attentions=, conditioning=, latents=, flops=, covered=)
     coverage
     denoising_blocks(of)
     denoising_attentions()

@@ -91,13 +91,13 @@ _PUBLIC = {
     "Always": "vdcache.runtime.policies",
     "Codebook": "vdcache.runtime.policies",
     "MoReg": "vdcache.runtime.policies",
-    "Intervals": "vdcache.runtime.steps",
-    "Listed": "vdcache.runtime.steps",
-    "Scheduled": "vdcache.runtime.schedules",
-    "Together": "vdcache.runtime.schedules",
-    "Grid": "vdcache.runtime.steps",
-    "Planned": "vdcache.runtime.schedules",
-    "Windowed": "vdcache.runtime.windows",
+    "LinearIntervals": "vdcache.runtime.steps",
+    "StepList": "vdcache.runtime.steps",
+    "SchedulePolicy": "vdcache.runtime.schedules",
+    "CombinedPolicy": "vdcache.runtime.schedules",
+    "EveryNth": "vdcache.runtime.steps",
+    "PlanTable": "vdcache.runtime.schedules",
+    "TimestepWindow": "vdcache.runtime.windows",
     "Threshold": "vdcache.runtime.probing",
     "Bounds": "vdcache.runtime.probing",
     "Predictor": "vdcache.passes.predictors",
@@ -178,9 +178,9 @@ if TYPE_CHECKING:
     from vdcache.runtime.history import History, record
     from vdcache.runtime.plan import Plan
     from vdcache.runtime.policies import Always, Codebook, MoReg, Policy
-    from vdcache.runtime.schedules import Scheduled, Together
+    from vdcache.runtime.schedules import SchedulePolicy, CombinedPolicy
     from vdcache.runtime.session import Session
-    from vdcache.runtime.steps import Intervals, Listed
+    from vdcache.runtime.steps import LinearIntervals, StepList
     from vdcache.scheduling.calibration import Calibration
     from vdcache.scheduling.schedule import Schedule
     from vdcache.scheduling.table import StepTable

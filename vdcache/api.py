@@ -20,7 +20,7 @@ from vdcache.recipe import Recipe
 from vdcache.runtime import registry
 from vdcache.runtime.session import Session
 
-__all__ = ["Runner", "check_options", "compile", "compile_with", "original"]
+__all__ = ["ModelRunner", "check_options", "compile", "compile_with", "original"]
 
 _TORCH_COMPILE = ("fullgraph", "dynamic", "mode")
 
@@ -83,7 +83,7 @@ def compile_with(model: Callable[..., Any], settings: Settings, **torch_compile:
     """`compile` with settings that are made already."""
     session = settings.new_session()
     model = original(model)
-    runner = Runner(model, settings, **torch_compile)
+    runner = ModelRunner(model, settings, **torch_compile)
     compiled = runner.compiled
 
     def under_session(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -117,7 +117,7 @@ def _compile_again(model: nn.Module, settings: Settings, torch_compile: dict[str
     return compile_with(model, settings, **torch_compile)
 
 
-class Runner:
+class ModelRunner:
     """A model or function under this backend, which runs under any session: it holds no state of a generation itself.
 
     Args:

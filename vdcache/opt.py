@@ -18,11 +18,11 @@ from vdcache.ir.errors import ConfigError, VdcacheError
 from vdcache.ir.facts import FACTS, Fact, check
 from vdcache.ir.graph_files import save_graph
 from vdcache.ir.oracle import example_inputs, unskippable
-from vdcache.passes import Pass, Pipeline, Step
+from vdcache.passes import Pass, Pipeline, PassRecord
 from vdcache.passes.catalogue import known_facts, readable
 from vdcache.passes.watching import changes_text, refusals_text
 
-__all__ = ["CHECKS", "Broken", "Checker", "Run", "bisect", "checker", "run"]
+__all__ = ["CHECKS", "Broken", "Checker", "PipelineRun", "bisect", "checker", "run"]
 
 Checker = Callable[[fx.GraphModule, fx.GraphModule], None]
 CHECKS = {
@@ -34,7 +34,7 @@ CHECKS = {
 
 
 @dataclass(frozen=True)
-class Run:
+class PipelineRun:
     """What came of a graph.
 
     Args:
@@ -42,7 +42,7 @@ class Run:
     """
 
     graph: fx.GraphModule
-    steps: tuple[Step, ...]
+    steps: tuple[PassRecord, ...]
     texts: tuple[str, ...]
 
     def report(self, *, changed: bool = False, timing: bool = False) -> str:
@@ -76,7 +76,7 @@ class Broken:
         return f"pass {self.index + 1}, '{self.a_pass}', breaks it: {self.why}"
 
 
-def run(graph: fx.GraphModule, pipeline: Pipeline, *, verify: bool = False, reproducer: Path | None = None) -> Run:
+def run(graph: fx.GraphModule, pipeline: Pipeline, *, verify: bool = False, reproducer: Path | None = None) -> PipelineRun:
     """Run all passes.
 
     Args:
@@ -88,7 +88,7 @@ def run(graph: fx.GraphModule, pipeline: Pipeline, *, verify: bool = False, repr
     """
     graph = copy_graph(graph)
     texts: list[str] = [dump(graph)]
-    steps: list[Step] = []
+    steps: list[PassRecord] = []
     held = set(pipeline.given) - {Fact.PLAIN}  # passes that mark something end that
     for index, a_pass in enumerate(pipeline.passes):
         before = copy_graph(graph)
@@ -106,7 +106,7 @@ def run(graph: fx.GraphModule, pipeline: Pipeline, *, verify: bool = False, repr
             raise
         steps += done
         texts.append(dump(graph))
-    return Run(graph, tuple(steps), tuple(texts))
+    return PipelineRun(graph, tuple(steps), tuple(texts))
 
 
 def _still(held: set[Fact], a_pass: Pass) -> set[Fact]:

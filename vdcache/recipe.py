@@ -20,9 +20,9 @@ from vdcache.passes.predictors import LAST, ByGroup, Extrapolated, Frequencies, 
 from vdcache.runtime.history import Record, by_generation
 from vdcache.runtime.policies import AdaCache, Always, Auto, Codebook, Deciding, EveryN, MoReg, Policy, scaled
 from vdcache.runtime.probing import Bounds, EasyCache, Threshold
-from vdcache.runtime.schedules import MagCache, Planned, Scheduled, Together, scaled_to
-from vdcache.runtime.steps import Gated, Grid, Intervals, Listed
-from vdcache.runtime.windows import Bursts, Windowed
+from vdcache.runtime.schedules import MagCache, PlanTable, SchedulePolicy, CombinedPolicy, scaled_to
+from vdcache.runtime.steps import TGateSteps, EveryNth, LinearIntervals, StepList
+from vdcache.runtime.windows import BroadcastWindow, TimestepWindow
 
 __all__ = ["Recipe"]
 
@@ -124,7 +124,7 @@ class Recipe:
             groups = sorted(frozenset().union(*plans))
             rows.append(tuple(x for x in groups if 2 * sum(x in p for p in plans) > len(plans)) if step else ())
         passes = tuple(p for p in self.passes if not isinstance(p, (Observe, Probe)))
-        return replace(self, name=f"{self.name}-fixed", policy=Planned(tuple(rows)), passes=passes, books=())
+        return replace(self, name=f"{self.name}-fixed", policy=PlanTable(tuple(rows)), passes=passes, books=())
 
     def for_steps(self, num_steps: int, said: Callable[[str], None] = lambda message: None) -> Recipe:
         """This recipe for a generation of `num_steps`.
@@ -133,12 +133,12 @@ class Recipe:
         of steps has its rates scaled in proportion (at least 1) and its thresholds kept; `said` gets a warning then, because
         the thresholds were chosen for other steps.
         """
-        if isinstance(self.policy, Together) and self.books:  # layers with schedules of their own
+        if isinstance(self.policy, CombinedPolicy) and self.books:  # layers with schedules of their own
             each = [
                 replace(self, policy=p).for_steps(num_steps, said if not i else lambda message: None)
                 for i, p in enumerate(self.policy.policies)
             ]
-            return replace(self, policy=Together(tuple(r.policy for r in each)))
+            return replace(self, policy=CombinedPolicy(tuple(r.policy for r in each)))
         if not isinstance(self.policy, AdaCache) or not self.books:
             policy, changed = scaled_to(self.policy, num_steps)
             if changed:
@@ -223,8 +223,8 @@ class Recipe:
 KINDS: dict[str, Any] = {
     k.__name__: k
     for k in (
-        *(Always, Auto, EveryN, AdaCache, Codebook, MoReg, Scheduled, Together, Planned, MagCache, Windowed, Bursts),
-        *(Threshold, EasyCache, Bounds, Listed, Intervals, Grid, Gated),
+        *(Always, Auto, EveryN, AdaCache, Codebook, MoReg, SchedulePolicy, CombinedPolicy, PlanTable, MagCache, TimestepWindow, BroadcastWindow),
+        *(Threshold, EasyCache, Bounds, StepList, LinearIntervals, EveryNth, TGateSteps),
         *(LastValue, Taylor, Scaled, Extrapolated, Frequencies, ByGroup),
     )
 }

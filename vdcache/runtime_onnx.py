@@ -18,15 +18,15 @@ import numpy as np
 import onnxruntime as ort
 
 from vdcache.errors import ConfigError
-from vdcache.exporting.manifest import Graph, Step
-from vdcache.exporting.running import Runner
+from vdcache.exporting.manifest import Graph, ScheduledStep
+from vdcache.exporting.running import PackageRunner
 
 __all__ = ["OnnxRunner"]
 
 DEVICES = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cuda"}  # where cached tensors stay; else on the CPU
 
 
-class OnnxRunner(Runner):
+class OnnxRunner(PackageRunner):
     """A package of ONNX graphs. Cached tensors stay on the device: what a graph writes is bound to what the next one reads.
 
     Args:
@@ -98,7 +98,7 @@ class OnnxRunner(Runner):
         return {c.name: self._empty(c.shape, c.dtype) for c in self.manifest.caches}
 
     def _run(
-        self, graph: Graph, step: Step, given: Mapping[str, np.ndarray], lane: dict[str, ort.OrtValue]
+        self, graph: Graph, step: ScheduledStep, given: Mapping[str, np.ndarray], lane: dict[str, ort.OrtValue]
     ) -> list[np.ndarray]:
         session = self._session(graph.file)
         io = session.io_binding()

@@ -18,7 +18,7 @@ from tests.passes.test_block_lists import Stack, call
 from vdcache.backends import lowering
 from vdcache.backends.kernels import choose as choosing
 from vdcache.backends.kernels import flex
-from vdcache.backends.kernels.choose import Choice, choose, measure
+from vdcache.backends.kernels.choose import TuningResult, choose, measure
 from vdcache.backends.lowering import lower_tiles, tile_sites
 from vdcache.ir.capture import trace
 from vdcache.ir.edit import copy_graph
@@ -49,7 +49,7 @@ def measured(monkeypatch):
 
     def answer(query, key, value, bias, on, scale):
         asked.append((query, key, value, bias, on, scale))
-        return Choice("masked", {"dense": 4.0, "gather": 3.0, "masked": 2.0}, on.density)
+        return TuningResult("masked", {"dense": 4.0, "gather": 3.0, "masked": 2.0}, on.density)
 
     monkeypatch.setattr(choosing, "measure", answer)
     return asked
@@ -67,7 +67,7 @@ def operands(form="heads", dtype=torch.float32, of_keys=2, tokens=16):
 
 def test_what_was_measured_is_remembered(cache, measured):
     first = choose(*operands(), None, ON, None)
-    assert first == Choice("masked", {"dense": 4.0, "gather": 3.0, "masked": 2.0}, ON.density)
+    assert first == TuningResult("masked", {"dense": 4.0, "gather": 3.0, "masked": 2.0}, ON.density)
     assert (first.speedup, first.of_ideal) == (2.0, 2.0 * ON.density)
     assert choose(*operands(), None, ON, None) == first and len(measured) == 1
     assert list(json.loads(cache.read_text()).values()) == [
@@ -155,7 +155,7 @@ def full(above, kind):
         asked.append([tuple(t.shape[:2]) for t in (query, key, value, bias) if t is not None])
         if query.numel() > above:
             raise kind("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
-        return Choice("masked", {"dense": 4.0, "gather": 3.0, "masked": 2.0}, on.density)
+        return TuningResult("masked", {"dense": 4.0, "gather": 3.0, "masked": 2.0}, on.density)
 
     return asked, answer
 
@@ -173,14 +173,14 @@ def test_where_memory_is_short_it_is_measured_on_some_heads(cache, monkeypatch, 
         [(2, 4), (2, 2), (2, 2), (1, 4)],
         [(2, 2), (2, 1), (2, 1), (1, 2)],
     ]
-    assert found == Choice("masked", {"dense": 16.0, "gather": 12.0, "masked": 8.0}, ON.density), "times are those of all heads"
+    assert found == TuningResult("masked", {"dense": 16.0, "gather": 12.0, "masked": 8.0}, ON.density), "times are those of all heads"
     assert choose(q, k, v, bias, ON, None) == found and len(asked) == 3
 
 
 def test_where_there_is_no_memory_at_all_nothing_is_kept(cache, monkeypatch):
     asked, answer = full(0, torch.OutOfMemoryError)
     monkeypatch.setattr(choosing, "measure", answer)
-    assert choose(*operands(), None, ON, None) == Choice("gather", {}, ON.density) and len(asked) == 2
+    assert choose(*operands(), None, ON, None) == TuningResult("gather", {}, ON.density) and len(asked) == 2
     assert not cache.exists()
     choose(*operands(), None, ON, None)
     assert len(asked) == 4, "later there may be some"
@@ -267,7 +267,7 @@ def timed(monkeypatch, seconds):
 def test_the_fastest_is_chosen(monkeypatch):
     timed(monkeypatch, {"dense": 4.0, "gather": 4.0, "masked": 3.0})
     found = measure(*operands(), None, ON, None)
-    assert found == Choice("masked", {"dense": 4.0, "gather": 4.0, "masked": 3.0}, ON.density)
+    assert found == TuningResult("masked", {"dense": 4.0, "gather": 4.0, "masked": 3.0}, ON.density)
     timed(monkeypatch, {"dense": 4.0, "gather": 2.9, "masked": 3.0})
     assert measure(*operands(), None, ON, None).lowering == "gather"
 
@@ -283,14 +283,14 @@ def test_a_lowering_that_fails_is_not_chosen(monkeypatch):
 
     timed(monkeypatch, {"dense": 4.0, "gather": 4.0, "masked": 3.0})
     monkeypatch.setitem(LOWERINGS, "masked", fails)
-    assert measure(*operands(), None, ON, None) == Choice("gather", {"dense": 4.0, "gather": 4.0}, ON.density)
+    assert measure(*operands(), None, ON, None) == TuningResult("gather", {"dense": 4.0, "gather": 4.0}, ON.density)
 
 
 def test_what_takes_too_long_is_not_measured(cache, monkeypatch):
     monkeypatch.setattr(choosing, "LONGEST", 1)
     monkeypatch.setattr(choosing, "_time", None)
     found = choose(*operands(), None, ON, None)
-    assert found == Choice("gather", {}, ON.density) and found.speedup == 1.0 and not cache.exists()
+    assert found == TuningResult("gather", {}, ON.density) and found.speedup == 1.0 and not cache.exists()
 
 
 def test_a_matrix_of_all_tokens_is_only_tried_where_it_is_small():
@@ -404,7 +404,7 @@ def test_each_attention_is_measured_and_gets_its_own(monkeypatch):
 
     def answer(query, key, value, bias, on, scale):
         asked.append((query.shape, key.shape, value.shape, bias, on.density, scale))
-        return Choice(("masked", "gather")[len(asked) - 1], {"dense": 2.0, "masked": 1.0, "gather": 1.0}, on.density)
+        return TuningResult(("masked", "gather")[len(asked) - 1], {"dense": 2.0, "masked": 1.0, "gather": 1.0}, on.density)
 
     monkeypatch.setattr(lowering, "choose", answer)
     graph = masked_graph(["frames:0", "window:1x1x1:1x2x3"])

@@ -16,7 +16,7 @@ from tests.exporting.packages import SCHEDULE, STEPS, by_hand, call, inputs, loo
 from vdcache.cli import app
 from vdcache.exporting.fixed import recipe_of
 from vdcache.exporting.manifest import Manifest
-from vdcache.scheduling.calibration import Key
+from vdcache.scheduling.calibration import CalibrationKey
 from vdcache.scheduling.choose import Goal
 from vdcache.testing import TinyDiT
 
@@ -87,7 +87,7 @@ def test_an_export_that_goes_well_warns_of_nothing(tmp_path, format):
 
 
 def test_a_table_for_another_number_of_steps():
-    planned = vdcache.Recipe("table", vdcache.Planned(((), ("all",), ())))
+    planned = vdcache.Recipe("table", vdcache.PlanTable(((), ("all",), ())))
     assert recipe_of(planned)[1] == 3
     with pytest.raises(vdcache.ConfigError, match="the table of plans is for 3 steps, and the generation has 5"):
         vdcache.export(model(), call(), schedule=planned, num_steps=5, path="nowhere")
@@ -184,7 +184,7 @@ def test_a_model_that_writes_into_itself(tmp_path):
 def test_schedules_from_files_and_lists(tmp_path):
     SCHEDULE.to_json(tmp_path / "schedule.json")
     SCHEDULE.recipe().to_json(tmp_path / "recipe.json")
-    found = vdcache.Calibration(Key("m", STEPS, ""), Goal(speedup=2.0), SCHEDULE)
+    found = vdcache.Calibration(CalibrationKey("m", STEPS, ""), Goal(speedup=2.0), SCHEDULE)
     found.to_json(tmp_path / "found.json")
     files = [tmp_path / f"{name}.json" for name in ("schedule", "recipe", "found")]
     for given in (SCHEDULE, found, str(files[0]), *files):

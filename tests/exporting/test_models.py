@@ -33,7 +33,7 @@ def test_published_architectures(name, tmp_path):
     assert manifest.files["weights.bin"].bytes <= 1.05 * own + 64 * len(list(found.parameters())) + 4096
 
 
-TAYLOR = vdcache.Recipe("taylor-2", vdcache.Scheduled(vdcache.Listed((0, 1, 2, 4, 7))), predictor=vdcache.Taylor(2))
+TAYLOR = vdcache.Recipe("taylor-2", vdcache.SchedulePolicy(vdcache.StepList((0, 1, 2, 4, 7))), predictor=vdcache.Taylor(2))
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_arguments_in_another_order_and_a_predictor_of_ones_own(tmp_path):
     x, timestep, text = call()
     swapped = {"text": text, "timestep": timestep, "x": x}
     halfway = vdcache.Blended(lambda values, when: 0.5 * (values[0] + values[1]), 2)
-    recipe = vdcache.Recipe("mine", vdcache.Scheduled(vdcache.Listed((0, 1, 3))), predictor=halfway)
+    recipe = vdcache.Recipe("mine", vdcache.SchedulePolicy(vdcache.StepList((0, 1, 3))), predictor=halfway)
     vdcache.export(found, (), swapped, schedule=recipe, num_steps=6, path=tmp_path / "mine")
     with pytest.raises(vdcache.ConfigError, match="could not keep its recipe"):
         vdcache.verify(tmp_path / "mine", found, (), swapped)

@@ -73,7 +73,7 @@ def test_predictions_take_their_times_from_the_host(inner):
 
     model = Drift(1).cuda()
     recipe = vdcache.Recipe(
-        "line", vdcache.Scheduled(vdcache.Listed((1, 3))), (MarkBranches(), MergeSlots()), predictor=vdcache.Taylor(1)
+        "line", vdcache.SchedulePolicy(vdcache.StepList((1, 3))), (MarkBranches(), MergeSlots()), predictor=vdcache.Taylor(1)
     )
     compiled = vdcache.compile(model, recipe, num_steps=6, inner=inner)
     for step in range(6):

@@ -30,7 +30,7 @@ from vdcache.ir.masks import (
     parse_mask,
     parse_masks,
 )
-from vdcache.ir.tiles import Tiled
+from vdcache.ir.tiles import TileMask
 from vdcache.passes import Pipeline, TileAttention
 
 # ---- the rules, on two tokens of the video: (frame, row, column) of the query and of the key -------------------------
@@ -311,8 +311,8 @@ class Odd(AttentionMask):
 
 def test_a_token_that_attends_to_nothing_is_refused_unless_there_is_text():
     with pytest.raises(ConfigError, match="under the mask odd some tokens attend to nothing"):
-        Tiled(Odd(), (4, 2, 2))
-    assert Tiled(Odd(), (4, 2, 2), after=1).keeps().any(1).all()
+        TileMask(Odd(), (4, 2, 2))
+    assert TileMask(Odd(), (4, 2, 2), after=1).keeps().any(1).all()
     assert not Skip().on(4, 2, 2).keeps().any() and Skip().density(4, 2, 2, text=3) == 0
 
 

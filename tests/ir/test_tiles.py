@@ -17,7 +17,7 @@ from tests.ir.test_masks import Odd, placed
 from vdcache.backends.kernels.flex import BLOCK, block_mask
 from vdcache.ir import ConfigError
 from vdcache.ir.masks import Dense, Diagonal, Frames, MultiDiagonal, Radial, Skip, Stripes, Window
-from vdcache.ir.tiles import TILE_ATTENTION, Tiled, gather, masked, tiled
+from vdcache.ir.tiles import TILE_ATTENTION, TileMask, gather, masked, tiled
 
 FORMS = ("heads", "tokens", "fused", "strided")  # how [B, H, N, D] lies in memory
 BIASES = (None, "bool", "float")
@@ -143,7 +143,7 @@ def test_what_a_tile_does_not_attend_to_has_no_influence(case, data):
 
 
 def test_a_tile_that_attends_to_text_alone():
-    on = Tiled(Odd(), (4, 2, 2), 1, 2)
+    on = TileMask(Odd(), (4, 2, 2), 1, 2)
     given = *(noise(2, 2, on.tokens, 4, seed=s) for s in range(3)), on, None, None
     check_against_hand(gather(*given), *given)
 

@@ -12,7 +12,7 @@ import torch
 
 import vdcache
 from vdcache import Recipe
-from vdcache.runtime.schedules import Together
+from vdcache.runtime.schedules import CombinedPolicy
 
 pytest.importorskip("diffusers")
 
@@ -116,7 +116,7 @@ def test_pyramid_attention_broadcast():
             cross_attention_timestep_skip_range=(200, 900),
         )
     )
-    assert isinstance(recipe.policy, Together)
+    assert isinstance(recipe.policy, CombinedPolicy)
     times = [1000 * (1 - s / 20) for s in range(20)]
     assert computed(recipe, 20, "spatial") == [s for s in range(20) if not (s % 2 and 100 < times[s] < 800)]
     assert computed(recipe, 20, "cross") == [s for s in range(20) if not (s % 4 and 200 < times[s] < 900)]

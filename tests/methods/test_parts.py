@@ -54,9 +54,9 @@ def test_what_is_no_part_is_refused(given, message):
 
 
 def test_a_misspelt_option_in_a_file_is_named():
-    data = json.loads(vdcache.Recipe("x", vdcache.Scheduled(vdcache.Listed((0, 1)))).to_json())
+    data = json.loads(vdcache.Recipe("x", vdcache.SchedulePolicy(vdcache.StepList((0, 1)))).to_json())
     data["policy"]["nope"] = 3
-    with pytest.raises(vdcache.ConfigError, match=r"Scheduled cannot be made of .*nope"):
+    with pytest.raises(vdcache.ConfigError, match=r"SchedulePolicy cannot be made of .*nope"):
         vdcache.Recipe.from_json(json.dumps(data))
 
 

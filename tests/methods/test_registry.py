@@ -20,7 +20,7 @@ from vdcache.methods import MAGCACHE_RATIOS, PAB, PROFILINGDIT_LISTS, TEACACHE_C
 from vdcache.methods.attention import FASTERCACHE
 from vdcache.methods.registry import NAMES
 from vdcache.passes import Pipeline
-from vdcache.runtime import Codebook, EveryN, Listed, Policy
+from vdcache.runtime import Codebook, EveryN, StepList, Policy
 from vdcache.testing import TinyDiT
 
 OF_MODELS = {"teacache": TEACACHE_COEFFICIENTS, "magcache": MAGCACHE_RATIOS, "pab": PAB, "fastercache": FASTERCACHE}
@@ -288,7 +288,7 @@ def test_good_numbers():
         methods.pab(0, 3),
         methods.tgate(1, warm_up=0),
         methods.adacache(Codebook(((0.1, 2), (0.2, 1)))),
-        methods.profilingdit(range(3), when=Listed((2, 5))),
+        methods.profilingdit(range(3), when=StepList((2, 5))),
     ):
         assert Recipe.from_json(made.to_json()) == made and made.policy.plans()
 
@@ -359,7 +359,7 @@ def test_a_curve_for_other_steps_is_said_once(steps, how):
             vdcache.compile(TinyDiT(), name, num_steps=steps, inner="eager")
         (text,) = [str(w.message) for w in said]
         assert f"'{name}': its curve of magnitudes was measured at 50 steps and is {how}" in text
-    beside = vdcache.Together((recipe("magcache-flux").policy, EveryN(2, "other")))
+    beside = vdcache.CombinedPolicy((recipe("magcache-flux").policy, EveryN(2, "other")))
     with pytest.warns(vdcache.VdcacheWarning, match="measured at 28 steps and is stretched to 50"):
         vdcache.compile(TinyDiT(), vdcache.Recipe("beside", beside), num_steps=50, inner="eager")
 

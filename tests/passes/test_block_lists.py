@@ -102,7 +102,7 @@ lists = st.sets(st.integers(0, BLOCKS - 1), min_size=1, max_size=BLOCKS)
 def test_random_block_lists_against_deltas_by_hand(blocks, two, span, steps):
     torch._dynamo.reset()
     model = MODELS[two]
-    when = vdcache.Listed(tuple(sorted(steps)))
+    when = vdcache.StepList(tuple(sorted(steps)))
     compiled = vdcache.compile(
         model, profilingdit(sorted(blocks), when=when, span=span), num_steps=STEPS, inner="eager", strict=True
     )
@@ -141,7 +141,7 @@ def test_two_lists_in_turn(one, other, two, reuse):
     if not other:
         return
     torch._dynamo.reset()
-    model, when = MODELS[two], vdcache.Listed((1, 3))
+    model, when = MODELS[two], vdcache.StepList((1, 3))
     made = profilingdit(sorted(one), sorted(other), when=when, reuse=reuse)
     compiled = vdcache.compile(model, made, num_steps=STEPS, inner="eager", strict=True)
     hand = ByHand(model)
@@ -157,10 +157,10 @@ def test_two_clocks_drive_four_variants():
     """Slots of two groups with intervals of their own: what a step computes of one group is kept, whatever the other does."""
     torch._dynamo.reset()
     model = MODELS[True]
-    policy = vdcache.Together(
+    policy = vdcache.CombinedPolicy(
         (
-            vdcache.Scheduled(vdcache.Listed((0, 4)), ("front",)),
-            vdcache.Scheduled(vdcache.Listed((0, 2, 3)), ("rear",)),
+            vdcache.SchedulePolicy(vdcache.StepList((0, 4)), ("front",)),
+            vdcache.SchedulePolicy(vdcache.StepList((0, 2, 3)), ("rear",)),
         )
     )
     scope = (
@@ -184,8 +184,8 @@ def test_two_clocks_drive_four_variants():
 @torch.no_grad()
 def test_groups_that_a_graph_lacks_make_no_variant():
     torch._dynamo.reset()
-    policy = vdcache.Together(
-        (vdcache.Scheduled(vdcache.Listed((0, 2)), ("here",)), vdcache.Scheduled(vdcache.Listed((0,)), ("nowhere",)))
+    policy = vdcache.CombinedPolicy(
+        (vdcache.SchedulePolicy(vdcache.StepList((0, 2)), ("here",)), vdcache.SchedulePolicy(vdcache.StepList((0,)), ("nowhere",)))
     )
     compiled = vdcache.compile(
         MODELS[False], vdcache.Recipe("one", policy, (MarkBranches(group="here"),)), num_steps=4, inner="eager"

@@ -10,15 +10,15 @@ from tests.zoo import ZOO, build
 from vdcache import ConfigError, Recipe
 from vdcache.ir.ops import is_work
 from vdcache.passes import MarkLanes
-from vdcache.passes.predictors import Frequencies, When
-from vdcache.runtime import Grid, Plan, Scheduled
+from vdcache.passes.predictors import Frequencies, StepInfo
+from vdcache.runtime import EveryNth, Plan, SchedulePolicy
 from vdcache.testing import TinyDiT, latent, time_of
 
 STEPS = 7
 
 
 def recipe(n=3, **options):
-    return Recipe("lanes", Scheduled(Grid(n), ("lane",)), (MarkLanes(**options),))
+    return Recipe("lanes", SchedulePolicy(EveryNth(n), ("lane",)), (MarkLanes(**options),))
 
 
 def both(x):
@@ -165,7 +165,7 @@ def test_attention_and_lane_together():
 
 def test_frequencies_are_those_of_the_transform():
     x = torch.randn(2, 3, 7, 6, generator=torch.Generator().manual_seed(0))
-    when = When(torch.tensor(3.0), torch.tensor(1.0), torch.tensor(9.0))
+    when = StepInfo(torch.tensor(3.0), torch.tensor(1.0), torch.tensor(9.0))
     got = Frequencies((1.2, 8, 20), (1.1, 0, 8)).predict([x], when)  # low in steps 8 and 9, high in 7 and 8
     spectrum = torch.fft.fftshift(torch.fft.fft2(x), dim=(-2, -1))
     y, z = torch.arange(7) - 3, torch.arange(6) - 3

@@ -127,7 +127,7 @@ class NoTanh(Rewrite):
 
 
 @dataclass(frozen=True)
-class Needs(Pass):
+class VariantInputs(Pass):
     name: ClassVar[str] = "needs"
     requires: ClassVar[frozenset[Fact]] = frozenset({NO_TANH})
 
@@ -137,9 +137,9 @@ class Needs(Pass):
 
 def test_a_fact_of_another_package_is_held_to_like_every_other():
     with pytest.raises(ContractError, match="'needs' requires without-tanh; nothing before it ensures that"):
-        Pipeline((Needs(),))
+        Pipeline((VariantInputs(),))
     graph = trace(torch.tanh, torch.randn(2)).graph
-    Pipeline((NoTanh(), Needs()), verify=True).run(graph)
+    Pipeline((NoTanh(), VariantInputs()), verify=True).run(graph)
 
     @dataclass(frozen=True)
     class Lies(NoTanh):

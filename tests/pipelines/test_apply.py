@@ -18,7 +18,7 @@ from tests.pipelines.modes import Stop, cached, computed, due, stopping
 from tests.pipelines.tiny import generator, made, sample, text
 from tests.zoo import build
 from vdcache.pipelines.applied import applied_to
-from vdcache.pipelines.denoiser import Switch, here
+from vdcache.pipelines.denoiser import ForwardWrapper, here
 
 pytest.importorskip("diffusers")
 NAME = "CogVideoX"  # the quickest to compile
@@ -103,11 +103,11 @@ def test_hooks_before_and_after_stay_where_they_are():
     sample(pipe, NAME, 3)
     assert len(calls) == 3 and computed(pipe) == [due(3)]
     remove_hook_from_module(pipe.transformer)
-    assert isinstance(pipe.transformer.forward, Switch)
+    assert isinstance(pipe.transformer.forward, ForwardWrapper)
     add_hook_to_module(pipe.transformer, Counting())
     sample(pipe, NAME, 3)
     vdcache.remove(pipe)
-    assert Switch.on(pipe.transformer) is None
+    assert ForwardWrapper.on(pipe.transformer) is None
     remove_hook_from_module(pipe.transformer)
     assert pipe.transformer.forward.__func__ is type(pipe.transformer).forward
 
@@ -371,7 +371,7 @@ def test_few_steps_leave_little_to_skip(pipe, steps, message):
 
 
 def test_a_schedule_for_another_number_of_steps_computes_everything_and_says_so():
-    table = vdcache.Recipe("table", vdcache.Planned(((), ("all",), ())))
+    table = vdcache.Recipe("table", vdcache.PlanTable(((), ("all",), ())))
     pipe = cached(made(NAME), table)
     with pytest.warns(vdcache.VdcacheWarning, match="transformer: 'table' cannot be followed for 5 steps.*is for 3 steps"):
         got = sample(pipe, NAME, 5)

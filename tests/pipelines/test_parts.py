@@ -119,17 +119,17 @@ def test_an_override_leaves_copies_and_pickles_alone():
 def test_a_switch_behind_several_hooks_is_found_and_taken_off():
     hooks = pytest.importorskip("accelerate.hooks")
     diffusers = pytest.importorskip("diffusers.hooks")
-    from vdcache.pipelines.denoiser import Switch
+    from vdcache.pipelines.denoiser import ForwardWrapper
 
     model = nn.Linear(2, 2)
     diffusers.HookRegistry.check_if_exists_or_initialize(model).register_hook(diffusers.ModelHook(), "own")
     hooks.add_hook_to_module(model, hooks.ModelHook())
-    switch = Switch.put_on(model)
-    assert Switch.on(model) is switch and Switch.put_on(model) is switch and model.forward is not switch
+    switch = ForwardWrapper.put_on(model)
+    assert ForwardWrapper.on(model) is switch and ForwardWrapper.put_on(model) is switch and model.forward is not switch
     diffusers.HookRegistry.check_if_exists_or_initialize(model).register_hook(diffusers.ModelHook(), "later")
-    assert Switch.on(model) is switch
+    assert ForwardWrapper.on(model) is switch
     x = torch.ones(1, 2)
     want = nn.functional.linear(x, model.weight, model.bias)
     assert torch.equal(model(x), want)
     switch.take_off()
-    assert Switch.on(model) is None and torch.equal(model(x), want)
+    assert ForwardWrapper.on(model) is None and torch.equal(model(x), want)

@@ -17,7 +17,7 @@ from rich.console import Console
 import vdcache
 from tests.scheduling.samplers import TEXT, euler, generate, multistep, sigmas, time
 from vdcache import CacheStateError, Calibration, ConfigError, Recipe, Thresholds, VdcacheWarning
-from vdcache.profiling.loop import Loop
+from vdcache.profiling.loop import SamplingLoop
 from vdcache.scheduling.choose import BUDGET
 from vdcache.testing import TinyDiT, latent
 
@@ -456,6 +456,6 @@ def test_a_file_of_something_else_is_refused(text, tmp_path):
 
 
 def test_a_loop_without_a_path_writes_nothing(tmp_path):
-    loop = Loop(small(), final, [0], "test")
+    loop = SamplingLoop(small(), final, [0], "test")
     assert loop.table().steps == STEPS and not [*tmp_path.iterdir()]
     loop.forget()

@@ -22,7 +22,7 @@ from vdcache.passes import Emit
 from vdcache.profiling.watched import watch
 from vdcache.scheduling.paths import Path, best_paths, cost_of
 from vdcache.scheduling.schedule import candidates
-from vdcache.scheduling.table import Gathering
+from vdcache.scheduling.table import StepTableBuilder
 from vdcache.testing import TinyDiT, latent, time_of
 
 STEPS = 8
@@ -284,11 +284,11 @@ def test_lanes_that_some_steps_lack_are_left_out():
 
 
 def test_values_of_another_form_have_nothing_in_common():
-    found = Gathering(4)
+    found = StepTableBuilder(4)
     for step, rows in enumerate((2, 2, 1, 1)):
         found.add(step, 0, {"a": torch.ones(rows, 3)})
     np.testing.assert_array_equal(found.products(), [[6, 6, 0, 0], [6, 6, 0, 0], [0, 0, 3, 3], [0, 0, 3, 3]])
-    found = Gathering(2)
+    found = StepTableBuilder(2)
     for step, lane in enumerate("ab"):  # no lane has all steps
         found.add(step, lane, {"a": torch.ones(1, 2)})
     np.testing.assert_array_equal(found.products(), [[2, 0], [0, 2]])

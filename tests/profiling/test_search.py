@@ -20,7 +20,7 @@ import vdcache
 from tests.ir.test_masks import written_out
 from tests.passes.test_block_lists import Stack
 from vdcache import CacheStateError, ConfigError, MaskPlan, Recipe, TileReport
-from vdcache.backends.kernels.choose import Choice
+from vdcache.backends.kernels.choose import TuningResult
 from vdcache.ir.masks import parse_mask
 from vdcache.passes.tile_attention import TileAttention
 from vdcache.patterns.cost import flops
@@ -308,7 +308,7 @@ def test_a_budget_of_time(recorded, monkeypatch):
 
     def answer(query, key, value, bias, on, scale):
         pair = seconds[str(on.mask)]
-        return Choice("gather", {} if pair is None else {"dense": pair[0], "gather": pair[1]}, on.density)
+        return TuningResult("gather", {} if pair is None else {"dense": pair[0], "gather": pair[1]}, on.density)
 
     monkeypatch.setattr(search, "choose", answer)
     plan = searched(budget=0.6)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import vdcache
 from vdcache.methods import PAB, TEACACHE_COEFFICIENTS, recipe
-from vdcache.runtime import AdaCache, Bounds, Codebook, Measured, MoReg, Threshold
+from vdcache.runtime import AdaCache, Bounds, Codebook, MetricValue, MoReg, Threshold
 from vdcache.runtime.bound import best_plans, lowest
 
 numbers = st.floats(-100, 100).map(lambda x: round(x, 3))
@@ -25,7 +25,7 @@ def play(policy, changes, motions=(), times=()):
     state, reused = policy.start(len(changes)), 0
     for step, change in enumerate(changes):
         motion = motions[step] if motions else None
-        seen = (Measured("all/x", change, change, 1.0, motion, motion),) if step else None
+        seen = (MetricValue("all/x", change, change, 1.0, motion, motion),) if step else None
         plan = policy.plan(state, step, times[: step + 1])
         if plan is None:
             state, plan = policy.decide(state, step, seen)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from vdcache import ConfigError, adacache
 from vdcache.methods import ADACACHE_CODEBOOKS, describe, recipe
-from vdcache.runtime import RECOMPUTE, AdaCache, Codebook, EveryN, Measured, MoReg
+from vdcache.runtime import RECOMPUTE, AdaCache, Codebook, EveryN, MetricValue, MoReg
 from vdcache.runtime.policies import AdaState
 
 FAST = Codebook.of(ADACACHE_CODEBOOKS["fast"][30])
@@ -27,7 +27,7 @@ def play(policy, num_steps, changes, motions=None, before=None):
         if plan == RECOMPUTE:
             motion = None if motions is None else motions[step]
             measures = (
-                (Measured("x", changes[step], changes[step], motion=motion, motion_absolute=motion),) if computed else None
+                (MetricValue("x", changes[step], changes[step], motion=motion, motion_absolute=motion),) if computed else None
             )
             computed.append(step)
         state = policy.observe(state, step, plan, measures)
@@ -211,5 +211,5 @@ def test_a_change_on_a_threshold_belongs_to_the_next_entry():
 def test_a_change_is_shared_among_the_steps_that_the_rule_counts(rule, k):
     """At the end steps are computed before the rate has passed: the reference code divides by the rate all the same."""
     policy = AdaCache(Codebook.of({0.2: 6, 1.0: 1}), rule=rule)
-    state = policy.observe(AdaState(10, last=7, rate=6), 8, RECOMPUTE, [Measured("all/x", 0.6, 0.6)])
+    state = policy.observe(AdaState(10, last=7, rate=6), 8, RECOMPUTE, [MetricValue("all/x", 0.6, 0.6)])
     assert state.trace == ((8, pytest.approx(0.6 / k), 6 if k == 6 else 1),)

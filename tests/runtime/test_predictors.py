@@ -15,8 +15,8 @@ import vdcache
 from vdcache import ConfigError, Extrapolated, LastValue, Recipe, Scaled, Taylor
 from vdcache.ir.dump import dump
 from vdcache.passes import MarkBranches, MergeSlots, variant_io
-from vdcache.passes.predictors import When
-from vdcache.runtime import Listed, Scheduled, Together
+from vdcache.passes.predictors import StepInfo
+from vdcache.runtime import StepList, SchedulePolicy, CombinedPolicy
 from vdcache.testing import TinyDiT, latent, time_of
 from vdcache.testing.graphs import guarded, run_variant, variant
 
@@ -30,9 +30,9 @@ def play(predictor, values, steps):
     kept = [torch.zeros(()) for _ in range(predictor.tensors)]
     before = steps[0] - 1
     for count, (step, value) in enumerate(zip(steps, values, strict=True)):
-        kept = list(predictor.keep(value, kept, When(number(step - before), number(count), number(step))))
+        kept = list(predictor.keep(value, kept, StepInfo(number(step - before), number(count), number(step))))
         before = step
-    return lambda step: predictor.predict(kept, When(number(step - before), number(len(steps)), number(step)))
+    return lambda step: predictor.predict(kept, StepInfo(number(step - before), number(len(steps)), number(step)))
 
 
 @given(st.integers(1, 4), st.floats(-2, 2), st.floats(-2, 2), st.integers(1, 4), st.integers(1, 6))
@@ -100,7 +100,7 @@ def test_through_torch_compile_a_line_is_predicted_exactly(dtype, merged):
     torch._dynamo.reset()
     model = Drift(1).to(dtype)
     scope = (MarkBranches(), MergeSlots()) if merged else (MarkBranches(),)
-    recipe = Recipe("line", Scheduled(Listed((1, 4, 6))), scope, predictor=Taylor(1))
+    recipe = Recipe("line", SchedulePolicy(StepList((1, 4, 6))), scope, predictor=Taylor(1))
     compiled = vdcache.compile(model, recipe, num_steps=10, inner="eager", strict=True)
     for generation in range(2):
         for step in range(10):
@@ -121,7 +121,7 @@ def test_through_torch_compile_a_line_is_predicted_exactly(dtype, merged):
 def test_nothing_of_a_generation_before_enters_a_prediction():
     torch._dynamo.reset()
     model = Drift(2)
-    recipe = Recipe("two", Scheduled(Listed((0, 3))), (MarkBranches(),), predictor=Taylor(2))
+    recipe = Recipe("two", SchedulePolicy(StepList((0, 3))), (MarkBranches(),), predictor=Taylor(2))
     fresh = vdcache.compile(model, recipe, num_steps=6, inner="eager")
     used = vdcache.compile(model, recipe, num_steps=6, inner="eager")
 
@@ -143,8 +143,8 @@ def test_nothing_of_a_generation_before_enters_a_prediction():
 def test_any_schedule_against_the_recursion_by_hand(steps, order):
     torch._dynamo.reset()
     model = TinyDiT(blocks=1)
-    when = Listed(tuple(sorted(steps)))
-    recipe = Recipe("t", Scheduled(when), (MarkBranches(), MergeSlots()), predictor=Taylor(order))
+    when = StepList(tuple(sorted(steps)))
+    recipe = Recipe("t", SchedulePolicy(when), (MarkBranches(), MergeSlots()), predictor=Taylor(order))
     compiled = vdcache.compile(model, recipe, num_steps=8, inner="eager")
     text, kept, last, count = latent(9, 1, 3, 4), [0.0] * (order + 1), -1, 0
     for step in range(8):
@@ -153,11 +153,11 @@ def test_any_schedule_against_the_recursion_by_hand(steps, order):
         if step in when.computed(8):
             assert torch.equal(out, model(x, time_of(step), text))
             kept = Taylor(order).keep(
-                model.branches(x, time_of(step), text), kept, When(number(step - last), number(count), number(step))
+                model.branches(x, time_of(step), text), kept, StepInfo(number(step - last), number(count), number(step))
             )
             last, count = step, count + 1
         else:
-            total = Taylor(order).predict(kept, When(number(step - last), number(count), number(step)))
+            total = Taylor(order).predict(kept, StepInfo(number(step - last), number(count), number(step)))
             torch.testing.assert_close(out, model.with_branches(x, text, total), rtol=1e-3, atol=1e-3)
 
 
@@ -165,7 +165,7 @@ def test_any_schedule_against_the_recursion_by_hand(steps, order):
 def test_groups_have_times_of_their_own():
     torch._dynamo.reset()
     model = TinyDiT(blocks=1)
-    policy = Together((Scheduled(Listed((0, 2, 4)), ("a",)), Scheduled(Listed((0, 1, 5)), ("m",))))
+    policy = CombinedPolicy((SchedulePolicy(StepList((0, 2, 4)), ("a",)), SchedulePolicy(StepList((0, 1, 5)), ("m",))))
     scope = (MarkBranches(kinds=("self-attention",), group="a"), MarkBranches(kinds=("mlp",), group="m"))
     compiled = vdcache.compile(model, Recipe("p", policy, scope, predictor=Taylor(1)), num_steps=8, inner="eager", strict=True)
     text = latent(9, 1, 3, 4)
@@ -185,7 +185,7 @@ def test_groups_have_times_of_their_own():
 def test_under_inductor_with_dynamic_shapes():
     torch._dynamo.reset()
     model = Drift(1)
-    recipe = Recipe("line", Scheduled(Listed((1, 3))), (MarkBranches(), MergeSlots()), predictor=Taylor(1))
+    recipe = Recipe("line", SchedulePolicy(StepList((1, 3))), (MarkBranches(), MergeSlots()), predictor=Taylor(1))
     compiled = vdcache.compile(model, recipe, num_steps=6, dynamic=True)
     for tokens in (4, 6):
         for step in range(6):
@@ -211,7 +211,7 @@ def test_a_predictor_of_ones_own():
     model, text = TinyDiT(blocks=1), latent(9, 1, 3, 4)
     compiled = vdcache.compile(
         model,
-        Recipe("mean", Scheduled(Listed((0, 1))), (MarkBranches(), MergeSlots()), predictor=Mean()),
+        Recipe("mean", SchedulePolicy(StepList((0, 1))), (MarkBranches(), MergeSlots()), predictor=Mean()),
         num_steps=3,
         inner="eager",
     )
@@ -231,11 +231,11 @@ def test_bad_predictors(make):
 
 @pytest.mark.parametrize("predictor", [LastValue(), Taylor(2), Scaled(0.98)])
 def test_predictors_are_kept_with_their_recipe(predictor):
-    made = Recipe("x", Scheduled(Listed((0, 3))), (MarkBranches(),), predictor=predictor)
+    made = Recipe("x", SchedulePolicy(StepList((0, 3))), (MarkBranches(),), predictor=predictor)
     assert Recipe.from_json(made.to_json()) == made
 
 
-class Gated:
+class TGateSteps:
     """FORA and TaylorSeer by hand on TinyDiT with one block: what is kept lies before the gate, and every step applies its own."""
 
     def __init__(self, model, predictor):
@@ -254,11 +254,11 @@ class Gated:
                     value = m.mlp[0](h)
                 before = self.kept.get(kind, [0.0] * self.predictor.tensors)
                 self.kept[kind] = self.predictor.keep(
-                    value, before, When(number(step - self.last), number(self.count), number(step))
+                    value, before, StepInfo(number(step - self.last), number(self.count), number(step))
                 )
             else:
                 value = self.predictor.predict(
-                    self.kept[kind], When(number(step - self.last), number(self.count), number(step))
+                    self.kept[kind], StepInfo(number(step - self.last), number(self.count), number(step))
                 )
             h = h + gates[kind == "mlp"] * value
         if computed:
@@ -280,7 +280,7 @@ def test_published_recipes_before_the_gate(name, computed, predictor):
     torch._dynamo.reset()
     model, text = TinyDiT(blocks=1), latent(9, 1, 3, 4)
     compiled = vdcache.compile(model, name, num_steps=10, inner="eager", strict=True)
-    hand = Gated(model, predictor)
+    hand = TGateSteps(model, predictor)
     for step in range(10):
         x = latent(0) + 0.1 * step * latent(1)
         want = hand(x, time_of(step), text, step, step in computed)
@@ -326,7 +326,7 @@ def test_predictions_stay_within_float16(merged, predictor):
     """Values that grow by 10,000 a step, and stop growing before the end of float16 where prediction begins."""
     torch._dynamo.reset()
     scope = (MarkBranches(), MergeSlots()) if merged else (MarkBranches(),)
-    recipe = Recipe("r", Scheduled(Listed((0, 1, 2))), scope, predictor=predictor)
+    recipe = Recipe("r", SchedulePolicy(StepList((0, 1, 2))), scope, predictor=predictor)
     model, text = Loud().half(), latent(9, 1, 3, 4).half()
     fast = vdcache.compile(model, recipe, num_steps=8, inner="eager", strict=True)
     for step in range(8):

@@ -35,8 +35,8 @@ from vdcache.methods import (
     teacache,
     tgate,
 )
-from vdcache.passes.predictors import When, predictor_of
-from vdcache.runtime import RECOMPUTE, Bursts, MagCache, Measured, Plan, Scheduled, Windowed
+from vdcache.passes.predictors import StepInfo, predictor_of
+from vdcache.runtime import RECOMPUTE, BroadcastWindow, MagCache, MetricValue, Plan, SchedulePolicy, TimestepWindow
 
 steps_st = st.integers(1, 60)
 seeds = st.integers(0, 2**32)
@@ -64,7 +64,7 @@ def steps_of(plans, group="all"):
 
 
 def one(change):
-    return (Measured("all/probe", change, change),)
+    return (MetricValue("all/probe", change, change),)
 
 
 class Pairs:
@@ -254,15 +254,15 @@ def test_easycache_in_a_closed_loop(seed, threshold, n, first):
     for t in range(n):
         plan = policy.plan(state, t)
         if plan is None:
-            state, plan = policy.decide(state, t, (Measured("all/probe.input", 0.0, loop.dx(t - 1, t)),))
+            state, plan = policy.decide(state, t, (MetricValue("all/probe.input", 0.0, loop.dx(t - 1, t)),))
         loop.on_step(t, not plan)
         seen = None
         if not plan:
             if computed:
                 p = computed[-1]
                 seen = (
-                    Measured("all/observed.input", 0.0, loop.dx(p, t)),
-                    Measured("all/observed.output", 0.0, loop.dout(p, t), loop.norm(t)),
+                    MetricValue("all/observed.input", 0.0, loop.dx(p, t)),
+                    MetricValue("all/observed.output", 0.0, loop.dout(p, t), loop.norm(t)),
                 )
             computed.append(t)
         state = policy.observe(state, t, plan, seen)
@@ -379,9 +379,9 @@ def test_pab_constants():
 
 
 def test_without_timesteps_steps_are_equally_long():
-    policy = Windowed(2, (450, 930))
+    policy = TimestepWindow(2, (450, 930))
     assert steps_of(play(policy, 20)) == rules.pab([1000 * (1 - s / 20) for s in range(20)], 2, (450, 930))
-    assert steps_of(play(Bursts((800.0,), 2), 10)) == [0, 1, 2, 5, 6, 7, 8, 9]
+    assert steps_of(play(BroadcastWindow((800.0,), 2), 10)) == [0, 1, 2, 5, 6, 7, 8, 9]
 
 
 @given(st.integers(1, 60), st.integers(1, 30), st.integers(1, 7), st.integers(1, 4), st.integers(0, 6))
@@ -413,7 +413,7 @@ def test_fastercache(model, made_for, seed):
     got, last, count = [], -1, 0
     kept = [torch.zeros(()) for _ in range(predictor.tensors)]
     for step, value in enumerate(values):
-        when = When(*(torch.tensor(float(n)) for n in (step - last, count, step)))
+        when = StepInfo(*(torch.tensor(float(n)) for n in (step - last, count, step)))
         if step in computed:
             kept = list(predictor.keep(torch.tensor(value), kept, when))
             last, count = step, count + 1
@@ -496,4 +496,4 @@ def test_the_oracles_reach_both_outcomes():
         *(rules.magcache(rules.nearest(own, 30), 0.12, 4, 0.2, 30) for own in rules.MAGCACHE.values()),
     ):
         assert 1 < len(computed) < 30 and any(b - a > 1 for a, b in itertools.pairwise(computed))
-    assert isinstance(fora(3).policy, Scheduled)
+    assert isinstance(fora(3).policy, SchedulePolicy)

@@ -12,7 +12,7 @@ import vdcache
 from vdcache import ConfigError, Recipe, profilingdit
 from vdcache.methods import PROFILINGDIT_LISTS, recipe
 from vdcache.passes import MarkBranches, MergeSlots
-from vdcache.runtime import RECOMPUTE, AdaCache, Codebook, EveryN, Intervals, Listed, Measured, Plan, Scheduled, Together
+from vdcache.runtime import RECOMPUTE, AdaCache, Codebook, EveryN, LinearIntervals, StepList, MetricValue, Plan, SchedulePolicy, CombinedPolicy
 from vdcache.testing import TinyDiT, latent, time_of
 
 
@@ -31,13 +31,13 @@ intervals = st.tuples(st.integers(0, 12), st.floats(1, 15), st.floats(1, 15)).ma
 
 @given(intervals, st.integers(13, 80))
 def test_intervals_are_the_closed_form(constants, num_steps):
-    assert Intervals(*constants).computed(num_steps) == closed_form(*constants, num_steps)
+    assert LinearIntervals(*constants).computed(num_steps) == closed_form(*constants, num_steps)
 
 
 @given(intervals, st.integers(13, 80))
 def test_orders_compute_as_many_steps(constants, num_steps):
     decreasing, increasing, even = (
-        Intervals(*constants, order=o).computed(num_steps) for o in ("decreasing", "increasing", "even")
+        LinearIntervals(*constants, order=o).computed(num_steps) for o in ("decreasing", "increasing", "even")
     )
     assert len(decreasing) == len(increasing) == len(even) and len(set(even)) == len(even)
     warm_up = constants[0]
@@ -52,9 +52,9 @@ def test_orders_compute_as_many_steps(constants, num_steps):
 
 
 def test_gaps_shrink_after_the_warm_up():
-    steps = Intervals(6, 12, 2).computed(50)
+    steps = LinearIntervals(6, 12, 2).computed(50)
     assert steps == (0, 1, 2, 3, 4, 5, 6, 18, 27, 34, 40, 44, 47)
-    assert Intervals(6, 6, 6).computed(50)[6:] == (6, 12, 18, 24, 30, 36, 42, 48)
+    assert LinearIntervals(6, 6, 6).computed(50)[6:] == (6, 12, 18, 24, 30, 36, 42, 48)
 
 
 def test_the_published_list_is_no_instance_of_the_formula():
@@ -80,37 +80,37 @@ def test_the_published_list_is_no_instance_of_the_formula():
 
 
 def test_lists_are_taken_as_they_are_or_scaled():
-    assert Listed((3, 7)).computed(10) == (0, 1, 2, 3, 7)
-    assert Listed((6, 18, 48), of_steps=50).computed(50) == (*range(6), 6, 18, 48)
-    assert Listed((6, 18, 48), of_steps=50).computed(25) == (0, 1, 2, 3, 9, 24)
-    assert Listed((6, 18, 48), of_steps=50).computed(4) == (0, 1, 3)
+    assert StepList((3, 7)).computed(10) == (0, 1, 2, 3, 7)
+    assert StepList((6, 18, 48), of_steps=50).computed(50) == (*range(6), 6, 18, 48)
+    assert StepList((6, 18, 48), of_steps=50).computed(25) == (0, 1, 2, 3, 9, 24)
+    assert StepList((6, 18, 48), of_steps=50).computed(4) == (0, 1, 3)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Listed(()), "at least one step"),
-        (lambda: Listed((3, 3)), "ascend"),
-        (lambda: Listed((-1, 3)), "count from 0"),
-        (lambda: Listed((3, 30)).computed(30), r"computes step 30 .* has 30 steps"),
-        (lambda: Intervals(6, 4, 0.5), "t_min .* at least 1; got 0.5"),
-        (lambda: Intervals(6, 4, math.nan), "t_min"),
-        (lambda: Intervals(6, 2, 4), "t_max .* at least t_min=4; got 2"),
-        (lambda: Intervals(6, math.inf, 4), "t_max"),
-        (lambda: Intervals(-1, 4, 2), "warm_up .* got -1"),
-        (lambda: Intervals(6, 4, 2, "random"), "no order 'random'; there are decreasing, increasing, even"),
-        (lambda: Intervals(30, 4, 2).computed(30), "warm-up of 30 steps leaves nothing to reuse in a generation of 30"),
-        (lambda: Scheduled(Listed((0,)), ()), "at least one group"),
-        (lambda: Scheduled(Listed((0,)), ("a",), "often"), "no turn 'often'"),
-        (lambda: Scheduled((0, 2.5)), r"the computed steps is a list of whole numbers; got \(0, 2.5\)"),
-        (lambda: Scheduled((0,), "all"), r"groups is a list of names; got 'all'"),
-        (lambda: Listed("024"), "list of whole numbers"),
-        (lambda: Listed(3), "list of whole numbers"),
-        (lambda: Listed((True, False)), "list of whole numbers"),
-        (lambda: Intervals("6", 4, 2), "warm_up of the intervals is a number of steps; got '6'"),
-        (lambda: Intervals(6, None, 2), "t_max of the intervals is a number of steps; got None"),
-        (lambda: Together(()), "at least one"),
-        (lambda: Together((EveryN(2), EveryN(3))), "reuse the group 'all'"),
+        (lambda: StepList(()), "at least one step"),
+        (lambda: StepList((3, 3)), "ascend"),
+        (lambda: StepList((-1, 3)), "count from 0"),
+        (lambda: StepList((3, 30)).computed(30), r"computes step 30 .* has 30 steps"),
+        (lambda: LinearIntervals(6, 4, 0.5), "t_min .* at least 1; got 0.5"),
+        (lambda: LinearIntervals(6, 4, math.nan), "t_min"),
+        (lambda: LinearIntervals(6, 2, 4), "t_max .* at least t_min=4; got 2"),
+        (lambda: LinearIntervals(6, math.inf, 4), "t_max"),
+        (lambda: LinearIntervals(-1, 4, 2), "warm_up .* got -1"),
+        (lambda: LinearIntervals(6, 4, 2, "random"), "no order 'random'; there are decreasing, increasing, even"),
+        (lambda: LinearIntervals(30, 4, 2).computed(30), "warm-up of 30 steps leaves nothing to reuse in a generation of 30"),
+        (lambda: SchedulePolicy(StepList((0,)), ()), "at least one group"),
+        (lambda: SchedulePolicy(StepList((0,)), ("a",), "often"), "no turn 'often'"),
+        (lambda: SchedulePolicy((0, 2.5)), r"the computed steps is a list of whole numbers; got \(0, 2.5\)"),
+        (lambda: SchedulePolicy((0,), "all"), r"groups is a list of names; got 'all'"),
+        (lambda: StepList("024"), "list of whole numbers"),
+        (lambda: StepList(3), "list of whole numbers"),
+        (lambda: StepList((True, False)), "list of whole numbers"),
+        (lambda: LinearIntervals("6", 4, 2), "warm_up of the intervals is a number of steps; got '6'"),
+        (lambda: LinearIntervals(6, None, 2), "t_max of the intervals is a number of steps; got None"),
+        (lambda: CombinedPolicy(()), "at least one"),
+        (lambda: CombinedPolicy((EveryN(2), EveryN(3))), "reuse the group 'all'"),
     ],
 )
 def test_bad_schedules(make, message):
@@ -128,17 +128,17 @@ def plans(policy, num_steps):
 
 
 def test_one_group_after_the_other():
-    when = Listed((1, 4, 6))
-    alternate = plans(Scheduled(when, ("a", "b")), 10)
+    when = StepList((1, 4, 6))
+    alternate = plans(SchedulePolicy(when, ("a", "b")), 10)
     assert alternate == ["recompute"] * 2 + ["reuse{a}"] * 2 + ["recompute", "reuse{b}", "recompute"] + ["reuse{a}"] * 3
-    split = plans(Scheduled(when, ("a", "b"), "split"), 10)
+    split = plans(SchedulePolicy(when, ("a", "b"), "split"), 10)
     assert split == ["recompute"] * 2 + ["reuse{a}"] * 2 + ["recompute", "reuse{a}", "recompute"] + ["reuse{b}"] * 3
 
 
 @given(st.sets(st.integers(0, 19), min_size=1), st.sampled_from(["alternate", "split"]), st.integers(1, 3))
 def test_a_schedule_computes_exactly_its_steps(steps, turn, groups):
-    when = Listed(tuple(sorted(steps)))
-    policy = Scheduled(when, tuple("abc"[:groups]), turn)
+    when = StepList(tuple(sorted(steps)))
+    policy = SchedulePolicy(when, tuple("abc"[:groups]), turn)
     found = plans(policy, 20)
     assert [s for s, p in enumerate(found) if p == "recompute"] == list(when.computed(20))
     assert set(found) <= {str(p) for p in policy.plans()}
@@ -146,14 +146,14 @@ def test_a_schedule_computes_exactly_its_steps(steps, turn, groups):
 
 def test_policies_side_by_side_each_see_their_own_plan():
     ada = AdaCache(Codebook.of([(1.0, 3)]), group="one")
-    both = Together((ada, EveryN(2, group="two")))
+    both = CombinedPolicy((ada, EveryN(2, group="two")))
     assert set(both.plans()) == {RECOMPUTE, Plan.of(["one"]), Plan.of(["two"]), Plan.of(["one", "two"])}
     state, alone = both.start(12), ada.start(12)
     for step in range(12):
         plan = both.plan(state, step)
         own = ada.plan(alone, step)
         assert plan.reuse == own.reuse | EveryN(2, group="two").plan(12, step).reuse
-        measures = None if own or step == 0 else (Measured("one/x", 0.1, 0.1),)
+        measures = None if own or step == 0 else (MetricValue("one/x", 0.1, 0.1),)
         state, alone = both.observe(state, step, plan, measures), ada.observe(alone, step, own, measures)
         assert state[0] == alone
 
@@ -185,7 +185,7 @@ def test_presets_scale_to_other_steps_and_say_so(name):
     st.lists(st.integers(0, 30), min_size=1, unique=True),
     st.lists(st.integers(0, 30), min_size=1, unique=True),
     st.sampled_from(["background", "foreground", "split", "alternate"]),
-    st.sampled_from([None, Intervals(2, 4, 1), Listed((0, 5))]),
+    st.sampled_from([None, LinearIntervals(2, 4, 1), StepList((0, 5))]),
     st.sampled_from(["run", "block"]),
 )
 def test_recipes_of_block_lists_round_trip(background, foreground, reuse, when, span):
@@ -250,7 +250,7 @@ def test_files_that_are_no_recipe(tmp_path):
 
 def test_a_policy_and_a_scope_of_different_groups_are_an_error():
     torch._dynamo.reset()
-    never = Recipe("never", Scheduled((0, 2)), (MarkBranches(group="background"), MergeSlots(group="background")))
+    never = Recipe("never", SchedulePolicy((0, 2)), (MarkBranches(group="background"), MergeSlots(group="background")))
     compiled = vdcache.compile(TinyDiT(), never, num_steps=4, inner="eager")
     with (
         torch.no_grad(),
@@ -264,14 +264,14 @@ def test_a_policy_and_a_scope_of_different_groups_are_an_error():
 
 
 def test_a_policy_that_cannot_run_is_an_error_at_once():
-    late = Recipe("late", Scheduled(Intervals(20, 4, 2)), (MarkBranches(), MergeSlots()))
+    late = Recipe("late", SchedulePolicy(LinearIntervals(20, 4, 2)), (MarkBranches(), MergeSlots()))
     with pytest.raises(ConfigError, match="warm-up of 20 steps"):
         vdcache.compile(TinyDiT(), late, num_steps=8, inner="eager")
 
 
 @torch.no_grad()
 def test_with_learnt_steps_it_steps_aside_and_says_so():
-    late = Recipe("late", Scheduled(Intervals(20, 4, 2)), (MarkBranches(), MergeSlots()))
+    late = Recipe("late", SchedulePolicy(LinearIntervals(20, 4, 2)), (MarkBranches(), MergeSlots()))
     torch._dynamo.reset()
     model = TinyDiT()
     compiled = vdcache.compile(model, late, inner="eager")

@@ -11,7 +11,7 @@ import vdcache
 from vdcache.report import timeline
 from vdcache.runtime import History, Plan, Record, Store
 from vdcache.runtime.history import any_computed
-from vdcache.runtime.measures import Layout, measured
+from vdcache.runtime.measures import MetricSpec, measured
 from vdcache.runtime.plan import RECOMPUTE
 from vdcache.testing import TinyDiT, latent, time_of
 
@@ -58,7 +58,7 @@ def test_lanes_add_up_to_one_batch(distance):
         f = torch.abs if distance == "l1" else torch.square
         return [f(p - r).sum(), f(p).sum(), f(r).sum()]
 
-    layout = Layout("x", distance)
+    layout = MetricSpec("x", distance)
     both = [float(s) for s in sums(p, r)]
     lanes = [float(a + b) for a, b in zip(sums(p[:1], r[:1]), sums(p[1:], r[1:]), strict=True)]
     assert measured(layout, both, 48).change == pytest.approx(measured(layout, lanes, 48).change)
@@ -71,8 +71,8 @@ def test_lanes_add_up_to_one_batch(distance):
 
 
 def test_a_closed_gate_is_no_change():
-    assert measured(Layout("x", "l1"), [0.0, 0.0, 0.0], 4).change == 0.0
-    assert measured(Layout("x", "l1"), [1.0, 0.0, 1.0], 4).change == float("inf")
+    assert measured(MetricSpec("x", "l1"), [0.0, 0.0, 0.0], 4).change == 0.0
+    assert measured(MetricSpec("x", "l1"), [1.0, 0.0, 1.0], 4).change == float("inf")
 
 
 @torch.no_grad()

@@ -21,9 +21,9 @@ import vdcache
 from tests.logs import informed
 from tests.scheduling.samplers import OTHER, TEXT, UNEVEN, Skipping, ancestral, clamped, euler, explicit, generate, sigmas, time
 from vdcache import Calibration, ConfigError, VdcacheWarning
-from vdcache.scheduling.autopilot import Autopilot
+from vdcache.scheduling.autopilot import AutoCalibrator
 from vdcache.scheduling.choose import Goal
-from vdcache.scheduling.rerun import Recording
+from vdcache.scheduling.rerun import RecordedRun
 from vdcache.testing import TinyDiT, latent
 
 STEPS = 8
@@ -698,13 +698,13 @@ def test_trouble_that_does_not_pass_is_tried_ever_more_rarely(folder):
     model, fast = small(), made(small())
     calibrating = Counter()
 
-    class Counting(Recording):
+    class Counting(RecordedRun):
         def add(self, program, inputs, results, record):
             calibrating[record.generation] += 1
             super().add(program, inputs, results, record)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vdcache.scheduling.autopilot.Recording", Counting)
+        patch.setattr("vdcache.scheduling.autopilot.RecordedRun", Counting)
         for _ in range(9):
             with torch.no_grad():
                 quiet(euler, lambda x, level: fast(x, time(level), TEXT), latent(0) * math.nan, sigmas(STEPS))
@@ -840,7 +840,7 @@ def test_every_generation_is_plain_or_follows_its_own_schedule(pair, tmp_path, e
     for fast in both:
         session = fast.vdcache
         session.num_steps = session._given_steps = None
-        session.recorder = Autopilot(
+        session.recorder = AutoCalibrator(
             session, Goal(speedup=2.0, floor_db=30.0), strict=False, say=lambda key, text: None, tell=lambda key, text: None
         )
         session.reset()

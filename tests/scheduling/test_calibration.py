@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import vdcache
 from vdcache import Calibration, ConfigError, Schedule
 from vdcache.runtime.session import Session
-from vdcache.scheduling.calibration import Key, find, folder, keep, key_of, weights_of
+from vdcache.scheduling.calibration import CalibrationKey, find, folder, keep, key_of, weights_of
 from vdcache.scheduling.choose import Goal
 from vdcache.testing import TinyDiT, latent, time_of
 
@@ -33,7 +33,7 @@ def one(computed=(0, 2), times=TIMES, model="m", sizes="1×6×4:float32", goal=N
     r = np.random.default_rng(0).standard_normal((1, steps, 9)).cumsum(1)
     products = np.einsum("gsd,gtd->gst", r, r)
     return Calibration(
-        key=Key(model, steps, sizes, times),
+        key=CalibrationKey(model, steps, sizes, times),
         goal=goal or Goal(speedup=2.0),
         schedule=Schedule(steps, computed, 1, 0.25, 33.0),
         products=tuple(tuple(map(tuple, g)) for g in products.tolist()),

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vdcache import ConfigError, Schedule, StepTable
-from vdcache.scheduling.choose import BUDGET, MOST, Goal, Scored, choose, psnr_of
+from vdcache.scheduling.choose import BUDGET, MOST, Goal, ScheduleScores, choose, psnr_of
 
 STEPS = 12
 SEEDS = st.integers(0, 2**32 - 1)
@@ -118,7 +118,7 @@ def test_the_budget_holds_and_the_best_that_was_run_wins(computed, prompts, seed
     def decibels(schedule, prompt):
         return 20 + 20 * np.random.default_rng([seed, prompt, *schedule.computed, schedule.order]).random()
 
-    runs, scored = Fake(decibels, prompts), Scored()
+    runs, scored = Fake(decibels, prompts), ScheduleScores()
     found = choose(table_of(seed), runs, Goal(computed=computed), scored=scored)
     assert len(found.computed) == computed
     if computed == STEPS:
@@ -138,7 +138,7 @@ def test_the_budget_holds_and_the_best_that_was_run_wins(computed, prompts, seed
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, STEPS - 1), st.integers(1, 3), SEEDS)
 def test_what_is_known_is_not_run_again(computed, prompts, seed):
-    scored = Scored()
+    scored = ScheduleScores()
     first = choose(table_of(seed), Fake(monotone(seed), prompts), Goal(computed=computed), scored=scored)
     again = Fake(monotone(seed), prompts)
     assert choose(table_of(seed), again, Goal(computed=computed), scored=scored) == first and not again.ran
@@ -156,7 +156,7 @@ def test_an_interrupted_search_goes_on_where_it_was(seed, after):
                 raise KeyboardInterrupt
             return super().of(schedule, prompt)
 
-    whole, scored = Fake(decibels, 2), Scored()
+    whole, scored = Fake(decibels, 2), ScheduleScores()
     want = choose(table_of(seed), whole, Goal(speedup=2.0))
     with pytest.raises(KeyboardInterrupt):
         choose(table_of(seed), Interrupted(decibels, 2), Goal(speedup=2.0), scored=scored)

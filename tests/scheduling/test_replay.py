@@ -15,9 +15,9 @@ import vdcache
 from tests.scheduling.samplers import sigmas
 from vdcache import ConfigError, Recipe
 from vdcache.demo.model import DemoConfig, DemoDiT
-from vdcache.runtime.measures import Layout
+from vdcache.runtime.measures import MetricSpec
 from vdcache.runtime.policies import Codebook
-from vdcache.scheduling.replay import Watching, replayed
+from vdcache.scheduling.replay import MetricRecorder, replayed
 from vdcache.testing import latent
 
 STEPS = 16
@@ -184,8 +184,8 @@ def test_expected_counts_steps_of_which_some_part_is_computed():
 
 
 def test_measures_by_hand():
-    watching, values = Watching(4), [latent(s, 2, 3, 5) for s in range(4)]
-    layouts = [Layout("a/observed.x", d) for d in ("l1",)] + [Layout("a/observed.y", "l2"), Layout("a/observed.z", "cosine")]
+    watching, values = MetricRecorder(4), [latent(s, 2, 3, 5) for s in range(4)]
+    layouts = [MetricSpec("a/observed.x", d) for d in ("l1",)] + [MetricSpec("a/observed.y", "l2"), MetricSpec("a/observed.z", "cosine")]
     for v in values:
         watching.add(0, {f"a/observed.{k}": v for k in "xyz"}, layouts, ())
     seen = watching.measures()
@@ -202,15 +202,15 @@ def test_measures_by_hand():
 
 
 def test_lanes_of_unequal_length_are_refused():
-    watching = Watching(4)
-    layouts = [Layout("a/observed.x", "l1")]
+    watching = MetricRecorder(4)
+    layouts = [MetricSpec("a/observed.x", "l1")]
     watching.add(0, {"a/observed.x": latent(0)}, layouts, ())
     watching.add(0, {"a/observed.x": latent(0)}, layouts, ())
     watching.add(1, {"a/observed.x": latent(0)}, layouts, ())
     with pytest.raises(ConfigError, match=r"was seen in \[1, 2\] steps: every lane must have it at every step"):
         watching.measures()
     with pytest.raises(ConfigError, match=r"was seen in \[\] steps"):
-        Watching().measures()
+        MetricRecorder().measures()
 
 
 # --- what happened, as a table -------------------------------------------------------------------------------------------------

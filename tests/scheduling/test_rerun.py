@@ -15,7 +15,7 @@ import vdcache
 from tests.scheduling.samplers import LINEAR, OTHER, TEXT, UNEVEN, Skipping, ancestral, clamped, euler, explicit, sigmas, time
 from vdcache import ConfigError, Schedule
 from vdcache.runtime.policies import Always
-from vdcache.scheduling.rerun import Recording, Rerun
+from vdcache.scheduling.rerun import RecordedRun, TrajectoryReplay
 from vdcache.testing import TinyDiT, latent
 
 STEPS = 10
@@ -61,9 +61,9 @@ class Runner:
         def record(program, given, results, kept, entry):
             self.recording.add(program, given, results, entry)
 
-        self.recording = Recording()
+        self.recording = RecordedRun()
         self.run(Always(), record, seed)
-        return Rerun(self.recording)
+        return TrajectoryReplay(self.recording)
 
 
 def psnr(a, b):

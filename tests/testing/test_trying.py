@@ -59,7 +59,7 @@ def test_a_model_that_fails_is_a_row():
 
 def test_a_method_that_is_none_is_a_row_that_says_why():
     scope = (MarkBranches(group="a"),)
-    policy = vdcache.Scheduled(vdcache.Listed((0, 2)), ("b",))
+    policy = vdcache.SchedulePolicy(vdcache.StepList((0, 2)), ("b",))
     (trial,) = try_recipe(vdcache.Recipe("wrong", policy, scope), ["tiny"], steps=4)
     assert "never reuses what it guards" in trial.said and not trial.identical
 

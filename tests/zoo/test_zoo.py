@@ -10,7 +10,7 @@ import torch
 import vdcache
 from tests.zoo import ZOO, build
 from vdcache.explanation.reader import _report
-from vdcache.ir.capture import Part, Parts
+from vdcache.ir.capture import CapturedPart, CapturedForward
 from vdcache.methods import recipe
 from vdcache.testing import assert_round_trip
 
@@ -25,7 +25,7 @@ def value(output):
 
 def report_of(compiled, model):
     """What explain says of the graphs that were compiled: it reads them from the same capture, so the model is not traced again."""
-    found = Parts([Part(program._captured) for program in compiled.vdcache.graphs])
+    found = CapturedForward([CapturedPart(program._captured) for program in compiled.vdcache.graphs])
     return _report(type(model).__name__, found, recipe("every-3"), STEPS)
 
 

@@ -6,25 +6,25 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from vdcache.backends.kernels.choose import Choice, choose
+from vdcache.backends.kernels.choose import TuningResult, choose
 from vdcache.ir.edit import inline
 from vdcache.ir.masks import Skip
 from vdcache.ir.ops import tensor_of
-from vdcache.ir.tiles import TILE_ATTENTION, Tiled, gather, tables_of
+from vdcache.ir.tiles import TILE_ATTENTION, TileMask, gather, tables_of
 
 __all__ = ["lower_tiles", "tile_sites"]
 
 PIECES = 512  # slices of a gather beyond which it stays one operation: a compiler takes long over many
 
 
-def tile_sites(graph: fx.GraphModule) -> list[tuple[fx.Node, Tiled]]:
+def tile_sites(graph: fx.GraphModule) -> list[tuple[fx.Node, TileMask]]:
     """The attentions of a graph that have a mask."""
     return [(n, tables_of(n)) for n in graph.graph.find_nodes(op="call_function", target=TILE_ATTENTION)]
 
 
 def lower_tiles(
     graph: fx.GraphModule, lowering: str = "auto", *, expand: bool = True, always: bool = False
-) -> dict[str, Choice]:
+) -> dict[str, TuningResult]:
     """Choose the lowering of every attention that has a mask, in place; what was measured, by the node's name.
 
     Args:
@@ -32,7 +32,7 @@ def lower_tiles(
         expand: write a gather out as slices and dense attention, which a compiler fuses with what surrounds it.
         always: even where that are many slices: no operation of our own is left.
     """
-    choices: dict[str, Choice] = {}
+    choices: dict[str, TuningResult] = {}
     for node, on in tile_sites(graph):
         scale: Any = node.args[8]
         name = lowering
@@ -50,7 +50,7 @@ def lower_tiles(
     return choices
 
 
-def _expand(graph: fx.Graph, node: fx.Node, on: Tiled, scale: float | None) -> None:
+def _expand(graph: fx.Graph, node: fx.Node, on: TileMask, scale: float | None) -> None:
     def written_out(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
         return gather(query, key, value, on, scale, bias)
 

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from vdcache.backends.eager import run_eagerly
 from vdcache.backends.inductor import Compiled, Context, compile_now, no_autocast
-from vdcache.backends.kernels.choose import Choice
+from vdcache.backends.kernels.choose import TuningResult
 from vdcache.backends.lowering import lower_tiles, tile_sites
 from vdcache.backends.settings import Settings
 from vdcache.backends.verdict import Verdict, breaks_since
@@ -27,23 +27,23 @@ from vdcache.ir.errors import ConfigError
 from vdcache.ir.facts import Fact
 from vdcache.ir.ops import is_work, tensor_of
 from vdcache.ir.sizes import Bindings, size_hint, updated_by
-from vdcache.passes import DeadCode, Observe, Pipeline, Refusal, Specialise, SplitAtProbe, Step, VariantIO, head_io, variant_io
+from vdcache.passes import DeadCode, Observe, Pipeline, Refusal, Specialise, SplitAtProbe, PassRecord, VariantIO, head_io, variant_io
 from vdcache.passes.canonicalise import Canonicalise
 from vdcache.passes.mark_lanes import halve_lanes, lanes_io
-from vdcache.patterns import Anatomy, anatomy
+from vdcache.patterns import GraphAnalysis, anatomy
 from vdcache.patterns.cost import flops
 from vdcache.runtime import registry
-from vdcache.runtime.call import LaneScope, Look, Needs, Probed
-from vdcache.runtime.measures import Layout
+from vdcache.runtime.call import LaneScope, ProbeResult, VariantInputs, ProbeSpec
+from vdcache.runtime.measures import MetricSpec
 from vdcache.runtime.plan import RECOMPUTE, Plan
 from vdcache.runtime.session import Session
 
-__all__ = ["Part", "Program"]
+__all__ = ["LazyVariant", "Program"]
 
 MAKING = 5e-3  # seconds that looking a variant up never takes, and making one always does
 
 
-class Part:
+class LazyVariant:
     """One graph of a program, compiled when it is first needed.
 
     Args:
@@ -137,7 +137,7 @@ class Program:
         self._captured = captured
         pipeline = settings.recipe.pipeline
         self.guarded, self.steps = self._guard(pipeline)
-        self.anatomy: Anatomy = anatomy(self.guarded)
+        self.anatomy: GraphAnalysis = anatomy(self.guarded)
         self._sites = tile_sites(self.guarded)
         self.structure = _structure(self.guarded)
         kind = frame, self.structure, _constants(self.guarded)
@@ -147,7 +147,7 @@ class Program:
         names = [n.name for n in given]
         self.fakes = [n.meta.get("val") for n in given]
         self.bindings = Bindings(self.fakes)
-        self.choices: dict[str, Choice] = {}  # how attentions under masks are computed, by node
+        self.choices: dict[str, TuningResult] = {}  # how attentions under masks are computed, by node
         self.clocks = tuple(names.index(c) for c in self.anatomy.clocks)
         self.latent = names.index(self.anatomy.latent) if self.anatomy.latent else None
         self.static = tuple(sorted(captured.signature.static))
@@ -199,15 +199,15 @@ class Program:
                 f"the recipe '{settings.recipe.name}' never reuses what it guards: its policy reuses {', '.join(sorted(wanted))}, its slots "
                 f"belong to {', '.join(sorted(self._groups))}; give both the same group"
             )
-        self._needs_of: dict[Plan, Needs] = {}
-        self._parts: dict[Plan, Part] = {}
+        self._needs_of: dict[Plan, VariantInputs] = {}
+        self._parts: dict[Plan, LazyVariant] = {}
         self._needed = self._read_by_some_plan()
         self._io = self._specialised(RECOMPUTE)[1]
         self._frames: dict[str, Any] = {str(n.args[1]): n.args[4] for n in dialect.observations(self._body.graph)}
 
     # ---- what there is -------------------------------------------------------------------------------------------
 
-    def _guard(self, pipeline: Pipeline) -> tuple[fx.GraphModule, tuple[Step, ...]]:
+    def _guard(self, pipeline: Pipeline) -> tuple[fx.GraphModule, tuple[PassRecord, ...]]:
         """The guarded graph. What the recipe's scope does not find in this graph is left out."""
         graph, first = Pipeline((Canonicalise(),)).run(self._captured.graph)
         if not anatomy(graph).branches:
@@ -217,7 +217,7 @@ class Program:
         guarded, later = Pipeline(rest, given=given).run(graph, copied=True)
         return guarded, (*first, *later)
 
-    def _split(self) -> tuple[Part | None, fx.GraphModule, tuple[Probed, ...]]:
+    def _split(self) -> tuple[LazyVariant | None, fx.GraphModule, tuple[ProbeSpec, ...]]:
         """The head where the recipe probes something, the rest, and what is probed."""
         if not dialect.probes(self.guarded.graph):
             return None, self.guarded, ()
@@ -227,8 +227,8 @@ class Program:
         self.steps = (*self.steps, *steps)
         io = head_io(head)
         self._carried = io.carried_values
-        probes = tuple(Probed(Layout(name, distance), since) for name, distance, since in io.probes)
-        return Part(head, io.previous_values, self), tail, probes
+        probes = tuple(ProbeSpec(MetricSpec(name, distance), since) for name, distance, since in io.probes)
+        return LazyVariant(head, io.previous_values, self), tail, probes
 
     @property
     def _facts(self) -> frozenset[Fact]:
@@ -311,12 +311,12 @@ class Program:
         probed = self._head.added if self._head is not None else ()
         return [*kept.values(), *self._io.previous_values, *probed]
 
-    def needs(self, plan: Plan) -> Needs:
+    def needs(self, plan: Plan) -> VariantInputs:
         """What the plan's variant takes besides the model's inputs."""
         if plan not in self._needs_of:
             io = self._specialised(plan)[1]
-            layouts = tuple(Layout(slot, d, strides, self._frames[slot]) for slot, d, strides in io.measures)
-            self._needs_of[plan] = Needs(io.reads, io.before, layouts, io.times, tuple(self._groups - plan.reuse), io.reused)
+            layouts = tuple(MetricSpec(slot, d, strides, self._frames[slot]) for slot, d, strides in io.measures)
+            self._needs_of[plan] = VariantInputs(io.reads, io.before, layouts, io.times, tuple(self._groups - plan.reuse), io.reused)
         return self._needs_of[plan]
 
     def slots_kept(self, plan: Plan) -> tuple[str, ...]:
@@ -369,10 +369,10 @@ class Program:
         """How many graphs there are to compile, the head among them."""
         return len(self.plans) + (self._head is not None)
 
-    def _part(self, plan: Plan) -> Part:
+    def _part(self, plan: Plan) -> LazyVariant:
         if plan not in self._parts:
             graph, io = self._specialised(plan)
-            self._parts[plan] = Part(graph, io.added_values, self, self._carried)
+            self._parts[plan] = LazyVariant(graph, io.added_values, self, self._carried)
         return self._parts[plan]
 
     # ---- running -------------------------------------------------------------------------------------------------
@@ -397,7 +397,7 @@ class Program:
             self.settings.takes(self, inputs)
         making = 0.0
 
-        def look(previous: list[Tensor] | None) -> Look:
+        def look(previous: list[Tensor] | None) -> ProbeResult:
             nonlocal making
             asked = time.perf_counter()
             assert self._head is not None
@@ -441,15 +441,15 @@ class Program:
             session.recorder(self, inputs, results, {**saved, **observed, **dict(probed)}, ticket.record)
         return results
 
-    def _look(self, inputs: Sequence[Any], previous: Sequence[Tensor] | None) -> Look:
+    def _look(self, inputs: Sequence[Any], previous: Sequence[Tensor] | None) -> ProbeResult:
         """Run the head."""
         if self._head is None:
-            return Look()
+            return ProbeResult()
         before = self._zeros(self._head.added, inputs) if previous is None else previous
         with no_autocast():
             outputs = self._head.ready(inputs)(*inputs, *before)
         at = len(self._carried)
-        return Look(tuple(outputs[at:-1]), outputs[-1], tuple(outputs[:at]))
+        return ProbeResult(tuple(outputs[at:-1]), outputs[-1], tuple(outputs[:at]))
 
     @property
     def _results(self) -> int:

@@ -14,7 +14,7 @@ from vdcache.methods import for_goal
 from vdcache.recipe import Recipe
 from vdcache.runtime.policies import Always, Auto
 from vdcache.runtime.session import Session
-from vdcache.scheduling.autopilot import Autopilot
+from vdcache.scheduling.autopilot import AutoCalibrator
 from vdcache.scheduling.choose import Goal
 
 __all__ = ["Settings"]
@@ -90,7 +90,7 @@ class Settings:
             return self.session
         if isinstance(auto := self.recipe.policy, Auto):
             session = Session(Always(), self.num_steps, name=self.recipe.name)
-            session.recorder = Autopilot(session, Goal.of(auto), strict=self.strict, say=self.say_once, tell=self.tell_once)
+            session.recorder = AutoCalibrator(session, Goal.of(auto), strict=self.strict, say=self.say_once, tell=self.tell_once)
             return session
         return Session(self.recipe.policy, self.num_steps, name=self.recipe.name, prepare=self.policy_for)
 

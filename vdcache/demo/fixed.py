@@ -16,8 +16,8 @@ from vdcache.demo.model import DemoDiT, with_positions
 from vdcache.demo.sampler import denoiser
 from vdcache.demo.weights import load_model
 from vdcache.exporting.exporter import export
-from vdcache.exporting.running import Runner
-from vdcache.runtime.steps import Listed
+from vdcache.exporting.running import PackageRunner
+from vdcache.runtime.steps import StepList
 from vdcache.scheduling.schedule import Schedule
 
 __all__ = ["Velocity", "generation", "packaged", "schedule"]
@@ -30,7 +30,7 @@ def schedule(steps: int = 30) -> Schedule:
     found = Schedule.from_json((resources.files("vdcache.demo") / "schedule.json").read_text())
     if steps == found.steps:
         return found
-    return Schedule(steps, Listed(found.computed, of_steps=found.steps).scaled(steps).computed(steps), found.order)
+    return Schedule(steps, StepList(found.computed, of_steps=found.steps).scaled(steps).computed(steps), found.order)
 
 
 def generation(
@@ -56,7 +56,7 @@ def packaged(path: Path, conditions: Sequence[Condition], steps: int, model: Dem
 class Velocity:
     """A package as the model that a sampling loop calls: every call is the next step, and after the last one the first."""
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: PackageRunner) -> None:
         self.runner = runner
         self._calls = 0
 

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from vdcache.demo.conditions import COLOURS, DIRECTIONS, Condition
 
-__all__ = ["Verdict", "judge", "motion"]
+__all__ = ["Judgement", "judge", "motion"]
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Judgement:
     """Share of videos whose sprite has the colour, and of those that should move, the direction that was asked for."""
 
     colour: float
@@ -23,7 +23,7 @@ class Verdict:
     moving: int
 
 
-def judge(videos: Tensor, conditions: Sequence[Condition]) -> Verdict:
+def judge(videos: Tensor, conditions: Sequence[Condition]) -> Judgement:
     """Judge videos [B, 3, T, H, W] in [−1, 1].
 
     The sprite is where the colour is least grey; its colour is the nearest of the palette, its direction that of the shift of
@@ -44,7 +44,7 @@ def judge(videos: Tensor, conditions: Sequence[Condition]) -> Verdict:
         moving += 1
         way = max(DIRECTIONS, key=lambda name: dy * DIRECTIONS[name][0] + dx * DIRECTIONS[name][1])
         right_way += way == c.direction
-    return Verdict(right_colour / len(conditions), right_way / max(moving, 1), len(conditions), moving)
+    return Judgement(right_colour / len(conditions), right_way / max(moving, 1), len(conditions), moving)
 
 
 def _shift(weight: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ def with_positions(video: Tensor) -> Tensor:
     return torch.cat([video, torch.stack(torch.meshgrid(*axes, indexing="ij")).expand(b, -1, -1, -1, -1)], 1)
 
 
-class Attention(nn.Module):
+class DemoAttention(nn.Module):
     def __init__(self, c: DemoConfig) -> None:
         super().__init__()
         self.heads = c.num_attention_heads
@@ -93,13 +93,13 @@ class FeedForward(nn.Module):
         return self.net[2](F.gelu(self.net[0]["proj"](x), approximate="tanh"))  # type: ignore[index]
 
 
-class Block(nn.Module):
+class DemoBlock(nn.Module):
     def __init__(self, c: DemoConfig) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(c.dim, eps=c.eps, elementwise_affine=False)
-        self.attn1 = Attention(c)
+        self.attn1 = DemoAttention(c)
         self.norm2 = nn.LayerNorm(c.dim, eps=c.eps)
-        self.attn2 = Attention(c)
+        self.attn2 = DemoAttention(c)
         self.norm3 = nn.LayerNorm(c.dim, eps=c.eps, elementwise_affine=False)
         self.ffn = FeedForward(c)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, c.dim) / c.dim**0.5)
@@ -166,7 +166,7 @@ class DemoDiT(nn.Module):
         self.config = c = config or DemoConfig()
         self.patch_embedding = nn.Conv3d(c.in_channels, c.dim, c.patch_size, stride=c.patch_size)
         self.condition_embedder = ConditionEmbedder(c)
-        self.blocks = nn.ModuleList(Block(c) for _ in range(c.num_layers))
+        self.blocks = nn.ModuleList(DemoBlock(c) for _ in range(c.num_layers))
         self.norm_out = nn.LayerNorm(c.dim, eps=c.eps, elementwise_affine=False)
         self.proj_out = nn.Linear(c.dim, c.out_channels * math.prod(c.patch_size))
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, c.dim) / c.dim**0.5)

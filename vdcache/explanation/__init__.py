@@ -1,6 +1,6 @@
 """What vdcache understands of a model, before anything runs: `vdcache.explain`."""
 
 from vdcache.explanation.reader import explain
-from vdcache.explanation.report import GraphFacts, Report, Slot, Variant
+from vdcache.explanation.report import GraphFacts, Report, Slot, VariantCost
 
-__all__ = ["GraphFacts", "Report", "Slot", "Variant", "explain"]
+__all__ = ["GraphFacts", "Report", "Slot", "VariantCost", "explain"]

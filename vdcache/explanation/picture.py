@@ -9,7 +9,7 @@ from html import escape
 
 from vdcache.explanation.report import Report, Slot
 from vdcache.explanation.tree import amount, size, where
-from vdcache.patterns import Anatomy, Attention, Branch, Stream
+from vdcache.patterns import GraphAnalysis, Attention, Branch, Stream
 
 __all__ = ["KIND_COLOURS", "ROLE_COLOURS", "attention_tile", "house", "square"]
 
@@ -41,7 +41,7 @@ class _Band:
     y: float = 0.0
 
 
-def house(found: Anatomy, slots: Sequence[Slot] = ()) -> str:
+def house(found: GraphAnalysis, slots: Sequence[Slot] = ()) -> str:
     """One graph: rails from left to right, a column a block, squares whose area is their FLOPs."""
     if not found.branches:
         return ""
@@ -70,7 +70,7 @@ def house(found: Anatomy, slots: Sequence[Slot] = ()) -> str:
     return "\n".join([*(p for p in parts if p), "</svg>"])
 
 
-def _band(stream: Stream, found: Anatomy) -> _Band:
+def _band(stream: Stream, found: GraphAnalysis) -> _Band:
     own = [b for b in found.branches if b.stream == stream.index]
     band = _Band(stream, min(b.block for b in own), max(b.block for b in own))
     for branch in own:
@@ -121,7 +121,7 @@ def _merge(bands: Sequence[_Band], band: _Band, width: float) -> str:
     return "".join(lines)
 
 
-def _slot(slot: Slot, bands: Sequence[_Band], found: Anatomy, width: float) -> str:
+def _slot(slot: Slot, bands: Sequence[_Band], found: GraphAnalysis, width: float) -> str:
     """A merged slot, drawn along its rail."""
     if not slot.merged or not slot.branches:
         return ""

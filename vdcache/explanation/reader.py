@@ -10,16 +10,16 @@ from torch import fx, nn
 
 from vdcache.backends.program import Program
 from vdcache.backends.settings import Settings
-from vdcache.explanation.report import GraphFacts, Report, Slot, Variant
+from vdcache.explanation.report import GraphFacts, Report, Slot, VariantCost
 from vdcache.ir import dialect
-from vdcache.ir.capture import Captured, Part, Parts, parts
+from vdcache.ir.capture import Captured, CapturedPart, CapturedForward, parts
 from vdcache.ir.checks import check_model
 from vdcache.ir.errors import CaptureError, ConfigError, VdcacheError
 from vdcache.ir.ops import tensor_of, unviewed
 from vdcache.ir.whole import exported
 from vdcache.methods import recipe as named
 from vdcache.passes import Canonicalise, MergeSlots, Pipeline
-from vdcache.patterns import Anatomy, Branch, NoMatch, anatomy, cost
+from vdcache.patterns import GraphAnalysis, Branch, NoMatch, anatomy, cost
 from vdcache.recipe import Recipe
 from vdcache.runtime.bound import best_plans
 from vdcache.runtime.plan import Plan
@@ -71,7 +71,7 @@ def explain(
     return _report(name, found, chosen, num_steps)
 
 
-def _parts(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Parts:
+def _parts(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> CapturedForward:
     """The graphs that Dynamo makes; where it cannot trace the model, the one that torch.export makes."""
     try:
         return parts(model, args, kwargs)
@@ -82,10 +82,10 @@ def _parts(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
             whole = exported(model, args, kwargs)
         except CaptureError:
             raise error from None
-        return Parts([Part(whole)], [f"Dynamo cannot trace it, torch.export can: {error}"])
+        return CapturedForward([CapturedPart(whole)], [f"Dynamo cannot trace it, torch.export can: {error}"])
 
 
-def _report(name: str, found: Parts, recipe: Recipe | None, steps: int) -> Report:
+def _report(name: str, found: CapturedForward, recipe: Recipe | None, steps: int) -> Report:
     seen: dict[int, int] = {}
     captured: list[Captured] = []
     graphs: list[GraphFacts] = []
@@ -108,7 +108,7 @@ def _report(name: str, found: Parts, recipe: Recipe | None, steps: int) -> Repor
     return _with_recipe(report, captured, list(seen.values()), recipe, steps) if recipe is not None else report
 
 
-def _named(found: Anatomy, graph: fx.GraphModule, captured: Captured, number: int) -> Anatomy:
+def _named(found: GraphAnalysis, graph: fx.GraphModule, captured: Captured, number: int) -> GraphAnalysis:
     """The anatomy with the user's names for the inputs, and the number of the graph."""
     inputs = graph.graph.find_nodes(op="placeholder")
     names = dict(zip((n.name for n in inputs), captured.signature.names, strict=False))
@@ -161,7 +161,7 @@ def _with_recipe(report: Report, captured: list[Captured], numbers: list[int], r
             times = 1 + report.graphs[number].again
             costs += times * program.flops(plan if plan in program.plans else Plan())
             nodes += times * sum(n.op == "call_function" for n in variant)
-        variants.append(Variant(tuple(sorted(plan.reuse)), costs, nodes))
+        variants.append(VariantCost(tuple(sorted(plan.reuse)), costs, nodes))
     schedule, goal = tuple(tuple(sorted(plan.reuse)) for plan in best_plans(recipe.policy, steps)), ""
     if isinstance(auto := recipe.policy, Auto):
         schedule, goal = _meant(Goal.of(auto), steps, variants), str(Goal.of(auto))
@@ -190,7 +190,7 @@ def _with_recipe(report: Report, captured: list[Captured], numbers: list[int], r
     )
 
 
-def _slots(guarded: fx.GraphModule, facts: Anatomy, number: int) -> list[Slot]:
+def _slots(guarded: fx.GraphModule, facts: GraphAnalysis, number: int) -> list[Slot]:
     """The guards of a graph, each with the branches that it stands for."""
     position = {n.name: i for i, n in enumerate(guarded.graph.nodes)}
     by_value = {b.contribution: b for b in facts.branches} | {b.pre_gate: b for b in facts.branches if b.pre_gate}
@@ -243,7 +243,7 @@ def _as_many(a: fx.Node, b: fx.Node) -> bool:
     return x is not None and y is not None and str(x.numel()) == str(y.numel())
 
 
-def _meant(goal: Goal, steps: int, variants: Sequence[Variant]) -> tuple[tuple[str, ...], ...]:
+def _meant(goal: Goal, steps: int, variants: Sequence[VariantCost]) -> tuple[tuple[str, ...], ...]:
     """What a goal means: so many computed steps that a speed is reached, or one, where a quality says how many. Which they are is
     found on the model itself.
     """

@@ -8,12 +8,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vdcache.patterns import KINDS, Anatomy, Attention, Block, Branch, Conditioning, NoMatch, Stream
+from vdcache.patterns import KINDS, GraphAnalysis, Attention, Block, Branch, Conditioning, NoMatch, Stream
 
 if TYPE_CHECKING:
     import networkx
 
-__all__ = ["GraphFacts", "Report", "Slot", "Variant"]
+__all__ = ["GraphFacts", "Report", "Slot", "VariantCost"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class GraphFacts:
     """
 
     index: int
-    anatomy: Anatomy | None
+    anatomy: GraphAnalysis | None
     nodes: int = 0
     line: str = ""
     ends: str = ""
@@ -65,7 +65,7 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Variant:
+class VariantCost:
     """One compiled graph for each plan, over all graphs of the forward.
 
     Args:
@@ -111,7 +111,7 @@ class Report:
     slots_before: tuple[Slot, ...] = field(default=(), repr=False)
     slots: tuple[Slot, ...] = ()
     cache_bytes: int | None = 0
-    variants: tuple[Variant, ...] = ()
+    variants: tuple[VariantCost, ...] = ()
     steps: int = 0
     schedule: tuple[tuple[str, ...], ...] = field(default=(), repr=False)
     goal: str = ""

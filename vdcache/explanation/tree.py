@@ -12,7 +12,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from vdcache.explanation.report import Report
-from vdcache.patterns import Anatomy, Attention, Block, Branch, NoMatch, Stream
+from vdcache.patterns import GraphAnalysis, Attention, Block, Branch, NoMatch, Stream
 
 __all__ = ["amount", "plain", "reasons", "size", "tree", "where"]
 
@@ -69,7 +69,7 @@ def tree(report: Report) -> Tree:
     return root
 
 
-def _inside(at: Tree, found: Anatomy) -> None:
+def _inside(at: Tree, found: GraphAnalysis) -> None:
     if found.clocks:
         at.add(
             _line("timestep", "bold", f"{_or(found.clocks)}: {len(found.conditioning.timestep)} operations depend on it alone")
@@ -104,7 +104,7 @@ def _repeats(blocks: Sequence[Block]) -> list[list[Block]]:
     return found
 
 
-def _block(at: Tree, blocks: list[Block], found: Anatomy) -> None:
+def _block(at: Tree, blocks: list[Block], found: GraphAnalysis) -> None:
     first = blocks[0]
     name = f"block {first.index}" if len(blocks) == 1 else f"blocks {first.index}–{blocks[-1].index}"
     by_name: dict[str, list[Branch]] = {}

@@ -16,7 +16,7 @@ import torch
 import vdcache
 from vdcache.errors import ConfigError
 from vdcache.exporting.arguments import check_call, check_loop
-from vdcache.exporting.fixed import Written, fixed
+from vdcache.exporting.fixed import ExportedFiles, fixed
 from vdcache.exporting.loops import traced_loop
 from vdcache.exporting.manifest import FILE, FORMS, KINDS, Manifest, facts_of
 from vdcache.recipe import Recipe
@@ -135,7 +135,7 @@ def _put(folder: Path, target: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _writer(kind: str, form: str) -> Callable[..., Written]:
+def _writer(kind: str, form: str) -> Callable[..., ExportedFiles]:
     """What writes a format.
 
     Raises:

@@ -16,28 +16,28 @@ from vdcache.backends.lowering import lower_tiles, tile_sites
 from vdcache.backends.program import Program
 from vdcache.backends.settings import Settings
 from vdcache.errors import ConfigError
-from vdcache.exporting.manifest import Cache, Graph, Loop, Step, Value
+from vdcache.exporting.manifest import Cache, Graph, LoopSpec, ScheduledStep, Value
 from vdcache.ir import dialect
 from vdcache.ir.edit import copy_graph, outputs, set_outputs
 from vdcache.ir.edit import inputs as graph_inputs
 from vdcache.ir.files import text_of
 from vdcache.ir.sizes import is_symbolic
-from vdcache.ir.whole import Whole, whole
+from vdcache.ir.whole import ExportedModel, whole
 from vdcache.methods import recipe as named
-from vdcache.passes.predictors import When
+from vdcache.passes.predictors import StepInfo
 from vdcache.recipe import Recipe
 from vdcache.runtime.plan import Plan
 from vdcache.runtime.policies import Auto
 from vdcache.scheduling.calibration import Calibration
 from vdcache.scheduling.schedule import Schedule
 
-__all__ = ["PLAN", "Fixed", "Variant", "Written", "fixed", "recipe_of", "unused", "value_of"]
+__all__ = ["PLAN", "Fixed", "FixedVariant", "ExportedFiles", "fixed", "recipe_of", "unused", "value_of"]
 
 PLAN = "plan"  # the input that says which plan a graph of several follows
 
 
 @dataclass(frozen=True)
-class Variant:
+class FixedVariant:
     """One plan as a pure graph: all its inputs are read, and nothing is hidden.
 
     Args:
@@ -68,12 +68,12 @@ class Fixed:
 
     model: str
     recipe: Recipe
-    whole: Whole
+    whole: ExportedModel
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
     caches: tuple[Cache, ...]
-    variants: tuple[Variant, ...]
-    steps: tuple[Step, ...]
+    variants: tuple[FixedVariant, ...]
+    steps: tuple[ScheduledStep, ...]
     arguments: tuple[int, ...]
     examples: tuple[Tensor, ...] = field(repr=False, default=())
 
@@ -92,7 +92,7 @@ class Fixed:
         rest = iter(results)
         return [next(rest) if isinstance(v, fx.Node) else v for v in outputs(self.whole.captured.graph.graph)]
 
-    def example(self, variant: Variant) -> tuple[Tensor, ...]:
+    def example(self, variant: FixedVariant) -> tuple[Tensor, ...]:
         """Inputs of a variant: the weights themselves, the given inputs, zeros for caches and numbers."""
         given = dict(zip((v.name for v in self.inputs), self.examples, strict=True))
         found = []
@@ -108,13 +108,13 @@ class Fixed:
 
 
 @dataclass(frozen=True)
-class Written:
+class ExportedFiles:
     """What a format has written into a package's folder."""
 
     graphs: tuple[Graph, ...]
-    steps: tuple[Step, ...]
+    steps: tuple[ScheduledStep, ...]
     weights: str
-    loop: Loop | None = None
+    loop: LoopSpec | None = None
     opset: int = 0
 
 
@@ -252,7 +252,7 @@ def _plans(program: Program, recipe: Recipe, steps: int) -> list[Plan]:
     return plans
 
 
-def _variant(program: Program, plan: Plan, positions: dict[int, str], caches: dict[str, Cache], found: Whole) -> Variant:
+def _variant(program: Program, plan: Plan, positions: dict[int, str], caches: dict[str, Cache], found: ExportedModel) -> FixedVariant:
     graph = copy_graph(program.variant_graph(plan))
     needs = program.needs(plan)
     slots = program.slots_kept(plan)
@@ -265,7 +265,7 @@ def _variant(program: Program, plan: Plan, positions: dict[int, str], caches: di
     ]
     for slot in (*needs.reads, *needs.before):
         roles.append(("cache", _cache(caches, slot, graph_inputs(g)[len(roles)]).name))
-    roles += [("number", f"{_plain(group)}_{n}") for group in needs.times for n in When._fields]
+    roles += [("number", f"{_plain(group)}_{n}") for group in needs.times for n in StepInfo._fields]
     values = outputs(g)
     count = len(values) - len(slots)
     kept = [v for v in values[:count] if isinstance(v, fx.Node)]
@@ -282,7 +282,7 @@ def _variant(program: Program, plan: Plan, positions: dict[int, str], caches: di
         raise ConfigError(f"the graph reads {what}, which is no tensor: bind it before exporting, as functools.partial does")
     graph.recompile()
     name = "recompute" if not plan else "reuse_" + "_".join(map(_plain, sorted(plan.reuse)))
-    return Variant(name, plan, graph, tuple(left), len(kept), tuple(writes), needs.slots)
+    return FixedVariant(name, plan, graph, tuple(left), len(kept), tuple(writes), needs.slots)
 
 
 def _distinct(g: fx.Graph, values: list[fx.Node]) -> None:
@@ -307,7 +307,7 @@ def _cache(caches: dict[str, Cache], slot: str, node: fx.Node) -> Cache:
     return caches[slot]
 
 
-def _steps(program: Program, plans: Sequence[Plan], variants: Sequence[Variant]) -> tuple[Step, ...]:
+def _steps(program: Program, plans: Sequence[Plan], variants: Sequence[FixedVariant]) -> tuple[ScheduledStep, ...]:
     """What every step runs and is given.
 
     Raises:
@@ -325,10 +325,10 @@ def _steps(program: Program, plans: Sequence[Plan], variants: Sequence[Variant])
         for group in needs.times:
             at, count = last.get(group, (number - 1, 0))
             values = (number - at, count, number)
-            numbers |= {f"{_plain(group)}_{n}": float(v) for n, v in zip(When._fields, values, strict=True)}
+            numbers |= {f"{_plain(group)}_{n}": float(v) for n, v in zip(StepInfo._fields, values, strict=True)}
         wanted = {name for kind, name in variant.roles if kind == "number"}
         steps.append(
-            Step(variant.name, tuple(sorted(plan.reuse)), variant.reused, {n: v for n, v in numbers.items() if n in wanted})
+            ScheduledStep(variant.name, tuple(sorted(plan.reuse)), variant.reused, {n: v for n, v in numbers.items() if n in wanted})
         )
         written.update(program.slots_kept(plan))
         for group in needs.computes:
@@ -336,7 +336,7 @@ def _steps(program: Program, plans: Sequence[Plan], variants: Sequence[Variant])
     return tuple(steps)
 
 
-def _results(found: Whole) -> list[Tensor]:
+def _results(found: ExportedModel) -> list[Tensor]:
     return [n.meta["val"] for n in outputs(found.captured.graph.graph) if isinstance(n, fx.Node)]
 
 

@@ -13,10 +13,10 @@ from vdcache.exporting.manifest import Manifest
 
 __all__ = ["calls_of"]
 
-Seen = tuple[int, int, dict[str, np.ndarray], list[np.ndarray]]
+PassRun = tuple[int, int, dict[str, np.ndarray], list[np.ndarray]]
 
 
-def calls_of(path: Path, manifest: Manifest, inputs: Mapping[str, np.ndarray]) -> list[Seen]:
+def calls_of(path: Path, manifest: Manifest, inputs: Mapping[str, np.ndarray]) -> list[PassRun]:
     """Run the loop with the values around each call as further outputs: step, lane, inputs and results of every call."""
     assert manifest.loop is not None
     graph = manifest.graphs[0]

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from vdcache.api import original
 from vdcache.errors import ConfigError
 from vdcache.exporting.fixed import Fixed, unused, value_of
-from vdcache.exporting.manifest import Call, Loop
+from vdcache.exporting.manifest import LoopCall, LoopSpec
 from vdcache.ir.edit import add_input, outputs, set_outputs
 from vdcache.ir.edit import inputs as graph_inputs
 from vdcache.ir.whole import whole
@@ -44,7 +44,7 @@ class TracedLoop:
     inputs: tuple[str, ...]
     examples: tuple[Tensor, ...]
     outputs: tuple[str, ...]
-    about: Loop
+    about: LoopSpec
 
 
 @dataclass
@@ -115,7 +115,7 @@ def traced_loop(what: Fixed, model: Callable[..., Any], loop: Callable[..., Any]
                 names[argument] = f"call_{number}_{value.name}"
                 kept.append(argument)
             arguments[value.name] = names[argument]
-        about.append(Call(number // lanes, number % lanes, arguments, tuple(n.name for n in answers[number])))
+        about.append(LoopCall(number // lanes, number % lanes, arguments, tuple(n.name for n in answers[number])))
     set_outputs(g, kept)
     drop_dead_code(g)
     graph.recompile()
@@ -127,7 +127,7 @@ def traced_loop(what: Fixed, model: Callable[..., Any], loop: Callable[..., Any]
         inputs=(*inputs, *(n.name for n in added)),
         examples=(*inputs.values(), *(torch.zeros_like(n.meta["val"]) for n in added)),
         outputs=tuple(names[k] for k in kept),
-        about=Loop(tuple(value_of(n, v) for n, v in inputs.items()), ends, (), tuple(about)),
+        about=LoopSpec(tuple(value_of(n, v) for n, v in inputs.items()), ends, (), tuple(about)),
     )
 
 

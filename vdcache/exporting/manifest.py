@@ -13,7 +13,7 @@ from typing import Any
 
 from vdcache.errors import ConfigError
 
-__all__ = ["FILE", "VERSION", "Cache", "Call", "FileFacts", "Graph", "Loop", "Manifest", "Stage", "Step", "Value", "facts_of"]
+__all__ = ["FILE", "VERSION", "Cache", "LoopCall", "FileFacts", "Graph", "LoopSpec", "Manifest", "LoopStage", "ScheduledStep", "Value", "facts_of"]
 
 FILE = "manifest.json"
 FORMAT, VERSION = "vdcache-package", 1
@@ -74,7 +74,7 @@ class Graph:
 
 
 @dataclass(frozen=True)
-class Step:
+class ScheduledStep:
     """What a denoising step runs.
 
     Args:
@@ -91,7 +91,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Stage:
+class LoopStage:
     """What the loop computes between two calls of the model; `file` is None where that is nothing."""
 
     file: str | None
@@ -100,7 +100,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Call:
+class LoopCall:
     """A call of the model in the loop.
 
     Args:
@@ -115,14 +115,14 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Loop:
+class LoopSpec:
     """The denoising loop around the model: stage 0, call 0, stage 1, call 1, …, the last stage. In the form `unrolled` one graph
     does all of that, and there are no stages."""
 
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
-    stages: tuple[Stage, ...]
-    calls: tuple[Call, ...]
+    stages: tuple[LoopStage, ...]
+    calls: tuple[LoopCall, ...]
 
 
 @dataclass(frozen=True)
@@ -159,10 +159,10 @@ class Manifest:
     outputs: tuple[Value, ...]
     caches: tuple[Cache, ...]
     graphs: tuple[Graph, ...]
-    steps: tuple[Step, ...]
+    steps: tuple[ScheduledStep, ...]
     weights: str
     files: Mapping[str, FileFacts]
-    loop: Loop | None = None
+    loop: LoopSpec | None = None
     format: str = FORMAT
     version: int = VERSION
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from vdcache.exporting.loops import TracedLoop
-from vdcache.exporting.manifest import Loop, Stage
+from vdcache.exporting.manifest import LoopSpec, LoopStage
 from vdcache.exporting.to_onnx import OPSET, convert, keep_outside, own, save
 from vdcache.exporting.weights import Weights
 
@@ -28,7 +28,7 @@ def converted_loop(around: TracedLoop, weights: Weights) -> ir.Model:
     return model
 
 
-def write_stages(around: TracedLoop | None, weights: Weights, folder: Path, on_progress: Callable[[str], None]) -> Loop | None:
+def write_stages(around: TracedLoop | None, weights: Weights, folder: Path, on_progress: Callable[[str], None]) -> LoopSpec | None:
     """The loop in pieces, each what can be computed before the next call of the model."""
     if around is None:
         return None
@@ -64,7 +64,7 @@ def write_stages(around: TracedLoop | None, weights: Weights, folder: Path, on_p
         constants = [v for v in read if v.is_initializer()]
         names = [tuple(str(v.name) for v in vs) for vs in (begins, ends)]
         file = f"loop_{at:03d}.onnx" if nodes else None
-        stages.append((Stage(file, *names), begins, constants, ends, nodes))
+        stages.append((LoopStage(file, *names), begins, constants, ends, nodes))
     for stage, begins, constants, ends, nodes in stages:
         if stage.file is not None:
             save(_piece(model, begins, constants, ends, nodes), folder / stage.file)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from vdcache.exporting.fixed import Fixed, Written
+from vdcache.exporting.fixed import Fixed, ExportedFiles
 from vdcache.exporting.loops import TracedLoop
 from vdcache.exporting.onnx_loop import write_stages
 from vdcache.exporting.to_onnx import OPSET, WEIGHTS, converted, save, variant_graph
@@ -14,7 +14,7 @@ from vdcache.exporting.weights import Weights
 __all__ = ["write_plans"]
 
 
-def write_plans(what: Fixed, around: TracedLoop | None, folder: Path, on_progress: Callable[[str], None]) -> Written:
+def write_plans(what: Fixed, around: TracedLoop | None, folder: Path, on_progress: Callable[[str], None]) -> ExportedFiles:
     """A graph for every distinct plan."""
     weights = Weights(folder / WEIGHTS)
     graphs = []
@@ -26,4 +26,4 @@ def write_plans(what: Fixed, around: TracedLoop | None, folder: Path, on_progres
         graphs.append(variant_graph(what, variant, model, f"{variant.name}.onnx"))
     loop = write_stages(around, weights, folder, on_progress)
     weights.close()
-    return Written(tuple(graphs), what.steps, WEIGHTS, loop, OPSET)
+    return ExportedFiles(tuple(graphs), what.steps, WEIGHTS, loop, OPSET)

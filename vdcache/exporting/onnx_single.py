@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from vdcache.exporting.fixed import PLAN, Fixed, Variant, Written
+from vdcache.exporting.fixed import PLAN, Fixed, FixedVariant, ExportedFiles
 from vdcache.exporting.loops import TracedLoop
 from vdcache.exporting.manifest import Graph
 from vdcache.exporting.onnx_loop import write_stages
@@ -19,7 +19,7 @@ from vdcache.exporting.weights import Weights
 __all__ = ["write_single"]
 
 
-def write_single(what: Fixed, around: TracedLoop | None, folder: Path, on_progress: Callable[[str], None]) -> Written:
+def write_single(what: Fixed, around: TracedLoop | None, folder: Path, on_progress: Callable[[str], None]) -> ExportedFiles:
     """One graph that takes the number of a plan and computes that alone: every branch returns the results and every cache."""
     weights = Weights(folder / WEIGHTS)
     models = []
@@ -38,7 +38,7 @@ def write_single(what: Fixed, around: TracedLoop | None, folder: Path, on_progre
         replace(s, graph=graph.name, numbers={PLAN: order[s.graph], **{n: s.numbers.get(n, 0.0) for n in numbers}})
         for s in what.steps
     )
-    return Written((graph,), steps, WEIGHTS, loop, OPSET)
+    return ExportedFiles((graph,), steps, WEIGHTS, loop, OPSET)
 
 
 def _joined(what: Fixed, models: Sequence[ir.Model]) -> tuple[ir.Model, Graph]:
@@ -88,7 +88,7 @@ def _joined(what: Fixed, models: Sequence[ir.Model]) -> tuple[ir.Model, Graph]:
 
 
 def _branch(
-    what: Fixed, variant: Variant, model: ir.Model, prefix: str, given: dict[str, ir.Value], initializers: dict[str, ir.Value]
+    what: Fixed, variant: FixedVariant, model: ir.Model, prefix: str, given: dict[str, ir.Value], initializers: dict[str, ir.Value]
 ) -> ir.Graph:
     """A variant as a branch: no inputs of its own, and every cache returned, a copy of the old one where it writes none."""
     graph = model.graph

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from vdcache.exporting.fixed import Fixed, Written
+from vdcache.exporting.fixed import Fixed, ExportedFiles
 from vdcache.exporting.loops import TracedLoop
-from vdcache.exporting.manifest import Graph, Loop, Step
+from vdcache.exporting.manifest import Graph, LoopSpec, ScheduledStep
 from vdcache.exporting.onnx_loop import converted_loop
 from vdcache.exporting.to_onnx import OPSET, WEIGHTS, content, converted, named, operators, save
 from vdcache.exporting.weights import Weights
@@ -21,7 +21,7 @@ __all__ = ["write_unrolled"]
 FUNCTIONS = "vdcache.variants"
 
 
-def write_unrolled(what: Fixed, around: TracedLoop | None, folder: Path, on_progress: Callable[[str], None]) -> Written:
+def write_unrolled(what: Fixed, around: TracedLoop | None, folder: Path, on_progress: Callable[[str], None]) -> ExportedFiles:
     """The whole loop as one graph without control flow, which calls each variant as a function."""
     assert around is not None
     weights = Weights(folder / WEIGHTS)
@@ -44,7 +44,7 @@ def write_unrolled(what: Fixed, around: TracedLoop | None, folder: Path, on_prog
     graph = Graph("loop", "loop.onnx", None, held, results, {}, {}, results, {}, {}, operators(model))
     assert set(held) <= set(inputs)
     steps = tuple(replace(s, graph="loop", numbers={}) for s in what.steps)
-    return Written((graph,), steps, WEIGHTS, around.about, OPSET)
+    return ExportedFiles((graph,), steps, WEIGHTS, around.about, OPSET)
 
 
 class _Function:
@@ -80,7 +80,7 @@ class _Function:
         self.function = ir.Function(FUNCTIONS, name, "", graph=graph, attributes=[])
 
 
-def _unroll(main: ir.Graph, what: Fixed, loop: Loop, functions: dict[str, _Function]) -> None:
+def _unroll(main: ir.Graph, what: Fixed, loop: LoopSpec, functions: dict[str, _Function]) -> None:
     """Put calls of functions where the loop calls the model, each lane with caches of its own."""
     values = {str(v.name): v for v in (*main.inputs, *main.outputs)}
     shared: dict[str, ir.Value] = {}
@@ -92,7 +92,7 @@ def _unroll(main: ir.Graph, what: Fixed, loop: Loop, functions: dict[str, _Funct
     forms = {c.name: (c.shape, c.dtype) for c in what.caches}
     made: list[ir.Node] = []
     for number, call in enumerate(loop.calls):
-        step: Step = what.steps[call.step]
+        step: ScheduledStep = what.steps[call.step]
         function = functions[step.graph]
         given: list[ir.Value] = []
         for name in function.inputs:

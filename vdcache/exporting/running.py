@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 
 from vdcache.errors import CacheStateError, ConfigError
-from vdcache.exporting.manifest import Graph, Manifest, Step, Value
+from vdcache.exporting.manifest import Graph, Manifest, ScheduledStep, Value
 from vdcache.runtime.history import History, Record
 from vdcache.runtime.plan import Plan
 
-__all__ = ["Runner"]
+__all__ = ["PackageRunner"]
 
 
-class Runner(abc.ABC):
+class PackageRunner(abc.ABC):
     """One package, ready to generate. Subclasses bring the runtime.
 
         runner.begin()
@@ -74,7 +74,7 @@ class Runner(abc.ABC):
         """The cached tensors of a lane, all zeros."""
 
     @abc.abstractmethod
-    def _run(self, graph: Graph, step: Step, given: Mapping[str, np.ndarray], lane: Any) -> list[np.ndarray]:
+    def _run(self, graph: Graph, step: ScheduledStep, given: Mapping[str, np.ndarray], lane: Any) -> list[np.ndarray]:
         """Run a graph: the model's results; what it writes is kept in the lane."""
 
     @abc.abstractmethod
@@ -145,7 +145,7 @@ class Runner(abc.ABC):
         self._record(self._step, lane, step, time.perf_counter() - began)
         return results
 
-    def _record(self, number: int, lane: int | str, step: Step, seconds: float) -> None:
+    def _record(self, number: int, lane: int | str, step: ScheduledStep, seconds: float) -> None:
         self.history.add(Record(self._generation, number, lane, None, Plan.of(step.plan), step.reused, seconds=seconds))
 
     # ---- the whole loop ----------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from vdcache.errors import CaptureError, ConfigError
-from vdcache.exporting.fixed import Fixed, Variant
+from vdcache.exporting.fixed import Fixed, FixedVariant
 from vdcache.exporting.manifest import Graph
 from vdcache.exporting.weights import Weights
 from vdcache.ir.capture import last_line
@@ -93,7 +93,7 @@ def _no_complex(name: str, node: fx.Node) -> CaptureError:
     )
 
 
-def converted(fixed: Fixed, variant: Variant, weights: Weights) -> ir.Model:
+def converted(fixed: Fixed, variant: FixedVariant, weights: Weights) -> ir.Model:
     """A variant as ONNX: weights are initializers that lie in the shared file."""
     for (kind, name), node in zip(variant.roles, variant.graph.graph.find_nodes(op="placeholder"), strict=True):
         if kind == "weight" and _is_complex(node):
@@ -158,7 +158,7 @@ def _array(name: str, tensor: Tensor) -> np.ndarray:
         ) from error
 
 
-def variant_graph(fixed: Fixed, variant: Variant, model: ir.Model, file: str) -> Graph:
+def variant_graph(fixed: Fixed, variant: FixedVariant, model: ir.Model, file: str) -> Graph:
     """What the manifest says of a variant's graph."""
     roles = {str(name): kind for kind, name in variant.roles if kind != "weight"}
     inputs = tuple(str(v.name) for v in model.graph.inputs)

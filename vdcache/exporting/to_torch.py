@@ -17,10 +17,10 @@ from torch import Tensor
 
 from vdcache.backends.inductor import package_ahead
 from vdcache.errors import CaptureError, ConfigError
-from vdcache.exporting.fixed import Fixed, Variant, Written
+from vdcache.exporting.fixed import Fixed, FixedVariant, ExportedFiles
 from vdcache.exporting.loops import TracedLoop
-from vdcache.exporting.manifest import Graph, Step
-from vdcache.exporting.running import Runner
+from vdcache.exporting.manifest import Graph, ScheduledStep
+from vdcache.exporting.running import PackageRunner
 
 __all__ = ["TorchRunner", "write_aoti", "write_pt2"]
 
@@ -29,7 +29,7 @@ WEIGHTS = "weights.safetensors"
 Progress = Callable[[str], None]
 
 
-def write_pt2(what: Fixed, around: TracedLoop | None, folder: Path, on_progress: Progress) -> Written:
+def write_pt2(what: Fixed, around: TracedLoop | None, folder: Path, on_progress: Progress) -> ExportedFiles:
     """An exported program for every distinct plan."""
 
     def write(program: Any, path: Path) -> None:
@@ -39,7 +39,7 @@ def write_pt2(what: Fixed, around: TracedLoop | None, folder: Path, on_progress:
     return _write(what, folder, on_progress, write, "exporting")
 
 
-def write_aoti(what: Fixed, around: TracedLoop | None, folder: Path, on_progress: Progress) -> Written:
+def write_aoti(what: Fixed, around: TracedLoop | None, folder: Path, on_progress: Progress) -> ExportedFiles:
     """A compiled library for every distinct plan."""
     return _write(what, folder, on_progress, package_ahead, "compiling")
 
@@ -50,7 +50,7 @@ def _write(
     on_progress: Progress,
     write: Callable[[Any, Path], None],
     doing: str,
-) -> Written:
+) -> ExportedFiles:
     if elsewhere := {v.device for v in (*what.examples, *what.whole.state.values()) if v.device.type != "cpu"}:
         raise ConfigError(f"pt2 and aoti packages are for the CPU, and the model is on {elsewhere.pop()}: export model.cpu()")
     graphs = []
@@ -68,7 +68,7 @@ def _write(
     used = {name for graph in graphs for name in graph.weights.values()}
     state = {_weight(what, p): v.detach().contiguous() for p, v in what.whole.state.items() if _weight(what, p) in used}
     save_file(_apart(state), folder / WEIGHTS)
-    return Written(tuple(graphs), what.steps, WEIGHTS)
+    return ExportedFiles(tuple(graphs), what.steps, WEIGHTS)
 
 
 def _weight(what: Fixed, position: int) -> str:
@@ -91,7 +91,7 @@ def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def _graph(what: Fixed, variant: Variant, file: str) -> Graph:
+def _graph(what: Fixed, variant: FixedVariant, file: str) -> Graph:
     inputs = tuple(f"weight_{name}" if kind == "weight" else str(name) for kind, name in variant.roles)
     kinds = dict(zip(inputs, (kind for kind, _ in variant.roles), strict=True))
     results = tuple(v.name for v in what.outputs)
@@ -109,7 +109,7 @@ def _graph(what: Fixed, variant: Variant, file: str) -> Graph:
     )
 
 
-class TorchRunner(Runner):
+class TorchRunner(PackageRunner):
     """A package of exported programs or AOTInductor libraries. The model's inputs may be tensors; results are arrays.
 
     Args:
@@ -143,7 +143,7 @@ class TorchRunner(Runner):
     def _new_lane(self) -> dict[str, Tensor]:
         return {c.name: torch.zeros(c.shape, dtype=getattr(torch, c.dtype)) for c in self.manifest.caches}
 
-    def _run(self, graph: Graph, step: Step, given: Mapping[str, np.ndarray], lane: dict[str, Tensor]) -> list[np.ndarray]:
+    def _run(self, graph: Graph, step: ScheduledStep, given: Mapping[str, np.ndarray], lane: dict[str, Tensor]) -> list[np.ndarray]:
         values: dict[str, Tensor] = {
             **self._weights[graph.name],
             **{n: torch.tensor(step.numbers[n], dtype=getattr(torch, kind)) for n, kind in graph.numbers.items()},

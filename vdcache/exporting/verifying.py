@@ -17,13 +17,13 @@ from vdcache.api import compile, original
 from vdcache.errors import ConfigError
 from vdcache.exporting.arguments import check_call, check_loop
 from vdcache.exporting.manifest import Manifest
-from vdcache.exporting.running import Runner
+from vdcache.exporting.running import PackageRunner
 from vdcache.recipe import Recipe
 
 if TYPE_CHECKING:
     from rich.console import Group
 
-__all__ = ["TOLERANCE", "Compared", "Verified", "runner_of", "verify"]
+__all__ = ["TOLERANCE", "CallComparison", "Verification", "runner_of", "verify"]
 
 TOLERANCE = 1e-4  # in float32; of a narrower type, so many of its own steps:
 ROUNDINGS = 5
@@ -31,7 +31,7 @@ LEAST_PSNR = 60.0
 
 
 @dataclass(frozen=True)
-class Compared:
+class CallComparison:
     """One call.
 
     Args:
@@ -45,7 +45,7 @@ class Compared:
 
 
 @dataclass(frozen=True)
-class Verified:
+class Verification:
     """What comparing a package with PyTorch gave.
 
     Args:
@@ -56,7 +56,7 @@ class Verified:
     """
 
     package: str
-    calls: tuple[Compared, ...]
+    calls: tuple[CallComparison, ...]
     psnr: float | None
     tolerance: float = TOLERANCE
     least_psnr: float = LEAST_PSNR
@@ -89,7 +89,7 @@ class Verified:
         return Group(table, str(self))
 
 
-def runner_of(path: str | Path, **options: Any) -> Runner:
+def runner_of(path: str | Path, **options: Any) -> PackageRunner:
     """What runs a package, by its kind.
 
     Raises:
@@ -117,7 +117,7 @@ def verify(
     inputs: Mapping[str, Any] | None = None,
     tolerance: float | None = None,
     on_step: Callable[[int], None] = lambda step: None,
-) -> Verified:
+) -> Verification:
     """Compare a package with PyTorch: the model compiled with the same recipe, eagerly, given the same inputs at every call.
 
     Args:
@@ -147,11 +147,11 @@ def verify(
     if loop is not None:
         check_loop(loop, inputs)
     torch_side = _Beside(model, tuple(args), dict(kwargs), recipe, manifest)
-    rows: list[Compared] = []
+    rows: list[CallComparison] = []
 
     def compare(step: int, lane: int, given: Mapping[str, np.ndarray], results: Sequence[np.ndarray]) -> None:
         wanted = torch_side.call(step, given)
-        rows.append(Compared(step, lane, manifest.steps[step].plan, _difference(results, wanted)))
+        rows.append(CallComparison(step, lane, manifest.steps[step].plan, _difference(results, wanted)))
         on_step(step)
 
     with torch.no_grad():
@@ -173,7 +173,7 @@ def verify(
             psnr = min(_psnr(results[v.name], w) for v, w in zip(manifest.loop.outputs, wanted, strict=True))
     usual = max(TOLERANCE, ROUNDINGS * _rounding(model, [*args, *kwargs.values(), *(inputs or {}).values()]))
     least = LEAST_PSNR if usual == TOLERANCE else -20 * math.log10(usual) - 10
-    return Verified(str(path), tuple(rows), psnr, usual if tolerance is None else tolerance, least)
+    return Verification(str(path), tuple(rows), psnr, usual if tolerance is None else tolerance, least)
 
 
 def _rounding(model: Any, given: Any) -> float:
@@ -242,7 +242,7 @@ class _Beside:
 Compare = Callable[[int, int, Mapping[str, np.ndarray], Sequence[np.ndarray]], None]
 
 
-def _step_by_step(runner: Runner, examples: Mapping[str, np.ndarray], compare: Compare) -> None:
+def _step_by_step(runner: PackageRunner, examples: Mapping[str, np.ndarray], compare: Compare) -> None:
     """Inputs that drift from step to step, as a loop's do."""
     draw = np.random.default_rng(0)
     runner.begin()
@@ -258,7 +258,7 @@ def _step_by_step(runner: Runner, examples: Mapping[str, np.ndarray], compare: C
         compare(step, 0, given, runner(given))
 
 
-def _watched(runner: Runner, arrays: Mapping[str, np.ndarray], compare: Compare) -> dict[str, np.ndarray]:
+def _watched(runner: PackageRunner, arrays: Mapping[str, np.ndarray], compare: Compare) -> dict[str, np.ndarray]:
     if runner.manifest.form != "unrolled":
         return runner.generate(arrays, watch=compare)
     from vdcache.exporting.inside import calls_of

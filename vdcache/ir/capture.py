@@ -32,9 +32,9 @@ from vdcache.ir.composites import whole_composites
 from vdcache.ir.edit import copy_graph, live_nodes, outputs, set_outputs
 from vdcache.ir.errors import CaptureError
 from vdcache.ir.ops import is_work, tensor_of
-from vdcache.ir.wrapped import Wrapped
+from vdcache.ir.wrapped import TensorSubclasses
 
-__all__ = ["Captured", "Part", "Parts", "Signature", "capture", "first_line", "parts", "readable", "signature", "trace"]
+__all__ = ["Captured", "CapturedPart", "CapturedForward", "Signature", "capture", "first_line", "parts", "readable", "signature", "trace"]
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Captured:
 
     graph: fx.GraphModule
     signature: Signature
-    wrapped: Wrapped = field(default_factory=lambda: Wrapped(()))
+    wrapped: TensorSubclasses = field(default_factory=lambda: TensorSubclasses(()))
 
 
 def signature(graph: fx.GraphModule) -> Signature:
@@ -90,7 +90,7 @@ def capture(graph: nn.Module, example_inputs: Sequence[Any]) -> Captured:
     from torch._functorch.aot_autograd import aot_export_module
 
     owned = dict(graph.named_parameters(remove_duplicate=False)) | dict(graph.named_buffers(remove_duplicate=False))
-    wrapped = Wrapped(example_inputs)
+    wrapped = TensorSubclasses(example_inputs)
     around, flat_inputs = wrapped.around(graph), wrapped.flat(example_inputs)
     try:
         with torch.no_grad(), whole_composites():
@@ -175,7 +175,7 @@ def trace(fn: Callable[..., Any], *args: Any, dynamic: bool = False) -> Captured
 
 
 @dataclass(frozen=True)
-class Part:
+class CapturedPart:
     """One graph of a forward that Dynamo may have broken into several.
 
     Args:
@@ -193,19 +193,19 @@ class Part:
 
 
 @dataclass
-class Parts:
+class CapturedForward:
     """Every graph of one forward, in the order in which they ran, and the reasons of all breaks that Dynamo counted."""
 
-    found: list[Part] = field(default_factory=list)
+    found: list[CapturedPart] = field(default_factory=list)
     breaks: list[str] = field(default_factory=list)
 
 
 # Of the thread that asks: another may ask for another model's at the same time.
-_collecting: ContextVar[Parts | None] = ContextVar("vdcache_collecting", default=None)
+_collecting: ContextVar[CapturedForward | None] = ContextVar("vdcache_collecting", default=None)
 _counting = threading.RLock()  # Dynamo counts graph breaks for the process, and its limits are the process's
 
 
-def parts(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Parts:
+def parts(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> CapturedForward:
     """Every graph that Dynamo makes of `fn(*args, **kwargs)`. No graph is computed: its outputs are zeros.
 
     Tensors may be on the meta device. Code between two graphs runs as Python, and may look at whole numbers and masks: those are
@@ -219,10 +219,10 @@ def parts(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
         return _parts_of(fn, args, kwargs)
 
 
-def _parts_of(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Parts:
+def _parts_of(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> CapturedForward:
     from torch._dynamo.utils import counters
 
-    parts = Parts()
+    parts = CapturedForward()
     before = dict(counters["graph_break"])
     token = _collecting.set(parts)
     try:
@@ -264,7 +264,7 @@ def _collect(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[.
         captured, problem = capture(graph, example_inputs), ""
     except CaptureError as error:
         captured, problem = None, str(error)
-    part = Part(
+    part = CapturedPart(
         captured=captured,
         problem=problem,
         line=last_line(stacks[0]) if stacks else "",

@@ -93,7 +93,7 @@ def inline(graph: fx.Graph, fn: Callable[..., Any], args: Any, made_by: str) -> 
 
     whole = False  # inside an operation that is kept as it is
 
-    class Recorder(TorchDispatchMode):
+    class OpRecorder(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             result = func(*args, **(kwargs or {}))
             asked = func.namespace == "prim"  # of a tensor's device and the like: nothing that a graph computes
@@ -114,7 +114,7 @@ def inline(graph: fx.Graph, fn: Callable[..., Any], args: Any, made_by: str) -> 
             return record(torch.ops.aten.scaled_dot_product_attention.default, args, kwargs or {}, result)
 
     values = pytree.tree_map(value, args, is_leaf=lambda x: isinstance(x, fx.Node))
-    with torch.no_grad(), Recorder(), Composite():
+    with torch.no_grad(), OpRecorder(), Composite():
         results = fn(*values)
     return pytree.tree_map(lambda x: of[id(x)] if isinstance(x, torch.Tensor) else x, results)
 

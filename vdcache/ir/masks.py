@@ -21,7 +21,7 @@ from vdcache.ir.errors import ConfigError
 from vdcache.ir.plugins import plugins
 
 if TYPE_CHECKING:
-    from vdcache.ir.tiles import Tiled
+    from vdcache.ir.tiles import TileMask
 
 __all__ = [
     "MASKS",
@@ -88,7 +88,7 @@ class AttentionMask(abc.ABC):
         kept = float(self.allowed((frames, height, width)).float().mean())
         return (kept * tokens**2 + 2 * text * tokens + text**2) / (tokens + text) ** 2
 
-    def on(self, frames: int, height: int = 1, width: int = 1, *, text: tuple[int, int] = (0, 0)) -> Tiled:
+    def on(self, frames: int, height: int = 1, width: int = 1, *, text: tuple[int, int] = (0, 0)) -> TileMask:
         """The mask on a video of that many latent frames, rows and columns, with tokens of text before and after: prints as a
         picture and states its density.
 

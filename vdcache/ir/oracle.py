@@ -42,7 +42,7 @@ def record_slots(graph: fx.GraphModule, *args: Any) -> dict[str, Tensor]:
     """The value that each slot would keep."""
     recorded: dict[str, Tensor] = {}
 
-    class Recorder(fx.Interpreter):
+    class ValueRecorder(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
             if n.op == "call_function" and n.target is dialect.guard:
                 fresh = self.env[n.args[0]]  # type: ignore[index]
@@ -52,7 +52,7 @@ def record_slots(graph: fx.GraphModule, *args: Any) -> dict[str, Tensor]:
             return super().run_node(n)
 
     with torch.no_grad():
-        Recorder(graph).run(*args)
+        ValueRecorder(graph).run(*args)
     return recorded
 
 
@@ -88,13 +88,13 @@ def values_of(graph: fx.GraphModule, given: Sequence[Any]) -> dict[str, Any]:
     """The value of every node, by its name."""
     values: dict[str, Any] = {}
 
-    class Watch(fx.Interpreter):
+    class ValueWatch(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
             values[n.name] = super().run_node(n)
             return values[n.name]
 
     with torch.no_grad():
-        Watch(graph).run(*given)
+        ValueWatch(graph).run(*given)
     return values
 
 

@@ -25,7 +25,7 @@ from vdcache.ir.checks import whole, whole_numbers
 from vdcache.ir.errors import ConfigError
 from vdcache.ir.masks import AttentionMask, Sizes, Skip, parse_mask, volume
 
-__all__ = ["LOWERINGS", "TILE_ATTENTION", "Group", "Tiled", "gather", "masked", "tables_of", "tile_attention", "tiled"]
+__all__ = ["LOWERINGS", "TILE_ATTENTION", "Group", "TileMask", "gather", "masked", "tables_of", "tile_attention", "tiled"]
 
 # Bytes of keys that are gathered for one call: on a CPU, what fresh memory costs is more than what a larger call gains.
 AT_ONCE = {"cpu": 8 << 20}
@@ -53,7 +53,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Tiled:
+class TileMask:
     """A mask on a sequence: what prints as a picture, states its density, and holds the tables of every lowering.
 
     Args:
@@ -191,9 +191,9 @@ class Tiled:
 
 
 @functools.lru_cache(maxsize=512)
-def tiled(mask: str, grid: Sizes, before: int = 0, after: int = 0) -> Tiled:
+def tiled(mask: str, grid: Sizes, before: int = 0, after: int = 0) -> TileMask:
     """The tables of a mask on a sequence, made once."""
-    return Tiled(parse_mask(mask), grid, before, after)
+    return TileMask(parse_mask(mask), grid, before, after)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float | None) -> Tensor:
@@ -202,7 +202,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scal
     )
 
 
-def masked(query: Tensor, key: Tensor, value: Tensor, on: Tiled, scale: float | None, bias: Tensor | None) -> Tensor:
+def masked(query: Tensor, key: Tensor, value: Tensor, on: TileMask, scale: float | None, bias: Tensor | None) -> Tensor:
     """Dense attention with the mask written out: what every other lowering is compared with."""
     if isinstance(on.mask, Skip):
         return _like(query, value, lambda *shape, **form: query.new_zeros(shape))
@@ -212,7 +212,7 @@ def masked(query: Tensor, key: Tensor, value: Tensor, on: Tiled, scale: float | 
     return _attend(query, key, value, keeps, scale)
 
 
-def gather(query: Tensor, key: Tensor, value: Tensor, on: Tiled, scale: float | None, bias: Tensor | None) -> Tensor:
+def gather(query: Tensor, key: Tensor, value: Tensor, on: TileMask, scale: float | None, bias: Tensor | None) -> Tensor:
     """Dense attention of groups of queries over the keys that they share; no mask.
 
     Args:
@@ -257,7 +257,7 @@ class _Memory:
     Of [B, N, H, D] tiles become samples, of [B, H, N, D] further heads: either way a reshape and no copy.
     """
 
-    def __init__(self, query: Tensor, key: Tensor, on: Tiled) -> None:
+    def __init__(self, query: Tensor, key: Tensor, on: TileMask) -> None:
         self.on = on
         self.heads_first = _heads_first(query) and query.shape[1] == key.shape[1]
         self.axis = 2 if self.heads_first else 1
@@ -276,7 +276,7 @@ class _Memory:
         return _Memory._reordered(x, self.on, self.axis, back)
 
     @staticmethod
-    def _reordered(x: Tensor, on: Tiled, axis: int, back: bool) -> Tensor:
+    def _reordered(x: Tensor, on: TileMask, axis: int, back: bool) -> Tensor:
         """The tokens of the video in the order of tiles, or back in that of the grid."""
         video = x.narrow(axis, on.before, on.video)
         t, tile_t, h, tile_h, w, tile_w = on.cuts
@@ -360,13 +360,13 @@ def _like(query: Tensor, value: Tensor, make: Callable[..., Tensor]) -> Tensor:
     return make(b, n, h, value.shape[-1], dtype=query.dtype, device=query.device).transpose(1, 2)
 
 
-Lowering = Callable[[Tensor, Tensor, Tensor, Tiled, float | None, Tensor | None], Tensor]
+Lowering = Callable[[Tensor, Tensor, Tensor, TileMask, float | None, Tensor | None], Tensor]
 
 
 def _elsewhere(module: str, name: str) -> Lowering:
     """A lowering of another room, which is imported at its first call: its compiler takes long to load."""
 
-    def run(query: Tensor, key: Tensor, value: Tensor, on: Tiled, scale: float | None, bias: Tensor | None) -> Tensor:
+    def run(query: Tensor, key: Tensor, value: Tensor, on: TileMask, scale: float | None, bias: Tensor | None) -> Tensor:
         return getattr(importlib.import_module(module), name)(query, key, value, on, scale, bias)  # type: ignore[no-any-return]
 
     return run
@@ -460,14 +460,14 @@ def _(query, key, value, bias, mask, grid, before, after, scale, lowering):  # t
 TILE_ATTENTION = torch.ops.vdcache.tile_attention.default  # what a graph holds
 
 
-def tables_of(node: fx.Node) -> Tiled:
+def tables_of(node: fx.Node) -> TileMask:
     """The tables of a tile attention in a graph."""
     given: Any = node.args
     mask, (frames, height, width), before, after = given[4:8]
     return tiled(mask, (frames, height, width), before, after)
 
 
-def check_sequence(on: Tiled, query: int, key: int, where: str) -> None:
+def check_sequence(on: TileMask, query: int, key: int, where: str) -> None:
     """Refuse queries and keys that are not the sequence of the mask.
 
     Raises:

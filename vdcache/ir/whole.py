@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from vdcache.ir.capture import Captured, Signature, first_line
 from vdcache.ir.errors import CaptureError, VdcacheError
 
-__all__ = ["Whole", "exported", "whole"]
+__all__ = ["ExportedModel", "exported", "whole"]
 
 
 @dataclass(frozen=True)
-class Whole:
+class ExportedModel:
     """A model as one graph.
 
     Args:
@@ -48,7 +48,7 @@ def exported(model: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, Any
     return whole(model, args, kwargs).captured
 
 
-def whole(model: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None, name: str = "") -> Whole:
+def whole(model: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None, name: str = "") -> ExportedModel:
     """`exported`, with the values of what the model owns.
 
     Args:
@@ -86,7 +86,7 @@ def whole(model: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, Any] |
     owned = {**program.constants, **program.state_dict}
     state = {i: owned[names[i]] for i in sorted(static) if isinstance(owned.get(names[i]), Tensor)}
     given = tuple(i for i in range(len(names)) if i not in static)
-    return Whole(Captured(graph, signature), state, given, program.call_spec.in_spec, program.call_spec.out_spec)
+    return ExportedModel(Captured(graph, signature), state, given, program.call_spec.in_spec, program.call_spec.out_spec)
 
 
 _EXPORTING = threading.RLock()  # standard error is one for all threads

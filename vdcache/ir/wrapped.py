@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-__all__ = ["Wrapped"]
+__all__ = ["TensorSubclasses"]
 
 
-class Wrapped:
+class TensorSubclasses:
     """Which inputs of a graph wrap others, and how.
 
     Args:

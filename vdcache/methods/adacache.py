@@ -10,7 +10,7 @@ from vdcache.ir.errors import ConfigError
 from vdcache.passes import MarkBranches, MergeSlots, Observe, Pass
 from vdcache.recipe import Recipe
 from vdcache.runtime.policies import AdaCache, Codebook, MoReg
-from vdcache.runtime.schedules import Together
+from vdcache.runtime.schedules import CombinedPolicy
 
 __all__ = ["ADACACHE_CODEBOOKS", "adacache"]
 
@@ -97,5 +97,5 @@ def adacache(
         passes += [MarkBranches(group=group, start=share[0], stop=share[1]), MergeSlots(group=group)]
         passes.append(Observe(kind=observe, distance=distance, strides=strides, frames=frames, group=group, within=share))
         policies.append(replace(policy, group=group))
-    together = Together(tuple(policies))
+    together = CombinedPolicy(tuple(policies))
     return Recipe(f"{name}-{layers}-layers", together, tuple(passes), "arXiv 2411.02397", books, derived=derived)

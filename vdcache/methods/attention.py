@@ -10,9 +10,9 @@ from vdcache.passes.mark_branches import TYPES
 from vdcache.passes.predictors import ByGroup, Extrapolated, Frequencies
 from vdcache.recipe import Recipe
 from vdcache.runtime.policies import Policy
-from vdcache.runtime.schedules import Scheduled, Together
-from vdcache.runtime.steps import Gated, Grid, Listed
-from vdcache.runtime.windows import Bursts, Windowed
+from vdcache.runtime.schedules import SchedulePolicy, CombinedPolicy
+from vdcache.runtime.steps import TGateSteps, EveryNth, StepList
+from vdcache.runtime.windows import BroadcastWindow, TimestepWindow
 
 __all__ = ["fastercache", "pab", "tgate"]
 
@@ -49,16 +49,16 @@ def pab(
     ):
         if n and n != 1:
             passes.append(MarkBranches(kinds=kinds, group=group, layouts=layouts))
-            policies.append(Windowed(n, window, group))
+            policies.append(TimestepWindow(n, window, group))
     if mlp is not None:
         if not isinstance(mlp, tuple) or len(mlp) != 3:
             raise ConfigError(f"mlp is (timesteps, first blocks, steps that reuse); got {mlp!r}")
         keys, blocks, skip = numbers(mlp[0], "the timesteps of mlp"), whole(mlp[1], "the number of blocks of mlp", 1), mlp[2]
         passes.append(MarkBranches(kinds=("mlp",), group="mlp", stop=blocks))
-        policies.append(Bursts(tuple(keys), skip, "mlp"))
+        policies.append(BroadcastWindow(tuple(keys), skip, "mlp"))
     if not policies:
         raise ConfigError("PAB reuses at least one kind of attention: give spatial, temporal or cross a distance of at least 2")
-    return Recipe(name, Together(tuple(policies)), tuple(passes), "arXiv 2408.12588")
+    return Recipe(name, CombinedPolicy(tuple(policies)), tuple(passes), "arXiv 2408.12588")
 
 
 def pab_of(model: str) -> Recipe:
@@ -85,10 +85,10 @@ def tgate(gate: int = 10, *, interval: int = 5, warm_up: int = 2, after: int = 1
         MarkBranches(kinds=("cross-attention",), group="cross", gate="pre"),
         MarkBranches(kinds=_SELF, group="self", gate="pre"),
     )
-    policy = Together(
+    policy = CombinedPolicy(
         (
-            Scheduled(Listed((gate - 1,), of_steps=of_steps), ("cross",)),
-            Scheduled(Gated(gate, interval, warm_up, after, of_steps=of_steps), ("self",)),
+            SchedulePolicy(StepList((gate - 1,), of_steps=of_steps), ("cross",)),
+            SchedulePolicy(TGateSteps(gate, interval, warm_up, after, of_steps=of_steps), ("self",)),
         )
     )
     return Recipe(name or f"t-gate-{gate}", policy, passes, "arXiv 2404.02747")
@@ -99,16 +99,16 @@ def tgate(gate: int = 10, *, interval: int = 5, warm_up: int = 2, after: int = 1
 # the unconditional one.
 FASTERCACHE = {
     "open-sora": (
-        (Grid(2, first=7, of_steps=30), Extrapolated(0.9, 6, 20)),
-        (Grid(5, first=11, offset=4, of_steps=30), Frequencies((1.15, 0, 24), (1.15, 19, 29)), "second"),
+        (EveryNth(2, first=7, of_steps=30), Extrapolated(0.9, 6, 20)),
+        (EveryNth(5, first=11, offset=4, of_steps=30), Frequencies((1.15, 0, 24), (1.15, 19, 29)), "second"),
     ),
     "latte": (
-        (Grid(2, first=15, of_steps=50), Extrapolated(0.5)),
-        (Grid(5, first=17, offset=4, of_steps=50), Frequencies((1.1, 0, 43), (1.1, 44, 49)), "first"),
+        (EveryNth(2, first=15, of_steps=50), Extrapolated(0.5)),
+        (EveryNth(5, first=17, offset=4, of_steps=50), Frequencies((1.1, 0, 43), (1.1, 44, 49)), "first"),
     ),
     "cogvideox": (
-        (Grid(3, first=17, offset=2, of_steps=50), Extrapolated(0.3)),
-        (Grid(5, first=17, offset=4, of_steps=50), Frequencies((1.1, 0, 39), (1.1, 29, 49)), "second"),
+        (EveryNth(3, first=17, offset=2, of_steps=50), Extrapolated(0.3)),
+        (EveryNth(5, first=17, offset=4, of_steps=50), Frequencies((1.1, 0, 39), (1.1, 29, 49)), "second"),
     ),
 }
 
@@ -129,10 +129,10 @@ def fastercache(model: str = "open-sora", *, predicted: str = "", lanes: str = "
         raise ConfigError(f"FasterCache published constants for {', '.join(FASTERCACHE)}; got {model!r}")
     (when, predictor), (lane_when, frequencies, half) = FASTERCACHE[model]
     passes: list[Pass] = [MarkBranches(kinds=_SELF, group="attention", gate="pre")]
-    policies: list[Policy] = [Scheduled(when, ("attention",))]
+    policies: list[Policy] = [SchedulePolicy(when, ("attention",))]
     if lanes != "none":
         passes.append(MarkLanes(lanes, predicted or half))
-        policies.append(Scheduled(lane_when, ("lane",)))
+        policies.append(SchedulePolicy(lane_when, ("lane",)))
     predictors = ByGroup((("attention", predictor), ("lane", frequencies)))
     name = name or f"fastercache-{model}"
-    return Recipe(name, Together(tuple(policies)), tuple(passes), "arXiv 2410.19355", predictor=predictors)
+    return Recipe(name, CombinedPolicy(tuple(policies)), tuple(passes), "arXiv 2410.19355", predictor=predictors)

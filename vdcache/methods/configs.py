@@ -15,9 +15,9 @@ from vdcache.passes.mark_branches import TYPES
 from vdcache.passes.predictors import ByGroup, Extrapolated, Frequencies, Taylor
 from vdcache.recipe import Recipe
 from vdcache.runtime.policies import Policy
-from vdcache.runtime.schedules import Scheduled, Together
-from vdcache.runtime.steps import Grid, Listed
-from vdcache.runtime.windows import Windowed
+from vdcache.runtime.schedules import SchedulePolicy, CombinedPolicy
+from vdcache.runtime.steps import EveryNth, StepList
+from vdcache.runtime.windows import TimestepWindow
 
 __all__ = ["from_config"]
 
@@ -102,16 +102,16 @@ def _magcache(given: _Given) -> Recipe:
 def _taylor(given: _Given) -> Recipe:
     n, first = given.cache_interval, given.disable_cache_before_step
     given.lose(
-        "the number of steps is not known before the run; vdcache.Grid(n, last=…) counts from the end",
+        "the number of steps is not known before the run; vdcache.EveryNth(n, last=…) counts from the end",
         "disable_cache_after_step",
     )
     given.lose("differences are kept in float32", "taylor_factors_dtype")
     given.lose(BLOCKS, "skip_predict_identifiers", "cache_identifiers")
     attention = MarkBranches(kinds=(*TYPES["attn"], *TYPES["cross"]), gate="pre")
     passes: tuple[Pass, ...] = (MarkBranches(), MergeSlots()) if given.use_lite_mode else (attention,)
-    when = Grid(n, first=first, offset=(first + 1) % n)
+    when = EveryNth(n, first=first, offset=(first + 1) % n)
     predictor = Taylor(given.max_order)
-    return Recipe(f"taylorseer-{n}-{given.max_order}", Scheduled(when), passes, "arXiv 2503.06923", predictor=predictor)
+    return Recipe(f"taylorseer-{n}-{given.max_order}", SchedulePolicy(when), passes, "arXiv 2503.06923", predictor=predictor)
 
 
 def _pab(given: _Given) -> Recipe:
@@ -126,7 +126,7 @@ def _pab(given: _Given) -> Recipe:
     if not parts:
         raise ConfigError("this PyramidAttentionBroadcastConfig reuses nothing: every skip range is None or 1")
     policies = [p for part in parts for p in part.policy.policies]  # type: ignore[attr-defined]
-    return Recipe("pab", Together(tuple(policies)), tuple(p for part in parts for p in part.passes), "arXiv 2408.12588")
+    return Recipe("pab", CombinedPolicy(tuple(policies)), tuple(p for part in parts for p in part.passes), "arXiv 2408.12588")
 
 
 def _faster(given: _Given) -> Recipe:
@@ -150,18 +150,18 @@ def _faster(given: _Given) -> Recipe:
         if n > 1:
             window = tuple(map(float, getattr(given, f"{kind}_attention_timestep_skip_range")))
             passes.append(MarkBranches(kinds=TYPES["attn"], group=kind, gate="pre", layouts=layout))
-            policies.append(Windowed(n, window, kind))  # type: ignore[arg-type]
+            policies.append(TimestepWindow(n, window, kind))  # type: ignore[arg-type]
             weights.append((kind, Extrapolated(0.5)))
     if not given.is_guidance_distilled and given.unconditional_batch_skip_range > 1:
         low, high = map(float, given.unconditional_batch_timestep_skip_range)
         passes.append(MarkLanes("batch", "first"))
-        policies.append(Windowed(given.unconditional_batch_skip_range, (low, high), "lane"))
+        policies.append(TimestepWindow(given.unconditional_batch_skip_range, (low, high), "lane"))
         frequencies = Frequencies((given.alpha_low_frequency, 0, 10**6), (given.alpha_high_frequency, 0, 10**6))
         weights.append(("lane", frequencies))  # type: ignore[arg-type]
     if not policies:
         raise ConfigError("this FasterCacheConfig reuses nothing: every skip range is None or 1")
     predictors = ByGroup(tuple(weights))  # type: ignore[arg-type]
-    return Recipe("fastercache", Together(tuple(policies)), tuple(passes), "arXiv 2410.19355", predictor=predictors)
+    return Recipe("fastercache", CombinedPolicy(tuple(policies)), tuple(passes), "arXiv 2410.19355", predictor=predictors)
 
 
 def _sea(given: _Given) -> Recipe:
@@ -189,7 +189,7 @@ def _dbcache(given: _Given) -> Recipe:
             )
         steps = tuple(s for s, m in enumerate(mask) if m)
         passes = (MarkBranches(start=front, stop=-back if back else None), MergeSlots())
-        policy = Scheduled(Listed(steps, of_steps=len(mask)))
+        policy = SchedulePolicy(StepList(steps, of_steps=len(mask)))
         return Recipe(f"dbcache-{front}-{back}-static", policy, passes, "cache-dit, DBCache")
     return dbcache(
         front,

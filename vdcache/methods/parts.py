@@ -12,11 +12,11 @@ from vdcache.passes.catalogue import first_sentence
 from vdcache.passes.predictors import PREDICTORS
 from vdcache.recipe import KINDS
 
-__all__ = ["Part", "parts"]
+__all__ = ["Component", "parts"]
 
 
 @dataclass(frozen=True)
-class Part:
+class Component:
     """One of them.
 
     Args:
@@ -32,7 +32,7 @@ class Part:
     origin: str
 
 
-def parts() -> tuple[Part, ...]:
+def parts() -> tuple[Component, ...]:
     """All policies, predictors and masks, vdcache's own first in each group."""
     policies = {name: kind for name, kind in KINDS.items() if hasattr(kind, "plans")}
     return (
@@ -42,8 +42,8 @@ def parts() -> tuple[Part, ...]:
     )
 
 
-def _group(group: str, own: dict[str, Any], entry_points: str, name_of: Callable[[Any], str]) -> list[Part]:
+def _group(group: str, own: dict[str, Any], entry_points: str, name_of: Callable[[Any], str]) -> list[Component]:
     foreign = [p for p in plugins(entry_points) if isinstance(p.value, type) and is_dataclass(p.value)]
     theirs = {p.value for p in foreign}
-    found = [Part(group, name, first_sentence(kind), "vdcache") for name, kind in own.items() if kind not in theirs]
-    return found + [Part(group, name_of(p.value), first_sentence(p.value), p.origin) for p in foreign]
+    found = [Component(group, name, first_sentence(kind), "vdcache") for name, kind in own.items() if kind not in theirs]
+    return found + [Component(group, name_of(p.value), first_sentence(p.value), p.origin) for p in foreign]

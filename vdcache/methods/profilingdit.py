@@ -9,8 +9,8 @@ from vdcache.ir.checks import whole_numbers
 from vdcache.ir.errors import ConfigError
 from vdcache.passes import MarkBranches, MergeSlots
 from vdcache.recipe import Recipe
-from vdcache.runtime.schedules import Scheduled, Together
-from vdcache.runtime.steps import Intervals, Listed
+from vdcache.runtime.schedules import SchedulePolicy, CombinedPolicy
+from vdcache.runtime.steps import LinearIntervals, StepList
 
 __all__ = ["PROFILINGDIT_LISTS", "profilingdit", "profilingdit_hunyuanvideo", "profilingdit_wan"]
 
@@ -31,7 +31,7 @@ def profilingdit(
     background: Sequence[int] | SupportsBlocks,
     foreground: Sequence[int] = (),
     *,
-    when: Intervals | Listed | Sequence[int] | None = None,
+    when: LinearIntervals | StepList | Sequence[int] | None = None,
     reuse: str = "background",
     span: str = "run",
     of: str = "",
@@ -43,7 +43,7 @@ def profilingdit(
         background: blocks that look at the background, or a `Profile`, which knows both lists. Blocks count from 0 among those
             that attend over video tokens.
         foreground: the other blocks; needed where they are reused.
-        when: the computed steps: `Intervals` (equation 15), `Listed` or a list of steps. Without, intervals from 12 down to 2
+        when: the computed steps: `LinearIntervals` (equation 15), `StepList` or a list of steps. Without, intervals from 12 down to 2
             after a warm-up of 6, for 50 steps, scaled to other numbers of steps: the paper gives no constants, these are the
             first and the last gap of its published list.
         reuse: which blocks are reused between computed steps: "background", "foreground", or both in turn, "split" (foreground
@@ -80,12 +80,12 @@ def profilingdit(
     if empty := [g for g in groups if not lists[g]]:
         raise ConfigError(f"profilingdit: reuse={reuse!r} needs a list of {empty[0]} blocks, and it is empty")
     if when is None:
-        when = Intervals(warm_up=6, t_max=12, t_min=2, of_steps=50)
-    elif not isinstance(when, (Intervals, Listed)):
-        when = Listed(when)  # type: ignore[arg-type]
+        when = LinearIntervals(warm_up=6, t_max=12, t_min=2, of_steps=50)
+    elif not isinstance(when, (LinearIntervals, StepList)):
+        when = StepList(when)  # type: ignore[arg-type]
     marks = tuple(MarkBranches(group=g, blocks=lists[g], of=of) for g in groups)
     merges = tuple(MergeSlots(group=g, span=span) for g in groups)
-    policy = Scheduled(when, groups, "split" if reuse == "split" else "alternate")
+    policy = SchedulePolicy(when, groups, "split" if reuse == "split" else "alternate")
     return Recipe(name, policy, (*marks, *merges), _PROFILINGDIT)
 
 
@@ -109,10 +109,10 @@ def profilingdit_hunyuanvideo() -> Recipe:
     lists = PROFILINGDIT_LISTS
     return Recipe(
         "profilingdit-hunyuanvideo",
-        Together(
+        CombinedPolicy(
             (
-                Scheduled(Listed(lists["hunyuanvideo steps"], of_steps=50), ("single",)),
-                Scheduled(Intervals(warm_up=6, t_max=6, t_min=6, of_steps=50), ("double",)),
+                SchedulePolicy(StepList(lists["hunyuanvideo steps"], of_steps=50), ("single",)),
+                SchedulePolicy(LinearIntervals(warm_up=6, t_max=6, t_min=6, of_steps=50), ("double",)),
             )
         ),
         (
@@ -128,7 +128,7 @@ def profilingdit_hunyuanvideo() -> Recipe:
 def profilingdit_wan() -> Recipe:
     return Recipe(
         "profilingdit-wan2.1",
-        Scheduled(Intervals(warm_up=6, t_max=6, t_min=6, of_steps=50), ("background",)),
+        SchedulePolicy(LinearIntervals(warm_up=6, t_max=6, t_min=6, of_steps=50), ("background",)),
         (MarkBranches(group="background", blocks=PROFILINGDIT_LISTS["wan2.1"], out_of=40), MergeSlots(group="background")),
         _PROFILINGDIT,
     )

@@ -22,11 +22,11 @@ from vdcache.passes.base import Pass
 from vdcache.recipe import Recipe
 from vdcache.runtime.policies import Always, Auto, EveryN
 
-__all__ = ["Named", "describe", "families", "for_goal", "recipe", "recipes"]
+__all__ = ["RecipeFamily", "describe", "families", "for_goal", "recipe", "recipes"]
 
 
 @dataclass(frozen=True)
-class Named:
+class RecipeFamily:
     """A family of names.
 
     Args:
@@ -76,7 +76,7 @@ def _tiles(references: str) -> Recipe:
     return Recipe(f"tiles-{references}", Always(), (TileAttention((f"frames:{references}",)),), source)
 
 
-_TILES = Named(
+_TILES = RecipeFamily(
     "tiles-N",
     _tiles,
     "attention within frames, and to and from N reference frames (Efficient-vDiT); with a cache: tiles-4+adacache-fast",
@@ -84,18 +84,18 @@ _TILES = Named(
     example=("4",),
 )
 NAMES = (
-    Named(
+    RecipeFamily(
         "vdcache-auto",
         auto,
         "twice as fast, or as asked: the steps to compute are found on the model itself, in its first generation; the default",
         "none: they are measured on the model, and kept",
     ),
-    Named(
+    RecipeFamily(
         "always",
         lambda: Recipe("always", Always(), ()),
         "recompute every step (the untouched model, with the same clock and history)",
     ),
-    Named(
+    RecipeFamily(
         "every-N",
         lambda n: Recipe(f"every-{n}", EveryN(int(n))),
         "recompute at steps 0, N, 2N … and the last, for any N: every-2, every-3 …",
@@ -103,7 +103,7 @@ NAMES = (
         example=("3",),
     ),
     *(
-        Named(
+        RecipeFamily(
             f"adacache-{book}{plus}",
             lambda book=book, plus=plus: adacache(book, moreg=bool(plus)),
             f"AdaCache with the published {book} codebook{' and motion regularisation' if plus else ''}"
@@ -118,28 +118,28 @@ NAMES = (
         for book in ("slow", "fast")
         for plus in ("", "+moreg")
     ),
-    Named(
+    RecipeFamily(
         "fbcache-D",
         lambda d: fbcache(float(d)),
         "first-block cache: run the first block, and the others only where what it adds changed by D since they last ran",
         "D: .05 is diffusers' default, .08 and .12 are others' for FLUX",
         example=("0.08",),
     ),
-    Named(
+    RecipeFamily(
         "dbcache-N-N-D",
         _dbcache,
         "DBCache (cache-dit): the first N and the last N blocks always run, those between where the first changed by D",
         "cache-dit's defaults: 8 and 0 blocks, D .08, 8 warm-up steps",
         example=("8", "0", "0.08"),
     ),
-    Named(
+    RecipeFamily(
         "teacache-D",
         lambda d: teacache(float(d)),
         "TeaCache (arXiv 2411.19108) without a polynomial: skip the trunk until the changes of its modulated input add up to D",
         "D is yours to choose; polynomials are fitted to single models",
         example=("0.1",),
     ),
-    Named(
+    RecipeFamily(
         "teacache-MODEL-D",
         lambda model, d: teacache(float(d), model),
         "TeaCache with the polynomial that was published for a model",
@@ -147,21 +147,21 @@ NAMES = (
         tuple(TEACACHE_COEFFICIENTS),
         ("flux", "0.4"),
     ),
-    Named(
+    RecipeFamily(
         "seacache-D",
         lambda d: seacache(float(d)),
         "SeaCache (arXiv 2602.18993): as teacache, on a signal filtered by the step's noise level",
         "D: .2 to .4 in its README",
         example=("0.3",),
     ),
-    Named(
+    RecipeFamily(
         "easycache-D",
         lambda d: easycache(float(d)),
         "EasyCache (arXiv 2507.02860): skip the whole model until the predicted changes of its output add up to D",
         "D: .025 for HunyuanVideo, .05 to .06 for Wan 2.2",
         example=("0.05",),
     ),
-    Named(
+    RecipeFamily(
         "magcache-MODEL",
         _magcache,
         "MagCache (arXiv 2506.09045): skip the trunk while the magnitudes that were measured on a model say that it changes little",
@@ -169,35 +169,35 @@ NAMES = (
         tuple(MAGCACHE_RATIOS),
         ("wan2.1-t2v-1.3b",),
     ),
-    Named(
+    RecipeFamily(
         "fora-N",
         lambda n: fora(int(n)),
         "FORA (arXiv 2407.01425): the first step and every N-th, counted from the last; kept values meet the gates of each step",
         "N is yours to choose; 2 to 5 in the paper",
         example=("3",),
     ),
-    Named(
+    RecipeFamily(
         "taylorseer-N-N",
         lambda n, order: taylorseer(int(n), int(order)),
         "TaylorSeer (arXiv 2503.06923): compute three steps and then every N-th; in between a Taylor expansion of the order that is the second number",
         "the reference code: N 4 to 6 and order 1 to 2 for FLUX",
         example=("4", "1"),
     ),
-    Named(
+    RecipeFamily(
         "delta-dit-N",
         lambda n: delta_dit(int(n)),
         "Δ-DiT (arXiv 2406.01125): every N-th step; in between leave out the rear blocks early in the run, the front blocks late",
         "half of the blocks, half of the run: the paper's constants could not be read",
         example=("3",),
     ),
-    Named(
+    RecipeFamily(
         "t-gate-N",
         lambda n: tgate(int(n)),
         "T-GATE (arXiv 2404.02747): cross-attention is frozen after N of 25 steps, self-attention before that computed every fifth step",
         "N 10 and the interval are the reference code's, for SDXL and PixArt",
         example=("10",),
     ),
-    Named(
+    RecipeFamily(
         "pab-MODEL",
         pab_of,
         "Pyramid Attention Broadcast (arXiv 2408.12588): spatial, temporal and cross-attention each at a distance of its own",
@@ -205,7 +205,7 @@ NAMES = (
         tuple(PAB),
         ("open-sora",),
     ),
-    Named(
+    RecipeFamily(
         "fastercache-MODEL",
         fastercache,
         "FasterCache (arXiv 2410.19355): self-attention extrapolated from its last two computed values; the unconditional lane predicted from the conditional one",
@@ -213,13 +213,13 @@ NAMES = (
         tuple(FASTERCACHE),
         ("open-sora",),
     ),
-    Named(
+    RecipeFamily(
         "profilingdit-hunyuanvideo",
         profilingdit_hunyuanvideo,
         "ProfilingDiT with the published lists for HunyuanVideo (arXiv 2504.03140): 20 double and 40 single blocks",
         "the lists of the reference code, for 50 steps",
     ),
-    Named(
+    RecipeFamily(
         "profilingdit-wan2.1",
         profilingdit_wan,
         "ProfilingDiT with the published list for Wan 2.1 14B: 40 blocks",
@@ -235,7 +235,7 @@ _NEEDS = {
 }
 
 
-def families() -> tuple[Named, ...]:
+def families() -> tuple[RecipeFamily, ...]:
     """vdcache's own families of names, and those that other packages bring as entry points in `vdcache.recipes`."""
     return (*NAMES, *(_of_plugin(p) for p in plugins("vdcache.recipes", _why_not)))
 
@@ -244,18 +244,18 @@ def _why_not(plugin: Plugin) -> str:
     if plugin.name in {n.name for n in NAMES}:
         return f"vdcache has a recipe '{plugin.name}' of its own"
     value = plugin.value
-    if not isinstance(value, Recipe | Named) and (isinstance(value, type) or not callable(value)):
+    if not isinstance(value, Recipe | RecipeFamily) and (isinstance(value, type) or not callable(value)):
         return f"{value!r} is no recipe, and no function that makes one"
     return ""
 
 
-def _of_plugin(plugin: Plugin) -> Named:
+def _of_plugin(plugin: Plugin) -> RecipeFamily:
     """A recipe, or a function of the numbers that stand for N and D in its name; its docstring's first line says what it does."""
     value = plugin.value
-    if isinstance(value, Named):
+    if isinstance(value, RecipeFamily):
         return replace(value, name=plugin.name, origin=plugin.origin)
     if isinstance(value, Recipe):
-        return Named(plugin.name, lambda: value, value.source or str(value), origin=plugin.origin)
+        return RecipeFamily(plugin.name, lambda: value, value.source or str(value), origin=plugin.origin)
     letters = re.findall(r"(?<=-)[ND](?=-|$)", plugin.name)
 
     def make(*texts: str) -> Recipe:
@@ -272,7 +272,7 @@ def _of_plugin(plugin: Plugin) -> Named:
         return made
 
     summary = (inspect.getdoc(value) or str(value)).partition("\n")[0]
-    return Named(plugin.name, make, summary, example=tuple("3" if c == "N" else "0.1" for c in letters), origin=plugin.origin)
+    return RecipeFamily(plugin.name, make, summary, example=tuple("3" if c == "N" else "0.1" for c in letters), origin=plugin.origin)
 
 
 def recipes() -> dict[str, str]:
@@ -334,7 +334,7 @@ def for_goal(chosen: str | Recipe | None, speedup: float | None, quality_db: flo
 
 
 @dataclass(frozen=True)
-class Description:
+class RecipeDescription:
     """What `vdcache recipes NAME` prints."""
 
     name: str
@@ -350,7 +350,7 @@ class Description:
     origin: str = "vdcache"
 
 
-def describe(name: str) -> Description:
+def describe(name: str) -> RecipeDescription:
     """The parts of a recipe, by a name, or by a family as `recipes()` lists it (then with example numbers).
 
     Raises:
@@ -366,7 +366,7 @@ def describe(name: str) -> Description:
     plans = tuple(map(str, made.policy.plans()))
     scope = tuple(_sentence(p) for p in made.passes) or ("nothing is guarded",)
     probes = any(p.name == "probe" for p in made.passes)
-    return Description(
+    return RecipeDescription(
         made.name,
         named.summary,
         scope,

@@ -13,8 +13,8 @@ from vdcache.passes import MarkBranches, MergeSlots
 from vdcache.passes.mark_branches import TYPES
 from vdcache.passes.predictors import Taylor
 from vdcache.recipe import Recipe
-from vdcache.runtime.schedules import MagCache, Planned, Scheduled, Together
-from vdcache.runtime.steps import Grid, Intervals, Listed
+from vdcache.runtime.schedules import MagCache, PlanTable, SchedulePolicy, CombinedPolicy
+from vdcache.runtime.steps import EveryNth, LinearIntervals, StepList
 
 __all__ = ["delta_dit", "fora", "l2c", "magcache", "smoothcache", "taylorseer"]
 
@@ -26,7 +26,7 @@ def fora(n: int, *, name: str = "") -> Recipe:
     Raises:
         ConfigError: n below 1.
     """
-    return Recipe(name or f"fora-{n}", Scheduled(Grid(n, from_end=True)), (MarkBranches(gate="pre"),), "arXiv 2407.01425")
+    return Recipe(name or f"fora-{n}", SchedulePolicy(EveryNth(n, from_end=True)), (MarkBranches(gate="pre"),), "arXiv 2407.01425")
 
 
 def taylorseer(n: int, order: int, *, first: int = 3, name: str = "") -> Recipe:
@@ -41,9 +41,9 @@ def taylorseer(n: int, order: int, *, first: int = 3, name: str = "") -> Recipe:
     """
     whole(n, "n, the distance of computed steps,", 1)
     whole(order, "order")
-    when = Intervals(warm_up=whole(first, "first, the number of steps that are computed first,", 1) - 1, t_max=n, t_min=n)
+    when = LinearIntervals(warm_up=whole(first, "first, the number of steps that are computed first,", 1) - 1, t_max=n, t_min=n)
     passes = (MarkBranches(gate="pre"),)
-    return Recipe(name or f"taylorseer-{n}-{order}", Scheduled(when), passes, "arXiv 2503.06923", predictor=Taylor(order))
+    return Recipe(name or f"taylorseer-{n}-{order}", SchedulePolicy(when), passes, "arXiv 2503.06923", predictor=Taylor(order))
 
 
 def delta_dit(n: int, *, blocks: int | float = 0.5, switch: float = 0.5, name: str = "") -> Recipe:
@@ -74,7 +74,7 @@ def delta_dit(n: int, *, blocks: int | float = 0.5, switch: float = 0.5, name: s
         marks.insert(0, MarkBranches(group="both", start=-blocks, stop=blocks))
         shared = ("both",)
     passes = (*marks, *(MergeSlots(group=m.group) for m in marks))
-    policy = Scheduled(Grid(n), ("rear", "front"), "split", switch, shared)
+    policy = SchedulePolicy(EveryNth(n), ("rear", "front"), "split", switch, shared)
     return Recipe(name or f"delta-dit-{n}", policy, passes, "arXiv 2406.01125")
 
 
@@ -107,8 +107,8 @@ def smoothcache(schedule: Mapping[str, Sequence[int]] | str | Path, *, name: str
     if len(lengths := {len(v) for v in lists.values()}) > 1:
         raise ConfigError(f"the lists of a schedule are of unequal length: {sorted(lengths)}")
     passes = tuple(MarkBranches(kinds=TYPES[k], group=k, gate="pre") for k in lists)
-    policies = [Scheduled(Listed(tuple(s for s, c in enumerate(v) if c), of_steps=len(v)), (k,)) for k, v in lists.items()]
-    return Recipe(name, Together(tuple(policies)), passes, "arXiv 2411.10510")
+    policies = [SchedulePolicy(StepList(tuple(s for s, c in enumerate(v) if c), of_steps=len(v)), (k,)) for k, v in lists.items()]
+    return Recipe(name, CombinedPolicy(tuple(policies)), passes, "arXiv 2411.10510")
 
 
 def l2c(scores: Any, threshold: float = 0.1, *, name: str = "l2c") -> Recipe:
@@ -139,7 +139,7 @@ def l2c(scores: Any, threshold: float = 0.1, *, name: str = "l2c") -> Recipe:
         for step in range(len(table))
     ]
     passes = (MarkBranches(gate="pre", apart=True, out_of=len(layers) // 2),)
-    return Recipe(name, Planned(tuple(rows)), passes, "arXiv 2406.01733")
+    return Recipe(name, PlanTable(tuple(rows)), passes, "arXiv 2406.01733")
 
 
 def _router(path: str | Path) -> list[list[float]]:

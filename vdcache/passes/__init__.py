@@ -1,6 +1,6 @@
 """Rewrites of a graph, one a file, and the order in which they run."""
 
-from vdcache.passes.base import Pass, PassResult, Pipeline, Refusal, Step, put_guard
+from vdcache.passes.base import Pass, PassResult, Pipeline, Refusal, PassRecord, put_guard
 from vdcache.passes.canonicalise import Canonicalise
 from vdcache.passes.dead_code import DeadCode
 from vdcache.passes.emit import Emit
@@ -55,7 +55,7 @@ __all__ = [
     "Rewrite",
     "Specialise",
     "SplitAtProbe",
-    "Step",
+    "PassRecord",
     "TileAttention",
     "VariantIO",
     "head_io",

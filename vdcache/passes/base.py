@@ -18,8 +18,8 @@ from vdcache.ir.edit import copy_graph
 from vdcache.ir.errors import ConfigError, ContractError, VdcacheError
 from vdcache.ir.facts import Fact, check
 from vdcache.ir.words import parts
-from vdcache.passes.contract import Promises, check_facts, check_options, failed, is_foreign
-from vdcache.passes.watching import Watch
+from vdcache.passes.contract import Contract, check_facts, check_options, failed, is_foreign
+from vdcache.passes.watching import PipelineObserver
 
 __all__ = ["Pass", "PassResult", "Pipeline", "Refusal", "drop_dead_code", "option_text", "passes_of", "put_guard", "tag"]
 
@@ -118,7 +118,7 @@ def option_text(value: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Step:
+class PassRecord:
     """What the pipeline remembers of one pass: its text, what it did, and how long it took (seconds)."""
 
     text: str
@@ -165,7 +165,7 @@ class Pipeline:
     def __iter__(self) -> Iterator[Pass]:
         return iter(self.passes)
 
-    def run(self, graph: fx.GraphModule, *, copied: bool = False) -> tuple[fx.GraphModule, tuple[Step, ...]]:
+    def run(self, graph: fx.GraphModule, *, copied: bool = False) -> tuple[fx.GraphModule, tuple[PassRecord, ...]]:
         """Run all passes on a copy of `graph` (on `graph` itself when it is `copied` already).
 
         Raises:
@@ -174,8 +174,8 @@ class Pipeline:
         for fact in self.checked:
             check(fact, graph.graph, after="reading")
         graph = graph if copied else copy_graph(graph)
-        steps: list[Step] = []
-        watch = Watch(graph, str(self))
+        steps: list[PassRecord] = []
+        watch = PipelineObserver(graph, str(self))
         for index, a_pass in enumerate(self.passes):
             watch.before(graph)
             began = time.perf_counter()
@@ -186,14 +186,14 @@ class Pipeline:
                 watch.failed(a_pass, error)
                 raise
             graph = result.graph
-            steps.append(Step(str(a_pass), result.rewrites, result.refusals, time.perf_counter() - began))
+            steps.append(PassRecord(str(a_pass), result.rewrites, result.refusals, time.perf_counter() - began))
             watch.after(a_pass, steps[-1], graph, index)
         graph.recompile()
         return graph, tuple(steps)
 
     @staticmethod
     def _run_one(a_pass: Pass, graph: fx.GraphModule, verify: bool) -> PassResult:
-        promises = Promises(a_pass, graph) if verify or is_foreign(a_pass) else None
+        promises = Contract(a_pass, graph) if verify or is_foreign(a_pass) else None
         try:
             result = a_pass.run(graph)
         except VdcacheError:

@@ -21,7 +21,7 @@ from vdcache.ir.errors import ConfigError, ContractError
 from vdcache.ir.facts import Fact, check, holding
 from vdcache.patterns.anatomy import stale
 
-__all__ = ["Promises", "check_facts", "check_options", "failed", "is_foreign"]
+__all__ = ["Contract", "check_facts", "check_options", "failed", "is_foreign"]
 
 # What a pass must leave true where it was true, whatever it ensures.
 _LASTING = (Fact.FUNCTIONAL, Fact.TYPED, Fact.GUARDED, Fact.OBSERVED, Fact.PROBED)
@@ -119,7 +119,7 @@ def failed(a_pass: Any, error: Exception) -> ContractError:
     return ContractError(f"'{a_pass}' failed{place}: {type(error).__name__}: {error}")
 
 
-class Promises:
+class Contract:
     """What a pass promises by running on a graph, noted before it runs."""
 
     def __init__(self, a_pass: Any, graph: fx.GraphModule) -> None:

@@ -22,8 +22,8 @@ from vdcache.ir.edit import call
 from vdcache.ir.facts import Fact
 from vdcache.ir.ops import ATTENTION, tensor_of
 from vdcache.passes.base import Pass, PassResult, Refusal, tag
-from vdcache.patterns import Anatomy, Attention, Branch, Grid, NoMatch, anatomy
-from vdcache.patterns.attention import Site, axes_of, layout_of, operands, sites, video_span
+from vdcache.patterns import GraphAnalysis, Attention, Branch, Grid, NoMatch, anatomy
+from vdcache.patterns.attention import AttentionMatch, axes_of, layout_of, operands, sites, video_span
 
 aten = torch.ops.aten
 
@@ -76,7 +76,7 @@ class EmitAttention(Pass):
                 refusals.append(Refusal(attention.node, (str(why),)))
         return PassResult(graph, rewrites, tuple(refusals))
 
-    def _emit(self, graph: fx.Graph, site: Site, attention: Attention, grid: Grid, batch: int) -> None:
+    def _emit(self, graph: fx.Graph, site: AttentionMatch, attention: Attention, grid: Grid, batch: int) -> None:
         def op(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
             return call(graph, target, *args, made_by=str(self), **kwargs)
 
@@ -116,13 +116,13 @@ class _NotEmitted(Exception):
     """Why an attention is left out."""
 
 
-def _tokens(found: Anatomy, grid: Grid | None) -> int | None:
+def _tokens(found: GraphAnalysis, grid: Grid | None) -> int | None:
     """Tokens of the first stream of video tokens."""
     shapes = [s.shape for s in found.streams if s.role in ("latent", "joint") and len(s.shape) == 3]
     return shapes[0][1] if shapes else grid.tokens if grid is not None else None
 
 
-def _batch(found: Anatomy, branch: Branch, nodes: dict[str, fx.Node]) -> int:
+def _batch(found: GraphAnalysis, branch: Branch, nodes: dict[str, fx.Node]) -> int:
     """Samples: of the latent that comes in, because a stream may fold frames into its batch."""
     value = tensor_of(nodes[found.latent]) if found.latent else tensor_of(nodes[branch.join])
     size = value.shape[0] if value is not None else None
@@ -131,7 +131,7 @@ def _batch(found: Anatomy, branch: Branch, nodes: dict[str, fx.Node]) -> int:
     return size
 
 
-def _received(graph: fx.Graph, site: Site, op: Any) -> fx.Node:
+def _received(graph: fx.Graph, site: AttentionMatch, op: Any) -> fx.Node:
     """The column sums of one attention, [..., keys]."""
     if site.node.target in ATTENTION:
         given = dict(zip(("attn_mask", "dropout_p", "is_causal"), site.node.args[3:], strict=False)) | dict(site.node.kwargs)
@@ -152,7 +152,7 @@ def _received(graph: fx.Graph, site: Site, op: Any) -> fx.Node:
     raise _NotEmitted(f"attention written as {site.form!r} is not read")
 
 
-def _of_flex(graph: fx.Graph, site: Site) -> fx.Node:
+def _of_flex(graph: fx.Graph, site: AttentionMatch) -> fx.Node:
     query, key, _, score_mod, block_mask, scale, _, *buffers = site.node.args
     node = graph.call_function(library.flex_received, (query, key, score_mod, block_mask, scale, *buffers))
     q, k = query.meta["val"], key.meta["val"]  # type: ignore[union-attr]
@@ -160,7 +160,7 @@ def _of_flex(graph: fx.Graph, site: Site) -> fx.Node:
     return node
 
 
-def _of_linear(site: Site, op: Any) -> fx.Node:
+def _of_linear(site: AttentionMatch, op: Any) -> fx.Node:
     assert site.scores is not None  # what makes an attention linear
     inner, outer = operands(site.scores), operands(site.node)
     if site.query not in outer or site.key not in inner:
@@ -176,7 +176,7 @@ def _of_linear(site: Site, op: Any) -> fx.Node:
     return op(library.linear_received, query, key)
 
 
-def _of_kernel(site: Site, op: Any) -> fx.Node:
+def _of_kernel(site: AttentionMatch, op: Any) -> fx.Node:
     """Another library's kernel, which takes [B, N, H, D] or [B, H, N, D]; the shorter of the two middle axes is the heads'."""
     q = site.query.meta["val"]
     if q.ndim != 4 or not all(isinstance(s, int) for s in q.shape) or q.shape[1] == q.shape[2]:

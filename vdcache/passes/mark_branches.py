@@ -20,7 +20,7 @@ from vdcache.ir.errors import ConfigError
 from vdcache.ir.facts import Fact
 from vdcache.ir.ops import same_type
 from vdcache.passes.base import Pass, PassResult, Refusal, tag
-from vdcache.patterns import ATTENDS, KINDS, Anatomy, Branch, anatomy
+from vdcache.patterns import ATTENDS, KINDS, GraphAnalysis, Branch, anatomy
 
 # Branches by what they do, whatever their block is made of.
 TYPES = {"attn": ATTENDS, "cross": ("cross-attention",), "mlp": ("mlp",)}
@@ -42,7 +42,7 @@ class MarkBranches(Pass):
         layouts: only branches whose attention runs over these ("spatial", "temporal", "full"); empty for all branches.
         apart: every block and kind is a group of its own, "b3.mlp" or "b3.attention" (self, joint or fused), instead of
         `group`: for tables of layers and steps.
-        of: count only the "single" or the "double" blocks of an MMDiT (`Anatomy.denoising_blocks`); empty for both.
+        of: count only the "single" or the "double" blocks of an MMDiT (`GraphAnalysis.denoising_blocks`); empty for both.
         out_of: how many blocks there must be, where the list belongs to one model; 0 for any number.
 
     Raises:
@@ -125,7 +125,7 @@ class MarkBranches(Pass):
             rewrites += 1
         return PassResult(graph, rewrites, tuple(refusals))
 
-    def _chosen(self, found: Anatomy) -> set[int] | None:
+    def _chosen(self, found: GraphAnalysis) -> set[int] | None:
         """The numbers that the blocks of the list have in the graph; None where every branch is meant."""
         if self.blocks is None and not self.of and not self.start and self.stop is None:
             return None

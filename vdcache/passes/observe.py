@@ -23,7 +23,7 @@ from vdcache.ir.errors import ConfigError
 from vdcache.ir.facts import Fact
 from vdcache.passes.base import Pass, PassResult, Refusal, tag
 from vdcache.passes.values import VALUES, find
-from vdcache.patterns import ATTENDS, KINDS, Anatomy, Branch, NoMatch, anatomy
+from vdcache.patterns import ATTENDS, KINDS, GraphAnalysis, Branch, NoMatch, anatomy
 
 aten = torch.ops.aten
 
@@ -108,7 +108,7 @@ class Observe(Pass):
         tag(mark, str(self), value)
         return PassResult(graph, 1)
 
-    def _choose(self, found: Anatomy, nodes: dict[str, fx.Node]) -> list[Branch]:
+    def _choose(self, found: GraphAnalysis, nodes: dict[str, fx.Node]) -> list[Branch]:
         candidates = self._candidates(found, nodes)
         if not candidates:
             there = ", ".join(f"{n} {k}" for k, n in found.count().items())
@@ -124,7 +124,7 @@ class Observe(Pass):
             )
         return [candidates[i] for i in self.blocks]
 
-    def _candidates(self, found: Anatomy, nodes: dict[str, fx.Node]) -> list[Branch]:
+    def _candidates(self, found: GraphAnalysis, nodes: dict[str, fx.Node]) -> list[Branch]:
         """Branches of the kind in the stream with the most and the largest of them, in order."""
         if self.kind:
             layout, _, _ = self.kind.rpartition("-")
@@ -149,7 +149,7 @@ class Observe(Pass):
         """The contribution (the sum itself where gate and sum are one operation)."""
         return nodes[branch.contribution or branch.join]
 
-    def _frames(self, found: Anatomy, branch: Branch, nodes: dict[str, fx.Node]) -> int:
+    def _frames(self, found: GraphAnalysis, branch: Branch, nodes: dict[str, fx.Node]) -> int:
         """Frames along the branch's value [B, frames * S, C] or, for temporal attention, [B * S, frames, C]; 0 if unknown."""
         tokens = self._value(branch, nodes).meta["val"].shape[1] if self._value(branch, nodes).meta["val"].ndim == 3 else 0
         if not isinstance(tokens, int):

@@ -31,13 +31,13 @@ __all__ = [
     "Predictor",
     "Scaled",
     "Taylor",
-    "When",
+    "StepInfo",
     "predictor_of",
     "read_predictor",
 ]
 
 
-class When(NamedTuple):
+class StepInfo(NamedTuple):
     """Where a step stands, as float32, 0-d tensors, so that no step compiles anything.
 
     Args:
@@ -59,7 +59,7 @@ class Predictor(Protocol):
     def tensors(self) -> int:
         """How many tensors a slot keeps."""
 
-    def keep(self, fresh: Tensor, before: Sequence[Tensor], when: When) -> Sequence[Tensor]:
+    def keep(self, fresh: Tensor, before: Sequence[Tensor], when: StepInfo) -> Sequence[Tensor]:
         """What a computed step leaves behind, `tensors` tensors of the shape of `fresh`.
 
         Args:
@@ -67,7 +67,7 @@ class Predictor(Protocol):
             before: what the computed step before left, as many tensors; zeros where there was none (`when.computed` is 0 then).
         """
 
-    def predict(self, kept: Sequence[Tensor], when: When) -> Tensor:
+    def predict(self, kept: Sequence[Tensor], when: StepInfo) -> Tensor:
         """The value of a reused step, from what the last computed one left."""
 
 
@@ -77,10 +77,10 @@ class LastValue:
 
     tensors = 1
 
-    def keep(self, fresh: Tensor, before: Sequence[Tensor], when: When) -> tuple[Tensor]:
+    def keep(self, fresh: Tensor, before: Sequence[Tensor], when: StepInfo) -> tuple[Tensor]:
         return (fresh,)
 
-    def predict(self, kept: Sequence[Tensor], when: When) -> Tensor:
+    def predict(self, kept: Sequence[Tensor], when: StepInfo) -> Tensor:
         return kept[0]
 
     def __str__(self) -> str:
@@ -114,7 +114,7 @@ class Taylor:
     def tensors(self) -> int:
         return self.order + 1
 
-    def keep(self, fresh: Tensor, before: Sequence[Tensor], when: When) -> list[Tensor]:
+    def keep(self, fresh: Tensor, before: Sequence[Tensor], when: StepInfo) -> list[Tensor]:
         kept = [fresh.float()]
         for i in range(self.order):
             # where too few steps were computed the order is left out, whatever zeros went in
@@ -123,7 +123,7 @@ class Taylor:
             )
         return kept
 
-    def predict(self, kept: Sequence[Tensor], when: When) -> Tensor:
+    def predict(self, kept: Sequence[Tensor], when: StepInfo) -> Tensor:
         value = kept[-1] * (1 / math.factorial(self.order))
         for i in reversed(range(self.order)):
             value = value * when.elapsed + kept[i] * (1 / math.factorial(i))
@@ -153,10 +153,10 @@ class Scaled:
         if not 0 < self.factor < math.inf:
             raise ConfigError(f"a value is scaled by a factor above 0; got {self.factor}")
 
-    def keep(self, fresh: Tensor, before: Sequence[Tensor], when: When) -> tuple[Tensor]:
+    def keep(self, fresh: Tensor, before: Sequence[Tensor], when: StepInfo) -> tuple[Tensor]:
         return (fresh,)
 
-    def predict(self, kept: Sequence[Tensor], when: When) -> Tensor:
+    def predict(self, kept: Sequence[Tensor], when: StepInfo) -> Tensor:
         return kept[0] * self.factor**when.elapsed
 
     def __str__(self) -> str:
@@ -187,11 +187,11 @@ class Extrapolated:
         if not isinstance(self.ramp, int) or self.ramp < 0:
             raise ConfigError(f"an extrapolation grows over a number of steps, at least 0; got ramp={self.ramp!r}")
 
-    def keep(self, fresh: Tensor, before: Sequence[Tensor], when: When) -> list[Tensor]:
+    def keep(self, fresh: Tensor, before: Sequence[Tensor], when: StepInfo) -> list[Tensor]:
         fresh = fresh.float()
         return [fresh, torch.where(when.computed > 0, before[0], fresh)]
 
-    def predict(self, kept: Sequence[Tensor], when: When) -> Tensor:
+    def predict(self, kept: Sequence[Tensor], when: StepInfo) -> Tensor:
         weight: Tensor | float = self.weight
         if self.ramp:
             weight = self.weight * (when.step - self.start) / self.ramp
@@ -235,10 +235,10 @@ class Frequencies:
         if not 0 < number(self.share, "the radius of low frequencies is a share") <= 1:
             raise ConfigError(f"the radius of low frequencies is a share of the smaller side, above 0; got {self.share}")
 
-    def keep(self, fresh: Tensor, before: Sequence[Tensor], when: When) -> tuple[Tensor]:
+    def keep(self, fresh: Tensor, before: Sequence[Tensor], when: StepInfo) -> tuple[Tensor]:
         return (fresh,)
 
-    def predict(self, kept: Sequence[Tensor], when: When) -> Tensor:
+    def predict(self, kept: Sequence[Tensor], when: StepInfo) -> Tensor:
         x = kept[0].float()
         rows, columns = x.shape[-2:]
         (y, height), (z, width) = (_centred(x, n) for n in (rows, columns))
@@ -254,7 +254,7 @@ class Frequencies:
         return c @ real @ d - s @ real @ t - (s @ imaginary @ d + c @ imaginary @ t)
 
     @staticmethod
-    def _weight(weight: tuple[float, int, int], when: When) -> Tensor:
+    def _weight(weight: tuple[float, int, int], when: StepInfo) -> Tensor:
         """The weight to the power of how many of the elapsed steps it applies in."""
         value, first, last = weight
         start = torch.maximum(when.step - when.elapsed + 1, torch.full_like(when.step, float(first)))
@@ -285,7 +285,7 @@ class Blended:
         ConfigError: no function, or another number of values.
     """
 
-    blend: Callable[[Sequence[Tensor], When], Tensor]
+    blend: Callable[[Sequence[Tensor], StepInfo], Tensor]
     tensors: int = 2
 
     def __post_init__(self) -> None:
@@ -294,11 +294,11 @@ class Blended:
         if isinstance(self.tensors, bool) or not isinstance(self.tensors, int) or not 1 <= self.tensors <= 8:
             raise ConfigError(f"1 to 8 values are blended; got {self.tensors!r}")
 
-    def keep(self, fresh: Tensor, before: Sequence[Tensor], when: When) -> list[Tensor]:
+    def keep(self, fresh: Tensor, before: Sequence[Tensor], when: StepInfo) -> list[Tensor]:
         fresh = fresh.float() if self.tensors > 1 else fresh
         return [fresh, *(torch.where(when.computed > 0, b, fresh) for b in before[: self.tensors - 1])]
 
-    def predict(self, kept: Sequence[Tensor], when: When) -> Tensor:
+    def predict(self, kept: Sequence[Tensor], when: StepInfo) -> Tensor:
         return self.blend(kept, when)
 
     def __str__(self) -> str:

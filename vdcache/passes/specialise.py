@@ -26,7 +26,7 @@ from vdcache.ir.errors import ContractError
 from vdcache.ir.facts import Fact
 from vdcache.ir.ops import CASTS, VIEWS, is_effectful, is_work
 from vdcache.passes.base import Pass, PassResult, drop_dead_code
-from vdcache.passes.predictors import LAST, ByGroup, LastValue, Predictor, When, predictor_of, read_predictor
+from vdcache.passes.predictors import LAST, ByGroup, LastValue, Predictor, StepInfo, predictor_of, read_predictor
 from vdcache.passes.sums import sums_of
 from vdcache.patterns.anatomy import forget
 
@@ -45,7 +45,7 @@ class VariantIO:
         reads: kept values that are inputs: a slot's name, with "#1", "#2" … where its predictor keeps several.
         before: values kept at the computed step before that are inputs (after `reads`): a predictor of higher order needs them.
         previous: observations whose previous values are inputs (after `before`).
-        times: groups of which `predictors.When` is an input (after `previous`), three float32 0-d tensors each.
+        times: groups of which `predictors.StepInfo` is an input (after `previous`), three float32 0-d tensors each.
         saves: kept values that are outputs.
         observed: observations whose values are outputs (after `saves`); the same as `previous`.
         emits: names of the emitted values that are outputs (after `observed`).
@@ -87,19 +87,19 @@ class _Added:
     def __init__(self, graph: fx.Graph, made_by: str) -> None:
         self._graph, self._made_by = graph, made_by
         self._inputs: dict[str, dict[str, fx.Node]] = {"read": {}, "before": {}, "previous": {}}
-        self._times: dict[str, When] = {}
+        self._times: dict[str, StepInfo] = {}
 
     def input(self, kind: str, name: str, like: torch.Tensor) -> fx.Node:
         own = self._inputs[kind]
         own[name] = add_input(self._graph, f"{kind}_{len(own)}", like, self._made_by)
         return own[name]
 
-    def time(self, group: str, like: torch.Tensor) -> When:
+    def time(self, group: str, like: torch.Tensor) -> StepInfo:
         """Where a group stands. On the CPU, where it is known: a kernel takes the numbers as they are."""
         if group not in self._times:
             number = like.new_empty((), dtype=torch.float32, device="cpu")
-            nodes = [add_input(self._graph, f"{n}_{len(self._times)}", number, self._made_by) for n in When._fields]
-            self._times[group] = When(*nodes)  # type: ignore[arg-type]
+            nodes = [add_input(self._graph, f"{n}_{len(self._times)}", number, self._made_by) for n in StepInfo._fields]
+            self._times[group] = StepInfo(*nodes)  # type: ignore[arg-type]
         return self._times[group]
 
     def finish(self) -> dict[str, Any]:

@@ -21,13 +21,13 @@ from vdcache.ir.errors import ConfigError
 from vdcache.ir.facts import Fact
 from vdcache.ir.masks import AttentionMask, Dense, masks_text, parse_masks
 from vdcache.ir.ops import ATTENTION, tensor_of
-from vdcache.ir.tiles import TILE_ATTENTION, Tiled, tiled
+from vdcache.ir.tiles import TILE_ATTENTION, TileMask, tiled
 from vdcache.passes.base import Pass, PassResult, Refusal
-from vdcache.patterns import Anatomy, Attention, Grid, NoMatch, anatomy
+from vdcache.patterns import GraphAnalysis, Attention, Grid, NoMatch, anatomy
 from vdcache.patterns.anatomy import forget
 from vdcache.patterns.attention import video_span
 
-__all__ = ["Place", "TileAttention", "places"]
+__all__ = ["AttentionOperands", "TileAttention", "places"]
 
 aten = torch.ops.aten
 
@@ -99,7 +99,7 @@ class TileAttention(Pass):
             forget(graph)
         return PassResult(graph, rewrites, tuple(refusals))
 
-    def _chosen(self, found: Anatomy) -> list[tuple[Attention, str]]:
+    def _chosen(self, found: GraphAnalysis) -> list[tuple[Attention, str]]:
         """The attentions that are meant, each with the text of its masks."""
         there = [a for _, a in found.denoising_attentions()]
         if self.sites:
@@ -115,7 +115,7 @@ class TileAttention(Pass):
         each = self.masks if len(self.masks) > 1 else self.masks * len(there)
         return list(zip(there, each, strict=True))
 
-    def _rewrite(self, graph: fx.Graph, node: fx.Node, place: Place, masks: Sequence[AttentionMask]) -> None:
+    def _rewrite(self, graph: fx.Graph, node: fx.Node, place: AttentionOperands, masks: Sequence[AttentionMask]) -> None:
         heads = place.query.meta["val"].shape[1]
         if len(masks) not in (1, heads):
             raise ConfigError(f"{self.name}: '{node.name}' has {heads} heads, and {len(masks)} masks are given for them")
@@ -136,7 +136,7 @@ class TileAttention(Pass):
         graph.erase_node(node)
 
     def _attend(
-        self, node: fx.Node, place: Place, q: fx.Node, k: fx.Node, v: fx.Node, bias: fx.Node | None, mask: AttentionMask
+        self, node: fx.Node, place: AttentionOperands, q: fx.Node, k: fx.Node, v: fx.Node, bias: fx.Node | None, mask: AttentionMask
     ) -> tuple[Any, ...]:
         try:
             place.on(mask)
@@ -144,7 +144,7 @@ class TileAttention(Pass):
             raise ConfigError(f"{self.name}: '{node.name}': {error}") from None
         return TILE_ATTENTION, q, k, v, bias, str(mask), list(place.grid), place.before, place.after, place.scale, "gather"
 
-    def _by_head(self, op: Any, node: fx.Node, place: Place, masks: Sequence[AttentionMask]) -> fx.Node:
+    def _by_head(self, op: Any, node: fx.Node, place: AttentionOperands, masks: Sequence[AttentionMask]) -> fx.Node:
         """Heads of one mask in one call."""
         parts: list[fx.Node] = []
         order: list[int] = []
@@ -159,7 +159,7 @@ class TileAttention(Pass):
 
 
 @dataclass(frozen=True)
-class Place:
+class AttentionOperands:
     """The operands of one attention that can have a mask, while the graph does not change.
 
     Args:
@@ -179,12 +179,12 @@ class Place:
     before: int
     after: int
 
-    def on(self, mask: AttentionMask) -> Tiled:
+    def on(self, mask: AttentionMask) -> TileMask:
         """The tables of a mask here."""
         return tiled(str(mask), self.grid, self.before, self.after)
 
 
-def places(graph: fx.GraphModule, grid: Sequence[int] = (), text: Sequence[int] = ()) -> dict[str, Place | NoMatch]:
+def places(graph: fx.GraphModule, grid: Sequence[int] = (), text: Sequence[int] = ()) -> dict[str, AttentionOperands | NoMatch]:
     """Every self- and joint-attention of the denoising blocks, by the name of its node: its operands, or why it can have no mask."""
     found = anatomy(graph)
     nodes = {n.name: n for n in graph.graph.nodes}
@@ -192,8 +192,8 @@ def places(graph: fx.GraphModule, grid: Sequence[int] = (), text: Sequence[int] 
 
 
 def place_of(
-    node: fx.Node, attention: Attention, found: Anatomy, grid: Sequence[int] = (), text: Sequence[int] = ()
-) -> Place | NoMatch:
+    node: fx.Node, attention: Attention, found: GraphAnalysis, grid: Sequence[int] = (), text: Sequence[int] = ()
+) -> AttentionOperands | NoMatch:
     """The operands of an attention, and where its tokens lie.
 
     Args:
@@ -241,11 +241,11 @@ def place_of(
     query, key, value = node.args[:3]
     assert isinstance(query, fx.Node) and isinstance(key, fx.Node) and isinstance(value, fx.Node)
     frames, height, width, before, after = where
-    return Place(query, key, value, bias, given.get("scale"), (frames, height, width), before, after)  # type: ignore[arg-type]
+    return AttentionOperands(query, key, value, bias, given.get("scale"), (frames, height, width), before, after)  # type: ignore[arg-type]
 
 
 def _where(
-    attention: Attention, tokens: int, found: Anatomy, grid: Sequence[int], text: Sequence[int]
+    attention: Attention, tokens: int, found: GraphAnalysis, grid: Sequence[int], text: Sequence[int]
 ) -> tuple[int, int, int, int, int] | NoMatch:
     """Frames, height and width of the video tokens, and the tokens of text before and after them."""
     known = Grid(*grid) if grid else attention.grid or found.grid

@@ -11,7 +11,7 @@ from vdcache.ir import dialect
 from vdcache.ir.capture import signature
 from vdcache.ir.edit import call, inputs, outputs
 from vdcache.ir.ops import SLICES, VIEWS, is_work, tensor_of
-from vdcache.patterns import Anatomy, Block, Branch, NoMatch, anatomy
+from vdcache.patterns import GraphAnalysis, Block, Branch, NoMatch, anatomy
 
 __all__ = ["PLACES", "VALUES", "find", "output"]
 
@@ -49,7 +49,7 @@ def find(graph: fx.GraphModule, at: str, blocks: int = 0, *, made_by: str) -> fx
     return _residual(graph.graph, found, there[: blocks or None], nodes, made_by)
 
 
-def output(graph: fx.GraphModule, found: Anatomy, nodes: dict[str, fx.Node]) -> tuple[fx.Node, int] | NoMatch:
+def output(graph: fx.GraphModule, found: GraphAnalysis, nodes: dict[str, fx.Node]) -> tuple[fx.Node, int] | NoMatch:
     """What the model returns for the latent, and its position among the graph's outputs."""
     results = outputs(graph.graph)
     latent = tensor_of(nodes[found.latent]) if found.latent else None
@@ -66,7 +66,7 @@ def output(graph: fx.GraphModule, found: Anatomy, nodes: dict[str, fx.Node]) -> 
     return like[0] if like else tensors[0]
 
 
-def _input(graph: fx.GraphModule, found: Anatomy, nodes: dict[str, fx.Node], made_by: str) -> fx.Node | NoMatch:
+def _input(graph: fx.GraphModule, found: GraphAnalysis, nodes: dict[str, fx.Node], made_by: str) -> fx.Node | NoMatch:
     if not found.latent:
         return NoMatch("output", "no input was found that the model returns an update of")
     latent = nodes[found.latent]
@@ -83,7 +83,7 @@ def _input(graph: fx.GraphModule, found: Anatomy, nodes: dict[str, fx.Node], mad
 
 
 def _residual(
-    g: fx.Graph, found: Anatomy, blocks: Sequence[Block], nodes: dict[str, fx.Node], made_by: str
+    g: fx.Graph, found: GraphAnalysis, blocks: Sequence[Block], nodes: dict[str, fx.Node], made_by: str
 ) -> fx.Node | NoMatch:
     """The latent tokens after these blocks, less those before."""
     numbers = {b.index for b in blocks}
@@ -108,7 +108,7 @@ def _residual(
     return value
 
 
-def _latent_part(g: fx.Graph, found: Anatomy, branch: Branch, value: fx.Node, made_by: str) -> fx.Node:
+def _latent_part(g: fx.Graph, found: GraphAnalysis, branch: Branch, value: fx.Node, made_by: str) -> fx.Node:
     stream = found.streams[branch.stream]
     span = next((s for s in stream.spans if s.role == "latent"), None)
     if stream.role != "joint" or span is None:
@@ -116,7 +116,7 @@ def _latent_part(g: fx.Graph, found: Anatomy, branch: Branch, value: fx.Node, ma
     return call(g, aten.slice.Tensor, value, 1, span.start, span.stop, made_by=made_by)
 
 
-def _modulated(g: fx.Graph, found: Anatomy, block: Block, nodes: dict[str, fx.Node], made_by: str) -> fx.Node | NoMatch:
+def _modulated(g: fx.Graph, found: GraphAnalysis, block: Block, nodes: dict[str, fx.Node], made_by: str) -> fx.Node | NoMatch:
     for branch in found:
         attends = any(a.kind != "cross" for a in branch.attentions)
         if branch.block != block.index or not attends or found.streams[branch.stream].role not in _SEEN:
@@ -132,7 +132,7 @@ def _modulated(g: fx.Graph, found: Anatomy, block: Block, nodes: dict[str, fx.No
     return NoMatch(block.branches[0], "the first denoising block has no attention whose input could be read")
 
 
-def _timestep(found: Anatomy, nodes: dict[str, fx.Node], number: int) -> fx.Node | NoMatch:
+def _timestep(found: GraphAnalysis, nodes: dict[str, fx.Node], number: int) -> fx.Node | NoMatch:
     """The layer of that number on the way from the timestep. The embedding of nearly every model ends with the second one;
     where modulation is made for all blocks together, the third makes it.
     """
@@ -150,7 +150,7 @@ def _less(a: object, b: object) -> bool:
     return isinstance(a, int) and isinstance(b, int) and a < b
 
 
-def _without_text(g: fx.Graph, found: Anatomy, branch: Branch, value: fx.Node, made_by: str) -> fx.Node:
+def _without_text(g: fx.Graph, found: GraphAnalysis, branch: Branch, value: fx.Node, made_by: str) -> fx.Node:
     """The latent tokens of `value`, where it holds a sequence of text and latent tokens."""
     stream, tensor = found.streams[branch.stream], tensor_of(value)
     if value.target is aten.cat.default and len(stream.shape) == 3:  # two streams meet for their attention

@@ -25,9 +25,9 @@ from vdcache.ir.errors import ConfigError
 from vdcache.ir.graph_files import save_graph
 
 if TYPE_CHECKING:
-    from vdcache.passes.base import Pass, Step
+    from vdcache.passes.base import Pass, PassRecord
 
-__all__ = ["WORDS", "Debug", "Seen", "current", "debug", "listening", "refusals_text"]
+__all__ = ["WORDS", "Debug", "PassRun", "current", "debug", "listening", "refusals_text"]
 
 WORDS = ("changed", "refusals", "timing", "verify", "dump:DIR")
 _LOG = logging.getLogger(__name__)
@@ -81,18 +81,18 @@ class Debug:
 
 
 @dataclass(frozen=True)
-class Seen:
+class PassRun:
     """One pass that ran: the graph before it and after it (copies), and what it said."""
 
     a_pass: Pass
     before: fx.GraphModule
     after: fx.GraphModule
-    step: Step
+    step: PassRecord
 
 
 _NOTHING = Debug()
 _asked: ContextVar[Debug] = ContextVar("vdcache_debug", default=_NOTHING)
-_listeners: ContextVar[tuple[Callable[[Seen], None], ...]] = ContextVar("vdcache_listeners", default=())
+_listeners: ContextVar[tuple[Callable[[PassRun], None], ...]] = ContextVar("vdcache_listeners", default=())
 
 
 def current() -> Debug:
@@ -123,7 +123,7 @@ def debug(*words: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def listening(listener: Callable[[Seen], None]) -> Iterator[None]:
+def listening(listener: Callable[[PassRun], None]) -> Iterator[None]:
     """Call `listener` after every pass that runs inside."""
     token = _listeners.set((*_listeners.get(), listener))
     try:
@@ -132,7 +132,7 @@ def listening(listener: Callable[[Seen], None]) -> Iterator[None]:
         _listeners.reset(token)
 
 
-class Watch:
+class PipelineObserver:
     """One run of a pipeline under the eyes of `debug`, of listeners and of the log."""
 
     def __init__(self, graph: fx.GraphModule, text: str) -> None:
@@ -149,7 +149,7 @@ class Watch:
         text = dump(graph) if self._writes or self._folder is not None else ""
         self._before = text, copy_graph(graph) if self._listeners or self._folder is not None else None
 
-    def after(self, a_pass: Pass, step: Step, graph: fx.GraphModule, index: int) -> None:
+    def after(self, a_pass: Pass, step: PassRecord, graph: fx.GraphModule, index: int) -> None:
         text, copied = self._before
         _LOG.info("%s: %d rewrites, %d refusals, %.1f ms", step.text, step.rewrites, len(step.refusals), step.seconds * 1e3)
         if self._writes and step.rewrites:
@@ -166,7 +166,7 @@ class Watch:
         if self._listeners:
             from vdcache.ir.edit import copy_graph
 
-            seen = Seen(a_pass, copied, copy_graph(graph), step)
+            seen = PassRun(a_pass, copied, copy_graph(graph), step)
             for listener in self._listeners:
                 listener(seen)
 
@@ -187,7 +187,7 @@ def changes_text(before: str, after: str) -> str:
     return "\n".join(lines) or "(nothing that the text shows)"
 
 
-def refusals_text(step: Step, graph: fx.GraphModule) -> str:
+def refusals_text(step: PassRecord, graph: fx.GraphModule) -> str:
     """Every refusal with its reasons, and the number that its node has in the text of the graph."""
     number = {n.name: i for n, i in numbers(graph.graph).items()}
     lines = []

@@ -1,14 +1,14 @@
 """What a graph is made of, read off its structure: no name of a model, module or argument decides anything."""
 
 from vdcache.patterns.anatomy import anatomy
-from vdcache.patterns.facts import ATTENDS, KINDS, Anatomy, Attention, Block, Branch, Conditioning, Grid, NoMatch, Span, Stream
+from vdcache.patterns.facts import ATTENDS, KINDS, GraphAnalysis, Attention, Block, Branch, Conditioning, Grid, NoMatch, Span, Stream
 from vdcache.patterns.index import Index
 from vdcache.patterns.match import Match, Pattern
 
 __all__ = [
     "ATTENDS",
     "KINDS",
-    "Anatomy",
+    "GraphAnalysis",
     "Attention",
     "Block",
     "Branch",

@@ -13,10 +13,10 @@ from torch import fx
 from vdcache.ir.capture import last_line, readable, signature
 from vdcache.ir.ops import CASTS, is_work, tensor_of
 from vdcache.patterns import blocks, conditioning, cost
-from vdcache.patterns.attention import Site, describe, sites
-from vdcache.patterns.facts import Anatomy, Attention, Block, Branch, Grid
+from vdcache.patterns.attention import AttentionMatch, describe, sites
+from vdcache.patterns.facts import GraphAnalysis, Attention, Block, Branch, Grid
 from vdcache.patterns.index import Index
-from vdcache.patterns.residual import Join, asked, find_joins
+from vdcache.patterns.residual import ResidualAdd, asked, find_joins
 from vdcache.patterns.streams import Streams
 
 __all__ = ["anatomy", "forget", "stale"]
@@ -34,7 +34,7 @@ def forget(graph: fx.GraphModule) -> None:
 
 def stale(graph: fx.GraphModule) -> str:
     """A node that the anatomy names and the graph no longer has, or that is no longer the attention that it was; "" for none."""
-    if not isinstance(known := graph.meta.get(_CACHE), Anatomy):
+    if not isinstance(known := graph.meta.get(_CACHE), GraphAnalysis):
         return ""
     nodes = {n.name: n for n in graph.graph.nodes}
     named = {name for b in known.branches for name in (b.join, b.base, b.source, *b.nodes)}
@@ -44,12 +44,12 @@ def stale(graph: fx.GraphModule) -> str:
     return next((a.node for a in known.attentions if a.node not in still), "")
 
 
-def anatomy(graph: fx.GraphModule) -> Anatomy:
+def anatomy(graph: fx.GraphModule) -> GraphAnalysis:
     """Everything the patterns find in a canonical graph.
 
     The answer names nodes and is kept in `graph.meta`: passes that only add dialect nodes leave it true.
     """
-    if isinstance(known := graph.meta.get(_CACHE), Anatomy):
+    if isinstance(known := graph.meta.get(_CACHE), GraphAnalysis):
         return known
     sig = signature(graph)
     given = conditioning.activations(graph.graph, sig)
@@ -65,7 +65,7 @@ def anatomy(graph: fx.GraphModule) -> Anatomy:
     inside = {n for j in joins for n in j.inside}
     loose = [s for s in sites(index.nodes) if s.node not in inside]
     apart = tuple(describe(index, s, s.query, set(), streams, grid) for s in loose)
-    result = Anatomy(
+    result = GraphAnalysis(
         branches=tuple(found),
         clocks=clocks,
         latent=latents[0] if latents else "",
@@ -83,17 +83,17 @@ def anatomy(graph: fx.GraphModule) -> Anatomy:
     return result
 
 
-def _regions(joins: Sequence[Join]) -> list[tuple[fx.Node, ...]]:
+def _regions(joins: Sequence[ResidualAdd]) -> list[tuple[fx.Node, ...]]:
     """What reusing a branch leaves out: its nodes, and the sum itself where gate and sum are one operation."""
     return [(*j.inside, j.node) if j.contribution is None else j.inside for j in joins]
 
 
-def _kept(joins: Sequence[Join]) -> list[fx.Node]:
+def _kept(joins: Sequence[ResidualAdd]) -> list[fx.Node]:
     """What reusing still reads, though the sum that reads it now is left out."""
     return [j.base for j in joins if j.contribution is None]
 
 
-def _tokens(join: Join) -> int | None:
+def _tokens(join: ResidualAdd) -> int | None:
     """Tokens of the stream [B, N, C] at a join."""
     value = tensor_of(join.node)
     size = value.shape[1] if value is not None and value.ndim == 3 else None
@@ -112,7 +112,7 @@ def _latent_tokens(streams: Streams) -> int | None:
 
 def _branches(
     index: Index,
-    joins: Sequence[Join],
+    joins: Sequence[ResidualAdd],
     shapes: Sequence[str],
     owners: dict[fx.Node, tuple[int, ...]],
     streams: Streams,
@@ -120,7 +120,7 @@ def _branches(
 ) -> list[Branch]:
     attentions: list[list[Attention]] = []
     kinds: list[str] = []
-    held: list[list[Site]] = []
+    held: list[list[AttentionMatch]] = []
     found_sites = [sites(j.inside, _tokens(j)) for j in joins]
     shared = Counter(s.node for own in found_sites for s in own)
     for join, own_sites in zip(joins, found_sites, strict=True):
@@ -177,7 +177,7 @@ def _blocks(branches: Sequence[Branch], digests: Sequence[str]) -> tuple[Block, 
     return tuple(found)
 
 
-def _kind(join: Join, own: Sequence[Site], attentions: Sequence[Attention]) -> str:
+def _kind(join: ResidualAdd, own: Sequence[AttentionMatch], attentions: Sequence[Attention]) -> str:
     if not own:
         return "mlp" if _is_mlp(join) else "other"
     if _has_parallel_mlp(join, {s.node.name for s in own}) or _goes_on_as_mlp(join, {s.node for s in own}):
@@ -188,7 +188,7 @@ def _kind(join: Join, own: Sequence[Site], attentions: Sequence[Attention]) -> s
     return "self-attention" if "self" in kinds else "cross-attention"
 
 
-def _is_mlp(join: Join) -> bool:
+def _is_mlp(join: ResidualAdd) -> bool:
     """Two layers or more, one after the other, and nothing but convolutions that mixes tokens."""
     if any(_mixes_tokens(n) for n in join.inside):
         return False
@@ -239,7 +239,7 @@ def _near_users(node: fx.Node) -> set[fx.Node]:
     return near
 
 
-def _has_parallel_mlp(join: Join, sites: set[str]) -> bool:
+def _has_parallel_mlp(join: ResidualAdd, sites: set[str]) -> bool:
     """Whether work that avoids every attention meets the attention's result by concatenation or sum.
 
     Where the two meet in a product instead, the work is a gate on the attention, not an MLP beside it.
@@ -257,7 +257,7 @@ def _has_parallel_mlp(join: Join, sites: set[str]) -> bool:
     return False
 
 
-def _goes_on_as_mlp(join: Join, own: set[fx.Node]) -> bool:
+def _goes_on_as_mlp(join: ResidualAdd, own: set[fx.Node]) -> bool:
     """Whether the attention's result goes through an MLP before it is added: three layers or more, its own projection the first."""
     depth: dict[fx.Node, int] = {}
     for node in join.inside:
@@ -268,7 +268,7 @@ def _goes_on_as_mlp(join: Join, own: set[fx.Node]) -> bool:
     return max(depth.values(), default=0) >= 3
 
 
-def _pre_gate(join: Join) -> str | None:
+def _pre_gate(join: ResidualAdd) -> str | None:
     """The value that the branch's last product multiplies by something that does not come from the stream."""
     at = join.contribution
     while at is not None and at.target in CASTS:
@@ -283,7 +283,7 @@ def _pre_gate(join: Join) -> str | None:
     return None
 
 
-def _leaks(join: Join, inside: set[fx.Node]) -> tuple[str, ...]:
+def _leaks(join: ResidualAdd, inside: set[fx.Node]) -> tuple[str, ...]:
     return tuple(
         n.name
         for n in join.inside
@@ -291,7 +291,7 @@ def _leaks(join: Join, inside: set[fx.Node]) -> tuple[str, ...]:
     )
 
 
-def _module(join: Join) -> str:
+def _module(join: ResidualAdd) -> str:
     """The innermost module that the branch's work shares, from what the tracer left; "" where it left nothing."""
     stacks = []
     for node in join.inside:
@@ -305,7 +305,7 @@ def _module(join: Join) -> str:
     return readable(shared[-1]) if shared else ""
 
 
-def _line(join: Join) -> str:
+def _line(join: ResidualAdd) -> str:
     """`file:line` of the user's code that did the branch's last real work; "" where the tracer left nothing."""
     for node in reversed(join.inside):
         if is_work(node) and isinstance(stack := node.meta.get("stack_trace"), str):

@@ -15,7 +15,7 @@ from vdcache.patterns.facts import Attention, Grid, NoMatch, Span
 from vdcache.patterns.index import Index
 from vdcache.patterns.streams import Streams
 
-__all__ = ["Site", "axes_of", "describe", "layout_of", "operands", "sites", "video_span"]
+__all__ = ["AttentionMatch", "axes_of", "describe", "layout_of", "operands", "sites", "video_span"]
 
 aten = torch.ops.aten
 _SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
@@ -23,7 +23,7 @@ _PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.e
 
 
 @dataclass(frozen=True)
-class Site:
+class AttentionMatch:
     """One attention, while the graph does not change.
 
     Args:
@@ -41,9 +41,9 @@ class Site:
     weights: fx.Node | None = None
 
 
-def sites(nodes: Iterable[fx.Node], tokens: int | None = None) -> list[Site]:
+def sites(nodes: Iterable[fx.Node], tokens: int | None = None) -> list[AttentionMatch]:
     """The attentions among `nodes`, in order; `tokens` is the length of the stream that they belong to, where it is known."""
-    found: dict[fx.Node, Site] = {}
+    found: dict[fx.Node, AttentionMatch] = {}
     nodes = list(nodes)
     for node in nodes:
         if site := _fused(node) or _with_softmax(node):
@@ -56,7 +56,7 @@ def sites(nodes: Iterable[fx.Node], tokens: int | None = None) -> list[Site]:
     return sorted(found.values(), key=lambda s: order[s.node])
 
 
-def _fused(node: fx.Node) -> Site | None:
+def _fused(node: fx.Node) -> AttentionMatch | None:
     """One operation that is all of attention: torch's own, flex attention, or another library's kernel."""
     if node.op != "call_function" or len(node.args) < 3:
         return None
@@ -64,21 +64,21 @@ def _fused(node: fx.Node) -> Site | None:
     if not isinstance(q, fx.Node) or not isinstance(k, fx.Node):
         return None
     if node.target in ATTENTION:
-        return Site(node, "sdpa", q, k)
+        return AttentionMatch(node, "sdpa", q, k)
     if node.target is TILE_ATTENTION:
-        return Site(node, "tiles", q, k)
+        return AttentionMatch(node, "tiles", q, k)
     if isinstance(node.target, torch._ops.HigherOrderOperator):
-        return Site(node, "flex", q, k) if "flex_attention" in node.target.name() else None
+        return AttentionMatch(node, "flex", q, k) if "flex_attention" in node.target.name() else None
     if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace not in ("aten", "prims", "prim"):
         a, b, c = (tensor_of(x) for x in node.args[:3])
         if a is None or b is None or c is None or min(a.ndim, b.ndim, c.ndim) < 3:
             return None
         if a.dtype == b.dtype == c.dtype and a.shape[-1] == b.shape[-1] and b.shape[:-1] == c.shape[:-1]:
-            return Site(node, "custom", q, k)
+            return AttentionMatch(node, "custom", q, k)
     return None
 
 
-def _with_softmax(node: fx.Node) -> Site | None:
+def _with_softmax(node: fx.Node) -> AttentionMatch | None:
     """matmul → softmax → matmul."""
     if node.target not in _PRODUCTS:
         return None
@@ -86,11 +86,11 @@ def _with_softmax(node: fx.Node) -> Site | None:
         weights = _through(operand, _SOFTMAX)
         scores = _through(weights.args[0], _PRODUCTS) if weights is not None else None
         if scores is not None and len(pair := operands(scores)) == 2:
-            return Site(node, "matmul-softmax", pair[0], pair[1], scores, operand)
+            return AttentionMatch(node, "matmul-softmax", pair[0], pair[1], scores, operand)
     return None
 
 
-def _chain(node: fx.Node, known: dict[fx.Node, Site], tokens: int | None) -> Site | None:
+def _chain(node: fx.Node, known: dict[fx.Node, AttentionMatch], tokens: int | None) -> AttentionMatch | None:
     """A product with the product of two values that all come out of layers, and no layer in between.
 
     Where something but views, padding and factors lies between the two products, or where the inner one does not sum over
@@ -105,8 +105,8 @@ def _chain(node: fx.Node, known: dict[fx.Node, Site], tokens: int | None) -> Sit
         normalised = any(n.target not in _MOVES and not _is_factor(n) for n in between)
         if normalised or (tokens is not None and not _sums_over_tokens(product, node, tokens)):
             soft = any(n.target in _EXPONENTIALS for n in between)
-            return Site(node, "matmul-softmax" if soft else "matmul", both[0], both[1], product, inner)
-        return Site(node, "linear", outer, _keys_of(node, inner, product), product)
+            return AttentionMatch(node, "matmul-softmax" if soft else "matmul", both[0], both[1], product, inner)
+        return AttentionMatch(node, "linear", outer, _keys_of(node, inner, product), product)
     return None
 
 
@@ -189,7 +189,7 @@ def operands(product: fx.Node) -> list[fx.Node]:
     return [a for a in product.args[at : at + 2] if isinstance(a, fx.Node)]
 
 
-def _above(node: fx.Node, known: dict[fx.Node, Site]) -> tuple[fx.Node | None, list[fx.Node]]:
+def _above(node: fx.Node, known: dict[fx.Node, AttentionMatch]) -> tuple[fx.Node | None, list[fx.Node]]:
     """The product that `node` is, seen through elementwise work and padding, and what lies between."""
     todo, seen = [node], {node}
     passed: list[fx.Node] = []
@@ -258,7 +258,7 @@ _PASS_BY = (
 )
 
 
-def describe(index: Index, site: Site, source: fx.Node, inside: set[fx.Node], streams: Streams, grid: Grid | None) -> Attention:
+def describe(index: Index, site: AttentionMatch, source: fx.Node, inside: set[fx.Node], streams: Streams, grid: Grid | None) -> Attention:
     """What an attention inside a branch that reads `source` is.
 
     Args:
@@ -284,7 +284,7 @@ def describe(index: Index, site: Site, source: fx.Node, inside: set[fx.Node], st
     )
 
 
-def _sizes(site: Site) -> tuple[int | None, int | None, int | None, int | None]:
+def _sizes(site: AttentionMatch) -> tuple[int | None, int | None, int | None, int | None]:
     """Heads, queries, keys and width of a head."""
     q, k = tensor_of(site.query), tensor_of(site.key)
     if q is None or k is None:

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from torch import fx
 
 from vdcache.ir.ops import tensor_of
-from vdcache.patterns.residual import Join
+from vdcache.patterns.residual import ResidualAdd
 
 __all__ = ["segment", "shape_of"]
 
 _LONGEST = 64  # branches in one block; the search grows linearly for any fixed length
 
 
-def shape_of(join: Join) -> str:
+def shape_of(join: ResidualAdd) -> str:
     """A digest of a branch: its operations, how they are wired, and the shapes of their values. Weights do not enter."""
     number = {node: i for i, node in enumerate(join.inside)}
     lines = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-__all__ = ["ATTENDS", "KINDS", "Anatomy", "Attention", "Block", "Branch", "Conditioning", "Grid", "NoMatch", "Span", "Stream"]
+__all__ = ["ATTENDS", "KINDS", "GraphAnalysis", "Attention", "Block", "Branch", "Conditioning", "Grid", "NoMatch", "Span", "Stream"]
 
 ATTENDS = ("self-attention", "joint-attention", "fused")  # kinds of branches that attend over the stream's own tokens
 KINDS = ("self-attention", "cross-attention", "joint-attention", "mlp", "fused", "other")
@@ -165,7 +165,7 @@ class Branch:
         kind: "self-attention", "cross-attention", "joint-attention" (tokens of several streams), "mlp", "fused" (attention and MLP in
             one contribution) or "other".
         stream: which residual stream, counted from 0 in the order of their first joins.
-        block: which block of the graph, counted from 0 (`Anatomy.blocks`).
+        block: which block of the graph, counted from 0 (`GraphAnalysis.blocks`).
         layout: layout of its self- or joint-attention, "" without one.
         join: the node that adds.
         base: the operand of `join` that carries the stream.
@@ -214,7 +214,7 @@ class Branch:
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class GraphAnalysis:
     """Everything found in one graph.
 
     Args:

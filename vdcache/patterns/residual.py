@@ -19,7 +19,7 @@ from vdcache.ir.ops import CASTS, SLICES, VIEWS, is_effectful, is_work, tensor_o
 from vdcache.patterns.facts import NoMatch
 from vdcache.patterns.index import Index
 
-__all__ = ["Join", "additions", "asked", "carried", "carried_joins", "find_joins"]
+__all__ = ["ResidualAdd", "additions", "asked", "carried", "carried_joins", "find_joins"]
 
 aten = torch.ops.aten
 _TIME = "what is added to depends on nothing but the timestep and parameters, so it is no stream"
@@ -27,7 +27,7 @@ _SCALES = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
 
 
 @dataclass(frozen=True)
-class Join:
+class ResidualAdd:
     """A residual addition, while the graph does not change: the nodes behind a `Branch`."""
 
     node: fx.Node
@@ -95,21 +95,21 @@ class _Finder:
 
     def __init__(self, index: Index, conditioning: int) -> None:
         self.index, self.conditioning = index, conditioning
-        self.joins: dict[fx.Node, Join] = {}
+        self.joins: dict[fx.Node, ResidualAdd] = {}
         self.refusals: list[NoMatch] = []
 
     def visit(self, node: fx.Node) -> None:
         reasons = []
         for base, others, separable in additions(node):
             found = self._match(node, base, others, separable)
-            if isinstance(found, Join):
+            if isinstance(found, ResidualAdd):
                 self.joins[node] = found
                 return
             if found is not None:
                 reasons.append(found)
         self.refusals += reasons
 
-    def _match(self, node: fx.Node, base: fx.Node, others: list[fx.Node], separable: bool) -> Join | NoMatch | None:
+    def _match(self, node: fx.Node, base: fx.Node, others: list[fx.Node], separable: bool) -> ResidualAdd | NoMatch | None:
         """The join at `node`, or why not, or None where nothing even looks like one."""
         x, y = tensor_of(base), tensor_of(node)
         if x is None or y is None or x.ndim == 0 or not y.is_floating_point() or base.op == "get_attr":
@@ -148,7 +148,7 @@ class _Finder:
             self.refusals.append(NoMatch(inner.name, f"lies inside the branch that ends at '{node.name}'"))
         if not region.reached or source is None:
             source = last
-        return Join(node, base, source, other if separable else None, tuple(inside))
+        return ResidualAdd(node, base, source, other if separable else None, tuple(inside))
 
     def _source(self, base: fx.Node, other: fx.Node) -> fx.Node | None:
         """The value behind `base` from which `other` is computed: through casts, views, scalings and earlier joins."""
@@ -207,7 +207,7 @@ class _Region:
 
     LIMIT = 4000  # without a source to stop at, a search that finds no stream near by gives up
 
-    def __init__(self, index: Index, joins: dict[fx.Node, Join], source: fx.Node | None) -> None:
+    def __init__(self, index: Index, joins: dict[fx.Node, ResidualAdd], source: fx.Node | None) -> None:
         self.index, self.joins, self.source = index, joins, source
         self.reached = False
         self.inside: dict[fx.Node, None] = {}
@@ -267,7 +267,7 @@ def _same_shape(x: torch.Tensor, y: torch.Tensor) -> bool:
     return x.ndim == y.ndim and all(str(s) == str(t) for s, t in zip(x.shape, y.shape, strict=True))
 
 
-def find_joins(index: Index, conditioning: int = 0) -> tuple[list[Join], list[NoMatch]]:
+def find_joins(index: Index, conditioning: int = 0) -> tuple[list[ResidualAdd], list[NoMatch]]:
     """All residual joins of a graph in order, and every candidate that is none, with the reason.
 
     Args:
@@ -286,7 +286,7 @@ def find_joins(index: Index, conditioning: int = 0) -> tuple[list[Join], list[No
     return joins, refusals
 
 
-def carried_joins(base: fx.Node, joins: dict[fx.Node, Join]) -> list[fx.Node]:
+def carried_joins(base: fx.Node, joins: dict[fx.Node, ResidualAdd]) -> list[fx.Node]:
     """The joins whose sums `base` carries on: through everything but work that keeps the elements or a part of them.
 
     Norms and modulations keep a stream the same stream; a concatenation of two carries both.

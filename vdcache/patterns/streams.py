@@ -10,7 +10,7 @@ from torch import fx
 from vdcache.ir.ops import tensor_of
 from vdcache.patterns.facts import Span, Stream
 from vdcache.patterns.index import Index
-from vdcache.patterns.residual import Join, carried, carried_joins
+from vdcache.patterns.residual import ResidualAdd, carried, carried_joins
 
 __all__ = ["Streams"]
 
@@ -28,13 +28,13 @@ class Streams:
         conditioning: mask of the timestep candidates.
     """
 
-    def __init__(self, index: Index, joins: Sequence[Join], latents: int, conditioning: int) -> None:
+    def __init__(self, index: Index, joins: Sequence[ResidualAdd], latents: int, conditioning: int) -> None:
         self._index, self._latents, self._conditioning = index, latents, conditioning
         self.of: dict[fx.Node, int] = {}  # join -> stream
-        self.starts: list[Join] = []
-        self.joins: list[list[Join]] = []
+        self.starts: list[ResidualAdd] = []
+        self.joins: list[list[ResidualAdd]] = []
         self._parents: list[tuple[int, ...]] = []
-        known: dict[fx.Node, Join] = {}
+        known: dict[fx.Node, ResidualAdd] = {}
         for join in joins:
             before = {self.of[j] for j in carried_joins(join.base, known)}
             if len(before) == 1:

@@ -11,24 +11,24 @@ from typing import Any
 
 from torch import nn
 
-from vdcache.api import Runner, check_options
+from vdcache.api import ModelRunner, check_options
 from vdcache.backends import Settings
 from vdcache.ir.checks import is_pipeline
 from vdcache.ir.errors import CacheStateError, CaptureError, ConfigError, warn_once
-from vdcache.pipelines.denoiser import Denoiser, InPlace, Lanes, Switch
+from vdcache.pipelines.denoiser import Denoiser, CompiledCallWrapper, CacheContextHook, ForwardWrapper
 from vdcache.pipelines.experts import Experts
 from vdcache.pipelines.forecast import most_reused
 from vdcache.pipelines.foreign import cache_on, instead_of, is_encoder, layer_hooks, runs_loop
-from vdcache.pipelines.loop import Bars, Loop
+from vdcache.pipelines.loop import ProgressBarHook, DenoisingLoop
 from vdcache.recipe import Recipe
 
-__all__ = ["Applied", "applied_to", "apply", "remove"]
+__all__ = ["PipelineCache", "applied_to", "apply", "remove"]
 
 FEW_STEPS = 4
 MOST_GRAPHS = 64  # a pipeline lives long: sizes, dtypes, adapters and offloading each make graphs of their own
 
 Recipes = str | Recipe | None | Mapping[str, str | Recipe | None]
-_runners: weakref.WeakValueDictionary[Any, Runner] = weakref.WeakValueDictionary()
+_runners: weakref.WeakValueDictionary[Any, ModelRunner] = weakref.WeakValueDictionary()
 _making = threading.Lock()
 
 
@@ -82,10 +82,10 @@ def apply(
         settings: Settings | dict[str, Settings] = {n: Settings.of({"recipe": r, **options}) for n, r in recipe.items()}
     else:
         settings = Settings.of({"recipe": recipe, **goal, **options})
-    applied = Applied(pipe, settings, torch_compile)
+    applied = PipelineCache(pipe, settings, torch_compile)
     applied.check()
     applied.scan()
-    Bars(pipe, applied).install()
+    ProgressBarHook(pipe, applied).install()
     return pipe
 
 
@@ -105,7 +105,7 @@ def remove(pipe: Any) -> Any:
     return pipe
 
 
-def applied_to(pipe: Any) -> Applied:
+def applied_to(pipe: Any) -> PipelineCache:
     """What vdcache holds of a pipeline.
 
     Raises:
@@ -116,9 +116,9 @@ def applied_to(pipe: Any) -> Applied:
     return bars.applied
 
 
-def _bars(pipe: Any) -> Bars | None:
+def _bars(pipe: Any) -> ProgressBarHook | None:
     found = getattr(pipe, "__dict__", {}).get("progress_bar")
-    while found is not None and not isinstance(found, Bars):
+    while found is not None and not isinstance(found, ProgressBarHook):
         found = getattr(found, "__wrapped__", None)
     return found
 
@@ -142,7 +142,7 @@ def _check_pipeline(pipe: Any) -> None:
         )
 
 
-class Applied:
+class PipelineCache:
     """What vdcache holds of one pipeline.
 
     Args:
@@ -156,9 +156,9 @@ class Applied:
         self.settings, self.torch_compile = settings, dict(torch_compile)
         self.denoisers: dict[str, Denoiser] = {}
         self.experts = Experts()
-        self._loop: weakref.ref[Loop] | None = None
+        self._loop: weakref.ref[DenoisingLoop] | None = None
         self._said: set[str] = set()
-        self._runners: list[Runner] = []
+        self._runners: list[ModelRunner] = []
 
     @property
     def pipe(self) -> Any:
@@ -169,11 +169,11 @@ class Applied:
         each = self.settings.values() if isinstance(self.settings, dict) else [self.settings]
         return ", ".join(dict.fromkeys(f"'{s.recipe.name}'" for s in each))
 
-    def for_copy(self, pipe: Any) -> Applied:
+    def for_copy(self, pipe: Any) -> PipelineCache:
         """The same for a copy of the pipeline, with a state of its own. What it holds is found when its first loop begins."""
         if isinstance(self.settings, dict):
-            return Applied(pipe, {n: _fresh(s) for n, s in self.settings.items()}, self.torch_compile)
-        return Applied(pipe, _fresh(self.settings), self.torch_compile)
+            return PipelineCache(pipe, {n: _fresh(s) for n, s in self.settings.items()}, self.torch_compile)
+        return PipelineCache(pipe, _fresh(self.settings), self.torch_compile)
 
     # ---- what the pipeline consists of -------------------------------------------------------------------------------
 
@@ -230,9 +230,9 @@ class Applied:
             if name not in self.denoisers:
                 settings = self.settings[name] if isinstance(self.settings, dict) else self.settings
                 self.denoisers[name] = Denoiser(name, module, _fresh(settings), functools.partial(self._runner, settings))
-            Switch.put_on(module).users.add(self)
-            Lanes.put_on(module)
-            if InPlace.put_on(module):
+            ForwardWrapper.put_on(module).users.add(self)
+            CacheContextHook.put_on(module)
+            if CompiledCallWrapper.put_on(module):
                 self.say(
                     f"{name} was compiled in place ({name}.compile()) after vdcache.apply, which compiles it itself: in the pipeline vdcache's "
                     f"compilation runs, elsewhere yours. vdcache.apply(pipe, recipe, mode=…, dynamic=…) takes torch.compile's options",
@@ -242,7 +242,7 @@ class Applied:
     def denoiser(self, module: nn.Module) -> Denoiser | None:
         return next((d for d in self.denoisers.values() if d.module is module), None)
 
-    def _runner(self, settings: Settings, forward: Callable[..., Any]) -> Runner:
+    def _runner(self, settings: Settings, forward: Callable[..., Any]) -> ModelRunner:
         """The compiled forward: models of one class share it, also those of other pipelines."""
         key: Any = (forward, settings, tuple(sorted(self.torch_compile.items())))
         try:
@@ -252,7 +252,7 @@ class Applied:
         with _making:
             found = _runners.get(key)
             if found is None:
-                found = _runners[key] = Runner(
+                found = _runners[key] = ModelRunner(
                     forward, _fresh(settings), recompile_limit=MOST_GRAPHS, slots_are_told=True, **self.torch_compile
                 )
             self._runners.append(found)  # as long as this pipeline is cached
@@ -270,18 +270,18 @@ class Applied:
     def _let_go(self, denoiser: Denoiser) -> None:
         denoiser.session.end()
         module = denoiser.module
-        if module is None or (switch := Switch.on(module)) is None:
+        if module is None or (switch := ForwardWrapper.on(module)) is None:
             return
         switch.users.discard(self)
         if not switch.users:
             switch.take_off()
-            InPlace.take_off(module)
-            if (lanes := Lanes.on(module)) is not None:
+            CompiledCallWrapper.take_off(module)
+            if (lanes := CacheContextHook.on(module)) is not None:
                 lanes.uninstall()
 
     # ---- what happens --------------------------------------------------------------------------------------------
 
-    def begin(self, total: int | None, iterable: Any) -> Loop:
+    def begin(self, total: int | None, iterable: Any) -> DenoisingLoop:
         """The pipeline's loop begins."""
         running = self._running()
         if running is not None:
@@ -292,12 +292,12 @@ class Applied:
                 )
             running.end()
         self.scan()
-        loop = Loop(self, total, iterable)
+        loop = DenoisingLoop(self, total, iterable)
         self._loop = weakref.ref(loop)
         loop.begin()
         return loop
 
-    def _running(self) -> Loop | None:
+    def _running(self) -> DenoisingLoop | None:
         loop = self._loop() if self._loop is not None else None
         return None if loop is None or loop.over else loop
 

@@ -11,16 +11,16 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from vdcache.api import Runner
+from vdcache.api import ModelRunner
 from vdcache.backends import Settings
 from vdcache.pipelines.foreign import places
 from vdcache.pipelines.override import Override, method_of
 from vdcache.runtime.session import Session
 
-__all__ = ["Denoiser", "InPlace", "Lanes", "Switch", "here"]
+__all__ = ["Denoiser", "CompiledCallWrapper", "CacheContextHook", "ForwardWrapper", "here"]
 
 
-class Listening(Protocol):
+class RunningLoop(Protocol):
     """A denoising loop that runs now."""
 
     def call(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any: ...
@@ -35,14 +35,14 @@ class _Here(threading.local):
     def __init__(self) -> None:
         self.loops: list[Any] = []
 
-    def of(self, module: nn.Module) -> Listening | None:
+    def of(self, module: nn.Module) -> RunningLoop | None:
         return next((loop for loop in reversed(self.loops) if loop.holds(module)), None)
 
 
 here = _Here()
 
 
-class Switch(Override):
+class ForwardWrapper(Override):
     """Stands where the forward of a module was, behind the hooks of offloading.
 
     Within the loop of a pipeline that vdcache is applied to, the loop runs the forward; everywhere else it runs as ever.
@@ -60,19 +60,19 @@ class Switch(Override):
         return self.plain(*args, **kwargs) if loop is None else loop.call(module, self.plain, args, kwargs)
 
     @staticmethod
-    def on(module: nn.Module) -> Switch | None:
+    def on(module: nn.Module) -> ForwardWrapper | None:
         """The switch of a module, wherever hooks have moved it."""
-        return next((p.get() for p in places(module) if isinstance(p.get(), Switch)), None)
+        return next((p.get() for p in places(module) if isinstance(p.get(), ForwardWrapper)), None)
 
     @staticmethod
-    def put_on(module: nn.Module) -> Switch:
+    def put_on(module: nn.Module) -> ForwardWrapper:
         """The switch of a module, put there if there is none: as far behind hooks as it goes."""
-        if (switch := Switch.on(module)) is not None:
+        if (switch := ForwardWrapper.on(module)) is not None:
             return switch
         place = list(places(module))[-1]
         found = place.get()
         own = found is None or _is_method(found, module)
-        switch = Switch(module, None if own else found)
+        switch = ForwardWrapper(module, None if own else found)
         place.put(switch)
         return switch
 
@@ -89,7 +89,7 @@ def _is_method(found: Any, module: nn.Module) -> bool:
     return isinstance(found, types.MethodType) and found.__self__ is module and found.__func__ is type(module).forward
 
 
-class InPlace(Override):
+class CompiledCallWrapper(Override):
     """Stands where `module.compile()` put what runs in the place of the forward and its hooks, which would go past the switch.
 
     Within a loop the hooks and the switch run, and vdcache compiles; everywhere else what the user compiled runs.
@@ -105,18 +105,18 @@ class InPlace(Override):
     def put_on(module: nn.Module) -> bool:
         """Whether the module was compiled in place since this was asked last."""
         compiled = module.__dict__.get("_compiled_call_impl")
-        if compiled is None or isinstance(compiled, InPlace):
+        if compiled is None or isinstance(compiled, CompiledCallWrapper):
             return False
-        InPlace(module, "_compiled_call_impl", compiled).install()
+        CompiledCallWrapper(module, "_compiled_call_impl", compiled).install()
         return True
 
     @staticmethod
     def take_off(module: nn.Module) -> None:
-        if isinstance(own := module.__dict__.get("_compiled_call_impl"), InPlace):
+        if isinstance(own := module.__dict__.get("_compiled_call_impl"), CompiledCallWrapper):
             own.uninstall()
 
 
-class Lanes(Override):
+class CacheContextHook(Override):
     """Stands in front of `cache_context` and hears what the pipeline calls the lane.
 
     Args:
@@ -132,18 +132,18 @@ class Lanes(Override):
         self._module = weakref.ref(module)
 
     @staticmethod
-    def on(module: nn.Module) -> Lanes | None:
+    def on(module: nn.Module) -> CacheContextHook | None:
         """What hears the lanes of a module."""
         found = getattr(module, "cache_context", None)
-        return found if isinstance(found, Lanes) else None
+        return found if isinstance(found, CacheContextHook) else None
 
     @staticmethod
     def put_on(module: nn.Module) -> None:
         """Hear the lanes of a module, if the pipeline can name them."""
         found = getattr(module, "cache_context", None)
-        if callable(found) and not isinstance(found, Lanes):
+        if callable(found) and not isinstance(found, CacheContextHook):
             owner = getattr(found, "__self__", module)
-            Lanes(owner, module, owner.__dict__.get("cache_context")).install()
+            CacheContextHook(owner, module, owner.__dict__.get("cache_context")).install()
 
     @contextmanager
     def __call__(self, name: str, **kwargs: Any) -> Any:
@@ -170,11 +170,11 @@ class Denoiser:
     """
 
     def __init__(
-        self, name: str, module: nn.Module, settings: Settings, runner: Callable[[Callable[..., Any]], Runner]
+        self, name: str, module: nn.Module, settings: Settings, runner: Callable[[Callable[..., Any]], ModelRunner]
     ) -> None:
         self.name, self.settings = name, settings
         self._module, self._runner = weakref.ref(module), runner
-        self._compiled: Runner | None = None
+        self._compiled: ModelRunner | None = None
         self.session: Session = settings.new_session()
         self.helper = False  # another denoiser takes what it returns: a ControlNet
         self.aside = ""  # why the loop that runs now is not cached

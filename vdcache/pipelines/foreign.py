@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["Place", "boundary", "cache_on", "instead_of", "is_encoder", "layer_hooks", "places", "runs_loop"]
+__all__ = ["ForwardLocation", "boundary", "cache_on", "instead_of", "is_encoder", "layer_hooks", "places", "runs_loop"]
 
 
-class Place:
+class ForwardLocation:
     """Somewhere that a module's forward is kept: in its own dict, or behind the hooks of offloading."""
 
     def __init__(self, held: dict[str, Any], key: str) -> None:
@@ -32,24 +32,24 @@ class Place:
             self.held[self.key] = value
 
 
-def places(module: nn.Module) -> Iterator[Place]:
+def places(module: nn.Module) -> Iterator[ForwardLocation]:
     """Where the forward of a module is kept, from what is called first to what the hooks call in the end."""
-    place: Place | None = Place(module.__dict__, "forward")
+    place: ForwardLocation | None = ForwardLocation(module.__dict__, "forward")
     while place is not None:
         yield place
         place = _behind(module, place.get())
 
 
-def _behind(module: nn.Module, forward: Any) -> Place | None:
+def _behind(module: nn.Module, forward: Any) -> ForwardLocation | None:
     if not isinstance(forward, functools.partial):
         return None
     function = forward.func
     cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=False)) if _is_plain(function) else {}
     if "function_reference" in cells:  # diffusers' HookRegistry
         kept = cells["function_reference"].cell_contents
-        return Place(kept.__dict__, "forward" if kept.original_forward is None else "original_forward")
+        return ForwardLocation(kept.__dict__, "forward" if kept.original_forward is None else "original_forward")
     if "_old_forward" in module.__dict__:  # accelerate
-        return Place(module.__dict__, "_old_forward")
+        return ForwardLocation(module.__dict__, "_old_forward")
     return None
 
 

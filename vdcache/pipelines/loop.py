@@ -15,12 +15,12 @@ from vdcache.pipelines.foreign import boundary
 from vdcache.pipelines.override import Override
 
 if TYPE_CHECKING:
-    from vdcache.pipelines.applied import Applied
+    from vdcache.pipelines.applied import PipelineCache
 
-__all__ = ["Bar", "Bars", "Loop"]
+__all__ = ["LoopProgressBar", "ProgressBarHook", "DenoisingLoop"]
 
 
-class Loop:
+class DenoisingLoop:
     """One run of the denoising loop.
 
     It begins when the pipeline asks for its progress bar and ends with that bar, however it ends. Within it a step ends with
@@ -32,11 +32,11 @@ class Loop:
         times: what it loops over, where it says so.
     """
 
-    def __init__(self, applied: Applied, total: int | None, times: Any = None) -> None:
+    def __init__(self, applied: PipelineCache, total: int | None, times: Any = None) -> None:
         self.applied = applied
         self.thread = threading.get_ident()
         self.lane_names: dict[int, str] = {}
-        self._steppers = [Steps(s, self) for s in applied.schedulers()]
+        self._steppers = [SchedulerStepHook(s, self) for s in applied.schedulers()]
         given = _floats(times)
         self.times = given if given is not None else evaluations([s.owner for s in self._steppers], total)
         self._edge = boundary(applied.pipe, [s.owner for s in self._steppers])
@@ -81,7 +81,7 @@ class Loop:
             self._between = True
             self._made.clear()
 
-    def stepped(self, stepper: Steps) -> None:
+    def stepped(self, stepper: SchedulerStepHook) -> None:
         """A scheduler went on."""
         self._heard = self.index
         if self._between and stepper is self._steppers[0]:  # a step of a denoiser that is none of ours
@@ -174,12 +174,12 @@ class Loop:
         return taken
 
 
-class Steps(Override):
+class SchedulerStepHook(Override):
     """Stands in front of a scheduler's `step` while a loop runs."""
 
     __slots__ = ("loop",)
 
-    def __init__(self, scheduler: Any, loop: Loop) -> None:
+    def __init__(self, scheduler: Any, loop: DenoisingLoop) -> None:
         super().__init__(scheduler, "step", scheduler.__dict__.get("step"))
         self.loop = loop
 
@@ -189,29 +189,29 @@ class Steps(Override):
         return result
 
 
-class Bars(Override):
+class ProgressBarHook(Override):
     """Stands in front of a pipeline's `progress_bar`: every loop of diffusers asks for one when it begins."""
 
     __slots__ = ("applied",)
 
-    def __init__(self, pipe: Any, applied: Applied) -> None:
+    def __init__(self, pipe: Any, applied: PipelineCache) -> None:
         super().__init__(pipe, "progress_bar", pipe.__dict__.get("progress_bar"))
         self.applied = applied
 
     def __call__(self, iterable: Any = None, total: int | None = None) -> Any:
         bar = self.plain(iterable=iterable, total=total)
-        return Bar(bar, self.applied.begin(total, iterable))
+        return LoopProgressBar(bar, self.applied.begin(total, iterable))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy of the pipeline is cached as the pipeline is, with a state of its own."""
         copied = memo.get(id(self.owner))
-        return self if copied is None else Bars(copied, self.applied.for_copy(copied))
+        return self if copied is None else ProgressBarHook(copied, self.applied.for_copy(copied))
 
 
-class Bar:
+class LoopProgressBar:
     """The progress bar that the pipeline asked for, which also tells when the loop ends."""
 
-    def __init__(self, bar: Any, loop: Loop) -> None:
+    def __init__(self, bar: Any, loop: DenoisingLoop) -> None:
         self._bar, self._loop = bar, loop
 
     def __enter__(self) -> Any:

@@ -124,15 +124,15 @@ class _Option(NamedTuple):
     time: int
 
 
-Choice = list[_Option]  # one of each layer
+Selection = list[_Option]  # one of each layer
 Line = tuple[int, int, int]  # Σ min(q·L + p·T), p and q of a multiplier λ = p/q
 
 
-def _loss(choice: Choice) -> int:
+def _loss(choice: Selection) -> int:
     return sum(option.loss for option in choice)
 
 
-def _time(choice: Choice) -> int:
+def _time(choice: Selection) -> int:
     return sum(option.time for option in choice)
 
 
@@ -154,7 +154,7 @@ class _Problem:
     limit: int
     unit: int
 
-    def allocation(self, choice: Choice, bound: Fraction) -> Allocation:
+    def allocation(self, choice: Selection, bound: Fraction) -> Allocation:
         loss = math.fsum(row[option.which] for row, option in zip(self.losses, choice))
         time = math.fsum(row[option.which] for row, option in zip(self.times, choice))
         # `_dual` may have counted as the budget the time of another choice, which differs from this one's by rounding.
@@ -243,7 +243,7 @@ def _wholes(value: float, unit: int) -> int:
     return top * (unit // bottom)
 
 
-def _relaxed(problem: _Problem, iterations: int = 200) -> tuple[Choice, list[Line]]:
+def _relaxed(problem: _Problem, iterations: int = 200) -> tuple[Selection, list[Line]]:
     """The best choice that the relaxation finds, and the multipliers that it tried."""
     slow, fits = [front[-1] for front in problem.fronts], [front[0] for front in problem.fronts]
     lines = [(_loss(slow), 0, 1)]
@@ -263,7 +263,7 @@ def _relaxed(problem: _Problem, iterations: int = 200) -> tuple[Choice, list[Lin
     return _filled(problem, fits), lines
 
 
-def _dual(problem: _Problem, lines: list[Line], choice: Choice) -> Fraction:
+def _dual(problem: _Problem, lines: list[Line], choice: Selection) -> Fraction:
     """The greatest bound of these multipliers.
 
     λ times the rounding of the budget may dwarf the loss, so a choice that uses the budget up to rounding counts as all of it.
@@ -285,7 +285,7 @@ def _promising(problem: _Problem, lines: list[Line], loss: int) -> _Problem:
     return replace(problem, fronts=fronts)
 
 
-def _filled(problem: _Problem, choice: Choice) -> Choice:
+def _filled(problem: _Problem, choice: Selection) -> Selection:
     """The choice, with the time that it leaves given to single layers, the greatest fall of loss first."""
     found, left = list(choice), problem.limit - _time(choice)
     falls: list[tuple[int, int, int, _Option]] = []  # fall of loss, negated, time that it takes, layer, option
@@ -320,7 +320,7 @@ def _capped(problem: _Problem) -> _Problem:
     return replace(problem, fronts=under(caps[bisect_right(caps, False, key=fits)]))
 
 
-def _on_grid(problem: _Problem, resolution: int, *, up: bool) -> Choice:
+def _on_grid(problem: _Problem, resolution: int, *, up: bool) -> Selection:
     """The least sum of losses with times rounded to the grid, up or down.
 
     Every layer's least time is taken off first, so that some choice fits however it is rounded.

@@ -20,18 +20,18 @@ from vdcache.ir.files import saved, text_of
 from vdcache.methods import for_goal
 from vdcache.methods import recipe as recipe_of
 from vdcache.profiling.errors import magnitudes
-from vdcache.profiling.loop import Loop
+from vdcache.profiling.loop import SamplingLoop
 from vdcache.profiling.schedule import progress
 from vdcache.profiling.watched import watch
 from vdcache.recipe import Recipe
 from vdcache.runtime.history import Record
-from vdcache.runtime.measures import Measured
+from vdcache.runtime.measures import MetricValue
 from vdcache.runtime.policies import AdaCache, Auto, Codebook
 from vdcache.runtime.schedules import MagCache
 from vdcache.scheduling.autopilot import ORDER, cost_of_reuse
 from vdcache.scheduling.calibration import Calibration, keep
 from vdcache.scheduling.choose import Goal, choose
-from vdcache.scheduling.replay import Measures, Watching, replayed
+from vdcache.scheduling.replay import MetricLog, MetricRecorder, replayed
 
 __all__ = ["Expected", "Thresholds", "calibrate"]
 
@@ -66,7 +66,7 @@ class Thresholds:
     """
 
     base: Recipe
-    seen: tuple[Measures, ...]
+    seen: tuple[MetricLog, ...]
     reuse_cost: float = 0.0
 
     @property
@@ -213,10 +213,10 @@ class Thresholds:
         try:
             data = json.loads(text_of(text))
             seen = tuple(
-                Measures(
+                MetricLog(
                     s["steps"],
                     tuple(s["times"]),
-                    {n: {(a, b): Measured(**m) for a, b, m in own} for n, own in s["pairs"].items()},
+                    {n: {(a, b): MetricValue(**m) for a, b, m in own} for n, own in s["pairs"].items()},
                     s["probes"],
                 )
                 for s in data["seen"]
@@ -280,14 +280,14 @@ def calibrate(
     if isinstance(chosen.policy, MagCache):
         ratios = magnitudes(model, run, prompts=prompts, inner=inner)
         base = replace(chosen, name="magcache", policy=replace(chosen.policy, ratios=ratios))
-        return Thresholds(base, (Measures(len(ratios), (), {}, {}),))
+        return Thresholds(base, (MetricLog(len(ratios), (), {}, {}),))
     return _thresholds(model, run, prompts, chosen, inner)
 
 
 def _schedule(
     model: Any, run: Any, prompts: Any, goal: Goal, inner: str, path: str | Path | None, console: Console
 ) -> Calibration:
-    loop = Loop(model, run, prompts, "calibrate", inner=inner, console=console, path=path)
+    loop = SamplingLoop(model, run, prompts, "calibrate", inner=inner, console=console, path=path)
     began = time.perf_counter()
     try:
         with progress(console, loop):
@@ -308,7 +308,7 @@ def _schedule(
 
 
 def _thresholds(model: Any, run: Any, prompts: Any, chosen: Recipe, inner: str) -> Thresholds:
-    found: dict[int, Watching] = {}
+    found: dict[int, MetricRecorder] = {}
     times: dict[int, dict[int, float]] = {}
     program: Any = None
 
@@ -318,7 +318,7 @@ def _thresholds(model: Any, run: Any, prompts: Any, chosen: Recipe, inner: str) 
             return
         program = graph
         plan = graph.plans[0]
-        own = found.setdefault(entry.generation, Watching())
+        own = found.setdefault(entry.generation, MetricRecorder())
         own.add(entry.lane, kept, graph.needs(plan).layouts, graph.probes)
         if entry.timestep is not None:
             times.setdefault(entry.generation, {})[entry.step] = entry.timestep

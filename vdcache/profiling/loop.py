@@ -22,12 +22,12 @@ from vdcache.profiling.watched import checked_prompts, until_forgotten
 from vdcache.runtime.history import Record
 from vdcache.runtime.policies import Always, Policy
 from vdcache.scheduling.autopilot import cost_of_reuse
-from vdcache.scheduling.calibration import Key, key_of, time_of, weights_of
-from vdcache.scheduling.choose import Scored, psnr_of
+from vdcache.scheduling.calibration import CalibrationKey, key_of, time_of, weights_of
+from vdcache.scheduling.choose import ScheduleScores, psnr_of
 from vdcache.scheduling.schedule import Schedule
-from vdcache.scheduling.table import Gathering, StepTable
+from vdcache.scheduling.table import StepTableBuilder, StepTable
 
-__all__ = ["Loop"]
+__all__ = ["SamplingLoop"]
 
 SEEDED = 40.0  # dB that the second latent of a prompt keeps from run to run: its first step is always computed
 
@@ -56,7 +56,7 @@ class _Made:
     steps: int
 
 
-class Loop:
+class SamplingLoop:
     """`run(model, prompt)`, as a table of steps is measured with it and schedules are tried on it.
 
     Args:
@@ -89,7 +89,7 @@ class Loop:
         self._heard: list[str] = []
         self._now: list[Tensor] = []  # latents of the generation that runs
         self.times: tuple[float, ...] = ()
-        self.key: Key | None = None
+        self.key: CalibrationKey | None = None
         self._program: Any = None
         self.reuse_cost = 0.0  # of a reused step, as a share of a computed one
         self.held = 0
@@ -98,7 +98,7 @@ class Loop:
         self._products: list[np.ndarray] = []
         self._prompts_text = [p if isinstance(p, (str, int, float)) else type(p).__name__ for p in self._given or [None]]
         self._weights = weights_of(self._model.parameters()) if isinstance(self._model, torch.nn.Module) else ""
-        self.scored = Scored(keep=lambda scored: self._keep())
+        self.scored = ScheduleScores(keep=lambda scored: self._keep())
         if self._path is not None and self._path.exists():
             self._resume(self._path)
 
@@ -124,13 +124,13 @@ class Loop:
         return StepTable(np.stack(self._products), self.held)
 
     def _measure(self, prompt: int) -> None:
-        found: dict[int, Gathering] = {}
+        found: dict[int, StepTableBuilder] = {}
         times: dict[int, float] = {}
 
         def record(program: Any, inputs: Sequence[Any], results: Any, kept: dict[str, Tensor], entry: Record) -> None:
             if not program.slots:
                 return
-            own = found.setdefault(entry.generation, Gathering(None))
+            own = found.setdefault(entry.generation, StepTableBuilder(None))
             own.add(entry.step, entry.lane, {n: kept[n] for n in program.slots if n in kept})
             if program is not self._program:
                 self._program, self.reuse_cost = program, cost_of_reuse(way.fast.vdcache.graphs)
@@ -233,7 +233,7 @@ class Loop:
 
     # ---- going on where it was ---------------------------------------------------------------------------------------
 
-    def _is(self, key: Key) -> None:
+    def _is(self, key: CalibrationKey) -> None:
         known = self.key
         if known is not None and (known.model, known.sizes) != (key.model, key.sizes) and self._path is not None:
             raise ConfigError(
@@ -265,7 +265,7 @@ class Loop:
             self._products = [np.array(p) for p in data["products"]]
             self.scored.known = {(tuple(c), int(o), int(p)): float(v) for c, o, p, v in data["scored"]}
             self.times, self.held, self.reuse_cost = tuple(data["times"]), int(data["held"]), float(data["reuse_cost"])
-            self.key = Key(**{**data["key"], "times": tuple(data["key"]["times"])}) if data["key"] else None
+            self.key = CalibrationKey(**{**data["key"], "times": tuple(data["key"]["times"])}) if data["key"] else None
         except (ValueError, TypeError, KeyError) as error:
             raise ConfigError(f"{self._what}: {path} holds no search; give another path, or delete it") from error
         if prompts != self._prompts_text:

@@ -18,7 +18,7 @@ from vdcache.ir.errors import ConfigError, warn
 from vdcache.passes import EmitAttention
 from vdcache.patterns import Attention, Grid
 from vdcache.patterns.attention import layout_of
-from vdcache.profiling.result import Profile, Site, check_threshold
+from vdcache.profiling.result import Profile, ProfiledAttention, check_threshold
 from vdcache.profiling.segment import Otsu, Segmenter, principal_picture
 from vdcache.profiling.watched import watch
 from vdcache.runtime.call import Emitted
@@ -115,7 +115,7 @@ class _Collector:
     def __init__(self, foreground: Any, token_threshold: float, grid: tuple[int, int, int] | None) -> None:
         self.foreground, self.token_threshold = foreground, token_threshold
         self.grid = Grid(*grid) if grid else None
-        self.sites: tuple[Site, ...] = ()
+        self.sites: tuple[ProfiledAttention, ...] = ()
         self.series: dict[str, _Series] = {}
         self._before: dict[tuple[Any, ...], Tensor] = {}
         self._generations = 0
@@ -165,9 +165,9 @@ class _Collector:
                 self._received = total if self._received is None else self._received + total
                 self._seen.append((mask.cpu(), principal_picture(prediction[sample]).cpu().half()))
 
-    def _sites_of(self, emitted: Sequence[Emitted]) -> tuple[Site, ...]:
+    def _sites_of(self, emitted: Sequence[Emitted]) -> tuple[ProfiledAttention, ...]:
         """Which attention each emitted value belongs to; blocks are numbered over all graphs of the forward."""
-        found: list[Site] = []
+        found: list[ProfiledAttention] = []
         first = 0
         for at, (graph, values) in enumerate(emitted):
             anatomy = graph.anatomy  # type: ignore[attr-defined]
@@ -180,7 +180,7 @@ class _Collector:
                     of = "single" if branch.block in single else "double"
                     kind = "joint" if len(attention.spans) > 1 else attention.kind
                     layout = attention.layout if attention.layout != "unknown" else self._layout(attention)
-                    found.append(Site(number[branch.block], of, kind, layout, attention.form, branch.module, at))
+                    found.append(ProfiledAttention(number[branch.block], of, kind, layout, attention.form, branch.module, at))
             first += len(number)
         return tuple(found)
 

@@ -14,17 +14,17 @@ from torch import Tensor, fx
 
 from vdcache.ir.edit import live_nodes
 from vdcache.ir.errors import ConfigError
-from vdcache.passes.tile_attention import Place, place_of
+from vdcache.passes.tile_attention import AttentionOperands, place_of
 from vdcache.patterns import NoMatch, anatomy
 from vdcache.patterns.cost import flops
 from vdcache.profiling.watched import watch
 from vdcache.scheduling.calibration import as_real
 
-__all__ = ["Call", "Replay", "Run", "record"]
+__all__ = ["RecordedCall", "GraphReplay", "ReplayRun", "record"]
 
 
 @dataclass(frozen=True)
-class Call:
+class RecordedCall:
     """One call that was kept.
 
     Args:
@@ -36,7 +36,7 @@ class Call:
     inputs: tuple[Any, ...]
 
 
-class Replay:
+class GraphReplay:
     """A canonical graph with some calls of it; `sites` are the attentions that can have a mask, in the order of computation.
 
     Args:
@@ -53,7 +53,7 @@ class Replay:
         self,
         graph: fx.GraphModule,
         static: Sequence[int],
-        calls: Sequence[Call],
+        calls: Sequence[RecordedCall],
         grid: Sequence[int] = (),
         text: Sequence[int] = (),
     ) -> None:
@@ -62,7 +62,7 @@ class Replay:
         self._at = {n: i for i, n in enumerate(self.order)}
         nodes = {n.name: n for n in self.order}
         self.anatomy = found = anatomy(graph)
-        self.places: dict[fx.Node, Place] = {}
+        self.places: dict[fx.Node, AttentionOperands] = {}
         self.modules: dict[fx.Node, str] = {}
         self.refused: list[NoMatch] = []
         for branch, attention in found.denoising_attentions():
@@ -102,9 +102,9 @@ class Replay:
                     )
         return digest.hexdigest()[:32]
 
-    def start(self, call: Call) -> Run:
+    def start(self, call: RecordedCall) -> ReplayRun:
         """Begin to run a call."""
-        return Run(self, call)
+        return ReplayRun(self, call)
 
     def flops_after(self, site: fx.Node | None) -> int:
         """FLOPs of what depends on a site, up to the end; without a site, of everything up to the end."""
@@ -120,10 +120,10 @@ class Replay:
         return found
 
 
-class Run:
+class ReplayRun:
     """One call on its way through the graph: what comes next needs the values that are still alive, and no others."""
 
-    def __init__(self, replay: Replay, call: Call) -> None:
+    def __init__(self, replay: GraphReplay, call: RecordedCall) -> None:
         self._of = replay
         placeholders = [n for n in replay.order if n.op == "placeholder"]
         self.values: dict[fx.Node, Any] = dict(zip(placeholders, call.inputs, strict=True))
@@ -203,7 +203,7 @@ def record(
     seed: int = 0,
     grid: Sequence[int] = (),
     text: Sequence[int] = (),
-) -> Replay:
+) -> GraphReplay:
     """Run the model uncached and keep `keep` calls of every prompt, at random.
 
     Raises:
@@ -239,10 +239,10 @@ def record(
         )
     calls = {p: sum(n for (q, _), n in seen.items() if q is p) for p in kept}
     program = max(kept, key=calls.__getitem__)
-    found = [Call(number, inputs) for number, own in kept[program].items() for inputs in own]
-    return Replay(program.guarded, program.static, found, grid, text)
+    found = [RecordedCall(number, inputs) for number, own in kept[program].items() for inputs in own]
+    return GraphReplay(program.guarded, program.static, found, grid, text)
 
 
-def final_states(replay: Replay) -> list[Tensor]:
+def final_states(replay: GraphReplay) -> list[Tensor]:
     """The final hidden states of every call, untouched."""
     return [replay.start(call).finish() for call in replay.calls]

@@ -17,7 +17,7 @@ from vdcache.ir.errors import ConfigError
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["BACKGROUND_SHARE", "Profile", "Site", "check_threshold"]
+__all__ = ["BACKGROUND_SHARE", "Profile", "ProfiledAttention", "check_threshold"]
 
 Array = NDArray[Any]
 BACKGROUND_SHARE = 0.6  # 24 of the 40 single blocks of HunyuanVideo are in the published background list
@@ -25,12 +25,12 @@ _VERSION = 1
 
 
 @dataclass(frozen=True)
-class Site:
+class ProfiledAttention:
     """One self- or joint-attention over video tokens.
 
     Args:
         block: counted from 0 among the blocks that attend over video tokens, over all graphs of the model.
-        of: "single" or "double": the kind of block (`Anatomy.denoising_blocks`).
+        of: "single" or "double": the kind of block (`GraphAnalysis.denoising_blocks`).
         kind, layout, form: as in `patterns.Attention`.
         module: where it stands in the user's model; for messages only.
         graph: in which graph of the forward, counted from 0: Dynamo makes several where the model breaks.
@@ -67,7 +67,7 @@ class Profile:
 
     model: str
     grid: tuple[int, int, int]
-    sites: tuple[Site, ...]
+    sites: tuple[ProfiledAttention, ...]
     series: tuple[str, ...]
     scores: Array
     shares: Array
@@ -296,7 +296,7 @@ class Profile:
             if kind == "Array":
                 value = np.array(value, dtype=bool if name == "mask" else float)
             elif name == "sites":
-                value = tuple(Site(**s) for s in value)
+                value = tuple(ProfiledAttention(**s) for s in value)
             values[name] = tuple(value) if isinstance(value, list) else value
         return Profile(**values)
 

@@ -11,7 +11,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from vdcache.ir.checks import whole, whole_numbers
 from vdcache.ir.errors import ConfigError
-from vdcache.profiling.loop import Loop
+from vdcache.profiling.loop import SamplingLoop
 from vdcache.scheduling.choose import Goal, choose
 from vdcache.scheduling.schedule import ORDERS, Schedule
 from vdcache.scheduling.table import StepTable, no_order
@@ -40,7 +40,7 @@ def step_table(
         ConfigError: the value cannot be read, or generations of unequal length.
         CacheStateError: `run` did not call the model.
     """
-    loop = Loop(model, run, prompts, "step_table", inner=inner, console=console)
+    loop = SamplingLoop(model, run, prompts, "step_table", inner=inner, console=console)
     try:
         return loop.table()
     finally:
@@ -101,7 +101,7 @@ def search_schedule(
     if wrong := set(orders) - set(ORDERS):
         raise ConfigError(no_order(min(wrong)))
     console = console or Console(stderr=True)
-    loop = Loop(model, run, prompts, "search_schedule", inner=inner, console=console, path=path)
+    loop = SamplingLoop(model, run, prompts, "search_schedule", inner=inner, console=console, path=path)
     try:
         with progress(console, loop):
             table = table or loop.table()
@@ -110,7 +110,7 @@ def search_schedule(
         loop.forget()
 
 
-def progress(console: Console, loop: Loop) -> Progress:
+def progress(console: Console, loop: SamplingLoop) -> Progress:
     """Says what is being run, for as long as it is entered."""
     shown = Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True)
     bar = shown.add_task("uncached", total=None)

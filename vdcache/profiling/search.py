@@ -20,9 +20,9 @@ from vdcache.ir.files import saved, text_of, write_aside
 from vdcache.ir.masks import AttentionMask, Dense, parse_mask
 from vdcache.ir.ops import tensor_of
 from vdcache.ir.tiles import gather
-from vdcache.passes.tile_attention import Place
+from vdcache.passes.tile_attention import AttentionOperands
 from vdcache.profiling.allocate import Allocation, dynamic, lagrangian
-from vdcache.profiling.replay import Replay, Run, record
+from vdcache.profiling.replay import GraphReplay, ReplayRun, record
 
 __all__ = ["MaskPlan", "search_masks"]
 
@@ -236,7 +236,7 @@ def _options(masks: Iterable[AttentionMask | str]) -> tuple[str, ...]:
     return found
 
 
-def _by_density(options: Sequence[str], replay: Replay) -> tuple[str, ...]:
+def _by_density(options: Sequence[str], replay: GraphReplay) -> tuple[str, ...]:
     """Dense attention, then the masks from dense to sparse on the first site.
 
     Raises:
@@ -279,7 +279,7 @@ def _within(
 class _Search:
     """Losses and times of one search."""
 
-    def __init__(self, replay: Replay, options: tuple[str, ...], table: _Table) -> None:
+    def __init__(self, replay: GraphReplay, options: tuple[str, ...], table: _Table) -> None:
         self.replay, self.options, self.table = replay, options, table
         self._spent = 0
         self._asked = 0  # losses measured
@@ -345,7 +345,7 @@ class _Search:
                 best = option
         return best
 
-    def _attend(self, site: fx.Node, one: Run, option: str) -> Tensor:
+    def _attend(self, site: fx.Node, one: ReplayRun, option: str) -> Tensor:
         place = self.replay.places[site]
         q, k, v = (one.values[n] for n in (place.query, place.key, place.value))
         bias = None if place.bias is None else one.values[place.bias]
@@ -356,7 +356,7 @@ class _Search:
             return out
         return torch.empty_strided(like.shape, like.stride(), dtype=out.dtype, device=out.device).copy_(out)
 
-    def _loss(self, site: fx.Node, one: Run, want: Tensor, option: str) -> float:
+    def _loss(self, site: fx.Node, one: ReplayRun, want: Tensor, option: str) -> float:
         got = one.end_with(site, self._attend(site, one, option))
         return float((got.float() - want.float()).square().mean())
 
@@ -378,7 +378,7 @@ class _Search:
         return rows
 
 
-def _measured(place: Place, option: str) -> dict[str, float]:
+def _measured(place: AttentionOperands, option: str) -> dict[str, float]:
     query, key, value = tensor_of(place.query), tensor_of(place.key), tensor_of(place.value)
     bias = None if place.bias is None else tensor_of(place.bias)
     assert query is not None and key is not None and value is not None
@@ -392,7 +392,7 @@ def _measured(place: Place, option: str) -> dict[str, float]:
 class _Table:
     """Losses by attention and option, in a file that grows."""
 
-    def __init__(self, path: str | Path | None, replay: Replay, options: Sequence[str], cumulative: bool) -> None:
+    def __init__(self, path: str | Path | None, replay: GraphReplay, options: Sequence[str], cumulative: bool) -> None:
         self._path = None if path is None else Path(path)
         self._size = (len(replay.sites), len(options))
         self._head = {

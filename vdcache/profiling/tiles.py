@@ -16,7 +16,7 @@ from vdcache.ir.checks import whole
 from vdcache.ir.errors import ConfigError
 from vdcache.ir.files import saved, text_of
 from vdcache.ir.library import CHUNK
-from vdcache.passes.tile_attention import Place
+from vdcache.passes.tile_attention import AttentionOperands
 from vdcache.profiling.replay import record
 
 __all__ = ["TileReport", "tiles"]
@@ -188,7 +188,7 @@ def tiles(
     )
 
 
-def _spread(place: Place, values: Mapping[fx.Node, Any]) -> tuple[Tensor, Tensor]:
+def _spread(place: AttentionOperands, values: Mapping[fx.Node, Any]) -> tuple[Tensor, Tensor]:
     """Mean weights from each frame to each frame and, last, to text, [F, F + 1]; and a map of at most `BLOCKS` by `BLOCKS`
     positions of the video. Float32, mean over samples and heads; a chunk of queries at a time."""
     query, key = values[place.query], values[place.key]

@@ -17,11 +17,11 @@ from vdcache.recipe import Recipe
 from vdcache.runtime import Always
 from vdcache.runtime.session import Session
 
-__all__ = ["Watched", "checked_prompts", "until_forgotten", "watch"]
+__all__ = ["UncachedRun", "checked_prompts", "until_forgotten", "watch"]
 
 
 @dataclass(frozen=True)
-class Watched:
+class UncachedRun:
     """What is left after a run.
 
     Args:
@@ -49,7 +49,7 @@ def watch(
     dynamic: bool | None = None,
     recipe: Recipe | None = None,
     recorder: Callable[..., None] | None = None,
-) -> Watched:
+) -> UncachedRun:
     """Run a model uncached.
 
     Args:
@@ -99,7 +99,7 @@ def watch(
         )
     refused = {why for graph in session.graphs for r in graph.refusals for why in r.reasons}  # type: ignore[attr-defined]
     name = type(model).__name__ if isinstance(model, torch.nn.Module) else getattr(model, "__name__", "model")
-    return Watched(session, name, tuple(sorted(refused) or dict.fromkeys(heard)))
+    return UncachedRun(session, name, tuple(sorted(refused) or dict.fromkeys(heard)))
 
 
 def checked_prompts(prompts: Any, what: str) -> list[Any] | None:

@@ -6,49 +6,49 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vdcache.runtime.clock import Clock, Reading, Tick
+    from vdcache.runtime.clock import StepTracker, Reading, Tick
     from vdcache.runtime.history import History, Record
-    from vdcache.runtime.measures import Layout, Measured
+    from vdcache.runtime.measures import MetricSpec, MetricValue
     from vdcache.runtime.plan import RECOMPUTE, Plan
     from vdcache.runtime.policies import AdaCache, Always, Codebook, EveryN, MoReg, Policy
     from vdcache.runtime.probing import Bounds, EasyCache, Threshold
-    from vdcache.runtime.schedules import MagCache, Planned, Scheduled, Together
+    from vdcache.runtime.schedules import MagCache, PlanTable, SchedulePolicy, CombinedPolicy
     from vdcache.runtime.session import Session
-    from vdcache.runtime.steps import Gated, Grid, Intervals, Listed
+    from vdcache.runtime.steps import TGateSteps, EveryNth, LinearIntervals, StepList
     from vdcache.runtime.store import Store
-    from vdcache.runtime.windows import Bursts, Windowed
+    from vdcache.runtime.windows import BroadcastWindow, TimestepWindow
 
 _HOMES = {
     "AdaCache": "vdcache.runtime.policies",
     "Always": "vdcache.runtime.policies",
     "Bounds": "vdcache.runtime.probing",
-    "Bursts": "vdcache.runtime.windows",
-    "Clock": "vdcache.runtime.clock",
+    "BroadcastWindow": "vdcache.runtime.windows",
+    "StepTracker": "vdcache.runtime.clock",
     "Codebook": "vdcache.runtime.policies",
     "EasyCache": "vdcache.runtime.probing",
     "EveryN": "vdcache.runtime.policies",
-    "Gated": "vdcache.runtime.steps",
-    "Grid": "vdcache.runtime.steps",
+    "TGateSteps": "vdcache.runtime.steps",
+    "EveryNth": "vdcache.runtime.steps",
     "History": "vdcache.runtime.history",
-    "Intervals": "vdcache.runtime.steps",
-    "Layout": "vdcache.runtime.measures",
-    "Listed": "vdcache.runtime.steps",
+    "LinearIntervals": "vdcache.runtime.steps",
+    "MetricSpec": "vdcache.runtime.measures",
+    "StepList": "vdcache.runtime.steps",
     "MagCache": "vdcache.runtime.schedules",
-    "Measured": "vdcache.runtime.measures",
+    "MetricValue": "vdcache.runtime.measures",
     "MoReg": "vdcache.runtime.policies",
     "Plan": "vdcache.runtime.plan",
-    "Planned": "vdcache.runtime.schedules",
+    "PlanTable": "vdcache.runtime.schedules",
     "Policy": "vdcache.runtime.policies",
     "RECOMPUTE": "vdcache.runtime.plan",
     "Reading": "vdcache.runtime.clock",
     "Record": "vdcache.runtime.history",
-    "Scheduled": "vdcache.runtime.schedules",
+    "SchedulePolicy": "vdcache.runtime.schedules",
     "Session": "vdcache.runtime.session",
     "Store": "vdcache.runtime.store",
     "Threshold": "vdcache.runtime.probing",
     "Tick": "vdcache.runtime.clock",
-    "Together": "vdcache.runtime.schedules",
-    "Windowed": "vdcache.runtime.windows",
+    "CombinedPolicy": "vdcache.runtime.schedules",
+    "TimestepWindow": "vdcache.runtime.windows",
 }
 
 __all__ = [
@@ -56,32 +56,32 @@ __all__ = [
     "AdaCache",
     "Always",
     "Bounds",
-    "Bursts",
-    "Clock",
+    "BroadcastWindow",
+    "StepTracker",
     "Codebook",
     "EasyCache",
     "EveryN",
-    "Gated",
-    "Grid",
+    "TGateSteps",
+    "EveryNth",
     "History",
-    "Intervals",
-    "Layout",
-    "Listed",
+    "LinearIntervals",
+    "MetricSpec",
+    "StepList",
     "MagCache",
-    "Measured",
+    "MetricValue",
     "MoReg",
     "Plan",
-    "Planned",
+    "PlanTable",
     "Policy",
     "Reading",
     "Record",
-    "Scheduled",
+    "SchedulePolicy",
     "Session",
     "Store",
     "Threshold",
     "Tick",
-    "Together",
-    "Windowed",
+    "CombinedPolicy",
+    "TimestepWindow",
 ]
 
 

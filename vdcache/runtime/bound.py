@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
-from vdcache.runtime.measures import Measured
+from vdcache.runtime.measures import MetricValue
 from vdcache.runtime.plan import RECOMPUTE, Plan
 from vdcache.runtime.policies import AdaCache, Auto, Codebook, Deciding, Policy
 from vdcache.runtime.probing import Threshold
-from vdcache.runtime.schedules import Planned, Together
-from vdcache.runtime.windows import Bursts, Windowed
+from vdcache.runtime.schedules import PlanTable, CombinedPolicy
+from vdcache.runtime.windows import BroadcastWindow, TimestepWindow
 
 __all__ = ["best_plans", "lowest"]
 
@@ -25,9 +25,9 @@ def best_plans(policy: Policy, num_steps: int) -> list[Plan]:
         return [RECOMPUTE, *[policy.plans()[1]] * (num_steps - 1)]
     policy = _at_best(policy, num_steps)
     groups = sorted({g for plan in policy.plans() for g in plan.reuse})
-    still = [Measured(group, 0.0, 0.0, 1.0, 0.0, 0.0) for group in groups]
+    still = [MetricValue(group, 0.0, 0.0, 1.0, 0.0, 0.0) for group in groups]
     # an input that moves and an output that does not, for policies that look at the whole model
-    still += [Measured("observed.input", 0.0, 1.0, 1.0), Measured("observed.output", 0.0, 0.0, 1.0)]
+    still += [MetricValue("observed.input", 0.0, 1.0, 1.0), MetricValue("observed.output", 0.0, 0.0, 1.0)]
     state, plans = policy.start(num_steps), []
     for step in range(num_steps):
         plan = policy.plan(state, step)
@@ -41,19 +41,19 @@ def best_plans(policy: Policy, num_steps: int) -> list[Plan]:
 
 def _at_best(policy: Policy, num_steps: int) -> Policy:
     """A policy that does for a change of nothing what this one does at most."""
-    if isinstance(policy, Together):
-        return Together(tuple(_at_best(p, num_steps) for p in policy.policies))
+    if isinstance(policy, CombinedPolicy):
+        return CombinedPolicy(tuple(_at_best(p, num_steps) for p in policy.policies))
     if isinstance(policy, AdaCache):  # rates need not fall with the change, and motion scales it by anything
         most = max(rate for _, rate in policy.codebook.entries)
         return replace(policy, codebook=Codebook(((1.0, most),)), moreg=None)
     if isinstance(policy, Threshold) and policy.polynomial:  # p(0) need not be its least value
         return replace(policy, polynomial=(lowest(policy.polynomial),))
-    if isinstance(policy, Windowed):  # a solver may take all its steps within the window
+    if isinstance(policy, TimestepWindow):  # a solver may take all its steps within the window
         return replace(policy, window=(-1.0, 1001.0))
-    if isinstance(policy, Bursts):  # and its first steps at the keys
+    if isinstance(policy, BroadcastWindow):  # and its first steps at the keys
         starts = [i * (policy.skip + 1) for i in range(len(policy.keys))]
         reused = {s + i for s in starts for i in range(1, policy.skip + 1)}
-        return Planned(tuple((policy.group,) if s in reused else () for s in range(num_steps)))
+        return PlanTable(tuple((policy.group,) if s in reused else () for s in range(num_steps)))
     return policy
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vdcache.runtime.device_time import DeviceTime
 from vdcache.runtime.history import Record
-from vdcache.runtime.measures import Layout
+from vdcache.runtime.measures import MetricSpec
 from vdcache.runtime.plan import Plan
 
 __all__ = [
@@ -19,16 +19,16 @@ __all__ = [
     "Emitted",
     "LaneScope",
     "Listener",
-    "Look",
-    "Needs",
-    "Probed",
+    "ProbeResult",
+    "VariantInputs",
+    "ProbeSpec",
     "Recorder",
-    "Ticket",
+    "CallContext",
 ]
 
 
 @dataclass(frozen=True)
-class Needs:
+class VariantInputs:
     """What a variant takes besides the model's inputs.
 
     Args:
@@ -42,14 +42,14 @@ class Needs:
 
     reads: tuple[str, ...] = ()
     before: tuple[str, ...] = ()
-    layouts: tuple[Layout, ...] = ()
+    layouts: tuple[MetricSpec, ...] = ()
     times: tuple[str, ...] = ()
     computes: tuple[str, ...] = ()
     slots: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class Probed:
+class ProbeSpec:
     """A value that is measured before a step's plan is chosen.
 
     Args:
@@ -57,7 +57,7 @@ class Probed:
         since: compared with its value at the "step" before, or at the last "computed" one.
     """
 
-    layout: Layout
+    layout: MetricSpec
     since: str
 
 
@@ -79,7 +79,7 @@ class LaneScope:
 
 
 @dataclass(frozen=True)
-class Look:
+class ProbeResult:
     """What the head of a graph found out: the values of its probes, the sums of their changes, and what the rest of the graph
     takes.
     """
@@ -113,7 +113,7 @@ class CompiledGraph(Protocol):
     @property
     def static(self) -> tuple[int, ...]: ...  # parameters and buffers
     @property
-    def probes(self) -> tuple[Probed, ...]: ...  # what a policy may ask for before it chooses
+    def probes(self) -> tuple[ProbeSpec, ...]: ...  # what a policy may ask for before it chooses
     @property
     def lanes(self) -> LaneScope | None: ...
     @property
@@ -125,7 +125,7 @@ class CompiledGraph(Protocol):
     def narrow(self, plan: Plan) -> Plan:
         """What of a plan concerns this graph."""
 
-    def needs(self, plan: Plan) -> Needs:
+    def needs(self, plan: Plan) -> VariantInputs:
         """What the plan's variant takes besides the model's inputs."""
 
     def warm_up(self) -> None:
@@ -164,20 +164,20 @@ Recorder = Callable[[CompiledGraph, Sequence[Any], Sequence[Any], dict[str, Tens
 
 
 @dataclass
-class Ticket:
+class CallContext:
     """One call on its way through: what to run, with which cached values; given back to `Session.leave`."""
 
     graph: CompiledGraph
     plan: Plan
     key: CallKey
-    needs: Needs
+    needs: VariantInputs
     reads: list[Tensor]
     before: list[Tensor] | None
     previous: list[Tensor] | None
     times: list[Tensor]
     record: Record
     began: float
-    look: Look
+    look: ProbeResult
     pair: Tensor | None = None  # what the step's first lane returned
     rows: tuple[int, int] | None = None  # of the batch that is computed; None for all
     keep: bool = True

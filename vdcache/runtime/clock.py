@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = ["Clock", "Reading", "Tick"]
+__all__ = ["StepTracker", "Reading", "Tick"]
 
 MOST_ENDS = 64  # timesteps that are remembered
 Form = tuple[tuple[int, ...], object, object]  # shape, dtype, device
@@ -56,7 +56,7 @@ class Tick:
     mixed: bool = False
 
 
-class Clock:
+class StepTracker:
     """Tells generation and step from readings, one a call."""
 
     def __init__(self) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from vdcache.errors import ConfigError
-from vdcache.runtime.measures import Measured
+from vdcache.runtime.measures import MetricValue
 from vdcache.runtime.plan import RECOMPUTE, Plan
 
 __all__ = ["History", "Record", "any_computed", "by_generation", "record", "unheard"]
@@ -48,11 +48,11 @@ class Record:
     timestep: float | None
     plan: Plan
     reused: tuple[str, ...]
-    measures: tuple[Measured, ...] = ()
+    measures: tuple[MetricValue, ...] = ()
     seconds: float = 0.0
     why: str = ""
     syncs: int = 0
-    probe: tuple[Measured, ...] = ()
+    probe: tuple[MetricValue, ...] = ()
     host_seconds: float = 0.0
 
     @property
@@ -163,7 +163,7 @@ class History:
         for row in json.loads(Path(path).read_text()):
             row["plan"] = Plan.of(row["plan"]) if row["plan"] else RECOMPUTE
             for kind in ("measures", "probe"):
-                row[kind] = tuple(Measured(**m) for m in row.get(kind, ()))
+                row[kind] = tuple(MetricValue(**m) for m in row.get(kind, ()))
             row["reused"] = tuple(row["reused"])
             records.append(Record(**row))
         return History(records)

@@ -23,13 +23,13 @@ from torch import Tensor
 
 from vdcache.runtime.weights_token import sample
 
-__all__ = ["LATENT", "Held", "Lane", "LaneTable", "Question", "compare"]
+__all__ = ["LATENT", "RememberedInput", "Lane", "LaneTable", "LaneQuery", "compare"]
 
 LATENT = object()  # stands for a latent among a call's inputs: it says nothing of the lane, and equals whatever was there
 MOST_LANES = 64  # of a generation; the one that was seen longest ago goes
 
 
-class Held:
+class RememberedInput:
     """An input as it was when a call brought it, as far as it takes to know it again.
 
     Inference tensors count no versions, so a copy of them is kept; likewise of an object that its owner has written into before.
@@ -83,7 +83,7 @@ class Held:
         return value if isinstance(value, Tensor) and self.version is not None and value._version == self.version else None
 
 
-def compare(held: Held, value: Any) -> bool | Tensor:
+def compare(held: RememberedInput, value: Any) -> bool | Tensor:
     """Whether `value` equals what was held, as far as that was kept. A tensor of one bool where only a device knows."""
     if held.is_same_object(value):
         return True
@@ -112,12 +112,12 @@ class Lane:
 
     id: int
     label: int
-    held: list[Held]
+    held: list[RememberedInput]
     step: int
 
 
 @dataclass
-class Question:
+class LaneQuery:
     """The conditioning of one call beside that of every lane, not yet decided.
 
     Args:
@@ -165,7 +165,7 @@ class LaneTable:
         """The inputs that depend on the timestep, as far as is known: they say nothing of the lane."""
         return self._moves - self._still if self._moves else self._moves
 
-    def ask(self, values: Sequence[Any], inside: frozenset[int] = frozenset()) -> Question:
+    def ask(self, values: Sequence[Any], inside: frozenset[int] = frozenset()) -> LaneQuery:
         """Compare a call's conditioning with that of every lane. Reads no value of a device.
 
         Args:
@@ -178,8 +178,8 @@ class LaneTable:
         if moving:
             same = [lane for lane in self._lanes if all(lane.held[i].is_same_object(values[i]) for i in asked)]
         else:  # by far the most calls: the very objects tell the lane
-            same = [lane for lane in self._lanes if all(map(Held.is_same_object, lane.held, values))]
-        question = Question(values, inside, max(same, key=lambda lane: lane.step) if same else None)
+            same = [lane for lane in self._lanes if all(map(RememberedInput.is_same_object, lane.held, values))]
+        question = LaneQuery(values, inside, max(same, key=lambda lane: lane.step) if same else None)
         if same and not moving:
             return question
         for lane in self._lanes:
@@ -191,7 +191,7 @@ class LaneTable:
             question.equal.append((lane, row))
         return question
 
-    def known(self, question: Question) -> Lane | None:
+    def known(self, question: LaneQuery) -> Lane | None:
         """The lane of a call, if there is one. `question` must have been told what was unread."""
         moving = self.moving | question.inside
         known = [question.lane] if question.lane is not None else []
@@ -200,7 +200,7 @@ class LaneTable:
         known = [lane for lane in known if lane in self._lanes]
         return max(known, key=lambda lane: lane.step) if known else None
 
-    def settle(self, question: Question, generation: int, step: int) -> tuple[Lane, bool]:
+    def settle(self, question: LaneQuery, generation: int, step: int) -> tuple[Lane, bool]:
         """The lane of a call, and whether it is new. `question` must have been told what was unread.
 
         Args:
@@ -233,9 +233,9 @@ class LaneTable:
         found.step = step
         return found, False
 
-    def _hold(self, i: int, value: Any, question: Question) -> Held:
+    def _hold(self, i: int, value: Any, question: LaneQuery) -> RememberedInput:
         weak = i in question.inside and i not in self._stayed and isinstance(value, Tensor)
-        return Held(value, copied=i in self._rewritten, sampled=i in self.moving, weak=weak)
+        return RememberedInput(value, copied=i in self._rewritten, sampled=i in self.moving, weak=weak)
 
     def clear(self) -> None:
         """Let go of every lane; what is known of the inputs stays."""
@@ -247,7 +247,7 @@ class LaneTable:
         self._lanes = [lane for lane in self._lanes if lane.step >= step]
         return left
 
-    def _label_of_new(self, question: Question) -> int:
+    def _label_of_new(self, question: LaneQuery) -> int:
         """A person's number of a new lane: that of the lane it goes on, where an input that may depend on the timestep has changed."""
         if self._always is None:
             taken = {lane.label for lane in self._lanes if lane.step == self._step}
@@ -256,7 +256,7 @@ class LaneTable:
                     return lane.label
         return self._label()
 
-    def _learn(self, question: Question) -> None:
+    def _learn(self, question: LaneQuery) -> None:
         """Note which inputs kept the value that they had in the step before."""
         before = [lane for lane in self._lanes if lane.step == self._step - 1]
         if not before:

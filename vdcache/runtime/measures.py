@@ -10,11 +10,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Layout", "Measured", "count_of", "measured"]
+__all__ = ["MetricSpec", "MetricValue", "count_of", "measured"]
 
 
 @dataclass(frozen=True)
-class Layout:
+class MetricSpec:
     """What the sums of one observation are: its name, its distance, its strides, its latent frames (0: no motion)."""
 
     name: str
@@ -24,7 +24,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Measured:
+class MetricValue:
     """What was observed of one branch at one computed step, P its residual at the computed step before, R now.
 
     Args:
@@ -43,12 +43,12 @@ class Measured:
     motion_absolute: float | None = None
 
 
-def count_of(layout: Layout) -> int:
+def count_of(layout: MetricSpec) -> int:
     """How many sums an observation has."""
     return 3 + 3 * len(layout.strides)
 
 
-def measured(layout: Layout, sums: Sequence[float], elements: int) -> Measured:
+def measured(layout: MetricSpec, sums: Sequence[float], elements: int) -> MetricValue:
     """The measures of one observation.
 
     Args:
@@ -69,14 +69,14 @@ def measured(layout: Layout, sums: Sequence[float], elements: int) -> Measured:
         change = _ratio(root(first), root(second))
         absolute, size = root(first / elements), root(third / elements)
     if not layout.strides:
-        return Measured(layout.name, change, absolute, size)
+        return MetricValue(layout.name, change, absolute, size)
     relative, means = [], []
     for at, stride in enumerate(layout.strides):
         difference, late, early = rest[3 * at : 3 * at + 3]
         relative.append(_ratio(difference, late + early))
         means.append(difference / (elements * (layout.frames - stride) / layout.frames))
     n = len(layout.strides)
-    return Measured(layout.name, change, absolute, size, sum(relative) / n, sum(means) / n)
+    return MetricValue(layout.name, change, absolute, size, sum(relative) / n, sum(means) / n)
 
 
 def _ratio(a: float, b: float) -> float:

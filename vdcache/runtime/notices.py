@@ -9,10 +9,10 @@ from vdcache.ir.errors import inform_once, warn_once
 from vdcache.runtime.history import Record
 from vdcache.runtime.plan import Plan
 
-__all__ = ["Notices"]
+__all__ = ["SessionWarnings"]
 
 
-class Notices:
+class SessionWarnings:
     """The notices of one session.
 
     Args:

@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from vdcache.ir.checks import number
 from vdcache.ir.errors import ConfigError
-from vdcache.runtime.measures import Measured
+from vdcache.runtime.measures import MetricValue
 from vdcache.runtime.plan import RECOMPUTE, Plan
 
 __all__ = ["AdaCache", "AdaState", "Always", "Auto", "Codebook", "Deciding", "EveryN", "MoReg", "Policy", "scaled"]
@@ -41,7 +41,7 @@ class Policy(Protocol):
                 last; empty under explicit control, where nothing is read.
         """
 
-    def observe(self, state: Any, step: int, plan: Plan, measures: Sequence[Measured] | None) -> Any:
+    def observe(self, state: Any, step: int, plan: Plan, measures: Sequence[MetricValue] | None) -> Any:
         """The state after `step` ran with `plan`; `measures` is None where nothing comparable was computed."""
 
 
@@ -49,7 +49,7 @@ class Policy(Protocol):
 class Deciding(Policy, Protocol):
     """A policy that decides inside a step, when the probe of the graph has run."""
 
-    def decide(self, state: Any, step: int, probe: Sequence[Measured] | None) -> tuple[Any, Plan]:
+    def decide(self, state: Any, step: int, probe: Sequence[MetricValue] | None) -> tuple[Any, Plan]:
         """The state and the plan, given what the probe measured; None where there is nothing to compare with."""
 
 
@@ -66,7 +66,7 @@ class Always:
     def plan(self, state: int, step: int, times: Sequence[float] = ()) -> Plan:
         return RECOMPUTE
 
-    def observe(self, state: int, step: int, plan: Plan, measures: Sequence[Measured] | None) -> int:
+    def observe(self, state: int, step: int, plan: Plan, measures: Sequence[MetricValue] | None) -> int:
         return state
 
 
@@ -115,7 +115,7 @@ class EveryN:
     def plan(self, state: int, step: int, times: Sequence[float] = ()) -> Plan:
         return RECOMPUTE if step % self.n == 0 or step >= state - 1 else Plan.of([self.group])
 
-    def observe(self, state: int, step: int, plan: Plan, measures: Sequence[Measured] | None) -> int:
+    def observe(self, state: int, step: int, plan: Plan, measures: Sequence[MetricValue] | None) -> int:
         return state
 
 
@@ -273,7 +273,7 @@ class AdaCache:
         due = passed == state.rate if self.rule == "code" else passed >= state.rate
         return RECOMPUTE if due else Plan.of([self.group])
 
-    def observe(self, state: AdaState, step: int, plan: Plan, measures: Sequence[Measured] | None) -> AdaState:
+    def observe(self, state: AdaState, step: int, plan: Plan, measures: Sequence[MetricValue] | None) -> AdaState:
         if plan:
             return state
         if measures is None or state.last is None:  # nothing before it to compare with
@@ -294,7 +294,7 @@ class AdaCache:
     def _regularised(self, moreg: MoReg, step: int, num_steps: int) -> bool:
         return (self.rule == "paper" and moreg.window is None) or moreg.applies(step, num_steps)
 
-    def _motion(self, moreg: MoReg, state: AdaState, measures: Sequence[Measured], k: int) -> tuple[AdaState, float]:
+    def _motion(self, moreg: MoReg, state: AdaState, measures: Sequence[MetricValue], k: int) -> tuple[AdaState, float]:
         """The factor of the change (equations 7 to 9)."""
         if self.rule == "paper":
             scores = [m.motion_absolute for m in measures if m.motion_absolute is not None]

@@ -12,7 +12,7 @@ from typing import Any
 
 from vdcache.ir.checks import number, whole
 from vdcache.ir.errors import ConfigError
-from vdcache.runtime.measures import Measured
+from vdcache.runtime.measures import MetricValue
 from vdcache.runtime.plan import RECOMPUTE, Plan
 
 __all__ = ["Bounds", "EasyCache", "EasyState", "Threshold", "ThresholdState"]
@@ -110,7 +110,7 @@ class Threshold:
             return RECOMPUTE
         return RECOMPUTE if self.bounds.forces(step, state.num_steps, state.row, state.total) else None
 
-    def decide(self, state: ThresholdState, step: int, probe: Sequence[Measured] | None) -> tuple[ThresholdState, Plan]:
+    def decide(self, state: ThresholdState, step: int, probe: Sequence[MetricValue] | None) -> tuple[ThresholdState, Plan]:
         if not probe:
             return state, RECOMPUTE
         change = sum(m.change for m in probe) / len(probe)
@@ -125,7 +125,7 @@ class Threshold:
         state = replace(state, change=change, seen=seen, trace=(*state.trace, (step, change)))
         return state, Plan.of([self.group]) if change < self.threshold else RECOMPUTE
 
-    def observe(self, state: ThresholdState, step: int, plan: Plan, measures: Sequence[Measured] | None) -> ThresholdState:
+    def observe(self, state: ThresholdState, step: int, plan: Plan, measures: Sequence[MetricValue] | None) -> ThresholdState:
         if plan:
             return replace(state, row=state.row + 1, total=state.total + 1)
         return replace(state, change=0.0, row=0)
@@ -177,14 +177,14 @@ class EasyCache:
     def plan(self, state: EasyState, step: int, times: Sequence[float] = ()) -> Plan | None:
         return RECOMPUTE if self.bounds.forces(step, state.num_steps, state.row, state.total) else None
 
-    def decide(self, state: EasyState, step: int, probe: Sequence[Measured] | None) -> tuple[EasyState, Plan]:
+    def decide(self, state: EasyState, step: int, probe: Sequence[MetricValue] | None) -> tuple[EasyState, Plan]:
         if not probe or state.rate is None or not state.size:
             return state, RECOMPUTE
         error = state.error + state.rate * probe[0].change_absolute / state.size
         state = replace(state, error=error, trace=(*state.trace, (step, error)))
         return state, Plan.of([self.group]) if error < self.threshold else RECOMPUTE
 
-    def observe(self, state: EasyState, step: int, plan: Plan, measures: Sequence[Measured] | None) -> EasyState:
+    def observe(self, state: EasyState, step: int, plan: Plan, measures: Sequence[MetricValue] | None) -> EasyState:
         if plan:
             return replace(state, row=state.row + 1, total=state.total + 1)
         state = replace(state, error=0.0, row=0)

@@ -11,22 +11,22 @@ from typing import Any
 from vdcache.ir.checks import number, whole
 from vdcache.ir.dialect import group_of
 from vdcache.ir.errors import ConfigError
-from vdcache.runtime.measures import Measured
+from vdcache.runtime.measures import MetricValue
 from vdcache.runtime.plan import RECOMPUTE, Plan
 from vdcache.runtime.policies import Deciding, Policy
-from vdcache.runtime.steps import Listed, Steps
+from vdcache.runtime.steps import StepList, Steps
 
-__all__ = ["MagCache", "Planned", "Scheduled", "Together", "same_times", "scaled_to"]
+__all__ = ["MagCache", "PlanTable", "SchedulePolicy", "CombinedPolicy", "same_times", "scaled_to"]
 
 TURNS = ("alternate", "split", "together")
 
 
 @dataclass(frozen=True)
-class Scheduled:
+class SchedulePolicy:
     """A policy that follows a schedule: computed at its steps, reused in between.
 
     Args:
-        when: the computed steps; a list of steps becomes `Listed`.
+        when: the computed steps; a list of steps becomes `StepList`.
         groups: the groups of slots that are reused. Of several, one has its turn at a time (the others are computed).
         turn: "alternate", the next one after every computed step; "split", each for an equal share of the run after the
             warm-up (ProfilingDiT table 3); "together", all of them in every reused step.
@@ -46,7 +46,7 @@ class Scheduled:
 
     def __post_init__(self) -> None:
         if not isinstance(self.when, Steps):
-            object.__setattr__(self, "when", Listed(self.when))
+            object.__setattr__(self, "when", StepList(self.when))
         for name in ("groups", "shared"):
             if isinstance(given := getattr(self, name), str):
                 raise ConfigError(f"{name} is a list of names; got {given!r}: ({given!r},)")
@@ -90,12 +90,12 @@ class Scheduled:
     def plan(self, state: tuple[Plan, ...], step: int, times: Sequence[float] = ()) -> Plan:
         return state[step]
 
-    def observe(self, state: Any, step: int, plan: Plan, measures: Sequence[Measured] | None) -> Any:
+    def observe(self, state: Any, step: int, plan: Plan, measures: Sequence[MetricValue] | None) -> Any:
         return state
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlanTable:
     """A plan for every step, known before the run: tables of layers and steps, schedules that were searched.
 
     Args:
@@ -131,7 +131,7 @@ class Planned:
     def plan(self, state: int, step: int, times: Sequence[float] = ()) -> Plan:
         return Plan.of(self.reuse[step]) if not self.times or same_times(self.times, times) else RECOMPUTE
 
-    def observe(self, state: Any, step: int, plan: Plan, measures: Sequence[Measured] | None) -> Any:
+    def observe(self, state: Any, step: int, plan: Plan, measures: Sequence[MetricValue] | None) -> Any:
         return state
 
 
@@ -200,12 +200,12 @@ class MagCache:
     def plan(self, state: tuple[Plan, ...], step: int, times: Sequence[float] = ()) -> Plan:
         return state[step]
 
-    def observe(self, state: Any, step: int, plan: Plan, measures: Sequence[Measured] | None) -> Any:
+    def observe(self, state: Any, step: int, plan: Plan, measures: Sequence[MetricValue] | None) -> Any:
         return state
 
 
 @dataclass(frozen=True)
-class Together:
+class CombinedPolicy:
     """Policies side by side, each for slots of its own: a step reuses what any of them reuses.
 
     Raises:
@@ -234,7 +234,7 @@ class Together:
         plans = [p.plan(s, step, times) for p, s in zip(self.policies, state, strict=True)]
         return _union(p for p in plans if p is not None)
 
-    def observe(self, state: tuple[Any, ...], step: int, plan: Plan, measures: Sequence[Measured] | None) -> tuple[Any, ...]:
+    def observe(self, state: tuple[Any, ...], step: int, plan: Plan, measures: Sequence[MetricValue] | None) -> tuple[Any, ...]:
         found = []
         for policy, own in zip(self.policies, state, strict=True):
             groups = _groups(policy)
@@ -253,10 +253,10 @@ def _groups(policy: Policy) -> frozenset[str]:
 
 def scaled_to(policy: Policy, num_steps: int) -> tuple[Policy, str]:
     """A policy for a number of steps, and what is other than it was made for ("" for nothing)."""
-    if isinstance(policy, Together):
+    if isinstance(policy, CombinedPolicy):
         each = [scaled_to(p, num_steps) for p in policy.policies]
-        return Together(tuple(p for p, _ in each)), "; ".join(dict.fromkeys(said for _, said in each if said))
-    if isinstance(policy, Scheduled) and policy.when.of_steps not in (0, num_steps):
+        return CombinedPolicy(tuple(p for p, _ in each)), "; ".join(dict.fromkeys(said for _, said in each if said))
+    if isinstance(policy, SchedulePolicy) and policy.when.of_steps not in (0, num_steps):
         when = policy.when.scaled(num_steps)
         computed = when.computed(num_steps)
         steps = ", ".join(map(str, computed)) if len(computed) < num_steps else "all, so nothing is reused"

@@ -19,13 +19,13 @@ from vdcache.ir.checks import timestep as checked_timestep
 from vdcache.ir.dialect import group_of
 from vdcache.ir.errors import CacheStateError, ConfigError
 from vdcache.ir.sizes import updated_by
-from vdcache.runtime.call import CallKey, CompiledGraph, Emitted, LaneScope, Listener, Look, Recorder, Ticket
-from vdcache.runtime.clock import Clock, Reading, Tick
+from vdcache.runtime.call import CallKey, CompiledGraph, Emitted, LaneScope, Listener, ProbeResult, Recorder, CallContext
+from vdcache.runtime.clock import StepTracker, Reading, Tick
 from vdcache.runtime.device_time import DeviceTime
 from vdcache.runtime.history import History, Record, tell
-from vdcache.runtime.lane_table import LATENT, Held, Lane, LaneTable, Question, compare
-from vdcache.runtime.measures import Layout, Measured, count_of, measured
-from vdcache.runtime.notices import Notices
+from vdcache.runtime.lane_table import LATENT, RememberedInput, Lane, LaneTable, LaneQuery, compare
+from vdcache.runtime.measures import MetricSpec, MetricValue, count_of, measured
+from vdcache.runtime.notices import SessionWarnings
 from vdcache.runtime.plan import RECOMPUTE, Plan
 from vdcache.runtime.policies import Always, Policy
 from vdcache.runtime.read import read
@@ -45,7 +45,7 @@ class _Pending:
     """Sums of one call that the policy has not seen yet."""
 
     sums: Tensor
-    layouts: tuple[Layout, ...]
+    layouts: tuple[MetricSpec, ...]
     elements: tuple[int, ...]
     comparable: bool
 
@@ -84,12 +84,12 @@ class Session:
             self.num_steps = step_count(self.num_steps)
             (self.prepare(self.num_steps) if self.prepare is not None else self.policy).start(self.num_steps)
         self._given_steps = self.num_steps
-        self._clock = Clock()
-        self._notices = Notices(self.name)
+        self._clock = StepTracker()
+        self._notices = SessionWarnings(self.name)
         self._state: Any = None
         self._plan, self._why = RECOMPUTE, ""
         self._undecided = False  # the plan of this step waits for a probe
-        self._probe: tuple[Measured, ...] | None = None  # what was probed at this step
+        self._probe: tuple[MetricValue, ...] | None = None  # what was probed at this step
         self._step, self._generation = -1, -1
         self._hit = False  # something was reused in this generation
         self._lane: int | str = 0
@@ -107,7 +107,7 @@ class Session:
         self._labels: dict[Hashable, int] = {}  # of each family, how many lanes it has in this generation
         self._shown: set[int] = set()  # numbers of the lanes of this step
         self._seen: dict[
-            Hashable, dict[int, Held]
+            Hashable, dict[int, RememberedInput]
         ] = {}  # of each call of this step, its latents and what moves with the timestep
         self._ambiguous: dict[tuple[int | str | None, int, int], int] = {}  # lanes, and the last step of several latents
         # What graphs returned lately, for which conditioning, in which family; and how often a lane had begun by then.
@@ -141,7 +141,7 @@ class Session:
         self._begun = False  # begin() was called and no step has started since
         self._syncs = 0
         self._emitted: list[Emitted] = []
-        self._first_lane: dict[Hashable, Held] = {}  # what graphs returned in the first lane of this step
+        self._first_lane: dict[Hashable, RememberedInput] = {}  # what graphs returned in the first lane of this step
         self._same_halves: bool | None = None  # of this generation's batch; None where nobody has looked
         self._computed: dict[CallKey, dict[str, tuple[int, int]]] = {}  # of each lane: group -> last computed step, how many
         self._due: dict[
@@ -221,7 +221,7 @@ class Session:
         """Forget every cached value, the policy's state and what was learnt; the history stays."""
         self._step, self._state = -1, None  # what ran so far teaches nothing
         self.num_steps = self._given_steps
-        self._clock = Clock()
+        self._clock = StepTracker()
         self.begin()
 
     @property
@@ -319,8 +319,8 @@ class Session:
     # ---- what happens around a call --------------------------------------------------------------------------------
 
     def enter(
-        self, graph: CompiledGraph, inputs: Sequence[Any], look: Callable[[list[Tensor] | None], Look] = lambda previous: Look()
-    ) -> Ticket:
+        self, graph: CompiledGraph, inputs: Sequence[Any], look: Callable[[list[Tensor] | None], ProbeResult] = lambda previous: ProbeResult()
+    ) -> CallContext:
         """Place a call in the run and say what it reuses.
 
         Args:
@@ -350,7 +350,7 @@ class Session:
         if repeated:
             self._drop(key)  # of the other latent
         again = any(step == self._step for step, _ in self._computed.get(key, {}).values())
-        seen = Look()
+        seen = ProbeResult()
         if graph.probes:
             earlier = self.store.get(key, [p.layout.name for p in graph.probes])
             seen = look(earlier)
@@ -399,7 +399,7 @@ class Session:
             syncs=self._syncs,
             probe=self._probe or (),
         )
-        return Ticket(
+        return CallContext(
             graph,
             plan,
             key,
@@ -420,7 +420,7 @@ class Session:
 
     def leave(
         self,
-        ticket: Ticket,
+        ticket: CallContext,
         inputs: Sequence[Any],
         results: Sequence[Any],
         saved: dict[str, Tensor],
@@ -432,7 +432,7 @@ class Session:
             value = results[lanes.output]
             at = ticket.key.graph, ticket.key.call
             if isinstance(value, Tensor) and at not in self._first_lane:
-                self._first_lane[at] = Held(value)
+                self._first_lane[at] = RememberedInput(value)
         for number, result in (
             enumerate(results) if len(results) > 1 or self._given is not None or len(self._graphs) > 1 else ()
         ):
@@ -495,7 +495,7 @@ class Session:
                 self._notices.no_lanes()
         return None if self._same_halves else "the halves of the batch are not two lanes"
 
-    def _decide(self, graph: CompiledGraph, seen: Look, comparable: bool) -> None:
+    def _decide(self, graph: CompiledGraph, seen: ProbeResult, comparable: bool) -> None:
         """Choose the plan of the step by what was probed."""
         self._undecided = False
         measures = None
@@ -610,7 +610,7 @@ class Session:
         self._repeated = tick.repeated or self._unsure
 
     def _read(
-        self, graph: CompiledGraph, inputs: Sequence[Any], who: Hashable, question: Question
+        self, graph: CompiledGraph, inputs: Sequence[Any], who: Hashable, question: LaneQuery
     ) -> tuple[Reading, bool | Tensor | None]:
         """Read the clock, and on an accelerator everything else that this call may need, with one sync.
 
@@ -751,7 +751,7 @@ class Session:
         kept = [i for i in (graph.told if self._unlearnt else latents) if self._origin(inputs[i]) is None]
         at = who, call, lane
         held = self._seen.get(at)
-        self._seen[at] = {i: Held(inputs[i]) for i in kept} | {i: Held(inputs[i], sampled=True) for i in moving}
+        self._seen[at] = {i: RememberedInput(inputs[i]) for i in kept} | {i: RememberedInput(inputs[i], sampled=True) for i in moving}
         if held is None:
             return False
         answers = {i: compare(held[i], inputs[i]) for i in (*latents, *moving) if i in held}
@@ -865,7 +865,7 @@ class Session:
             plan = self.policy.plan(self._state, self._step, tuple(self._timesteps))
             self._plan, self._why, self._undecided = RECOMPUTE if plan is None else self._listed(plan), "", plan is None
 
-    def _recall_length(self, measures: tuple[Measured, ...] | None) -> None:
+    def _recall_length(self, measures: tuple[MetricValue, ...] | None) -> None:
         """Runs of several lengths in turn: where an earlier one began with the same two timesteps, this one is as long."""
         steps = self._lengths.get(tuple(self._timesteps[:2]))
         if steps is None or steps == self.num_steps:
@@ -901,7 +901,7 @@ class Session:
         """The plan that the step before really followed: reuse only if some call reused."""
         return self._plan if any(r.reused for r in self._step_records) or not self._step_records else RECOMPUTE
 
-    def _measures(self) -> tuple[Measured, ...] | None:
+    def _measures(self) -> tuple[MetricValue, ...] | None:
         """What the step before measured, lanes added up; None where a lane had nothing to compare with."""
         pending, self._pending = self._pending, []
         if not pending:
@@ -910,8 +910,8 @@ class Session:
         self._syncs += syncs
         if not all(p.comparable for p in pending):
             return None
-        totals: dict[Layout, list[float]] = {}
-        elements: dict[Layout, int] = {}
+        totals: dict[MetricSpec, list[float]] = {}
+        elements: dict[MetricSpec, int] = {}
         for p, sums in zip(pending, numbers, strict=True):
             at = 0
             for layout, n in zip(p.layouts, p.elements, strict=True):

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from vdcache.ir.checks import number, whole, whole_numbers
 from vdcache.ir.errors import ConfigError
 
-__all__ = ["Gated", "Grid", "Intervals", "Listed", "Steps"]
+__all__ = ["TGateSteps", "EveryNth", "LinearIntervals", "StepList", "Steps"]
 
 
 @dataclass(frozen=True)
-class Listed:
+class StepList:
     """Computed steps as a list, counted from 0. Every step before the first of them is computed as well (the warm-up).
 
     Args:
@@ -49,17 +49,17 @@ class Listed:
             )
         return (*range(self.steps[0]), *self.steps)
 
-    def scaled(self, num_steps: int) -> Listed:
+    def scaled(self, num_steps: int) -> StepList:
         """The same list for another number of steps."""
         factor = num_steps / (self.of_steps or num_steps)
-        return Listed(tuple(sorted({min(num_steps - 1, round(s * factor)) for s in self.steps})), num_steps)
+        return StepList(tuple(sorted({min(num_steps - 1, round(s * factor)) for s in self.steps})), num_steps)
 
 
 ORDERS = ("decreasing", "increasing", "even")
 
 
 @dataclass(frozen=True)
-class Intervals:
+class LinearIntervals:
     """Intervals between computed steps that change linearly over the run (ProfilingDiT equations 11, 12 and 15).
 
     After `warm_up` computed steps, step s₀ = warm_up is computed, and after a computed step s the next one is s + T(s), with
@@ -123,7 +123,7 @@ class Intervals:
             steps = [self.warm_up + i * (num_steps - self.warm_up) // len(steps) for i in range(len(steps))]
         return (*range(self.warm_up), *steps)
 
-    def scaled(self, num_steps: int) -> Intervals:
+    def scaled(self, num_steps: int) -> LinearIntervals:
         """The same schedule for another number of steps."""
         factor = num_steps / (self.of_steps or num_steps)
         warm_up = min(num_steps - 1, round(self.warm_up * factor))
@@ -133,7 +133,7 @@ class Intervals:
 
 
 @dataclass(frozen=True)
-class Grid:
+class EveryNth:
     """Every n-th step, and some at either end.
 
     Args:
@@ -166,14 +166,14 @@ class Grid:
         at = (num_steps - 1 if self.from_end else self.offset) % self.n
         return tuple(s for s in range(num_steps) if s % self.n == at or s < max(1, self.first) or s >= num_steps - self.last)
 
-    def scaled(self, num_steps: int) -> Grid:
+    def scaled(self, num_steps: int) -> EveryNth:
         """The same grid for another number of steps."""
         factor = num_steps / (self.of_steps or num_steps)
         return replace(self, first=round(self.first * factor), last=round(self.last * factor), of_steps=num_steps)
 
 
 @dataclass(frozen=True)
-class Gated:
+class TGateSteps:
     """The steps of T-GATE (arXiv 2404.02747) for self-attention: up to the gate every `interval`-th, from there every
     `after`-th.
 
@@ -206,9 +206,9 @@ class Gated:
         after = [s for s in range(self.gate, num_steps) if s % self.after == 0]
         return (*before, *range(self.gate - 1, min(self.gate, num_steps)), *after)
 
-    def scaled(self, num_steps: int) -> Gated:
+    def scaled(self, num_steps: int) -> TGateSteps:
         """The same gate for another number of steps."""
         return replace(self, gate=max(1, round(self.gate * num_steps / (self.of_steps or num_steps))), of_steps=num_steps)
 
 
-Steps = Listed | Intervals | Grid | Gated  # what says which steps are computed
+Steps = StepList | LinearIntervals | EveryNth | TGateSteps  # what says which steps are computed

@@ -8,14 +8,14 @@ from typing import Any
 
 from vdcache.ir.checks import number, whole
 from vdcache.ir.errors import ConfigError
-from vdcache.runtime.measures import Measured
+from vdcache.runtime.measures import MetricValue
 from vdcache.runtime.plan import RECOMPUTE, Plan
 
-__all__ = ["Bursts", "Windowed"]
+__all__ = ["BroadcastWindow", "TimestepWindow"]
 
 
 @dataclass(frozen=True)
-class Windowed:
+class TimestepWindow:
     """Recompute every n-th step, and every step outside a window of timesteps (Pyramid Attention Broadcast, arXiv 2408.12588).
 
     The grid counts from step 0, in and out of the window.
@@ -50,12 +50,12 @@ class Windowed:
         inside = low < timesteps(times, step, state)[step] < high
         return Plan.of([self.group]) if step % self.n and inside else RECOMPUTE
 
-    def observe(self, state: Any, step: int, plan: Plan, measures: Sequence[Measured] | None) -> Any:
+    def observe(self, state: Any, step: int, plan: Plan, measures: Sequence[MetricValue] | None) -> Any:
         return state
 
 
 @dataclass(frozen=True)
-class Bursts:
+class BroadcastWindow:
     """Recompute everywhere but in the few steps after certain timesteps (the MLPs of Pyramid Attention Broadcast).
 
     Args:
@@ -89,7 +89,7 @@ class Bursts:
         reuse = step not in starts and any(s < step <= s + self.skip for s in starts)
         return Plan.of([self.group]) if reuse else RECOMPUTE
 
-    def observe(self, state: Any, step: int, plan: Plan, measures: Sequence[Measured] | None) -> Any:
+    def observe(self, state: Any, step: int, plan: Plan, measures: Sequence[MetricValue] | None) -> Any:
         return state
 
 

@@ -18,12 +18,12 @@ from vdcache.runtime.plan import RECOMPUTE
 from vdcache.runtime.policies import Always
 from vdcache.runtime.schedules import same_times
 from vdcache.runtime.session import Session
-from vdcache.scheduling.calibration import Calibration, Key, find, keep, key_of, time_of
-from vdcache.scheduling.choose import Goal, Scored, choose
-from vdcache.scheduling.rerun import Recording, Rerun, Reruns
-from vdcache.scheduling.table import Gathering, StepTable
+from vdcache.scheduling.calibration import Calibration, CalibrationKey, find, keep, key_of, time_of
+from vdcache.scheduling.choose import Goal, ScheduleScores, choose
+from vdcache.scheduling.rerun import RecordedRun, TrajectoryReplay, TrajectoryReplays
+from vdcache.scheduling.table import StepTableBuilder, StepTable
 
-__all__ = ["Autopilot", "cost_of_reuse"]
+__all__ = ["AutoCalibrator", "cost_of_reuse"]
 
 ORDER = 1  # of the recipe's predictor
 FEW_STEPS = 4  # leave nothing to skip
@@ -38,13 +38,13 @@ class _Passing(ConfigError):
 class _Run:
     """One uncached generation as it goes."""
 
-    recording: Recording
-    gathering: Gathering
+    recording: RecordedRun
+    gathering: StepTableBuilder
     calls: list[int] = field(default_factory=list)  # of each step
     programs: dict[Any, None] = field(default_factory=dict)  # the graphs that ran
 
 
-class Autopilot:
+class AutoCalibrator:
     """A session's recorder that finds its schedule.
 
     Where a calibration is known for the model, number of steps, sizes and timesteps, it is followed. Else one generation runs
@@ -68,13 +68,13 @@ class Autopilot:
         self._generation: int | None = None
         self._now: _Run | None = None  # the generation that is recorded
         self._following: Calibration | None = None  # in this generation
-        self._key = Key("", 0, "")  # of this generation, without timesteps
+        self._key = CalibrationKey("", 0, "")  # of this generation, without timesteps
         self._times: list[float] = []  # of this generation's steps, as far as they are known
-        self._seen: dict[Key, tuple[float, ...]] = {}  # timesteps of the last generation of each key
+        self._seen: dict[CalibrationKey, tuple[float, ...]] = {}  # timesteps of the last generation of each key
         self._found: list[Calibration] = []  # by this session, should the disk take none
-        self._hopeless: set[Key] = set()
-        self._tries: dict[Key, tuple[int, int]] = {}  # generations that failed, and the one that is tried next
-        self._cut: set[Key] = set()  # of which a generation ended with fewer calls than a step has
+        self._hopeless: set[CalibrationKey] = set()
+        self._tries: dict[CalibrationKey, tuple[int, int]] = {}  # generations that failed, and the one that is tried next
+        self._cut: set[CalibrationKey] = set()  # of which a generation ended with fewer calls than a step has
         self._before: set[Any] = set()  # graphs of which nobody knows the step
         self.calibration: Calibration | None = None  # the last that was found
         session.prepare = lambda steps: Always()
@@ -160,7 +160,7 @@ class Autopilot:
                 schedule = replace(schedule, computed=tuple(sorted({1, *schedule.computed})))
             self._session.follow(schedule.policy(self._following.key.times))
         else:
-            self._now = _Run(Recording(), Gathering(steps))
+            self._now = _Run(RecordedRun(), StepTableBuilder(steps))
 
     def _known(self, times: Sequence[float]) -> Calibration | None:
         """What was found before for this generation's key, by this session or any other, if its timesteps begin so."""
@@ -269,12 +269,12 @@ class Autopilot:
                 f"the model was given or gave NaN or infinity in step {min([*wrong[:1], *([] if step is None else [step])])}"
             )
         cost = cost_of_reuse([*run.programs, *self._before])
-        scored, tried, note = Scored(), False, ""
+        scored, tried, note = ScheduleScores(), False, ""
         options: dict[str, Any] = {"orders": [ORDER], "reuse_cost": cost, "scored": scored}
         try:
-            rerun = Rerun(run.recording)
+            rerun = TrajectoryReplay(run.recording)
             tried = True
-            schedule = choose(table, Reruns([rerun]), self._goal, **options)
+            schedule = choose(table, TrajectoryReplays([rerun]), self._goal, **options)
         except Exception as error:
             may_pass = not isinstance(error, VdcacheError)  # no memory, for one
             if tried and not may_pass:

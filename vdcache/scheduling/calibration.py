@@ -20,15 +20,15 @@ from vdcache.ir.errors import ConfigError
 from vdcache.ir.files import cache_folder, saved, text_of, write_aside
 from vdcache.runtime.read import read
 from vdcache.runtime.schedules import same_times
-from vdcache.scheduling.choose import Goal, Scored
+from vdcache.scheduling.choose import Goal, ScheduleScores
 from vdcache.scheduling.schedule import Schedule, candidates_up_to
 from vdcache.scheduling.table import StepTable
 
-__all__ = ["Calibration", "Key", "as_real", "find", "folder", "keep", "key_of", "time_of", "weights_of"]
+__all__ = ["Calibration", "CalibrationKey", "as_real", "find", "folder", "keep", "key_of", "time_of", "weights_of"]
 
 
 @dataclass(frozen=True)
-class Key:
+class CalibrationKey:
     """What a calibration holds for.
 
     Args:
@@ -68,7 +68,7 @@ class Calibration:
         path: the file that it is kept in, where it was read from one or written to one; deleting it makes vdcache calibrate anew.
     """
 
-    key: Key
+    key: CalibrationKey
     goal: Goal
     schedule: Schedule
     products: tuple[tuple[tuple[float, ...], ...], ...] = field(default=(), repr=False)
@@ -93,11 +93,11 @@ class Calibration:
 
     @staticmethod
     def of(
-        key: Key,
+        key: CalibrationKey,
         goal: Goal,
         schedule: Schedule,
         table: StepTable,
-        scored: Scored,
+        scored: ScheduleScores,
         *,
         reuse_cost: float,
         began: float,
@@ -170,7 +170,7 @@ class Calibration:
             data = json.loads(text_of(text))
             key = {**data.pop("key")}
             key["times"] = tuple(key["times"])
-            data["key"], data["goal"], data["schedule"] = Key(**key), Goal(**data["goal"]), Schedule(**data["schedule"])
+            data["key"], data["goal"], data["schedule"] = CalibrationKey(**key), Goal(**data["goal"]), Schedule(**data["schedule"])
             data["tried"] = tuple(Schedule(**s) for s in data["tried"])
             data["products"] = tuple(tuple(map(tuple, g)) for g in data["products"])
             return Calibration(**data, path=text if isinstance(text, Path) else None)
@@ -187,7 +187,7 @@ def _digest(*parts: Any) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def _stem(key: Key, goal: Goal) -> str:
+def _stem(key: CalibrationKey, goal: Goal) -> str:
     return f"{key.model}-{key.steps}-{_digest(key.sizes, str(goal))}"
 
 
@@ -198,7 +198,7 @@ def keep(found: Calibration) -> Path:
     return path
 
 
-def find(key: Key, goal: Goal) -> Calibration | None:
+def find(key: CalibrationKey, goal: Goal) -> Calibration | None:
     """The newest calibration for this model, number of steps, sizes and goal, whose timesteps begin as those of `key`."""
     known = []
     for path in folder().glob(f"{_stem(key, goal)}-*.json"):
@@ -212,12 +212,12 @@ def find(key: Key, goal: Goal) -> Calibration | None:
     return max(known, key=lambda k: k[0])[1] if known else None
 
 
-def key_of(program: Any, inputs: Sequence[Any], steps: int) -> Key:
+def key_of(program: Any, inputs: Sequence[Any], steps: int) -> CalibrationKey:
     """What a calibration of this graph, with these parameters and sizes, holds for; the timesteps come later."""
     given = (inputs[i] for i in program.activations if isinstance(inputs[i], Tensor))
     sizes = " ".join(f"{'×'.join(map(str, v.shape))}:{str(v.dtype).removeprefix('torch.')}" for v in given)
     params = [inputs[i] for i in program.static if isinstance(inputs[i], Tensor)]
-    return Key(_digest(program.structure, weights_of(params)), steps, sizes)
+    return CalibrationKey(_digest(program.structure, weights_of(params)), steps, sizes)
 
 
 def weights_of(params: Iterable[Tensor]) -> str:
@@ -241,7 +241,7 @@ def time_of(program: Any, inputs: Sequence[Any], timestep: float | None) -> floa
     return max(read([value])[0][0]) if isinstance(value, Tensor) else float(value)
 
 
-def _tried(scored: Scored, steps: int) -> tuple[Schedule, ...]:
+def _tried(scored: ScheduleScores, steps: int) -> tuple[Schedule, ...]:
     """Every schedule that was run, with its mean PSNR."""
     by: dict[tuple[tuple[int, ...], int], list[float]] = {}
     for (computed, order, _), psnr in scored.known.items():

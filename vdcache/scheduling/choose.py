@@ -16,7 +16,7 @@ from vdcache.runtime.policies import Auto
 from vdcache.scheduling.schedule import ORDERS, Schedule, candidates, candidates_up_to
 from vdcache.scheduling.table import StepTable
 
-__all__ = ["BUDGET", "MOST", "Goal", "Runs", "Scored", "choose", "psnr_of"]
+__all__ = ["BUDGET", "MOST", "Goal", "Runs", "ScheduleScores", "choose", "psnr_of"]
 
 MOST = 20  # candidates of one number of computed steps that are run
 BUDGET = 2.0  # generations a prompt for running candidates, after the uncached one
@@ -107,7 +107,7 @@ class Runs(Protocol):
 
 
 @dataclass
-class Scored:
+class ScheduleScores:
     """What was run so far: the PSNR of every schedule on every prompt that it was tried on. Handed in again, it is not run again.
 
     Args:
@@ -118,7 +118,7 @@ class Scored:
 
     known: dict[tuple[tuple[int, ...], int, int], float] = field(default_factory=dict)
     tick: Callable[[str], None] = lambda text: None
-    keep: Callable[[Scored], None] = lambda scored: None
+    keep: Callable[[ScheduleScores], None] = lambda scored: None
 
     def psnr(self, runs: Runs, schedule: Schedule, prompt: int) -> float:
         key = schedule.computed, schedule.order, prompt
@@ -137,7 +137,7 @@ def choose(
     orders: Sequence[int] = ORDERS,
     tries: int | None = None,
     reuse_cost: float = 0.0,
-    scored: Scored | None = None,
+    scored: ScheduleScores | None = None,
 ) -> Schedule:
     """The best schedule that is known of: by the table, and by running its best candidates.
 
@@ -151,7 +151,7 @@ def choose(
     Raises:
         ConfigError: a goal that cannot be reached, with the best that can.
     """
-    scored = scored or Scored()
+    scored = scored or ScheduleScores()
     if goal.quality_db is None:
         count = goal.count(table.steps, reuse_cost)
         found = candidates(table, count, orders)
@@ -185,7 +185,7 @@ def _trusted(table: StepTable, count: int, orders: Sequence[int]) -> Schedule:
     raise AssertionError("computing every step has no error")
 
 
-def _nearest(runs: Runs, tried: Sequence[Schedule], scored: Scored, tries: int | None, budget: float) -> Schedule:
+def _nearest(runs: Runs, tried: Sequence[Schedule], scored: ScheduleScores, tries: int | None, budget: float) -> Schedule:
     """The candidate whose results are nearest to the uncached ones."""
     share = len(tried[0].computed) / tried[0].steps
 
@@ -207,7 +207,7 @@ def _fewest(
     runs: Runs,
     quality: float,
     orders: Sequence[int],
-    scored: Scored,
+    scored: ScheduleScores,
     tries: int | None,
     above: int = 0,
 ) -> Schedule:

@@ -11,17 +11,17 @@ from torch import Tensor
 
 from vdcache.ir.dialect import group_of
 from vdcache.ir.errors import ConfigError
-from vdcache.runtime.call import Probed
-from vdcache.runtime.measures import Layout, Measured, measured
+from vdcache.runtime.call import ProbeSpec
+from vdcache.runtime.measures import MetricSpec, MetricValue, measured
 from vdcache.runtime.plan import Plan
 from vdcache.runtime.policies import Deciding, Policy
 from vdcache.scheduling.table import LIMIT
 
-__all__ = ["Measures", "Watching", "replayed"]
+__all__ = ["MetricLog", "MetricRecorder", "replayed"]
 
 
 @dataclass(frozen=True)
-class Measures:
+class MetricLog:
     """Everything that a policy could measure in one generation.
 
     Args:
@@ -33,7 +33,7 @@ class Measures:
 
     steps: int
     times: tuple[float, ...]
-    pairs: Mapping[str, Mapping[tuple[int, int], Measured]]
+    pairs: Mapping[str, Mapping[tuple[int, int], MetricValue]]
     probes: Mapping[str, str]
 
     def changes(self) -> list[float]:
@@ -41,7 +41,7 @@ class Measures:
         return [own[s - 1, s].change for own in self.pairs.values() for s in range(1, self.steps)]
 
 
-class Watching:
+class MetricRecorder:
     """The values of one uncached generation as they come; of wide ones a sample of channels.
 
     Args:
@@ -51,7 +51,7 @@ class Watching:
     def __init__(self, steps: int | None = None) -> None:
         self._steps = steps or 50
         self._held: dict[str, dict[int | str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
-        self._layouts: dict[str, Layout] = {}
+        self._layouts: dict[str, MetricSpec] = {}
         self._since: dict[str, str] = {}
 
     @property
@@ -59,7 +59,7 @@ class Watching:
         """Held now."""
         return sum(v.numel() * v.element_size() for own in self._held.values() for values in own.values() for v in values)
 
-    def add(self, lane: int | str, values: Mapping[str, Tensor], layouts: Sequence[Layout], probes: Sequence[Probed]) -> None:
+    def add(self, lane: int | str, values: Mapping[str, Tensor], layouts: Sequence[MetricSpec], probes: Sequence[ProbeSpec]) -> None:
         """Take what one call observed and probed."""
         known = {o.name: o for o in layouts} | {p.layout.name: p.layout for p in probes}
         self._since |= {p.layout.name: p.since for p in probes}
@@ -76,7 +76,7 @@ class Watching:
         some = torch.randperm(value.shape[-1], generator=torch.Generator().manual_seed(0))[:width].sort().values
         return value[..., some.to(value.device)].float().clone()
 
-    def measures(self, times: Sequence[float] = ()) -> Measures:
+    def measures(self, times: Sequence[float] = ()) -> MetricLog:
         """What they have in common, two steps at a time.
 
         Raises:
@@ -87,7 +87,7 @@ class Watching:
                 f"what the policy looks at was seen in {sorted(lengths)} steps: every lane must have it at every step"
             )
         steps = lengths.pop()
-        pairs: dict[str, dict[tuple[int, int], Measured]] = {}
+        pairs: dict[str, dict[tuple[int, int], MetricValue]] = {}
         for name, own in self._held.items():
             layout, found = self._layouts[name], {}
             # A step is decided in its first lane; what is observed is added up when all of them are done.
@@ -98,10 +98,10 @@ class Watching:
                     sums = [_sums(v[late], v[early], layout) for v in lanes.values()]
                     found[early, late] = measured(layout, [sum(s) for s in zip(*sums, strict=True)], elements)
             pairs[name] = found
-        return Measures(steps, tuple(times), pairs, dict(self._since))
+        return MetricLog(steps, tuple(times), pairs, dict(self._since))
 
 
-def _sums(now: Tensor, then: Tensor, layout: Layout) -> list[float]:
+def _sums(now: Tensor, then: Tensor, layout: MetricSpec) -> list[float]:
     """As `passes.sums` forms them in a graph."""
     if layout.distance == "cosine":
         found = [then * now, then * then, now * now]
@@ -119,7 +119,7 @@ def _sums(now: Tensor, then: Tensor, layout: Layout) -> list[float]:
     return torch.stack([f.sum() for f in found]).tolist()
 
 
-def replayed(policy: Policy, seen: Measures) -> list[Plan]:
+def replayed(policy: Policy, seen: MetricLog) -> list[Plan]:
     """The plan of every step that a policy chooses, if values are those of the uncached generation.
 
     A cached generation drifts from it, so this is what to expect, not what will be.

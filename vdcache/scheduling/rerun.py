@@ -22,7 +22,7 @@ from vdcache.runtime.policies import Always, Policy
 from vdcache.runtime.session import Session
 from vdcache.scheduling.schedule import Schedule
 
-__all__ = ["Recording", "Rerun", "Reruns"]
+__all__ = ["RecordedRun", "TrajectoryReplay", "TrajectoryReplays"]
 
 BACK = 3  # steps that an update may look back over: UniPC of third order
 EXACT = 1e-4  # of the change from one latent to the next, which an update may leave unexplained in float32
@@ -38,7 +38,7 @@ class _Call:
 
 
 @dataclass
-class Recording:
+class RecordedRun:
     """What the graphs of a model were given and what they returned in one uncached generation.
 
     Values are kept in main memory; those that come again unchanged, as text embeddings do, once.
@@ -81,7 +81,7 @@ class Recording:
 
     @property
     def bytes(self) -> int:
-        """Held, each tensor once."""
+        """Bytes held, each tensor once."""
         tensors = [t for calls in self.steps for c in calls for t in (c.latent, *c.inputs.values(), *c.results)]
         once = {id(t): t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor)}
         return sum(once.values())
@@ -191,7 +191,7 @@ def _corner(part: Tensor, sizes: Sequence[int]) -> Tensor:
     return part[tuple(slice(n) for n in sizes)]
 
 
-def _parts(recording: Recording) -> _Parts | str:
+def _parts(recording: RecordedRun) -> _Parts | str:
     """How latents and outputs fit together, or why they do not."""
     alike: dict[tuple[Any, torch.Size], list[_Call]] = {}
     for call in itertools.chain(*recording.steps):
@@ -253,14 +253,14 @@ def _cut(calls: Sequence[_Call]) -> _Cut | None:
     return None
 
 
-class Rerun:
+class TrajectoryReplay:
     """One generation that can be run again under any policy.
 
     Raises:
         ConfigError: it was not made by a sampler that is linear in what the model returns, or the model cannot be run apart.
     """
 
-    def __init__(self, recording: Recording) -> None:
+    def __init__(self, recording: RecordedRun) -> None:
         if recording.unfit:
             raise ConfigError(recording.unfit)
         if len({len(calls) for calls in recording.steps}) > 1:
@@ -377,10 +377,10 @@ def _fitted(latents: Sequence[Tensor], outputs: Sequence[Sequence[Tensor]], step
     )
 
 
-class Reruns:
+class TrajectoryReplays:
     """Recorded generations, as `choose` takes them."""
 
-    def __init__(self, runs: Sequence[Rerun]) -> None:
+    def __init__(self, runs: Sequence[TrajectoryReplay]) -> None:
         self._runs = runs
 
     @property

@@ -16,7 +16,7 @@ from vdcache.passes import MarkBranches, MergeSlots, Pass
 from vdcache.passes.predictors import LAST, Taylor
 from vdcache.recipe import Recipe
 from vdcache.runtime.history import Record, any_computed, by_generation
-from vdcache.runtime.schedules import Planned
+from vdcache.runtime.schedules import PlanTable
 from vdcache.scheduling.paths import cost_of, paths_up_to
 from vdcache.scheduling.table import ORDERS, StepTable
 
@@ -55,9 +55,9 @@ class Schedule:
         if self.computed[-1] >= self.steps:
             raise ConfigError(f"a schedule of {self.steps} steps has no step {self.computed[-1]} (counted from 0)")
 
-    def policy(self, times: Sequence[float] = ()) -> Planned:
-        """The schedule as a policy; `times` are the timesteps that it holds for, as `Planned` takes them."""
-        return Planned(tuple(() if s in self.computed else ("all",) for s in range(self.steps)), tuple(times))
+    def policy(self, times: Sequence[float] = ()) -> PlanTable:
+        """The schedule as a policy; `times` are the timesteps that it holds for, as `PlanTable` takes them."""
+        return PlanTable(tuple(() if s in self.computed else ("all",) for s in range(self.steps)), tuple(times))
 
     def recipe(self, name: str = "") -> Recipe:
         """The schedule as a recipe: the stream's whole difference, predicted. Other numbers of steps are refused."""

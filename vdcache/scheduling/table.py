@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vdcache.ir.errors import ConfigError
 
-__all__ = ["ORDERS", "Gathering", "StepTable", "no_order"]
+__all__ = ["ORDERS", "StepTableBuilder", "StepTable", "no_order"]
 
 ORDERS = (0, 1)  # orders above do worse than these: they amplify what the solver does between steps
 LIMIT = 256 * 2**20  # bytes that one generation's values may take
@@ -74,7 +74,7 @@ class StepTable:
         return found
 
 
-class Gathering:
+class StepTableBuilder:
     """The values of one uncached generation as they come, and what they have in common when it is over.
 
     Of large values a sample of tokens is kept, the same ones at every step, so that one generation takes no more than `limit`

@@ -18,8 +18,8 @@ from vdcache.ir.errors import ConfigError, ContractError
 from vdcache.ir.oracle import example_inputs, skipped, unskippable
 from vdcache.ir.parse import parse
 from vdcache.passes import Pass, Pipeline, Specialise
-from vdcache.passes.predictors import Predictor, When
-from vdcache.runtime.measures import Measured
+from vdcache.passes.predictors import Predictor, StepInfo
+from vdcache.runtime.measures import MetricValue
 from vdcache.runtime.plan import Plan
 from vdcache.runtime.policies import Deciding, Policy
 from vdcache.testing.graphs import Graph, graph_from, run_pass
@@ -201,9 +201,9 @@ def _run_policy(policy: Policy, num_steps: int, changes: Sequence[float]) -> lis
     state, plans = policy.start(num_steps), []
     given = itertools.cycle(changes)
 
-    def measured() -> list[Measured]:
+    def measured() -> list[MetricValue]:
         change = next(given)
-        return [Measured("all/observed", change, change)]
+        return [MetricValue("all/observed", change, change)]
 
     for step in range(num_steps):
         plan, seen = policy.plan(state, step), None
@@ -265,5 +265,5 @@ def _assert_traceable(predictor: Predictor, value: Tensor) -> None:
         raise AssertionError(str(error)) from error
 
 
-def _when(elapsed: int, computed: int, step: int) -> When:
-    return When(*(torch.tensor(float(n)) for n in (elapsed, computed, step)))
+def _when(elapsed: int, computed: int, step: int) -> StepInfo:
+    return StepInfo(*(torch.tensor(float(n)) for n in (elapsed, computed, step)))

@@ -11,13 +11,13 @@ from torch import fx
 from vdcache.backends import Backend, Settings
 from vdcache.ir.dump import dump
 from vdcache.passes import Pass, Refusal
-from vdcache.passes.watching import Seen, listening
+from vdcache.passes.watching import PassRun, listening
 
-__all__ = ["RecordingBackend", "Stage"]
+__all__ = ["RecordingBackend", "RecordedPass"]
 
 
 @dataclass(frozen=True)
-class Stage:
+class RecordedPass:
     """One pass that ran while torch.compile compiled.
 
     Args:
@@ -37,7 +37,7 @@ class Stage:
 
 
 class RecordingBackend(Backend):
-    """`torch.compile(model, backend=RecordingBackend("every-3"))`: vdcache's backend, and a `Stage` for every pass.
+    """`torch.compile(model, backend=RecordingBackend("every-3"))`: vdcache's backend, and a `RecordedPass` for every pass.
 
     Args:
         recipe, options: as torch.compile's `options` for the backend "vdcache"; the inner compiler is "eager" and `strict` is True
@@ -46,20 +46,20 @@ class RecordingBackend(Backend):
 
     def __init__(self, recipe: Any = None, **options: Any) -> None:
         super().__init__(Settings.of({"inner": "eager", "strict": True, **options, "recipe": recipe}))
-        self.stages: list[Stage] = []
+        self.stages: list[RecordedPass] = []
         self._graphs = 0
 
     def __call__(self, graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         number, self._graphs = self._graphs, self._graphs + 1
 
-        def keep(seen: Seen) -> None:
+        def keep(seen: PassRun) -> None:
             step = seen.step
-            self.stages.append(Stage(number, seen.a_pass, seen.before, seen.after, step.rewrites, step.refusals))
+            self.stages.append(RecordedPass(number, seen.a_pass, seen.before, seen.after, step.rewrites, step.refusals))
 
         with listening(keep):
             return super().__call__(graph, example_inputs)
 
-    def stage(self, name: str, graph: int = 0) -> Stage:
+    def stage(self, name: str, graph: int = 0) -> RecordedPass:
         """The first run of the pass of that name on a graph.
 
         Raises:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vdcache import ConfigError
-from vdcache.passes.predictors import When
+from vdcache.passes.predictors import StepInfo
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class Damped:
         if not 0 <= self.damping <= 1:
             raise ConfigError(f"damping lies between 0 and 1, got {self.damping}")
 
-    def keep(self, fresh: Tensor, before: Sequence[Tensor], when: When) -> tuple[Tensor, Tensor]:
+    def keep(self, fresh: Tensor, before: Sequence[Tensor], when: StepInfo) -> tuple[Tensor, Tensor]:
         fresh = fresh.float()
         change = (fresh - before[0]) / when.elapsed.clamp(min=1)
         return fresh, torch.where(when.computed > 0, change, torch.zeros_like(change))
 
-    def predict(self, kept: Sequence[Tensor], when: When) -> Tensor:
+    def predict(self, kept: Sequence[Tensor], when: StepInfo) -> Tensor:
         return kept[0] + self.damping * when.elapsed * kept[1]

@@ -19,18 +19,18 @@ from torch import Tensor
 from vdcache.backends.kernels import triton
 from vdcache.ir.errors import ConfigError
 from vdcache.ir.files import cache_folder, write_aside
-from vdcache.ir.tiles import LOWERINGS, Tiled
+from vdcache.ir.tiles import LOWERINGS, TileMask
 
-__all__ = ["Choice", "choose", "measure"]
+__all__ = ["TuningResult", "choose", "measure"]
 
 ENOUGH = 0.9  # of what the mask could save at most: no other lowering can be much faster
 LONGEST = 20e12  # FLOPs of one dense call beyond which nothing is measured on a CPU
 MOST = 1 << 30  # bytes of queries, keys and values that are made to measure on; of larger ones only some heads are
-_known: dict[tuple[Path, str], Choice] = {}  # what this process has measured or read, by file and form
+_known: dict[tuple[Path, str], TuningResult] = {}  # what this process has measured or read, by file and form
 
 
 @dataclass(frozen=True)
-class Choice:
+class TuningResult:
     """What was measured.
 
     Args:
@@ -55,8 +55,8 @@ class Choice:
 
 
 def choose(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, on: Tiled, scale: float | None, *, again: bool = False
-) -> Choice:
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, on: TileMask, scale: float | None, *, again: bool = False
+) -> TuningResult:
     """The fastest lowering for operands of this form; measured now if it is not known yet.
 
     It is measured on random tensors: no value of the caller's is read, and no random generator but its own is used. Large operands, and those
@@ -79,7 +79,7 @@ def choose(
     return found
 
 
-def _measured(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, on: Tiled, scale: float | None) -> Choice:
+def _measured(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, on: TileMask, scale: float | None) -> TuningResult:
     """`measure` on random tensors of this form, as many heads and samples of it as there is memory for."""
     batch, heads = query.shape[0], key.shape[1]
     whole = sum(t.numel() * t.element_size() for t in (query, key, value))
@@ -94,7 +94,7 @@ def _measured(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, on
             if not _is_out_of_memory(error):
                 raise
         if heads_ == batch_ == 1:
-            return Choice("gather", {}, on.density)
+            return TuningResult("gather", {}, on.density)
         batch_, heads_ = (batch_, heads_ // 2) if heads_ > 1 else (batch_ // 2, 1)
 
 
@@ -122,14 +122,14 @@ def measure(
     key: Tensor,
     value: Tensor,
     bias: Tensor | None,
-    on: Tiled,
+    on: TileMask,
     scale: float | None,
     *,
     every: bool = False,
-) -> Choice:
+) -> TuningResult:
     """Time the lowerings on these tensors; those that cannot win any more are left out unless `every` is asked for."""
     if query.device.type == "cpu" and 4 * query.numel() * query.shape[-2] > LONGEST:
-        return Choice("gather", {}, on.density)
+        return TuningResult("gather", {}, on.density)
     gqa = query.shape[1] != key.shape[1]
 
     def dense(*_: Any) -> Tensor:
@@ -141,7 +141,7 @@ def measure(
 
     with torch.no_grad():
         first = dict(zip(("dense", "gather"), _time([dense, run("gather")], query.device), strict=True))
-        found = Choice("gather", first, on.density)
+        found = TuningResult("gather", first, on.density)
         if found.of_ideal >= ENOUGH and not every:
             return found
         rest = [n for n in LOWERINGS if n != "gather" and _can(n, on, query.device)]
@@ -154,10 +154,10 @@ def measure(
                 continue
         times = _time([dense, run("gather"), *map(run, ready)], query.device)
     seconds = dict(zip(("dense", "gather", *ready), times, strict=True))
-    return Choice(min(("gather", *ready), key=seconds.__getitem__), seconds, on.density)
+    return TuningResult(min(("gather", *ready), key=seconds.__getitem__), seconds, on.density)
 
 
-def _can(name: str, on: Tiled, device: torch.device) -> bool:
+def _can(name: str, on: TileMask, device: torch.device) -> bool:
     if name == "masked":  # a matrix of all queries × all keys
         return on.tokens <= 4096
     # interpreted, the kernel of our own is for tests
@@ -205,7 +205,7 @@ def _random(like: Tensor, shape: Sequence[int], draw: torch.Generator) -> Tensor
     return made.permute([order.index(i) for i in range(like.ndim)])
 
 
-def _key(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, on: Tiled) -> str:
+def _key(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, on: TileMask) -> str:
     device = query.device
     name = (
         torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} of {torch.get_num_threads()} threads"
@@ -222,10 +222,10 @@ def _machine() -> str:
     return f"{platform.node()} {platform.processor() or platform.machine()}"
 
 
-def _choice(data: Any) -> Choice | None:
+def _choice(data: Any) -> TuningResult | None:
     """What the file holds, if it is a choice that can be made here."""
     try:
-        found = Choice(str(data["lowering"]), {str(k): float(v) for k, v in data["seconds"].items()}, float(data["density"]))
+        found = TuningResult(str(data["lowering"]), {str(k): float(v) for k, v in data["seconds"].items()}, float(data["density"]))
     except (TypeError, KeyError, ValueError, AttributeError):
         return None
     fits = set(data) == {"lowering", "seconds", "density"} and {"dense", found.lowering} <= found.seconds.keys()
@@ -244,7 +244,7 @@ def _read() -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _write(name: str, found: Choice) -> None:
+def _write(name: str, found: TuningResult) -> None:
     """Add to the file, written aside and renamed; what cannot be written is measured again by the next process."""
     path = _path()
     try:

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from vdcache.backends.isolated import compile_isolated
 from vdcache.ir.masks import Skip
-from vdcache.ir.tiles import Tiled, _like
+from vdcache.ir.tiles import TileMask, _like
 
 __all__ = ["block_mask", "flex"]
 
 BLOCK = 128
 
 
-def flex(query: Tensor, key: Tensor, value: Tensor, on: Tiled, scale: float | None, bias: Tensor | None) -> Tensor:
+def flex(query: Tensor, key: Tensor, value: Tensor, on: TileMask, scale: float | None, bias: Tensor | None) -> Tensor:
     """`flex_attention` with a BlockMask; the contract of `vdcache.ir.tiles.gather`. Compiles at the first call of a size."""
     if isinstance(on.mask, Skip):
         return _like(query, value, torch.zeros)
@@ -49,7 +49,7 @@ def _compiled() -> Callable[..., Any]:
 
 
 @functools.lru_cache(maxsize=64)
-def block_mask(on: Tiled, device: torch.device) -> Any:
+def block_mask(on: TileMask, device: torch.device) -> Any:
     """The BlockMask of a mask: from the table of tiles, without a matrix of queries × keys."""
     from torch.nn.attention.flex_attention import BlockMask
 

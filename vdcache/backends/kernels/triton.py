@@ -22,7 +22,7 @@ from torch import Tensor
 
 from vdcache.ir.errors import ConfigError
 from vdcache.ir.masks import Skip
-from vdcache.ir.tiles import Tiled, _attend, _like, check_sequence
+from vdcache.ir.tiles import TileMask, _attend, _like, check_sequence
 
 __all__ = ["available", "triton_attention"]
 
@@ -39,7 +39,7 @@ def available(device: torch.device) -> bool:
 
 
 @torch.no_grad()
-def triton_attention(query: Tensor, key: Tensor, value: Tensor, on: Tiled, scale: float | None, bias: Tensor | None) -> Tensor:
+def triton_attention(query: Tensor, key: Tensor, value: Tensor, on: TileMask, scale: float | None, bias: Tensor | None) -> Tensor:
     """softmax(scale · Q Kᵀ + mask) V, without gradients; any strides are worked on as they are.
 
     A query that attends to something but not to everything, and whose keys the bias excludes one and all, gets 0, where
@@ -73,7 +73,7 @@ def triton_attention(query: Tensor, key: Tensor, value: Tensor, on: Tiled, scale
     return out
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor, on: Tiled) -> None:
+def _check(query: Tensor, key: Tensor, value: Tensor, on: TileMask) -> None:
     if not available(query.device):
         raise ConfigError(
             f"triton_attention on {query.device}: it needs Triton (pip install triton) and a CUDA device, or TRITON_INTERPRET=1 "
@@ -169,7 +169,7 @@ class _Tables:
 
 
 @functools.lru_cache(maxsize=256)
-def _tables(on: Tiled, device: torch.device) -> _Tables:
+def _tables(on: TileMask, device: torch.device) -> _Tables:
     """The tables of a mask on a device, made once."""
     from vdcache.backends.kernels.block_sparse import CHUNK, ROWS
 
