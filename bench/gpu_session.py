@@ -229,7 +229,7 @@ TINY = [("tiny", 4, 6, 8, 3, 2, 64, (1,), {})]
 
 def attention() -> None:
     """Every lowering on the papers' shapes; first one mask of every shape, then the others."""
-    from vdcache.backends.kernels import choose  # noqa: F401  (registers flex and triton)
+    from vdcache.backends.kernels import autotune  # noqa: F401  (registers flex and triton)
 
     shapes = TINY if ARGS.tiny else SHAPES
     rounds = [(shape, i) for i in range(4) for shape in shapes if i < len(shape[7])]
@@ -245,7 +245,7 @@ def attention_of(shape: tuple, k: int, first: bool) -> None:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     from vdcache.backends.kernels import block_sparse
-    from vdcache.backends.kernels.choose import LOWERINGS, _can
+    from vdcache.backends.kernels.autotune import LOWERINGS, _can
     from vdcache.ir.tiles import tiled
 
     name, f, r, c, text, heads, d, _, paper = shape

@@ -86,7 +86,7 @@ def entries(model: nn.Module) -> list[Entry]:
     add(
         "MagCache",
         {
-            f"{t:g}, {k}": vdcache.magcache(ratios, threshold=t, in_a_row=k)
+            f"{t:g}, {k}": vdcache.magcache(ratios, threshold=t, max_consecutive=k)
             for t, k in ((0.06, 2), (0.12, 3), (0.24, 4), (0.5, 6))
         },
     )
@@ -99,10 +99,13 @@ def entries(model: nn.Module) -> list[Entry]:
     add("PAB", {f"{a}/{c}": vdcache.pab(a, 0, c, window=window) for a, c in ((2, 2), (2, 4), (3, 6), (5, 10))})
     add("SmoothCache", {f"{a:g}": vdcache.smoothcache(errors.schedule(a)) for a in (0.1, 0.15, 0.25, 0.35)})
     add("FasterCache", {name: vdcache.fastercache(name, predicted="second") for name in ("cogvideox", "latte", "open-sora")})
-    lists = {"even": vdcache.LinearIntervals(6, 12, 2, "even", of_steps=50), "decreasing": vdcache.LinearIntervals(6, 12, 2, of_steps=50)}
+    lists = {
+        "even": vdcache.LinearIntervals(6, 12, 2, "even", of_steps=50),
+        "decreasing": vdcache.LinearIntervals(6, 12, 2, of_steps=50),
+    }
     add("ProfilingDiT", {name: vdcache.profilingdit(profile, when=when) for name, when in lists.items()}, (0, 1))
-    # what no paper has, from the same parts: the trunk's delta extrapolated, at steps that a probe or a schedule chooses
-    trunk = (vdcache.passes.MarkBranches(), vdcache.passes.MergeSlots())
+    # what no paper has, from the same parts: the delta of all blocks extrapolated, at steps that a probe or a schedule chooses
+    all_blocks = (vdcache.passes.MarkBranches(), vdcache.passes.MergeSlots())
     own = {
         f"TeaCache {t:g}": vdcache.Recipe(
             f"own-{t:g}", vdcache.teacache(t).policy, vdcache.teacache(t).passes, predictor=vdcache.Taylor(1)
@@ -110,8 +113,8 @@ def entries(model: nn.Module) -> list[Entry]:
         for t in (0.08, 0.12, 0.2)
     }
     add(
-        "trunk + Taylor 1",
-        own | {"every 3": vdcache.Recipe("own-3", vdcache.fora(3).policy, trunk, predictor=vdcache.Taylor(1))},
+        "all blocks + Taylor 1",
+        own | {"every 3": vdcache.Recipe("own-3", vdcache.fora(3).policy, all_blocks, predictor=vdcache.Taylor(1))},
     )
     return found
 
@@ -282,10 +285,10 @@ def same_steps(bench: Bench, model: nn.Module) -> None:
         pairs.append((peers.dbcache(t), vdcache.dbcache(1, 0, t, warm_up=4)))
         pairs.append((peers.dbcache(t, first=2), vdcache.dbcache(2, 0, t, warm_up=4)))
     for t, k, r in ((0.03, 1, 0.2), (0.06, 2, 0.2), (0.12, 3, 0.2), (0.3, 5, 0.1)):
-        pairs.append((peers.mag(t, k, r), vdcache.magcache(ratios, threshold=t, in_a_row=k, retention=r)))
+        pairs.append((peers.mag(t, k, r), vdcache.magcache(ratios, threshold=t, max_consecutive=k, retention=r)))
     for t, k in ((0.08, 2), (0.12, 2), (0.2, 2), (0.4, 4)):
         own = vdcache.seacache(t, **sea)
-        bounds = vdcache.Bounds(1, 1, in_a_row=k)
+        bounds = vdcache.Bounds(1, 1, max_consecutive=k)
         policy = vdcache.Threshold(t, accumulate=True, bounds=bounds)
         pairs.append((peers.sea(t, k), vdcache.Recipe(own.name, policy, own.passes, predictor=vdcache.Taylor(1))))
     for a, c, w in ((2, 2, (100, 800)), (2, 4, (50, 900)), (3, 6, (0, 950))):

@@ -75,8 +75,8 @@ BUGS = (
         RESIDUAL,
     ),
     Bug(
-        "a stale match: the anatomy kept after attention was rewritten",
-        "patterns/anatomy.py",
+        "a stale match: the analysis kept after attention was rewritten",
+        "patterns/analysis.py",
         "    graph.meta.pop(_CACHE, None)",
         "    pass",
         ("tests/passes/test_tile_attention.py",),
@@ -100,20 +100,20 @@ BUGS = (
     _passes(
         "a leaked value read from the guard",
         "mark_branches",
-        "            join.replace_input_with(value, marked)",
+        "            residual_add.replace_input_with(value, marked)",
         "            fresh.replace_all_uses_with(marked, delete_user_cb=lambda user: user is not marked)",
     ),
     _passes(
         "the stream not rewired to the guard of a fused sum",
         "mark_branches",
-        "            join.replace_all_uses_with(marked, delete_user_cb=lambda user: user is not marked)",
+        "            residual_add.replace_all_uses_with(marked, delete_user_cb=lambda user: user is not marked)",
         "            pass",
     ),
     _passes(
         "a fused sum guarded without its base",
         "mark_branches",
-        "(dialect.guard, (join, slot, base))",
-        "(dialect.guard, (join, slot))",
+        "(dialect.cache_guard, (residual_add, slot, base))",
+        "(dialect.cache_guard, (residual_add, slot))",
     ),
     _passes(
         "two branches with one slot",
@@ -139,8 +139,8 @@ BUGS = (
     _passes(
         "the base of the last branch taken for that of the run",
         "merge_slots",
-        "dialect.guarded(_before_casts(run[0].base)), run[-1].join",
-        "dialect.guarded(_before_casts(run[-1].base)), run[-1].join",
+        "dialect.with_cache_guard(_before_casts(run[0].base)), run[-1].residual_add",
+        "dialect.with_cache_guard(_before_casts(run[-1].base)), run[-1].residual_add",
     ),
     _passes("a sum with a factor merged", "merge_slots", 'or users[0].kwargs.get("alpha", 1) != 1', ""),
     _passes(
@@ -152,14 +152,14 @@ BUGS = (
     _passes(
         "the difference saved without subtracting the base",
         "specialise",
-        "                fresh = call(g, aten.sub.Tensor, fresh, base, made_by=str(self))",
+        "                new = call(g, aten.sub.Tensor, new, base, provenance=str(self))",
         "                pass",
         *SPECIALISE,
     ),
     _passes(
         "reuse without adding the base",
         "specialise",
-        "                value = call(g, aten.add.Tensor, base, value, made_by=str(self))",
+        "                value = call(g, aten.add.Tensor, base, value, provenance=str(self))",
         "                pass",
         *SPECIALISE,
     ),
@@ -221,7 +221,7 @@ BUGS = (
         "if wrong := next((n for n in first if is_effectful(n)), None):",
         "if wrong := next((n for n in first if False), None):",
     ),
-    _passes("a guard left in the head", "split_at_probe", "            if guard in first:", "            if False:"),
+    _passes("a guard left in the head", "split_at_probe", "            if cache_guard in first:", "            if False:"),
     _passes(
         "observed in the type of the gate, not of the stream",
         "observe",
@@ -246,28 +246,28 @@ BUGS = (
     Bug(
         "the value of new nodes lost",
         "ir/edit.py",
-        '    node.meta = {"val": result, "vdcache": made_by}\n    return node',
-        '    node.meta = {"vdcache": made_by}\n    return node',
+        '    node.meta = {"val": result, "vdcache": provenance}\n    return node',
+        '    node.meta = {"vdcache": provenance}\n    return node',
         ("tests/ir/test_facts.py", "tests/passes/test_merge_slots.py"),
     ),
     # predictors and measures
     Bug(
         "Taylor without its factorials",
         "passes/predictors.py",
-        "kept[i] * (1 / math.factorial(i))",
+        "cached[i] * (1 / math.factorial(i))",
         "kept[i]",
         ("tests/runtime/test_predictors.py",),
     ),
     Bug(
         "a difference formed with zeros that were never computed",
         "passes/predictors.py",
-        "torch.where(when.computed > i, 1 / when.elapsed",
+        "torch.where(step_info.computed > i, 1 / step_info.elapsed",
         "torch.where(when.computed > i - 1, 1 / when.elapsed",
         ("tests/runtime/test_predictors.py",),
     ),
     _runtime(
         "the change relative to now, not to before",
-        "measures",
+        "metrics",
         "        change = _ratio(root(first), root(second))",
         "        change = _ratio(root(first), root(third))",
         "tests/runtime/test_store_and_history.py",
@@ -311,46 +311,48 @@ BUGS = (
         "intervals rounded down", "steps", "math.floor(exact + 0.5)", "math.floor(exact)", "tests/runtime/test_schedules.py"
     ),
     # clock
-    _runtime("a jump back is no new generation", "clock", "if expected and direction and direction != expected:", "if False:"),
+    _runtime(
+        "a jump back is no new generation", "step_tracker", "if expected and direction and direction != expected:", "if False:"
+    ),
     _runtime(
         "windows taken for steps of a solver",
-        "clock",
+        "step_tracker",
         "if reading.coarse or not self._first_repeats:",
         "if True:",
     ),
     _runtime(
         "colliding 16-bit timesteps taken for windows",
-        "clock",
+        "step_tracker",
         "if reading.coarse or not self._first_repeats:",
         "if not self._first_repeats:",
     ),
     _runtime(
         "another shape of latent is no new generation",
-        "clock",
+        "step_tracker",
         "if before.form != reading.form and (last or not _same_but_for_batch(before.form, reading.form)):",
         "if False:",
     ),
     _runtime(
         "a sample more or less is a new generation",
-        "clock",
+        "step_tracker",
         "if before.form != reading.form and (last or not _same_but_for_batch(before.form, reading.form)):",
         "if before.form != reading.form:",
     ),
     _runtime(
         "the direction of the last generation forgotten",
-        "clock",
+        "step_tracker",
         "expected = self._direction or self._expected",
         "expected = self._direction",
     ),
     _runtime(
         "a run the other way round not expected where others ended",
-        "clock",
+        "step_tracker",
         "self._began.get(now) or -self._ended.get(now, -self._usual_direction)",
         "self._usual_direction",
     ),
     _runtime(
         "samples of a batch that go different ways are a step",
-        "clock",
+        "step_tracker",
         "return signs.pop() if len(signs) == 1 else None if signs else 0",
         "return signs.pop() if signs else 0",
     ),

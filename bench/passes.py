@@ -43,7 +43,7 @@ def captured(depth: int, then: Any = None) -> Any:
 
 def all_passes(graph: Any) -> tuple[float, Any]:
     """Seconds from the captured graph to both variants, and the recomputing one."""
-    graph.meta.pop("vdcache.anatomy", None)
+    graph.meta.pop("vdcache.analysis", None)
     gc.collect()  # what earlier depths left behind is not this one's cost
     began = time.perf_counter()
     guarded, _ = RECIPE.pipeline.run(graph)

@@ -1,6 +1,6 @@
 """Does reusing the blocks that look at the background, at decreasing intervals, beat other ways of reusing at equal speed?
 
-Tables 3 and 4 of ProfilingDiT (arXiv 2504.03140) for the trained model, beside AdaCache, TeaCache's steps with the whole trunk, and plain
+Tables 3 and 4 of ProfilingDiT (arXiv 2504.03140) for the trained model, beside AdaCache, TeaCache's steps with all blocks, and plain
 sampling with fewer steps, all as fast as background reuse. Then why: what each block alone costs, against its score; what random lists
 give. The mask against the truth, the profiler's cost, and the memory of one delta a run against one a block.
 """
@@ -131,18 +131,18 @@ def tables(
     main_way = ways["background reuse, stepwise"]
     generate(main_way.run, conditions[:4])
     ratio = median(_pair(plain, main_way, conditions[:4]) for _ in range(3))
-    whole = Way(model, whole_trunk(range(0, STEPS, 3)))
+    whole = Way(model, all_blocks(range(0, STEPS, 3)))
     generate(whole.run, conditions[:4])
     reused = median(r.seconds for r in whole.run.vdcache.history if not r.computed)
     full = median(r.seconds for r in whole.run.vdcache.history if r.computed)
     # as many computed steps as take the time of background reuse
     budget = max(2, round((STEPS / ratio - STEPS * reused / full) / (1 - reused / full)))
     ways |= {
-        f"whole trunk at TeaCache's steps ({budget} of {STEPS})": Way(
-            model, whole_trunk(tea_steps(model, conditions[:4], budget))
+        f"all blocks at TeaCache's steps ({budget} of {STEPS})": Way(
+            model, all_blocks(tea_steps(model, conditions[:4], budget))
         ),
-        f"whole trunk, evenly spread ({budget} of {STEPS})": Way(
-            model, whole_trunk(sorted({0, *(i * STEPS // budget for i in range(budget))}))
+        f"all blocks, evenly spread ({budget} of {STEPS})": Way(
+            model, all_blocks(sorted({0, *(i * STEPS // budget for i in range(budget))}))
         ),
         "AdaCache, calibrated, thresholds scaled to equal time": Way(model, adacache_of(model, conditions[:4], budget)),
         f"plain with {max(1, round(STEPS / ratio))} steps": Way(model, None, steps=max(1, round(STEPS / ratio))),
@@ -205,7 +205,7 @@ def draw_tables(rows: Sequence[dict[str, Any]], path: Path) -> None:
         "foreground reuse": ("foreground blocks reused", "#c05621", "o"),
         "background + foreground": ("both in turn", "#805ad5", "o"),
         "every block": ("every block, same steps", "#718096", "D"),
-        "whole trunk": ("every block, more steps", "#2f855a", "D"),
+        "all blocks": ("every block, more steps", "#2f855a", "D"),
         "AdaCache": ("AdaCache", "#b83280", "s"),
         "plain": ("plain, fewer steps", "black", "x"),
     }
@@ -247,10 +247,10 @@ def _pair(plain: Way, way: Way, conditions: Sequence[Condition]) -> float:
     return timed(lambda: generate(plain.run, conditions)) / timed(lambda: generate(way.run, conditions))
 
 
-def whole_trunk(steps: Sequence[int]) -> vdcache.Recipe:
+def all_blocks(steps: Sequence[int]) -> vdcache.Recipe:
     from vdcache.passes import MarkBranches, MergeSlots
 
-    return vdcache.Recipe("whole-trunk", vdcache.SchedulePolicy(vdcache.StepList(tuple(steps))), (MarkBranches(), MergeSlots()))
+    return vdcache.Recipe("all-blocks", vdcache.SchedulePolicy(vdcache.StepList(tuple(steps))), (MarkBranches(), MergeSlots()))
 
 
 def tea_steps(model: torch.nn.Module, conditions: Sequence[Condition], budget: int) -> list[int]:

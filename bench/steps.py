@@ -61,14 +61,14 @@ def main() -> None:
             door="explicit control",
         )
         bench.row(
-            "host time added to a reuse call, clock",
+            "host time added to a reuse call, step tracker",
             1e6 * added_seconds(program, session, explicit=False),
             "us",
             "<= 100",
             door="bare",
         )
 
-        # The CPU stands in for a device: every value that the clock or the policy reads would be one sync there.
+        # The CPU stands in for a device: every value that the step tracker or the policy reads would be one sync there.
         session.begin(100)
         for step in range(4):
             session.step()
@@ -102,14 +102,14 @@ def added_seconds(program: Any, session: Any, explicit: bool) -> float:
     kept, policy, prepare = part._compiled[()], session.policy, session.prepare
     session.prepare = None
     part._compiled[()] = lambda *a: result
-    clock = program.clocks[0]
+    timestep = program.timestep_inputs[0]
     times = []
     try:
         session.policy = EveryN(100_000)  # one computed step, then reuse
         with registry.using(session):
             session.begin(100_000)
             for step in range(1000):
-                inputs[clock] = torch.tensor([100_000 - step])
+                inputs[timestep] = torch.tensor([100_000 - step])
                 if explicit:
                     session.step()
                 times.append(timed(lambda: program(*inputs)))

@@ -23,7 +23,7 @@ from torch import Tensor
 import vdcache
 from bench.common import Bench, arguments, timed, wan
 from bench.profilingdit import generate, psnr_of
-from vdcache.backends.kernels.choose import measure
+from vdcache.backends.kernels.autotune import measure
 from vdcache.demo.data import random_conditions
 from vdcache.demo.sampler import sample
 from vdcache.demo.weights import load_model

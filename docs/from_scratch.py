@@ -39,8 +39,8 @@ class Denoiser(nn.Module):
         self.time, self.blocks = nn.Linear(16, 2), nn.ModuleList(Block(dim) for _ in range(blocks))
 
     def forward(self, latent: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        waves = timestep[:, None] * torch.exp(-torch.arange(8) / 2)
-        gates = self.time(torch.cat([waves.sin(), waves.cos()], -1))
+        sinusoids = timestep[:, None] * torch.exp(-torch.arange(8) / 2)
+        gates = self.time(torch.cat([sinusoids.sin(), sinusoids.cos()], -1))
         x = self.enter(latent)
         for block in self.blocks:
             x = block(x, gates[:, None])
@@ -126,11 +126,11 @@ assert len(found) == 8, "4 blocks of attention and MLP"
 print(f"3. {len(found)} residual branches")
 
 
-# ---- 4. A pass: mark the branches with guards ------------------------------------------------------------------------
-# A guard is an identity. It names a value (a slot) that a later step MAY take from an earlier one; the graph still computes what it did.
+# ---- 4. A pass: mark the branches with cache guards ------------------------------------------------------------------------
+# A cache guard is an identity. It names a value (a slot) that a later step MAY take from an earlier one; the graph still computes what it did.
 
 
-def guard(fresh: torch.Tensor, slot: str) -> torch.Tensor:
+def cache_guard(fresh: torch.Tensor, slot: str) -> torch.Tensor:
     return fresh
 
 
@@ -146,16 +146,16 @@ def mark_branches(graph: fx.GraphModule) -> fx.GraphModule:
         if isinstance(found := match_branch(node), tuple):
             _, contribution = found
             with graph.graph.inserting_after(contribution):
-                mark = graph.graph.call_function(guard, (contribution, f"branch.{node.name}"))
+                mark = graph.graph.call_function(cache_guard, (contribution, f"branch.{node.name}"))
             node.replace_input_with(contribution, mark)
     graph.recompile()
     return graph
 
 
 marked = mark_branches(graph)
-slots = [n.args[1] for n in marked.graph.nodes if n.target is guard]
+slots = [n.args[1] for n in marked.graph.nodes if n.target is cache_guard]
 assert len(slots) == 8
-assert torch.equal(marked(*inputs)[0], graph(*inputs)[0]), "a guard changes no bit"
+assert torch.equal(marked(*inputs)[0], graph(*inputs)[0]), "a cache guard changes no bit"
 print(f"4. marked; one slot is '{slots[0]}'")
 
 
@@ -169,7 +169,7 @@ class Poison(fx.Interpreter):
         self.kept, self.dead = kept, dead
 
     def run_node(self, n):
-        if n.target is guard:
+        if n.target is cache_guard:
             if self.kept.get(n.args[1]) is not None:
                 return self.kept[n.args[1]]
             self.kept[n.args[1]] = self.env[n.args[0]]
@@ -184,7 +184,7 @@ def needed_when_reusing(graph: fx.GraphModule) -> set[fx.Node]:
     while todo:
         node = todo.pop()
         live.add(node)
-        todo += [p for p in node.all_input_nodes if p not in live] if node.target is not guard else []
+        todo += [p for p in node.all_input_nodes if p not in live] if node.target is not cache_guard else []
     return live
 
 
@@ -196,7 +196,7 @@ print(f"5. {len(dead)} nodes may be left out")
 
 
 # ---- 6. Specialise: one static graph for each plan -------------------------------------------------------------------
-# A plan says which slots are reused. Reused: the guard becomes an input, and what only it needed is dead code. Computed: the value
+# A plan says which slots are reused. Reused: the cache guard becomes an input, and what only it needed is dead code. Computed: the value
 # becomes an output as well, to be kept. No graph decides anything when it runs, so each can be compiled whole.
 
 
@@ -204,7 +204,7 @@ def specialise(graph: fx.GraphModule, reuse: bool) -> fx.GraphModule:
     graph = copy_of(graph)
     last = graph.graph.find_nodes(op="placeholder")[-1]
     saved = []
-    for mark in [n for n in graph.graph.nodes if n.target is guard]:
+    for mark in [n for n in graph.graph.nodes if n.target is cache_guard]:
         if reuse:
             with graph.graph.inserting_after(last):
                 last = graph.graph.placeholder(f"kept_{mark.name}")
@@ -233,7 +233,7 @@ print(f"6. computing takes {size(full)} nodes, reusing {size(small)}")
 
 
 # ---- 7. Merge: one tensor instead of eight ---------------------------------------------------------------------------
-# All branches are reused together, so only their sum matters: guard the stream's difference from its start to its end.
+# All branches are reused together, so only their sum matters: put one cache guard on the stream's difference from its start to its end.
 
 
 def guarded_difference(fresh: torch.Tensor, slot: str, base: torch.Tensor) -> torch.Tensor:
@@ -242,7 +242,7 @@ def guarded_difference(fresh: torch.Tensor, slot: str, base: torch.Tensor) -> to
 
 def merge(graph: fx.GraphModule) -> fx.GraphModule:
     graph = copy_of(graph)
-    marks = [n for n in graph.graph.nodes if n.target is guard]
+    marks = [n for n in graph.graph.nodes if n.target is cache_guard]
     sums = [next(iter(m.users)) for m in marks]
     start = next(a for a in sums[0].args if a is not marks[0])
     for mark in marks:
@@ -292,9 +292,9 @@ print("7. one kept tensor instead of 8")
 
 def clock_of(graph: fx.GraphModule) -> int:
     given = graph.graph.find_nodes(op="placeholder")
-    waves = [n for n in graph.graph.nodes if n.target in ("sin", torch.sin)]
+    sinusoids = [n for n in graph.graph.nodes if n.target in ("sin", torch.sin)]
     return next(
-        i for i, n in enumerate(given) if any(n in ancestors(w) for w in waves) and n.meta["example_value"].numel() == 1
+        i for i, n in enumerate(given) if any(n in ancestors(w) for w in sinusoids) and n.meta["example_value"].numel() == 1
     )
 
 

@@ -127,7 +127,9 @@ def fields_of_patterns() -> str:
     from vdcache import patterns as p
     from vdcache.passes.catalogue import fields_page
 
-    return fields_page(p.GraphAnalysis, p.Branch, p.Attention, p.Block, p.Stream, p.Span, p.Grid, p.Conditioning, p.Match, p.NoMatch)
+    return fields_page(
+        p.GraphAnalysis, p.Branch, p.Attention, p.Block, p.Stream, p.Span, p.Grid, p.Conditioning, p.Match, p.NoMatch
+    )
 
 
 if __name__ == "__main__":

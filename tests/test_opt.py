@@ -95,7 +95,7 @@ return (%8)
 %4 = matmul(%3, %1) : f32[2,4]
 %5 = relu(%4) : f32[2,4]
 %6 = add(%3, %5) : f32[2,4]
-%7 = guard(%6, 'all/run.0', %0) : f32[2,4]
+%7 = cache_guard(%6, 'all/run.0', %0) : f32[2,4]
 %8 = sin(%7) : f32[2,4]
 %9 = add(%7, %8) : f32[2,4]
 return (%9)
@@ -114,7 +114,7 @@ return (%9)
 def test_print_changed_and_time(graph_file):
     out = opt("--pipeline", "canonicalise,mark-branches,merge-slots", graph_file, "--print-changed", "--time")
     assert "# canonicalise: 0 rewrites\n(no change)" in out
-    assert "+%7 = guard(%6, 'all/run.0', %0) : f32[2,4]" in out
+    assert "+%7 = cache_guard(%6, 'all/run.0', %0) : f32[2,4]" in out
     assert re.search(r"# time\n +[\d.]+ ms +0 rewrites  canonicalise\n", out)
 
 
@@ -138,7 +138,7 @@ def test_a_failing_pass_writes_what_shows_it_again(graph_file, more_passes):
     assert "ContractError: 'fails' failed at test_opt.py:49: KeyError: 'missing'" in out
     assert "vdcache opt --verify bug.txt" in out
     saved = load_graph(graph_file.parent / "bug.txt")
-    assert saved.pipeline == "fails,merge-slots" and "guard(" in vdcache.dump(saved.graph)
+    assert saved.pipeline == "fails,merge-slots" and "cache_guard(" in vdcache.dump(saved.graph)
     assert "KeyError: 'missing'" in opt("--verify", "bug.txt", code=1)
 
 
@@ -150,9 +150,9 @@ def test_verify_finds_a_promise_that_a_later_pass_breaks(graph_file, monkeypatch
         name: ClassVar[str] = "doubles"
 
         def run(self, graph):
-            guard = next(n for n in graph.graph.nodes if n.name == "guard")
-            with graph.graph.inserting_after(guard):
-                graph.graph.call_function(guard.target, guard.args).meta = dict(guard.meta)
+            cache_guard = next(n for n in graph.graph.nodes if n.name == "cache_guard")
+            with graph.graph.inserting_after(cache_guard):
+                graph.graph.call_function(cache_guard.target, cache_guard.args).meta = dict(cache_guard.meta)
             return vdcache.PassResult(graph, 1)
 
     monkeypatch.setitem(PASSES, "doubles", Doubles)
@@ -182,7 +182,7 @@ def leaks_nothing(came_in, graph):
 
 
 def no_guards(came_in, graph):
-    assert not any(n.name.startswith("guard") for n in graph.graph.nodes), "a guard"
+    assert not any(n.name.startswith("cache_guard") for n in graph.graph.nodes), "a guard"
 
 
 def test_bisect_with_a_check_of_ones_own(graph_file):
@@ -199,11 +199,11 @@ def test_bisect_writes_the_graph_that_the_culprit_is_given(graph_file):
     text = "canonicalise,mark-branches,merge-slots"
     found = opt("--pipeline", text, "--bisect", "tests.test_opt:no_guards", graph_file, "--out", "before.txt", code=1)
     saved = load_graph(graph_file.parent / "before.txt")
-    assert saved.pipeline == "mark-branches,merge-slots" and "guard(" not in vdcache.dump(saved.graph)
+    assert saved.pipeline == "mark-branches,merge-slots" and "cache_guard(" not in vdcache.dump(saved.graph)
     assert f"# {found.splitlines()[0]}" in (graph_file.parent / "before.txt").read_text()
     opt("--pipeline", text, "--bisect", "runs", graph_file, "--out", "after.txt")
     saved = load_graph(graph_file.parent / "after.txt")
-    assert saved.pipeline == "" and "guard(" in vdcache.dump(saved.graph)
+    assert saved.pipeline == "" and "cache_guard(" in vdcache.dump(saved.graph)
 
 
 def test_a_graph_from_standard_input(graph_file):
@@ -224,9 +224,9 @@ def test_every_check_holds_on_the_usual_passes(name):
 
 
 def test_skips_is_told_where_a_value_leaks():
-    """A guard that is moved off the value that the rest reads."""
+    """A cache guard that is moved off the value that the rest reads."""
     leaking = vdcache.parse(
-        "%0 = input() : f32[2,2]\n%1 = sin(%0)\n%2 = guard(%1, 'all/a')\n%3 = cos(%0)\n%4 = add(%2, %1)\n%5 = mul(%4, %3)\nreturn (%5)"
+        "%0 = input() : f32[2,2]\n%1 = sin(%0)\n%2 = cache_guard(%1, 'all/a')\n%3 = cos(%0)\n%4 = add(%2, %1)\n%5 = mul(%4, %3)\nreturn (%5)"
     )
     assert bisect(leaking, Pipeline((Canonicalise(),)), checker("skips")) is None  # %1 stays live
     assert "pass 1" in str(bisect(leaking, Pipeline((Swaps(),)), checker("same")))

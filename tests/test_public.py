@@ -101,17 +101,17 @@ def test_the_facts_of_the_patterns():
     assert_expected_inline(
         "\n".join(written(n, getattr(patterns, n)) for n in ("GraphAnalysis", "Branch", "Attention", "Block", "Stream")),
         """\
-GraphAnalysis(branches, clocks, latent, grid, refusals, streams=, blocks=, attentions=, conditioning=, latents=, flops=, covered=)
+GraphAnalysis(branches, timestep_inputs, latent, grid, refusals, streams=, blocks=, attentions=, conditioning=, latents=, flops=, covered=)
     coverage
     denoising_blocks(of)
     denoising_attentions()
     count()
-Branch(kind, stream, block, layout, join, base, source, contribution, pre_gate, nodes, attentions=, leaks=, flops=, bytes=, module=, line=, graph=)
+Branch(kind, stream, block, layout, residual_add, base, source, contribution, pre_gate, nodes, attentions=, leaks=, flops=, bytes=, module=, line=, graph=)
     gate
     name
 Attention(node, kind, layout, heads, q_len, kv_len, head_dim, form=, spans=, grid=)
 Block(index, shape, branches, graph=)
-Stream(index, role, shape, dtype, inputs, start, joins, spans=, parents=, graph=)""",
+Stream(index, role, shape, dtype, inputs, start, residual adds, spans=, parents=, graph=)""",
     )
 
 

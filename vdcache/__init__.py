@@ -61,7 +61,7 @@ _PUBLIC = {
     "parse": "vdcache.ir.parse",
     "Fact": "vdcache.ir.facts",
     "debug": "vdcache.passes.watching",
-    "anatomy": "vdcache.patterns",
+    "analyze": "vdcache.patterns",
     "NoMatch": "vdcache.patterns.facts",
     "Match": "vdcache.patterns.match",
     "Pattern": "vdcache.patterns.match",
@@ -160,10 +160,10 @@ if TYPE_CHECKING:
     from vdcache.passes.rewrite import Rewrite
     from vdcache.passes.tile_attention import TileAttention
     from vdcache.passes.watching import debug
-    from vdcache.patterns import anatomy
+    from vdcache.patterns import analyze
     from vdcache.patterns.facts import NoMatch
     from vdcache.patterns.match import Match, Pattern
-    from vdcache.pipelines.applied import apply, remove
+    from vdcache.pipelines.pipeline_cache import apply, remove
     from vdcache.pipelines.summary import summary
     from vdcache.profiling.calibrate import Thresholds, calibrate
     from vdcache.profiling.errors import StepErrors, magnitudes, step_errors
@@ -178,7 +178,7 @@ if TYPE_CHECKING:
     from vdcache.runtime.history import History, record
     from vdcache.runtime.plan import Plan
     from vdcache.runtime.policies import Always, Codebook, MoReg, Policy
-    from vdcache.runtime.schedules import SchedulePolicy, CombinedPolicy
+    from vdcache.runtime.schedules import CombinedPolicy, SchedulePolicy
     from vdcache.runtime.session import Session
     from vdcache.runtime.steps import LinearIntervals, StepList
     from vdcache.scheduling.calibration import Calibration
@@ -189,6 +189,10 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     """Public names load when they are first used, so that `import vdcache` costs nothing and imports no torch."""
     if name not in _PUBLIC:
+        from vdcache.renamed import PUBLIC, current
+
+        if name in PUBLIC:
+            return getattr(importlib.import_module(__name__), current(PUBLIC, name, "vdcache's"))
         raise AttributeError(f"module 'vdcache' has no attribute {name!r}")
     value = getattr(importlib.import_module(_PUBLIC[name]), name)
     globals()[name] = value

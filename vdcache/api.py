@@ -202,4 +202,4 @@ def _never_called(settings: Settings, because: str) -> None:
     )
     if settings.strict:
         raise CaptureError(message)
-    settings.say_once("never called", message)
+    settings.warn_once("never called", message)

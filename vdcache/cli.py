@@ -242,7 +242,7 @@ def opt(
         result = tool.run(saved.graph, parsed, verify=verify, reproducer=reproducer)
     except VdcacheError as error:
         typer.echo("\n".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())]), err=True)
-        # a pass that fails or breaks a promise is an answer; a graph or a pass that does not exist is none
+        # a pass that fails or breaks its contract is an answer; a graph or a pass that does not exist is none
         raise typer.Exit(NO if isinstance(error, ContractError) else FAILED) from error
     typer.echo(result.report(changed=print_changed, timing=timing))
     if out is not None:

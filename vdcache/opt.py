@@ -18,7 +18,7 @@ from vdcache.ir.errors import ConfigError, VdcacheError
 from vdcache.ir.facts import FACTS, Fact, check
 from vdcache.ir.graph_files import save_graph
 from vdcache.ir.oracle import example_inputs, unskippable
-from vdcache.passes import Pass, Pipeline, PassRecord
+from vdcache.passes import Pass, PassRecord, Pipeline
 from vdcache.passes.catalogue import known_facts, readable
 from vdcache.passes.watching import changes_text, refusals_text
 

@@ -17,11 +17,12 @@ from vdcache.passes import Canonicalise, MarkBranches, MergeSlots, Observe, Pass
 from vdcache.passes.base import passes_of
 from vdcache.passes.catalogue import known_passes
 from vdcache.passes.predictors import LAST, ByGroup, Extrapolated, Frequencies, LastValue, Predictor, Scaled, Taylor
+from vdcache.renamed import CLASSES, current, with_current_fields
 from vdcache.runtime.history import Record, by_generation
 from vdcache.runtime.policies import AdaCache, Always, Auto, Codebook, Deciding, EveryN, MoReg, Policy, scaled
 from vdcache.runtime.probing import Bounds, EasyCache, Threshold
-from vdcache.runtime.schedules import MagCache, PlanTable, SchedulePolicy, CombinedPolicy, scaled_to
-from vdcache.runtime.steps import TGateSteps, EveryNth, LinearIntervals, StepList
+from vdcache.runtime.schedules import CombinedPolicy, MagCache, PlanTable, SchedulePolicy, scaled_to
+from vdcache.runtime.steps import EveryNth, LinearIntervals, StepList, TGateSteps
 from vdcache.runtime.windows import BroadcastWindow, TimestepWindow
 
 __all__ = ["Recipe"]
@@ -223,7 +224,20 @@ class Recipe:
 KINDS: dict[str, Any] = {
     k.__name__: k
     for k in (
-        *(Always, Auto, EveryN, AdaCache, Codebook, MoReg, SchedulePolicy, CombinedPolicy, PlanTable, MagCache, TimestepWindow, BroadcastWindow),
+        *(
+            Always,
+            Auto,
+            EveryN,
+            AdaCache,
+            Codebook,
+            MoReg,
+            SchedulePolicy,
+            CombinedPolicy,
+            PlanTable,
+            MagCache,
+            TimestepWindow,
+            BroadcastWindow,
+        ),
         *(Threshold, EasyCache, Bounds, StepList, LinearIntervals, EveryNth, TGateSteps),
         *(LastValue, Taylor, Scaled, Extrapolated, Frequencies, ByGroup),
     )
@@ -261,13 +275,15 @@ def _value(data: Any) -> Any:
         return tuple(_value(v) for v in data)
     if not isinstance(data, dict):
         return data
-    if (kind := _kinds().get(data["kind"])) is None:
+    called = current(CLASSES, data["kind"], "the class")
+    if (kind := _kinds().get(called)) is None:
         package, colon, _ = str(data["kind"]).partition(":")
         hint = (
             f"; it is of the package {package.partition('.')[0]!r}, which is not installed or does not name it" if colon else ""
         )
         raise ConfigError(f"unknown policy {data['kind']!r}{hint}; there are {', '.join(_kinds())}")
     try:
-        return kind(**{name: _value(v) for name, v in data.items() if name != "kind"})
+        values = {name: _value(v) for name, v in data.items() if name != "kind"}
+        return kind(**with_current_fields(called, values))
     except TypeError as error:
         raise ConfigError(f"{data['kind']} cannot be made of {data}: {error}") from error

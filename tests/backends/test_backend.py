@@ -395,7 +395,7 @@ def test_python_float_timestep_baked_into_the_graph_names_the_remedy():
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore::vdcache.VdcacheWarning")
 def test_python_float_timestep_that_became_an_input_is_never_stale():
-    """Dynamo bakes the first value and makes the later ones an input, so the first step runs outside the clock."""
+    """Dynamo bakes the first value and makes the later ones an input, so the first step runs before a step is known."""
     model = FloatTime()
     compiled = vdcache.compile(model, "every-2", num_steps=5, inner="eager")
     for seed in range(3):
@@ -447,7 +447,7 @@ class Breaking(TinyDiT):
         return h + gates[1] * self.mlp[i](h)
 
     def forward(self, x, timestep, text):
-        gates = self.time(self.waves(timestep, x.dtype))[:, None].chunk(2, -1)
+        gates = self.time(self.sinusoids(timestep, x.dtype))[:, None].chunk(2, -1)
         h = self.inp(x) + self.text(text).mean(1, keepdim=True)
         h = self.block(0, h, gates)
         torch._dynamo.graph_break()

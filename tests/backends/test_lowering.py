@@ -16,9 +16,9 @@ import vdcache
 from tests.ir.test_tiles import bias_of, cases, noise, tensors
 from tests.passes.test_block_lists import Stack, call
 from vdcache.backends import lowering
-from vdcache.backends.kernels import choose as choosing
+from vdcache.backends.kernels import autotune as choosing
 from vdcache.backends.kernels import flex
-from vdcache.backends.kernels.choose import TuningResult, choose, measure
+from vdcache.backends.kernels.autotune import TuningResult, autotune, measure
 from vdcache.backends.lowering import lower_tiles, tile_sites
 from vdcache.ir.capture import trace
 from vdcache.ir.edit import copy_graph
@@ -66,15 +66,15 @@ def operands(form="heads", dtype=torch.float32, of_keys=2, tokens=16):
 
 
 def test_what_was_measured_is_remembered(cache, measured):
-    first = choose(*operands(), None, ON, None)
+    first = autotune(*operands(), None, ON, None)
     assert first == TuningResult("masked", {"dense": 4.0, "gather": 3.0, "masked": 2.0}, ON.density)
     assert (first.speedup, first.of_ideal) == (2.0, 2.0 * ON.density)
-    assert choose(*operands(), None, ON, None) == first and len(measured) == 1
+    assert autotune(*operands(), None, ON, None) == first and len(measured) == 1
     assert list(json.loads(cache.read_text()).values()) == [
         {"lowering": "masked", "seconds": first.seconds, "density": ON.density}
     ]
     assert [p.name for p in cache.parent.iterdir()] == [cache.name], "nothing is left beside it"
-    choose(*operands(), None, ON, None, again=True)
+    autotune(*operands(), None, ON, None, again=True)
     assert len(measured) == 2
 
 
@@ -94,11 +94,11 @@ def test_every_form_is_measured_once(cache, measured):
     ]
     for _ in range(2):
         for form in forms:
-            choose(*form)
+            autotune(*form)
     assert len(measured) == len(json.loads(cache.read_text())) == len(forms)
     torch.set_num_threads(torch.get_num_threads() + 1)
     try:
-        choose(*forms[0])
+        autotune(*forms[0])
     finally:
         torch.set_num_threads(torch.get_num_threads() - 1)
     assert len(measured) == len(forms) + 1, "other threads take other times"
@@ -108,27 +108,27 @@ def test_every_form_is_measured_once(cache, measured):
 def test_a_file_that_is_none_is_written_anew(cache, measured, content):
     cache.parent.mkdir()
     cache.write_bytes(content)
-    found = choose(*operands(), None, ON, None)
-    assert choose(*operands(), None, ON, None) == found and len(measured) == 1
+    found = autotune(*operands(), None, ON, None)
+    assert autotune(*operands(), None, ON, None) == found and len(measured) == 1
 
 
 def test_a_lowering_that_is_gone_is_measured_again(cache, measured, monkeypatch):
-    choose(*operands(), None, ON, None)
+    autotune(*operands(), None, ON, None)
     known = json.loads(cache.read_text())
     next(iter(known.values()))["lowering"] = "gone"
     cache.write_text(json.dumps(known))
     new_process(monkeypatch)
-    assert choose(*operands(), None, ON, None).lowering == "masked" and len(measured) == 2
+    assert autotune(*operands(), None, ON, None).lowering == "masked" and len(measured) == 2
 
 
 @pytest.mark.parametrize(
     "entry", [3, {}, {"lowering": "gather"}, {"lowering": "gather", "seconds": {}, "density": 1, "more": 2}]
 )
 def test_an_entry_of_another_form_is_measured_again(cache, measured, monkeypatch, entry):
-    choose(*operands(), None, ON, None)
+    autotune(*operands(), None, ON, None)
     cache.write_text(json.dumps(dict.fromkeys(json.loads(cache.read_text()), entry)))
     new_process(monkeypatch)
-    assert choose(*operands(), None, ON, None).lowering == "masked" and len(measured) == 2
+    assert autotune(*operands(), None, ON, None).lowering == "masked" and len(measured) == 2
 
 
 def test_where_nothing_can_be_written_it_is_measured_once_a_process(tmp_path, monkeypatch, measured):
@@ -136,15 +136,15 @@ def test_where_nothing_can_be_written_it_is_measured_once_a_process(tmp_path, mo
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("VDCACHE_CACHE_DIR", str(tmp_path / "file" / "below"))
     for times in (1, 1, 2):
-        assert choose(*operands(), None, ON, None, again=times == 2).lowering == "masked" and len(measured) == times
+        assert autotune(*operands(), None, ON, None, again=times == 2).lowering == "masked" and len(measured) == times
 
 
 def test_what_another_process_has_measured_is_read(cache, measured, monkeypatch):
-    found = choose(*operands(), None, ON, None)
+    found = autotune(*operands(), None, ON, None)
     new_process(monkeypatch)
-    assert choose(*operands(), None, ON, None) == found and len(measured) == 1
+    assert autotune(*operands(), None, ON, None) == found and len(measured) == 1
     cache.unlink()
-    assert choose(*operands(), None, ON, None) == found and len(measured) == 1, "memory comes first"
+    assert autotune(*operands(), None, ON, None) == found and len(measured) == 1, "memory comes first"
 
 
 def full(above, kind):
@@ -167,22 +167,24 @@ def test_where_memory_is_short_it_is_measured_on_some_heads(cache, monkeypatch, 
     bias = torch.ones(1, 8, 1, 16, dtype=torch.bool)
     asked, answer = full(2 * 2 * 16 * 4, kind)
     monkeypatch.setattr(choosing, "measure", answer)
-    found = choose(q, k, v, bias, ON, None)
+    found = autotune(q, k, v, bias, ON, None)
     assert asked == [
         [(2, 8), (2, 4), (2, 4), (1, 8)],
         [(2, 4), (2, 2), (2, 2), (1, 4)],
         [(2, 2), (2, 1), (2, 1), (1, 2)],
     ]
-    assert found == TuningResult("masked", {"dense": 16.0, "gather": 12.0, "masked": 8.0}, ON.density), "times are those of all heads"
-    assert choose(q, k, v, bias, ON, None) == found and len(asked) == 3
+    assert found == TuningResult("masked", {"dense": 16.0, "gather": 12.0, "masked": 8.0}, ON.density), (
+        "times are those of all heads"
+    )
+    assert autotune(q, k, v, bias, ON, None) == found and len(asked) == 3
 
 
 def test_where_there_is_no_memory_at_all_nothing_is_kept(cache, monkeypatch):
     asked, answer = full(0, torch.OutOfMemoryError)
     monkeypatch.setattr(choosing, "measure", answer)
-    assert choose(*operands(), None, ON, None) == TuningResult("gather", {}, ON.density) and len(asked) == 2
+    assert autotune(*operands(), None, ON, None) == TuningResult("gather", {}, ON.density) and len(asked) == 2
     assert not cache.exists()
-    choose(*operands(), None, ON, None)
+    autotune(*operands(), None, ON, None)
     assert len(asked) == 4, "later there may be some"
 
 
@@ -192,13 +194,13 @@ def test_other_errors_of_measuring_are_not_hidden(cache, monkeypatch):
 
     monkeypatch.setattr(choosing, "measure", answer)
     with pytest.raises(RuntimeError, match="a bug"):
-        choose(*operands(), None, ON, None)
+        autotune(*operands(), None, ON, None)
 
 
 def test_of_large_operands_some_heads_are_measured(cache, measured, monkeypatch):
     q, k, v = (noise(1, 8, 16, 4, seed=n) for n in range(3))
     monkeypatch.setattr(choosing, "MOST", 3 * 3 * 16 * 4 * 4)
-    found = choose(q, k, v, None, ON, None)
+    found = autotune(q, k, v, None, ON, None)
     ((random, *_),) = measured
     assert random.shape == (1, 3, 16, 4) and found.seconds["dense"] == pytest.approx(4.0 * 8 / 3)
 
@@ -207,7 +209,7 @@ def test_measuring_draws_nothing_from_the_users_generator(cache, measured):
     torch.manual_seed(3)
     want = torch.randn(4)
     torch.manual_seed(3)
-    choose(*operands(dtype=torch.float16), bias_of("bool", 1, 1, 16, None), ON, None)
+    autotune(*operands(dtype=torch.float16), bias_of("bool", 1, 1, 16, None), ON, None)
     assert torch.equal(torch.randn(4), want)
 
 
@@ -229,7 +231,7 @@ def test_every_lowering_is_there_in_a_fresh_process(lowering):
 def test_the_folder_of_the_cache(tmp_path, monkeypatch, measured):
     monkeypatch.delenv("VDCACHE_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    choose(*operands(), None, ON, None)
+    autotune(*operands(), None, ON, None)
     assert (tmp_path / "vdcache" / "lowerings.json").exists()
 
 
@@ -242,7 +244,7 @@ def test_what_is_measured_has_the_form_of_what_is_given(cache, measured, form, d
     given = (*operands(form, dtype, tokens=64), bias_of("bool", 1, 1, 64, None))
     with FakeTensorMode() as fake:
         given = tuple(map(fake.from_tensor, given))
-    choose(*given, ON, 0.3)
+    autotune(*given, ON, 0.3)
     ((*random, on, scale),) = measured
     assert [(t.shape, t.stride(), t.dtype) for t in random] == [(t.shape, t.stride(), t.dtype) for t in given]
     assert all(type(t) is torch.Tensor for t in random) and (on, scale) == (ON, 0.3)
@@ -289,7 +291,7 @@ def test_a_lowering_that_fails_is_not_chosen(monkeypatch):
 def test_what_takes_too_long_is_not_measured(cache, monkeypatch):
     monkeypatch.setattr(choosing, "LONGEST", 1)
     monkeypatch.setattr(choosing, "_time", None)
-    found = choose(*operands(), None, ON, None)
+    found = autotune(*operands(), None, ON, None)
     assert found == TuningResult("gather", {}, ON.density) and found.speedup == 1.0 and not cache.exists()
 
 

@@ -116,7 +116,7 @@ class Looping(TinyDiT):
         return h + gates[1] * self.mlp[i](h)
 
     def forward(self, x, timestep, text):
-        gates = self.time(self.waves(timestep, x.dtype))[:, None].chunk(2, -1)
+        gates = self.time(self.sinusoids(timestep, x.dtype))[:, None].chunk(2, -1)
         h = self.inp(x)
         for i in range(2):
             h = self.block(i, h, gates)
@@ -175,7 +175,7 @@ class Chained(Looping):
 
     def forward(self, x, timestep, text):
         timestep.dtype  # noqa: B018
-        gates = self.time(self.waves(timestep, x.dtype))[:, None].chunk(2, -1)
+        gates = self.time(self.sinusoids(timestep, x.dtype))[:, None].chunk(2, -1)
         h = self.inp(x)
         for i in range(2):
             h = self.block(i, h, gates) + self.text(text).mean(1, keepdim=True)

@@ -54,7 +54,7 @@ def test_branches_attentions_blocks_and_conditioning():
     assert [b.shape for b in report.blocks] == [0, 0, 0] and [len(b.branches) for b in report.blocks] == [3, 3, 3]
     (stream,) = report.streams
     assert stream.role == "latent" and stream.shape == (1, 48, 24) and stream.inputs == ("hidden_states",)
-    assert report.conditioning.clocks == ("timestep",)
+    assert report.conditioning.timestep_inputs == ("timestep",)
     assert report.conditioning.timestep and report.conditioning.text and report.conditioning.constant
     assert 0.9 < report.coverage < 1
     assert not report.graphs[0].ends and report.refusals
@@ -98,7 +98,7 @@ def test_a_14_billion_parameter_model_is_explained_without_weights():
     report = vdcache.explain(model, *args, recipe="adacache-fast")
     assert report.branches[0].attentions[0].q_len == 21 * 30 * 52
     assert report.flops > 1e14 and report.cache_bytes == 2 * 21 * 30 * 52 * 5120 * 4
-    assert report.conditioning.clocks == ("args[1]",)
+    assert report.conditioning.timestep_inputs == ("args[1]",)
 
 
 RUNS = []
@@ -220,7 +220,7 @@ def test_what_dynamo_cannot_trace_is_read_through_export(monkeypatch):
     monkeypatch.setattr(module, "parts", fails)
     report = vdcache.explain(model, *args)
     assert report.count() == want.count() and report.flops == want.flops and report.coverage == want.coverage
-    assert report.conditioning.clocks == ("timestep",) and "out of order" in str(report)
+    assert report.conditioning.timestep_inputs == ("timestep",) and "out of order" in str(report)
 
 
 class ReadsItsInput(nn.Module):

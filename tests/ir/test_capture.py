@@ -99,7 +99,7 @@ class Broken(TinyDiT):
         return h + self.mlp[i](h)
 
     def forward(self, x, timestep, text):
-        gates = self.time(self.waves(timestep, x.dtype))
+        gates = self.time(self.sinusoids(timestep, x.dtype))
         h = self.inp(x)
         for i in range(len(self.mlp)):
             h = self.block(i, h, gates)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 
-from vdcache.ir import ConfigError, ContractError, Fact, check, dump, guard, observe, trace
+from vdcache.ir import ConfigError, ContractError, Fact, cache_guard, check, dump, observe, trace
 from vdcache.ir.edit import call
 from vdcache.ir.facts import FACTS, holding
 
@@ -47,11 +47,11 @@ def test_a_good_graph_holds_everything():
     [
         (Fact.FUNCTIONAL, lambda g, x: add(g, aten.relu_.default, x), "writes into its arguments"),
         (Fact.CANONICAL, lambda g, x: add(g, aten.alias.default, x), "is a aten.alias.default"),
-        (Fact.GUARDED, lambda g, x: add(g, guard, x, "slot"), "a slot is named 'group/name'"),
-        (Fact.GUARDED, lambda g, x: add(g, guard, add(g, guard, x, "a/b"), "a/b"), "has already"),
-        (Fact.GUARDED, lambda g, x: add(g, guard, x, "a/b", list(g.nodes)[1]), "has a base of"),
+        (Fact.GUARDED, lambda g, x: add(g, cache_guard, x, "slot"), "a slot is named 'group/name'"),
+        (Fact.GUARDED, lambda g, x: add(g, cache_guard, add(g, cache_guard, x, "a/b"), "a/b"), "has already"),
+        (Fact.GUARDED, lambda g, x: add(g, cache_guard, x, "a/b", list(g.nodes)[1]), "has a base of"),
         (Fact.OBSERVED, lambda g, x: add(g, observe, x, "a/b", "l7"), "measures 'l7'"),
-        (Fact.PLAIN, lambda g, x: add(g, guard, x, "a/b"), "is a dialect node"),
+        (Fact.PLAIN, lambda g, x: add(g, cache_guard, x, "a/b"), "is a dialect node"),
     ],
 )
 def test_a_broken_graph_is_told(fact, spoil, message):
@@ -72,7 +72,7 @@ def test_new_nodes_are_typed_as_they_are_made():
     graph = graph_of()
     x = next(iter(graph.nodes))
     with graph.inserting_before(graph.output_node()):
-        node = call(graph, aten.sum.dim_IntList, x, [1], made_by="a test")
+        node = call(graph, aten.sum.dim_IntList, x, [1], provenance="a test")
     assert tuple(node.meta["val"].shape) == (2,) and node.meta["vdcache"] == "a test"
 
 

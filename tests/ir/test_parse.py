@@ -5,7 +5,7 @@ import torch
 from expecttest import assert_expected_inline
 from hypothesis import given, settings
 
-from vdcache.ir import ConfigError, dump, guard, parse, trace
+from vdcache.ir import ConfigError, cache_guard, dump, parse, trace
 from vdcache.ir.dialect import observe, probe
 from vdcache.ir.graph_files import load_graph, save_graph
 from vdcache.passes import Canonicalise, DeadCode, Emit, MarkBranches, MergeSlots, Observe, Pipeline, Specialise, TileAttention
@@ -234,8 +234,8 @@ def test_parsed_graphs_take_passes():
 def test_dialect_functions_are_identities_under_the_interpreter():
     graph = parse("""
 %0 = input() : f32[2]
-%1 = guard(%0, 'a/b', %0)
+%1 = cache_guard(%0, 'a/b', %0)
 %2 = observe(%1, 'a/o', 'l1', (), 0)
 return (%2)""")
-    assert {n.target for n in graph.graph.nodes if n.op == "call_function"} == {guard, observe}
+    assert {n.target for n in graph.graph.nodes if n.op == "call_function"} == {cache_guard, observe}
     assert torch.equal(values_of(graph, [torch.ones(2)])["observe"], torch.ones(2))

@@ -159,7 +159,7 @@ def test_dbcache():
         max_warmup_steps=4,
         max_continuous_cached_steps=3,
     )
-    assert str(quiet(config)) == str(vdcache.dbcache(2, 1, 0.12, warm_up=4, in_a_row=3))
+    assert str(quiet(config)) == str(vdcache.dbcache(2, 1, 0.12, warm_up=4, max_consecutive=3))
     with pytest.warns(vdcache.VdcacheWarning, match=r"enable_separate_cfg.*force_refresh_step_hint"):
         Recipe.from_config(cache_dit.DBCacheConfig(enable_separate_cfg=True, force_refresh_step_hint=9))
 

@@ -20,7 +20,7 @@ from vdcache.methods import MAGCACHE_RATIOS, PAB, PROFILINGDIT_LISTS, TEACACHE_C
 from vdcache.methods.attention import FASTERCACHE
 from vdcache.methods.registry import NAMES
 from vdcache.passes import Pipeline
-from vdcache.runtime import Codebook, EveryN, StepList, Policy
+from vdcache.runtime import Codebook, EveryN, Policy, StepList
 from vdcache.testing import TinyDiT
 
 OF_MODELS = {"teacache": TEACACHE_COEFFICIENTS, "magcache": MAGCACHE_RATIOS, "pab": PAB, "fastercache": FASTERCACHE}
@@ -209,8 +209,8 @@ BAD = [
     *(("dbcache", {"front": v}) for v in (0, *NO_COUNT)),
     *(("dbcache", {"back": v}) for v in NO_COUNT),
     *(("dbcache", {"warm_up": v}) for v in NO_COUNT),
-    *(("dbcache", {"in_a_row": v}) for v in NO_COUNT),
-    *(("dbcache", {"in_all": v}) for v in NO_COUNT),
+    *(("dbcache", {"max_consecutive": v}) for v in NO_COUNT),
+    *(("dbcache", {"max_total": v}) for v in NO_COUNT),
     *(("dbcache", {"limit": v}) for v in (*NO_NUMBER, -1.0, math.inf)),
     *(("dbcache", {"mask": v}) for v in ((2,), (-1,), ("1",), (0.5,), (math.nan,), 3, "101")),
     *(("dbcache", {"predictor": v}) for v in ("taylor", 1, None)),
@@ -241,7 +241,7 @@ BAD = [
     *(("l2c", {"scores": SCORES, "threshold": v}) for v in NO_NUMBER),
     *(("magcache", {"ratios": v}) for v in ((), None, 3, "1.0", ("1",), (0.0,), (-1.0,), (math.nan,), (math.inf,), (True,))),
     *(("magcache", {"ratios": RATIOS, "threshold": v}) for v in (*NO_NUMBER, -0.1)),
-    *(("magcache", {"ratios": RATIOS, "in_a_row": v}) for v in (0, *NO_COUNT)),
+    *(("magcache", {"ratios": RATIOS, "max_consecutive": v}) for v in (0, *NO_COUNT)),
     *(("magcache", {"ratios": RATIOS, "retention": v}) for v in NO_SHARE),
     *(("pab", {p: v}) for p in ("spatial", "temporal", "cross") for v in ("3", math.nan, 1.5, -1)),
     ("pab", {"spatial": 1}),
@@ -278,7 +278,7 @@ def test_good_numbers():
         methods.dbcache(1, 0, 0.1, mask=(True, False)),
         methods.teacache(0.1, [1, 0]),
         methods.seacache(at="input"),
-        methods.magcache(RATIOS, threshold=0, in_a_row=1, retention=1),
+        methods.magcache(RATIOS, threshold=0, max_consecutive=1, retention=1),
         methods.l2c(SCORES, 0),
         methods.l2c(torch.tensor(SCORES)),
         methods.smoothcache(LIST),

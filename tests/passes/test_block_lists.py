@@ -11,9 +11,9 @@ import vdcache
 from tests.zoo import ZOO, build
 from vdcache import ConfigError, profilingdit
 from vdcache.ir.capture import trace
-from vdcache.ir.dialect import guards
+from vdcache.ir.dialect import cache_guards
 from vdcache.passes import Canonicalise, MarkBranches, MergeSlots, Pipeline
-from vdcache.patterns import anatomy
+from vdcache.patterns import analyze
 from vdcache.testing import TinyDiT, assert_skipped, guarded, latent, time_of
 
 BLOCKS, STEPS = 6, 6
@@ -40,8 +40,12 @@ class Stack(nn.Module):
         self.eval().requires_grad_(False)
 
     def start(self, x, timestep, text):
-        waves = self.time(TinyDiT.waves(None, timestep, x.dtype))[:, None]
-        return [self.patch(x).flatten(2).mT + waves, self.words(text)] if self.two else [self.patch(x).flatten(2).mT + waves]
+        sinusoids = self.time(TinyDiT.sinusoids(None, timestep, x.dtype))[:, None]
+        return (
+            [self.patch(x).flatten(2).mT + sinusoids, self.words(text)]
+            if self.two
+            else [self.patch(x).flatten(2).mT + sinusoids]
+        )
 
     def block(self, i, streams):
         qkv = [self.qkv[i][s](h).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4) for s, h in enumerate(streams)]
@@ -124,7 +128,7 @@ def test_random_block_lists_against_deltas_by_hand(blocks, two, span, steps):
 @settings(deadline=None, max_examples=20)
 def test_a_skipped_run_is_gone(blocks, two):
     graph = guarded(MODELS[two], *call(0), more=(MergeSlots(),)) if len(blocks) == BLOCKS else _guarded(two, blocks)
-    if guards(graph.graph):
+    if cache_guards(graph.graph):
         assert_skipped(graph, *MODELS[two].state_dict().values(), *call(0))
 
 
@@ -185,7 +189,10 @@ def test_two_clocks_drive_four_variants():
 def test_groups_that_a_graph_lacks_make_no_variant():
     torch._dynamo.reset()
     policy = vdcache.CombinedPolicy(
-        (vdcache.SchedulePolicy(vdcache.StepList((0, 2)), ("here",)), vdcache.SchedulePolicy(vdcache.StepList((0,)), ("nowhere",)))
+        (
+            vdcache.SchedulePolicy(vdcache.StepList((0, 2)), ("here",)),
+            vdcache.SchedulePolicy(vdcache.StepList((0,)), ("nowhere",)),
+        )
     )
     compiled = vdcache.compile(
         MODELS[False], vdcache.Recipe("one", policy, (MarkBranches(group="here"),)), num_steps=4, inner="eager"
@@ -246,12 +253,12 @@ def test_what_counts_as_a_block_of_the_model():
     """Refiners of the text do not count; single and double blocks are counted apart where that is asked for."""
     report = vdcache.explain(build("hunyuan_video"), **ZOO["hunyuan_video"].call(0, 6))
     (graph,) = report.graphs
-    found = graph.anatomy
+    found = graph.analysis
     assert [len(found.denoising_blocks(of)) for of in ("", "double", "single")] == [4, 2, 2]
     assert len(found.blocks) == 5
 
 
 def test_slots_of_a_list_are_named_by_their_group():
     graph = _guarded(False, {0, 2, 3})
-    assert [str(g.args[1]) for g in guards(graph.graph)] == ["all/run.0", "all/run.1"]
-    assert anatomy(graph).denoising_blocks()[0].index == 0
+    assert [str(g.args[1]) for g in cache_guards(graph.graph)] == ["all/run.0", "all/run.1"]
+    assert analyze(graph).denoising_blocks()[0].index == 0

@@ -79,7 +79,7 @@ class Video(nn.Module):
         return (v.mT @ a).mT
 
     def forward(self, x, timestep, text):
-        t = self.time(TinyDiT.waves(None, timestep, x.dtype))[:, None]
+        t = self.time(TinyDiT.sinusoids(None, timestep, x.dtype))[:, None]
         h = self.patch(x).flatten(2).mT + t
         b, n, _ = h.shape
         if self.text_tokens:

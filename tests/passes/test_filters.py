@@ -60,7 +60,7 @@ def test_filters_by_name():
 
 
 def probed(graph, at):
-    return Pipeline((Canonicalise(), Probe(at=at, filter="wiener", since="step")), verify=True).run(graph)
+    return Pipeline((Canonicalise(), Probe(location=at, filter="wiener", reference_step="step")), verify=True).run(graph)
 
 
 @pytest.mark.parametrize(("name", "grid"), [("wan", (3, 4, 4)), ("hunyuan_video", (3, 6, 6))])
@@ -68,7 +68,7 @@ def probed(graph, at):
 def test_in_a_graph(name, grid):
     """Tokens go back into their grid; the noise level is the timestep / 1000."""
     graph, given = graph_of(name)
-    plain, _ = Pipeline((Canonicalise(), Probe(at="modulated", since="step"))).run(graph)
+    plain, _ = Pipeline((Canonicalise(), Probe(location="modulated", reference_step="step"))).run(graph)
     (mark,) = dialect.probes(plain.graph)
     value = values_of(plain, given)[mark.args[0].name].float()
     found, _ = probed(graph, "modulated")

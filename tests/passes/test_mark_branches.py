@@ -1,4 +1,4 @@
-"""mark-branches: where guards go, what is refused, and that the numbers do not move."""
+"""mark-branches: where cache guards go, what is refused, and that the numbers do not move."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from expecttest import assert_expected_inline
 from hypothesis import example, given, settings
 
 from vdcache.ir import ConfigError, dump, trace
-from vdcache.ir.dialect import guards
+from vdcache.ir.dialect import cache_guards
 from vdcache.passes import Canonicalise, MarkBranches, Pipeline
 from vdcache.testing import WIDTH, Net, assert_reaches, assert_skipped, guarded, residual_nets
 
@@ -22,7 +22,7 @@ def test_a_branch_is_guarded_where_it_is_added():
 %1 = input() : f32[4,4]
 %2 = matmul(%0, %1) : f32[3,4]
 %3 = relu(%2) : f32[3,4]
-%4 = guard(%3, 'all/s0.b0.other') : f32[3,4]
+%4 = cache_guard(%3, 'all/s0.b0.other') : f32[3,4]
 %5 = add(%0, %4) : f32[3,4]
 return (%5)""",
     )
@@ -40,7 +40,7 @@ def test_a_gate_outside_the_stream_may_be_left_out_of_the_slot():
 %2 = input() : f32[4]
 %3 = matmul(%0, %1) : f32[3,4]
 %4 = relu(%3) : f32[3,4]
-%5 = guard(%4, 'all/s0.b0.other') : f32[3,4]
+%5 = cache_guard(%4, 'all/s0.b0.other') : f32[3,4]
 %6 = mul(%2, %5) : f32[3,4]
 %7 = add(%0, %6) : f32[3,4]
 return (%7)""",
@@ -57,7 +57,7 @@ def test_gate_and_sum_in_one_operation_are_guarded_by_their_difference():
 %2 = input() : f32[4]
 %3 = matmul(%0, %1) : f32[3,4]
 %4 = addcmul(%0, %2, %3) : f32[3,4]
-%5 = guard(%4, 'all/s0.b0.other', %0) : f32[3,4]
+%5 = cache_guard(%4, 'all/s0.b0.other', %0) : f32[3,4]
 return (%5)""",
     )
 
@@ -88,7 +88,7 @@ def test_kinds_choose():
         return x + x @ w
 
     graph, steps = Pipeline((Canonicalise(), MarkBranches(kinds=("mlp",))), verify=True).run(trace(net, X, W).graph)
-    assert [g.args[1] for g in guards(graph.graph)] == ["all/s0.b0.mlp"]
+    assert [g.args[1] for g in cache_guards(graph.graph)] == ["all/s0.b0.mlp"]
     assert "it is other, which was not asked for" in str(steps[-1].refusals[-1])
 
 
@@ -108,8 +108,8 @@ def test_any_net_can_be_marked_and_skipped(net):
     with torch.no_grad():
         for a, b in zip(plain(X, W, G), graph(X, W, G), strict=True):
             assert torch.equal(a, b)
-    assert len(guards(graph.graph)) == net.works(), "every branch with work is found, and nothing else"
-    if guards(graph.graph):
+    assert len(cache_guards(graph.graph)) == net.works(), "every branch with work is found, and nothing else"
+    if cache_guards(graph.graph):
         assert_skipped(graph, X, W, G)
 
 

@@ -41,7 +41,7 @@ def test_a_reused_step_is_one_addition():
 %2 = matmul(%0, %1) : f32[1,6,4]
 %3 = relu(%2) : f32[1,6,4]
 %4 = add(%0, %3) : f32[1,6,4]
-%5 = guard(%4, 'all/output', %0) : f32[1,6,4]
+%5 = cache_guard(%4, 'all/output', %0) : f32[1,6,4]
 return (%5)""",
     )
     assert_expected_inline(
@@ -61,7 +61,7 @@ return (%3)""",
 
 def test_without_a_base_the_output_itself_is_kept():
     graph, refused = marked(trace(net, X, W).graph, base="zero", group="whole")
-    assert not refused and [(g.args[1], len(g.args)) for g in dialect.guards(graph.graph)] == [("whole/output", 2)]
+    assert not refused and [(g.args[1], len(g.args)) for g in dialect.cache_guards(graph.graph)] == [("whole/output", 2)]
     assert_expected_inline(
         dump(variant(graph, {"whole"})),
         """\
@@ -85,11 +85,11 @@ def test_published_classes(name, channels):
     graph, given = graph_of(name)
     found, refused = marked(graph)
     assert not refused
-    (guard,) = dialect.guards(found.graph)
+    (cache_guard,) = dialect.cache_guards(found.graph)
     values = values_of(found, given)
     x = ZOO[name].call(3, 6)["hidden_states"]
     base = x if channels is None else x[:, :channels]
-    assert torch.equal(values[guard.args[0].name], output(name)) and torch.equal(values[guard.args[2].name], base)
+    assert torch.equal(values[cache_guard.args[0].name], output(name)) and torch.equal(values[cache_guard.args[2].name], base)
     full = variant(found)(*given)
     assert variant_io(variant(found)).saves == ("all/output",)
     assert torch.equal(full[0], output(name)) and torch.equal(full[1], output(name) - base)
@@ -104,8 +104,8 @@ def test_an_output_of_another_shape_is_kept_itself(name):
     graph, given = graph_of(name)
     found, (why,) = marked(graph)
     assert "the output itself is kept" in why and "the output is (1, 8" in why
-    (guard,) = dialect.guards(found.graph)
-    assert len(guard.args) == 2 and torch.equal(values_of(found, given)[guard.args[0].name], output(name))
+    (cache_guard,) = dialect.cache_guards(found.graph)
+    assert len(cache_guard.args) == 2 and torch.equal(values_of(found, given)[cache_guard.args[0].name], output(name))
     assert not [n for n in variant(found, {"all"}).graph.nodes if n.op == "call_function"]
 
 
@@ -119,9 +119,9 @@ def test_of_several_outputs_the_one_of_the_latents_form():
     args = latent(0), time_of(0), latent(9, 1, 3, 4)
     found, refused = marked(trace(model, *args).graph)
     assert not refused
-    (guard,) = dialect.guards(found.graph)
+    (cache_guard,) = dialect.cache_guards(found.graph)
     results = found.graph.output_node().args[0]
-    assert results[1] is guard and len(results) == 3
+    assert results[1] is cache_guard and len(results) == 3
     with torch.no_grad():
         assert all(torch.equal(a, b) for a, b in zip(found(*args), model(*args), strict=True))
 
@@ -129,7 +129,7 @@ def test_of_several_outputs_the_one_of_the_latents_form():
 def test_another_type_is_kept_itself():
     graph, (why,) = marked(trace(lambda x, w: net(x, w).double(), X, W).graph)
     assert "torch.float64, the latent (1, 6, 4) torch.float32" in why
-    assert [len(g.args) for g in dialect.guards(graph.graph)] == [2]
+    assert [len(g.args) for g in dialect.cache_guards(graph.graph)] == [2]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from expecttest import assert_expected_inline
 from hypothesis import given, settings
 
 from vdcache.ir import dump, trace
-from vdcache.ir.dialect import guards
+from vdcache.ir.dialect import cache_guards
 from vdcache.passes import Canonicalise, DeadCode, MarkBranches, MergeSlots, Pipeline, Specialise, variant_io
 from vdcache.testing import WIDTH, assert_reaches, assert_skipped, guarded, residual_nets, run_variant
 
@@ -18,7 +18,7 @@ def merged(fn, *args):
 
 
 def slots(graph):
-    return [str(g.args[1]) for g in guards(graph.graph)]
+    return [str(g.args[1]) for g in cache_guards(graph.graph)]
 
 
 def refusals(fn, *args):
@@ -41,7 +41,7 @@ def test_two_branches_make_one_slot():
 %4 = matmul(%3, %1) : f32[3,4]
 %5 = relu(%4) : f32[3,4]
 %6 = add(%3, %5) : f32[3,4]
-%7 = guard(%6, 'all/run.0', %0) : f32[3,4]
+%7 = cache_guard(%6, 'all/run.0', %0) : f32[3,4]
 return (%7)""",
     )
 
@@ -64,7 +64,7 @@ def test_views_between_are_repeated_on_the_base():
 %7 = view(%6, [2, 6]) : f32[2,6]
 %8 = add(%4, %7) : f32[2,6]
 %9 = reshape(%0, [2, 6]) : f32[2,6]
-%10 = guard(%8, 'all/run.0', %9) : f32[2,6]
+%10 = cache_guard(%8, 'all/run.0', %9) : f32[2,6]
 return (%10)""",
     )
 
@@ -172,7 +172,7 @@ def test_merging_keeps_numbers_and_skips_the_same(net):
         want = plain(X, W, G)
         for a, b in zip(want, graph(X, W, G), strict=True):
             assert torch.equal(a, b)
-    if guards(graph.graph):
+    if cache_guards(graph.graph):
         assert_skipped(graph, X, W, G)
     assert len(slots(graph)) <= net.works()
 

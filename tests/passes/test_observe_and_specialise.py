@@ -148,7 +148,7 @@ def test_a_value_that_lies_otherwise_in_memory_fits_the_views_behind_it():
 %2 = transpose.int(%0, 1, 2)
 %3 = clone(%2, memory_format=torch.contiguous_format)
 %4 = transpose.int(%3, 1, 2)
-%5 = guard(%4, 'all/a')
+%5 = cache_guard(%4, 'all/a')
 %6 = transpose.int(%5, 1, 2)
 %7 = view(%6, [1, 6, 8])
 %8 = relu(%7)

@@ -19,7 +19,7 @@ from vdcache.passes import (
     Pipeline,
     Rewrite,
     Specialise,
-    put_guard,
+    put_cache_guard,
 )
 from vdcache.passes.predictors import LAST, Blended, ByGroup, Extrapolated, Frequencies, Scaled, Taylor
 from vdcache.recipe import Recipe
@@ -244,10 +244,10 @@ def test_a_pass_that_forgets_its_base_class(make):
             make(given)
 
 
-def foreign(run, **attributes):
+def third_party(run, **attributes):
     """A pass of another package."""
     return dataclass(frozen=True)(
-        type("Foreign", (Pass,), {"name": "foreign", "run": run, "__module__": __name__, **attributes})
+        type("ThirdParty", (Pass,), {"name": "third-party", "run": run, "__module__": __name__, **attributes})
     )()
 
 
@@ -255,7 +255,7 @@ def doubled(self, graph):
     for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default, sort=True) or [
         n for n in graph.graph.nodes if n.op == "call_function"
     ]:
-        put_guard(node, "all/twice", self)
+        put_cache_guard(node, "all/twice", self)
     return PassResult(graph, 1)
 
 
@@ -283,12 +283,12 @@ def writes(self, graph):
 
 
 BROKEN = {
-    "none": (lambda self, graph: None, "'foreign' returned NoneType; run returns a PassResult"),
-    "graph": (lambda self, graph: graph, "'foreign' returned GraphModule; run returns a PassResult"),
-    "doubled": (doubled, "has slot 'all/twice', which 'guard' has already"),
-    "too early": (too_early, "after 'foreign' the graph is no graph: "),
-    "untyped": (untyped, "after 'foreign' the graph is not typed: 'relu"),
-    "writes": (writes, "after 'foreign' the graph is not functional: "),
+    "none": (lambda self, graph: None, "'third-party' returned NoneType; run returns a PassResult"),
+    "graph": (lambda self, graph: graph, "'third-party' returned GraphModule; run returns a PassResult"),
+    "doubled": (doubled, "has slot 'all/twice', which 'cache_guard' has already"),
+    "too early": (too_early, "after 'third-party' the graph is no graph: "),
+    "untyped": (untyped, "after 'third-party' the graph is not typed: 'relu"),
+    "writes": (writes, "after 'third-party' the graph is not functional: "),
 }
 
 
@@ -296,18 +296,18 @@ BROKEN = {
 def test_a_foreign_pass_that_breaks_its_promises_breaks_no_model(name):
     """Without verify, without strict: in the compilation of whoever uses it. The graph runs as it was, and the pass is named."""
     run, said = BROKEN[name]
-    a_pass = foreign(run)
+    a_pass = third_party(run)
     graph = trace(lambda x, w: (x + torch.sin(x @ w)).tanh(), torch.randn(2, 4), torch.randn(4, 4)).graph
     with pytest.raises(ContractError) as error:
         Pipeline((a_pass,)).run(graph)
     assert said in str(error.value)
     (trial,) = try_recipe(Recipe("broken", EveryN(2), (a_pass, MarkBranches())), ["tiny"], steps=3)
-    assert trial.identical and trial.computed == (0, 1, 2) and "'foreign'" in trial.said
+    assert trial.identical and trial.computed == (0, 1, 2) and "'third-party'" in trial.said
 
 
 def test_facts_that_are_texts_are_refused():
-    with pytest.raises(ConfigError, match=r"'foreign' ensures \{'guarded'\}; give a frozenset of facts"):
-        Pipeline((foreign(lambda self, graph: PassResult(graph), ensures={"guarded"}),))
+    with pytest.raises(ConfigError, match=r"'third-party' ensures \{'guarded'\}; give a frozenset of facts"):
+        Pipeline((third_party(lambda self, graph: PassResult(graph), ensures={"guarded"}),))
 
 
 def test_one_pass_is_a_pipeline():

@@ -35,7 +35,7 @@ def value_of(graph, given, probe, scope=()):
     found, refused = probed(graph, probe, scope)
     assert not refused
     (mark,) = dialect.probes(found.graph)
-    assert mark.args[2:] == (probe.distance, probe.since)
+    assert mark.args[2:] == (probe.distance, probe.reference_step)
     return values_of(found, given)[mark.args[0].name]
 
 
@@ -48,14 +48,14 @@ def tiny(place, blocks=3):
     """What TinyDiT computes there, by hand."""
     m = TinyDiT(blocks=blocks)
     x, t, text = ARGS
-    waves = m.waves(t, x.dtype)
+    sinusoids = m.sinusoids(t, x.dtype)
     start = m.inp(x) + m.text(text).mean(1, keepdim=True)
     if place == "input":
         return x
     if place == "modulated":
         return start
     if place in ("timestep", "modulation"):
-        return m.time(waves)
+        return m.time(sinusoids)
     n = int(place.removeprefix("residual") or blocks)
     m.qkv, m.mlp = m.qkv[:n], m.mlp[:n]
     return m.branches(x, t, text)
@@ -72,7 +72,7 @@ def tiny_graph():
 def test_tiny(place, scope):
     graph, given = tiny_graph()
     at, blocks = ("residual", int(place[-1])) if place[-1].isdigit() else (place, 1)
-    got = value_of(graph, given, Probe(at=at, blocks=blocks), SCOPES[scope])
+    got = value_of(graph, given, Probe(location=at, blocks=blocks), SCOPES[scope])
     assert torch.equal(got, tiny(place))
 
 
@@ -81,7 +81,7 @@ def test_names_say_the_group_and_the_place():
     for probe, name in (
         (Probe(), "all/probe.residual1"),
         (Probe(blocks=2, group="rear"), "rear/probe.residual2"),
-        (Probe(at="timestep", blocks=2), "all/probe.timestep"),
+        (Probe(location="timestep", blocks=2), "all/probe.timestep"),
     ):
         found, _ = probed(graph, probe)
         assert [m.args[1] for m in dialect.probes(found.graph)] == [name]
@@ -90,7 +90,7 @@ def test_names_say_the_group_and_the_place():
 @pytest.mark.parametrize("place", [p for p in PLACES if p != "output"])
 def test_a_probe_changes_nothing(place):
     graph, given = tiny_graph()
-    found, _ = probed(graph, Probe(at=place), SCOPES["merged"])
+    found, _ = probed(graph, Probe(location=place), SCOPES["merged"])
     with torch.no_grad():
         assert all(torch.equal(a, b) for a, b in zip(found(*given), graph(*given), strict=True))
     assert all(not m.users for m in dialect.probes(found.graph))
@@ -98,7 +98,7 @@ def test_a_probe_changes_nothing(place):
 
 def test_two_probes_stand_side_by_side():
     graph, given = tiny_graph()
-    found, _ = Pipeline((Canonicalise(), Probe(at="input"), Probe(at="residual", blocks=2)), verify=True).run(graph)
+    found, _ = Pipeline((Canonicalise(), Probe(location="input"), Probe(location="residual", blocks=2)), verify=True).run(graph)
     values = values_of(found, given)
     got = {m.args[1]: values[m.args[0].name] for m in dialect.probes(found.graph)}
     assert torch.equal(got["all/probe.input"], tiny("input"))
@@ -153,7 +153,7 @@ REAL = ("wan", "hunyuan_video", "cogvideox", "flux", "latte", "sd3", "pixart")
 @torch.no_grad()
 def test_the_latent(name, scope):
     _, graph, given = known(name)
-    got = value_of(graph, given, Probe(at="input"), SCOPES[scope])
+    got = value_of(graph, given, Probe(location="input"), SCOPES[scope])
     assert torch.equal(got, ZOO[name].call(STEP, TOKENS)["hidden_states"])
 
 
@@ -162,7 +162,7 @@ def test_the_latent(name, scope):
 def test_the_latent_without_the_conditions_that_were_joined_to_it(name):
     graph, given = graph_of(name)
     channels = {"demo": 3, "wan_i2v": 4}[name]
-    got = value_of(graph, given, Probe(at="input"))
+    got = value_of(graph, given, Probe(location="input"))
     assert torch.equal(got, ZOO[name].call(STEP, TOKENS)["hidden_states"][:, :channels])
 
 
@@ -186,14 +186,14 @@ def test_the_modulated_input_of_the_first_attention(name, scope):
     """In CogVideoX one layer reads text and latent tokens together; the probe is of the latent ones, as everywhere."""
     seen, graph, given = known(name)
     hidden, _ = seen["attention"][0]
-    torch.testing.assert_close(value_of(graph, given, Probe(at="modulated"), SCOPES[scope]), hidden, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(value_of(graph, given, Probe(location="modulated"), SCOPES[scope]), hidden, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", REAL)
 @torch.no_grad()
 def test_the_embedding_of_the_timestep(name):
     seen, graph, given = known(name)
-    assert torch.equal(value_of(graph, given, Probe(at="timestep")), seen["time"][0])
+    assert torch.equal(value_of(graph, given, Probe(location="timestep")), seen["time"][0])
 
 
 @torch.no_grad()
@@ -203,7 +203,7 @@ def test_the_modulation_of_wan():
     model.condition_embedder.time_proj.register_forward_hook(lambda _, args, result: out.append(result))
     model(**call)
     _, graph, given = known("wan")
-    assert torch.equal(value_of(graph, given, Probe(at="modulation")).flatten(), out[0].flatten())
+    assert torch.equal(value_of(graph, given, Probe(location="modulation")).flatten(), out[0].flatten())
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------
@@ -290,12 +290,12 @@ def test_bad_options(options, message):
 
 
 def test_the_text_of_a_probe_reads_back():
-    for probe in (Probe(), Probe("input", 1, "cosine", "step", "wiener", "rear"), Probe(blocks=8), Probe(at="timestep")):
+    for probe in (Probe(), Probe("input", 1, "cosine", "step", "wiener", "rear"), Probe(blocks=8), Probe(location="timestep")):
         pipeline = Pipeline((Canonicalise(), probe))
         assert Pipeline.parse(str(pipeline)) == pipeline
-    assert str(Probe(blocks=8, since="step")) == "probe{blocks=8,since=step}"
+    assert str(Probe(blocks=8, reference_step="step")) == "probe{blocks=8,since=step}"
 
 
 def test_a_graph_that_is_guarded_already():
-    graph = guarded(TinyDiT(), *ARGS, more=(MergeSlots(), Probe(at="residual", blocks=2)))
+    graph = guarded(TinyDiT(), *ARGS, more=(MergeSlots(), Probe(location="residual", blocks=2)))
     assert [m.args[1] for m in dialect.probes(graph.graph)] == ["all/probe.residual2"]

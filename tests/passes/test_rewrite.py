@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from vdcache import ConfigError, Fact, Pipeline, Rewrite, anatomy
+from vdcache import ConfigError, Fact, Pipeline, Rewrite, analyze
 from vdcache.passes import Canonicalise
 from vdcache.testing import (
     WIDTH,
@@ -162,9 +162,9 @@ def test_the_anatomy_is_read_anew():
         after = "%y"
 
     graph = run_pass(Canonicalise(), trace(net, torch.randn(2, 3, 4), torch.randn(4, 4)).graph).graph
-    gate = anatomy(graph).branches[0]
+    gate = analyze(graph).branches[0]
     after = run_pass(NoGate(), graph).graph
-    assert "sigmoid" in gate.nodes and "sigmoid" not in anatomy(after).branches[0].nodes
+    assert "sigmoid" in gate.nodes and "sigmoid" not in analyze(after).branches[0].nodes
 
 
 def test_options_and_names_work_as_for_every_pass():

@@ -13,7 +13,7 @@ from vdcache.ir import CaptureError, ConfigError, dialect, dump, trace
 from vdcache.ir.edit import inputs
 from vdcache.ir.ops import SLICES, VIEWS, tensor_of
 from vdcache.passes import Canonicalise, MarkBranches, MergeSlots, Pipeline, SplitAtProbe, head_io
-from vdcache.passes.base import tag
+from vdcache.passes.base import copy_meta
 from vdcache.testing import WIDTH, Net, TinyDiT, guarded, latent, residual_nets, time_of
 
 aten = torch.ops.aten
@@ -26,14 +26,14 @@ def net(x, w):
     return x + torch.relu(x @ w)
 
 
-def put(graph, which, name="all/probe.x", distance="l1", since="computed"):
+def put(graph, which, name="all/probe.x", distance="l1", reference_step="computed"):
     """Probe the node of this number among those that compute a tensor of floats, or of this name."""
     nodes = [n for n in graph.graph.nodes if n.op == "call_function" and not dialect.is_dialect(n) and tensor_of(n) is not None]
     nodes = [n for n in nodes if n.meta["val"].is_floating_point()]
     node = nodes[which % len(nodes)] if isinstance(which, int) else next(n for n in nodes if n.name == which)
     with graph.graph.inserting_after(node):
-        mark = graph.graph.call_function(dialect.probe, (node, name, distance, since))
-    tag(mark, "test", node)
+        mark = graph.graph.call_function(dialect.probe, (node, name, distance, reference_step))
+    copy_meta(mark, "test", node)
     graph.recompile()
     return graph
 
@@ -113,7 +113,7 @@ return (%4, %4, %14)""",
 %3 = matmul(%2, %1) : f32[3,4]
 %4 = relu(%3) : f32[3,4]
 %5 = add(%2, %4) : f32[3,4]
-%6 = guard(%5, 'all/run.0', %0) : f32[3,4]
+%6 = cache_guard(%5, 'all/run.0', %0) : f32[3,4]
 return (%6)""",
     )
     io = head_io(head)
@@ -169,7 +169,7 @@ return (%3, %6, %16)""",
 %12 = matmul(%11, %1) : f32[3,4]
 %13 = add(%10, %12) : f32[3,4]
 %14 = mul(%7, %13) : f32[3,4]
-%15 = guard(%14, 'all/s0.b0.mlp') : f32[3,4]
+%15 = cache_guard(%14, 'all/s0.b0.mlp') : f32[3,4]
 %16 = add(%0, %15) : f32[3,4]
 return (%16)""",
     )
@@ -226,11 +226,11 @@ def test_a_guard_in_the_head_goes_and_is_named():
     graph = put(guarded(net, X, W), "add_1")
     head, tail, refused = split(graph)
     assert len(refused) == 2 and all("it is computed before the policy can decide" in r for r in refused)
-    assert not dialect.guards(head.graph) and not dialect.guards(tail.graph)
+    assert not dialect.cache_guards(head.graph) and not dialect.cache_guards(tail.graph)
     assert same(run_apart(head, tail, X, W), graph(X, W))
     graph = put(guarded(net, X, W), "add")
     head, tail, refused = split(graph)
-    assert len(refused) == 1 and [str(g.args[1]) for g in dialect.guards(tail.graph)] == ["all/s0.b1.other"]
+    assert len(refused) == 1 and [str(g.args[1]) for g in dialect.cache_guards(tail.graph)] == ["all/s0.b1.other"]
 
 
 def test_two_probes_and_their_sums_in_order():
@@ -250,7 +250,7 @@ def test_a_probe_of_an_input_has_an_empty_head():
     graph = guarded(net, X, W)
     given = inputs(graph.graph)
     with graph.graph.inserting_after(given[-1]):
-        tag(graph.graph.call_function(dialect.probe, (given[0], "all/probe.input", "l1", "step")), "test", given[0])
+        copy_meta(graph.graph.call_function(dialect.probe, (given[0], "all/probe.input", "l1", "step")), "test", given[0])
     head, tail, _ = split(graph)
     assert head_io(head).carried == () and not work(head) and work(tail) == work(graph)
     assert [n.name for n in inputs(tail.graph)] == [n.name for n in given]
@@ -335,19 +335,19 @@ def test_any_net_at_any_value(net, which, merged):
     head, tail, refused = split(graph)
     assert_nothing_twice(graph, head, tail)
     assert same(run_apart(head, tail, X, W, GATE), graph(X, W, GATE))
-    left = {str(g.args[1]) for g in dialect.guards(tail.graph)}
-    assert len(left) + len(refused) == len(dialect.guards(graph.graph))
+    left = {str(g.args[1]) for g in dialect.cache_guards(tail.graph)}
+    assert len(left) + len(refused) == len(dialect.cache_guards(graph.graph))
 
 
 def test_the_property_has_work_to_do():
-    """Among the places of one net: guards before and after the probe, several values carried, a view repeated."""
+    """Among the places of one net: cache guards before and after the probe, several values carried, a view repeated."""
     net = Net(
         (("", ("matmul",), "add", False), ("view", ("matmul", "view"), "gated", True), ("norm", ("matmul",), "add", False))
     )
     both, several, views = set(), set(), set()
     for which in range(12):
         head, tail, refused = split(put(guarded(net, X, W, GATE, verify=False), which))
-        both.add(bool(refused) and bool(dialect.guards(tail.graph)))
+        both.add(bool(refused) and bool(dialect.cache_guards(tail.graph)))
         several.add(len(head_io(head).carried) > 1)
         views.add(bool({n.name for n in head.graph.nodes} & {n.name for n in tail.graph.nodes if n.target in VIEWS}))
     assert both == several == views == {True, False}

@@ -25,7 +25,7 @@ from vdcache.ir.masks import Dense, Frames, Skip, Stripes, Window, masks_text, p
 from vdcache.methods import recipe
 from vdcache.passes import Canonicalise, MarkBranches, MergeSlots, Pipeline, TileAttention
 from vdcache.passes.tile_attention import places
-from vdcache.patterns import Grid, anatomy
+from vdcache.patterns import Grid, analyze
 from vdcache.patterns.cost import flops
 from vdcache.testing import TinyDiT, assert_skipped, captured, latent, time_of
 
@@ -215,8 +215,8 @@ def test_what_is_dense_changes_nothing(two):
 
 def fresh_anatomy(graph):
     graph = copy_graph(graph)
-    graph.meta.pop("vdcache.anatomy", None)
-    return anatomy(graph)
+    graph.meta.pop("vdcache.analysis", None)
+    return analyze(graph)
 
 
 def described(found):
@@ -224,11 +224,20 @@ def described(found):
     sites = [(a.kind, a.layout, a.heads, a.q_len, a.kv_len, a.head_dim, a.spans, a.grid) for a in found.attentions]
     branches = [(b.name, b.kind, b.layout, b.block, b.bytes, b.module, len(b.attentions), len(b.leaks)) for b in found]
     streams = [(s.role, s.shape, s.spans) for s in found.streams]
-    return sites, branches, streams, found.blocks, found.clocks, found.latents, found.grid, [r.reason for r in found.refusals]
+    return (
+        sites,
+        branches,
+        streams,
+        found.blocks,
+        found.timestep_inputs,
+        found.latents,
+        found.grid,
+        [r.reason for r in found.refusals],
+    )
 
 
 def check_anatomy(plain, masked):
-    """The anatomy is the same under masks, and attention costs what is left of it."""
+    """The analysis is the same under masks, and attention costs what is left of it."""
     before, after, sites = fresh_anatomy(plain), fresh_anatomy(masked), tile_sites(masked)
     assert described(after) == described(before)
     assert [a.form for a in after.attentions].count("tiles") == len(sites)
@@ -257,7 +266,7 @@ def test_branches_are_the_same_under_masks_of_heads():
     ]
 
 
-@pytest.mark.parametrize("what", ["anatomy", "second pass"])
+@pytest.mark.parametrize("what", ["analysis", "second pass"])
 def test_what_the_patterns_say_after_the_pass_is_of_the_graph_as_it_is(what):
     graph = trace(Stack(False, blocks=2), *call(0)).graph
     if what == "second pass":
@@ -265,7 +274,7 @@ def test_what_the_patterns_say_after_the_pass_is_of_the_graph_as_it_is(what):
         assert [str(on.mask) for _, on in tile_sites(found)] == ["frames:1", "frames:0"]
     else:
         found, _ = under(graph, "frames:1")
-        assert {a.node for a in anatomy(found).attentions} <= {n.name for n in found.graph.nodes}
+        assert {a.node for a in analyze(found).attentions} <= {n.name for n in found.graph.nodes}
 
 
 def test_what_a_cache_skips_is_skipped_under_a_mask():
@@ -282,21 +291,21 @@ ALONE = "it runs inside one frame already", "it runs over the frames of one plac
 
 def test_spatial_and_temporal_attentions_are_left_alone():
     graph = graph_of("latte")[0]
-    layouts = {a.node: a.layout for _, a in anatomy(canonical(graph)).denoising_attentions()}
+    layouts = {a.node: a.layout for _, a in analyze(canonical(graph)).denoising_attentions()}
     assert set(layouts.values()) == {"spatial", "temporal"}
     assert refused(graph, "frames:1") == {n: ALONE[layout == "temporal"] for n, layout in layouts.items()}
 
 
 def test_spatial_attention_has_tiles_where_its_frame_is_given_as_a_grid():
     graph, _ = graph_of("latte")
-    sites = [a.node for _, a in anatomy(canonical(graph)).denoising_attentions() if a.layout == "spatial"]
+    sites = [a.node for _, a in analyze(canonical(graph)).denoising_attentions() if a.layout == "spatial"]
     found, step = under(graph, Window((1, 1, 1), (1, 2, 4)), sites=sites, grid=(1, 4, 4))
     assert step.rewrites == len(sites) == 2 and {on.density for _, on in tile_sites(found)} == {0.5}
 
 
 def test_a_site_that_was_asked_for_by_name_and_cannot_have_a_mask():
     graph = graph_of("wan")[0]
-    crossed = next(a for a in anatomy(canonical(graph)).attentions if a.kind == "cross")
+    crossed = next(a for a in analyze(canonical(graph)).attentions if a.kind == "cross")
     with pytest.raises(
         ConfigError, match=f"no mask can be put on '{crossed.node}': it is a cross-attention of 48 queries to 6 keys"
     ):
@@ -584,7 +593,7 @@ def test_a_model_in_which_nothing_has_tiles_says_so_once():
 def test_a_model_without_attention_is_an_error_where_that_is_asked_for():
     class Stream(TinyDiT):
         def forward(self, x, timestep, text):
-            h = self.inp(x) + self.time(self.waves(timestep, x.dtype))[:, None, :8]
+            h = self.inp(x) + self.time(self.sinusoids(timestep, x.dtype))[:, None, :8]
             return self.out(h + self.mlp[0](h))
 
     message = (
@@ -650,5 +659,5 @@ def test_errors_before_anything_runs_and_at_the_first_call():
 def test_where_the_grid_comes_from():
     graph = canonical(trace(Stack(True, blocks=1), *call(0)).graph)
     (place,) = places(graph).values()
-    assert (place.grid, place.before, place.after) == ((2, 2, 3), 0, 3) and anatomy(graph).grid == Grid(2, 2, 3)
+    assert (place.grid, place.before, place.after) == ((2, 2, 3), 0, 3) and analyze(graph).grid == Grid(2, 2, 3)
     assert place.on(parse_mask("frames:1")) == Frames(1).on(2, 2, 3, text=(0, 3))

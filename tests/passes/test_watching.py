@@ -47,7 +47,7 @@ def test_changed_refusals_and_timing(capsys):
     with vdcache.debug("changed", "refusals,timing"):
         PIPELINE.run(parse(TEXT))
     said = capsys.readouterr().err
-    assert "vdcache: mark-branches changed\n" in said and "+%3 = guard(%2, 'all/s0.b0.other') : f32[3,4]" in said
+    assert "vdcache: mark-branches changed\n" in said and "+%3 = cache_guard(%2, 'all/s0.b0.other') : f32[3,4]" in said
     assert "%6 (add_1): no matrix product, convolution or attention between 'add' and 'relu'" in said
     assert "ms     1 rewrites  mark-branches" in said
     assert "canonicalise changed" not in said
@@ -78,7 +78,7 @@ def test_files_of_every_graph_and_of_a_failure(tmp_path):
         "02_mark-branches.txt",
         "03_merge-slots.txt",
     ]
-    assert "guard(" in (good / "02_mark-branches.txt").read_text()
+    assert "cache_guard(" in (good / "02_mark-branches.txt").read_text()
     saved = load_graph(bad / "failed_fails.txt")
     assert saved.pipeline == f"{__name__}:Fails"
     assert f"to see it again: vdcache opt {bad / 'failed_fails.txt'}" in error.value.__notes__
@@ -146,4 +146,4 @@ def test_torch_logs(setting, debug):
     done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "mark-branches: 1 rewrites, 1 refusals" in done.stderr
-    assert ("+%3 = guard(%2" in done.stderr) == debug
+    assert ("+%3 = cache_guard(%2" in done.stderr) == debug

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from vdcache.ir import trace
 from vdcache.passes import Canonicalise, Pipeline
-from vdcache.patterns import anatomy
+from vdcache.patterns import analyze
 from vdcache.testing import TinyDiT, latent, time_of
 
 X, W, V = torch.randn(1, 6, 8), torch.randn(8, 8), torch.randn(8, 8)
@@ -15,7 +15,7 @@ CONTEXT, GATE = torch.randn(1, 3, 8), torch.randn(1, 1, 8)
 
 def look(fn, *args):
     graph, _ = Pipeline((Canonicalise(),)).run(trace(fn, *args).graph)
-    return anatomy(graph)
+    return analyze(graph)
 
 
 def heads(x):
@@ -149,7 +149,7 @@ def test_gates_leaks_blocks_and_clock():
     found = look(model.forward, latent(0), time_of(0), latent(1, 1, 3, 4))
     assert [b.block for b in found] == [0, 0, 1, 1, 2, 2]
     assert all(b.pre_gate for b in found) and {b.stream for b in found} == {0}
-    assert len(found.clocks) == 1 and found.latent
+    assert len(found.timestep_inputs) == 1 and found.latent
 
     def leaky(x, w):
         h = torch.relu(x @ w)
@@ -161,14 +161,14 @@ def test_gates_leaks_blocks_and_clock():
 
 def test_the_clock_is_found_by_structure_alone():
     def net(noise, when, w):
-        waves = torch.cat([(when[:, None] * torch.ones(4)).sin(), (when[:, None] * torch.ones(4)).cos()], -1)
-        gate = (waves @ w)[:, None]
+        sinusoids = torch.cat([(when[:, None] * torch.ones(4)).sin(), (when[:, None] * torch.ones(4)).cos()], -1)
+        gate = (sinusoids @ w)[:, None]
         return noise + gate * (torch.relu(noise @ w) @ w)
 
     found = look(net, X, torch.tensor([3.0]), W)
     graph = trace(net, X, torch.tensor([3.0]), W).graph
     names = [n.name for n in graph.graph.find_nodes(op="placeholder")]
-    assert found.clocks == (names[1],) and found.latent == names[0]
+    assert found.timestep_inputs == (names[1],) and found.latent == names[0]
 
 
 def mlp(x, w):
@@ -229,7 +229,7 @@ def test_what_depends_on_the_timestep_alone_is_no_stream():
             return x + mlp(F.layer_norm(x, (8,)) + shift, self.w)
 
     found = look(Net(), X, torch.tensor([500.0]))
-    assert found.count() == {"mlp": 1} and len(found.clocks) == 1
+    assert found.count() == {"mlp": 1} and len(found.timestep_inputs) == 1
     assert any("nothing but the timestep" in r.reason for r in found.refusals)
 
 
@@ -349,7 +349,7 @@ def test_other_spellings_of_a_timestep_embedding(wave):
                 e = torch.view_as_real(torch.exp(1j * angles)).flatten(1)
             return x + mlp(x * (e @ self.w)[:, None], self.w)
 
-    assert len(look(Net(), X, torch.tensor([500.0])).clocks) == 1
+    assert len(look(Net(), X, torch.tensor([500.0])).timestep_inputs) == 1
 
 
 def test_streams_cut_out_of_one_sequence_keep_their_roles():

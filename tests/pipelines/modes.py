@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import vdcache
 from tests.pipelines.tiny import PIPELINES, generator, made, sample
-from vdcache.pipelines.applied import applied_to
+from vdcache.pipelines.pipeline_cache import applied_to
 
 RECIPE, STEPS = "every-2", 5
 RESULTS = Path(__file__).with_name("modes.json")

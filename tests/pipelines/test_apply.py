@@ -17,8 +17,8 @@ from tests.logs import informed
 from tests.pipelines.modes import Stop, cached, computed, due, stopping
 from tests.pipelines.tiny import generator, made, sample, text
 from tests.zoo import build
-from vdcache.pipelines.applied import applied_to
 from vdcache.pipelines.denoiser import ForwardWrapper, here
+from vdcache.pipelines.pipeline_cache import applied_to
 
 pytest.importorskip("diffusers")
 NAME = "CogVideoX"  # the quickest to compile
@@ -263,7 +263,7 @@ def test_a_module_whose_result_another_one_takes_is_left_alone():
     kind = type(pipe)
 
     class Helper(nn.Module):
-        """Adds something to the text, with a clock and branches of its own."""
+        """Adds something to the text, with a timestep and branches of its own."""
 
         def __init__(self):
             super().__init__()

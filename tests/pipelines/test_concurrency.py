@@ -12,7 +12,7 @@ import torch
 import vdcache
 from tests.pipelines.modes import cached, computed, due
 from tests.pipelines.tiny import generator, made, sample
-from vdcache.pipelines.applied import applied_to
+from vdcache.pipelines.pipeline_cache import applied_to
 from vdcache.testing import TinyDiT, latent, time_of
 
 pytest.importorskip("diffusers")

@@ -57,7 +57,7 @@ def changes_by_hand(model, seeds=SEEDS, steps=STEPS):
     for seed in seeds:
         x, before, own = latent(seed), None, []
         for level, after in zip(sigmas(steps), sigmas(steps)[1:], strict=False):
-            gates = model.time(model.waves(time(level), x.dtype))[:, None].chunk(2, -1)
+            gates = model.time(model.sinusoids(time(level), x.dtype))[:, None].chunk(2, -1)
             h = model.inp(x) + model.text(TEXT).mean(1, keepdim=True)
             q, k, v = model.qkv[0](h).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
             now = gates[0] * torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)

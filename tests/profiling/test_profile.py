@@ -144,10 +144,10 @@ def test_single_and_double_blocks_have_profiles_of_their_own():
     single = whole.only("single")
     assert single.blocks == (0, 1) and list(single.block_scores.values()) == list(whole.block_scores.values())[2:]
     assert vdcache.profilingdit(single.with_threshold(1.0)).passes[0].of == "single"
-    listed = vdcache.profilingdit(whole, of="single")
+    listed = vdcache.profilingdit(whole, block_kind="single")
     assert listed.passes == vdcache.profilingdit(single).passes
     with pytest.raises(ConfigError, match="speaks of single blocks, and of='double'"):
-        vdcache.profilingdit(single, of="double")
+        vdcache.profilingdit(single, block_kind="double")
     with pytest.raises(ConfigError, match="either a profile or lists"):
         vdcache.profilingdit(whole, [3])
     with pytest.raises(ConfigError, match="no block of kind 'single'; it has double"):

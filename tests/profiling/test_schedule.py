@@ -19,7 +19,7 @@ from tests.logs import informed
 from tests.passes.test_block_lists import Stack, call
 from vdcache import CacheStateError, ConfigError, Recipe, Schedule, StepTable, VdcacheWarning, search_schedule, step_table
 from vdcache.passes import Emit
-from vdcache.profiling.watched import watch
+from vdcache.profiling.uncached_run import watch
 from vdcache.scheduling.paths import Path, best_paths, cost_of
 from vdcache.scheduling.schedule import candidates
 from vdcache.scheduling.table import StepTableBuilder
@@ -202,7 +202,7 @@ def residuals_watched(seeds, texts=(TEXT,)):
         found[record.generation][record.lane].append(values["residual"].clone().flatten().double().numpy())
 
     run = lambda m, seed: sample(m, seed, texts=texts)  # noqa: E731
-    watch(TinyDiT(), run, list(seeds), "test", passes=(Emit(at="residual"),), listen=listen)
+    watch(TinyDiT(), run, list(seeds), "test", passes=(Emit(location="residual"),), listen=listen)
     return np.array([list(lanes.values()) for lanes in found.values()])
 
 
@@ -235,7 +235,7 @@ def test_samples_of_a_batch_are_added_up():
 def test_every_generation_has_a_table_of_its_own():
     both = tabled().products
     np.testing.assert_array_equal(tabled(prompts=(3,)).products, both[[1]])
-    together = tabled(lambda m: [sample(m, 0), sample(m, 3)], None)  # told apart by the clock
+    together = tabled(lambda m: [sample(m, 0), sample(m, 3)], None)  # told apart by the timestep
     np.testing.assert_array_equal(together.products, both)
 
 
@@ -265,7 +265,7 @@ def test_tables_that_cannot_be_made_say_why():
 
     class Flat(TinyDiT):
         def forward(self, x, timestep, text):
-            return self.out(self.inp(x) + self.time(self.waves(timestep, x.dtype))[:, None, :8])
+            return self.out(self.inp(x) + self.time(self.sinusoids(timestep, x.dtype))[:, None, :8])
 
     with pytest.raises(ConfigError, match="what the blocks add cannot be read: "):
         tabled(model=Flat())

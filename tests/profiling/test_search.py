@@ -20,13 +20,13 @@ import vdcache
 from tests.ir.test_masks import written_out
 from tests.passes.test_block_lists import Stack
 from vdcache import CacheStateError, ConfigError, MaskPlan, Recipe, TileReport
-from vdcache.backends.kernels.choose import TuningResult
+from vdcache.backends.kernels.autotune import TuningResult
 from vdcache.ir.masks import parse_mask
 from vdcache.passes.tile_attention import TileAttention
 from vdcache.patterns.cost import flops
-from vdcache.profiling import replay as replaying
+from vdcache.profiling import graph_replay as replaying
 from vdcache.profiling import search
-from vdcache.profiling.replay import final_states, record
+from vdcache.profiling.graph_replay import final_states, record
 from vdcache.profiling.search import _Search, _Table
 from vdcache.profiling.tiles import _overlap
 from vdcache.testing import TinyDiT, latent, time_of

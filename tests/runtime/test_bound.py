@@ -74,7 +74,7 @@ books = st.lists(st.integers(1, 9), min_size=1, max_size=5).map(
 
 @given(changes20, st.lists(numbers, max_size=5), st.floats(0, 2), st.booleans(), st.integers(0, 4), st.integers(0, 9))
 def test_no_threshold_reuses_more(changes, polynomial, threshold, accumulate, row, total):
-    policy = Threshold(threshold, accumulate, tuple(polynomial), Bounds(in_a_row=row, in_all=total))
+    policy = Threshold(threshold, accumulate, tuple(polynomial), Bounds(max_consecutive=row, max_total=total))
     assert play(policy, changes) <= most(policy, 20)
 
 

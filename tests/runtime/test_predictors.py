@@ -16,7 +16,7 @@ from vdcache import ConfigError, Extrapolated, LastValue, Recipe, Scaled, Taylor
 from vdcache.ir.dump import dump
 from vdcache.passes import MarkBranches, MergeSlots, variant_io
 from vdcache.passes.predictors import StepInfo
-from vdcache.runtime import StepList, SchedulePolicy, CombinedPolicy
+from vdcache.runtime import CombinedPolicy, SchedulePolicy, StepList
 from vdcache.testing import TinyDiT, latent, time_of
 from vdcache.testing.graphs import guarded, run_variant, variant
 
@@ -27,12 +27,12 @@ def number(x):
 
 def play(predictor, values, steps):
     """Computed at `steps`, with these values; the prediction for any step after the last."""
-    kept = [torch.zeros(()) for _ in range(predictor.tensors)]
-    before = steps[0] - 1
+    cached = [torch.zeros(()) for _ in range(predictor.tensors)]
+    previous = steps[0] - 1
     for count, (step, value) in enumerate(zip(steps, values, strict=True)):
-        kept = list(predictor.keep(value, kept, StepInfo(number(step - before), number(count), number(step))))
-        before = step
-    return lambda step: predictor.predict(kept, StepInfo(number(step - before), number(len(steps)), number(step)))
+        cached = list(predictor.store(value, cached, StepInfo(number(step - previous), number(count), number(step))))
+        previous = step
+    return lambda step: predictor.predict(cached, StepInfo(number(step - previous), number(len(steps)), number(step)))
 
 
 @given(st.integers(1, 4), st.floats(-2, 2), st.floats(-2, 2), st.integers(1, 4), st.integers(1, 6))
@@ -86,9 +86,9 @@ class Drift(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, x, timestep, text):
-        waves = 0 * self.time(TinyDiT.waves(None, timestep, x.dtype))[:, None]
+        sinusoids = 0 * self.time(TinyDiT.sinusoids(None, timestep, x.dtype))[:, None]
         s = (1000 - timestep) / 50  # the step
-        h = self.eye(x) + waves
+        h = self.eye(x) + sinusoids
         h = h + self.eye(0 * h + (text * s**self.degree).to(x.dtype))
         return h
 
@@ -122,7 +122,7 @@ def test_nothing_of_a_generation_before_enters_a_prediction():
     torch._dynamo.reset()
     model = Drift(2)
     recipe = Recipe("two", SchedulePolicy(StepList((0, 3))), (MarkBranches(),), predictor=Taylor(2))
-    fresh = vdcache.compile(model, recipe, num_steps=6, inner="eager")
+    new = vdcache.compile(model, recipe, num_steps=6, inner="eager")
     used = vdcache.compile(model, recipe, num_steps=6, inner="eager")
 
     def run(compiled, scale, steps=6):
@@ -132,8 +132,8 @@ def test_nothing_of_a_generation_before_enters_a_prediction():
     used.vdcache.begin(6)
     run(used, 5.0, steps=2)  # aborted
     used.vdcache.begin(6)
-    fresh.vdcache.begin(6)
-    for a, b in zip(run(used, 1.0), run(fresh, 1.0), strict=True):
+    new.vdcache.begin(6)
+    for a, b in zip(run(used, 1.0), run(new, 1.0), strict=True):
         assert torch.equal(a, b)
 
 
@@ -143,21 +143,21 @@ def test_nothing_of_a_generation_before_enters_a_prediction():
 def test_any_schedule_against_the_recursion_by_hand(steps, order):
     torch._dynamo.reset()
     model = TinyDiT(blocks=1)
-    when = StepList(tuple(sorted(steps)))
-    recipe = Recipe("t", SchedulePolicy(when), (MarkBranches(), MergeSlots()), predictor=Taylor(order))
+    step_info = StepList(tuple(sorted(steps)))
+    recipe = Recipe("t", SchedulePolicy(step_info), (MarkBranches(), MergeSlots()), predictor=Taylor(order))
     compiled = vdcache.compile(model, recipe, num_steps=8, inner="eager")
-    text, kept, last, count = latent(9, 1, 3, 4), [0.0] * (order + 1), -1, 0
+    text, cached, last, count = latent(9, 1, 3, 4), [0.0] * (order + 1), -1, 0
     for step in range(8):
         x = latent(step)
         out = compiled(x, time_of(step), text)
-        if step in when.computed(8):
+        if step in step_info.computed(8):
             assert torch.equal(out, model(x, time_of(step), text))
-            kept = Taylor(order).keep(
-                model.branches(x, time_of(step), text), kept, StepInfo(number(step - last), number(count), number(step))
+            cached = Taylor(order).store(
+                model.branches(x, time_of(step), text), cached, StepInfo(number(step - last), number(count), number(step))
             )
             last, count = step, count + 1
         else:
-            total = Taylor(order).predict(kept, StepInfo(number(step - last), number(count), number(step)))
+            total = Taylor(order).predict(cached, StepInfo(number(step - last), number(count), number(step)))
             torch.testing.assert_close(out, model.with_branches(x, text, total), rtol=1e-3, atol=1e-3)
 
 
@@ -201,11 +201,11 @@ def test_a_predictor_of_ones_own():
 
         tensors = 2
 
-        def keep(self, fresh, before, when):
-            return fresh, torch.where(when.computed > 0, before[0], fresh)
+        def store(self, new, previous, step_info):
+            return new, torch.where(step_info.computed > 0, previous[0], new)
 
-        def predict(self, kept, when):
-            return (kept[0] + kept[1]) / 2
+        def predict(self, cached, step_info):
+            return (cached[0] + cached[1]) / 2
 
     torch._dynamo.reset()
     model, text = TinyDiT(blocks=1), latent(9, 1, 3, 4)
@@ -239,11 +239,11 @@ class TGateSteps:
     """FORA and TaylorSeer by hand on TinyDiT with one block: what is kept lies before the gate, and every step applies its own."""
 
     def __init__(self, model, predictor):
-        self.model, self.predictor, self.kept, self.count, self.last = model, predictor, {}, 0, -1
+        self.model, self.predictor, self.cached, self.count, self.last = model, predictor, {}, 0, -1
 
     def __call__(self, x, timestep, text, step, computed):
         m = self.model
-        gates = m.time(m.waves(timestep, x.dtype))[:, None].chunk(2, -1)
+        gates = m.time(m.sinusoids(timestep, x.dtype))[:, None].chunk(2, -1)
         h = m.inp(x) + m.text(text).mean(1, keepdim=True)
         for kind in ("attention", "mlp"):
             if computed:
@@ -252,13 +252,13 @@ class TGateSteps:
                     value = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
                 else:
                     value = m.mlp[0](h)
-                before = self.kept.get(kind, [0.0] * self.predictor.tensors)
-                self.kept[kind] = self.predictor.keep(
-                    value, before, StepInfo(number(step - self.last), number(self.count), number(step))
+                previous = self.cached.get(kind, [0.0] * self.predictor.tensors)
+                self.cached[kind] = self.predictor.store(
+                    value, previous, StepInfo(number(step - self.last), number(self.count), number(step))
                 )
             else:
                 value = self.predictor.predict(
-                    self.kept[kind], StepInfo(number(step - self.last), number(self.count), number(step))
+                    self.cached[kind], StepInfo(number(step - self.last), number(self.count), number(step))
                 )
             h = h + gates[kind == "mlp"] * value
         if computed:
@@ -312,7 +312,7 @@ class Loud(TinyDiT):
 
     def forward(self, x, timestep, text):
         h = self.inp(x)
-        h = h + (1 + 1e-3 * self.time(self.waves(timestep, x.dtype))[:, None, :8]) * self.branch(h)
+        h = h + (1 + 1e-3 * self.time(self.sinusoids(timestep, x.dtype))[:, None, :8]) * self.branch(h)
         return self.out(h)
 
 
@@ -345,8 +345,8 @@ def test_sums_in_float32_stay_within_float16_where_they_are_cast_back():
 
     x, w = torch.full((2, 4), 30000.0).half(), torch.eye(4).half()
     reuse = variant(guarded(net, x, w), {"all"}, Taylor(1))
-    kept = [torch.full(v.shape, 60000.0, dtype=v.dtype) for v in variant_io(reuse).read_values]
-    (found,) = run_variant(reuse, x, w, extra=[*kept, *[number(3)] * 3])
+    cached = [torch.full(v.shape, 60000.0, dtype=v.dtype) for v in variant_io(reuse).read_values]
+    (found,) = run_variant(reuse, x, w, extra=[*cached, *[number(3)] * 3])
     assert found.isfinite().all()
 
 
@@ -354,20 +354,20 @@ GUARDED = """
 %0 = input() : TYPE[2]
 %1 = relu(%0)
 %2 = add(%0, %1)
-%3 = guard(%2, 'all/run.0', %0)
+%3 = cache_guard(%2, 'all/run.0', %0)
 return (%3)"""
 
 
 @pytest.mark.parametrize("predictor", [LastValue(), *PREDICTORS], ids=str)
 def test_what_is_added_to_a_base_stays_within_float16(predictor):
     reuse = variant(GUARDED.replace("TYPE", "f16"), {"all"}, predictor)
-    kept = [torch.full(v.shape, 60000.0, dtype=v.dtype) for v in variant_io(reuse).read_values]
+    cached = [torch.full(v.shape, 60000.0, dtype=v.dtype) for v in variant_io(reuse).read_values]
     (found,) = run_variant(
-        reuse, torch.full((2,), 60000.0).half(), extra=[*kept, *[number(1)] * len(variant_io(reuse).time_values)]
+        reuse, torch.full((2,), 60000.0).half(), extra=[*cached, *[number(1)] * len(variant_io(reuse).time_values)]
     )
     assert found.dtype == torch.float16 and found.tolist() == [65504.0] * 2
     opposite = torch.full((2,), -60000.0).half()
-    (found,) = run_variant(reuse, opposite, extra=[*kept, *[number(1)] * len(variant_io(reuse).time_values)])
+    (found,) = run_variant(reuse, opposite, extra=[*cached, *[number(1)] * len(variant_io(reuse).time_values)])
     assert found.isfinite().all() and (predictor != LastValue() or (found == 0).all())
 
 

@@ -72,7 +72,7 @@ class Layered(TinyDiT):
 
     def stream(self, x, t, words):
         """The stream before the first block and after each."""
-        gates = self.time(self.waves(t, x.dtype))[:, None].chunk(2, -1)
+        gates = self.time(self.sinusoids(t, x.dtype))[:, None].chunk(2, -1)
         found = [self.inp(x) + self.text(words).mean(1, keepdim=True)]
         for i in range(len(self.qkv)):
             found.append(self.block(i, found[-1], gates))
@@ -122,7 +122,7 @@ class HandFirstBlock(Hand):
         if self.due:
             self.kept[lane] = h[end] - h[self.front]
             return self.model.out(h[-1])
-        gates = self.model.time(self.model.waves(t, x.dtype))[:, None].chunk(2, -1)
+        gates = self.model.time(self.model.sinusoids(t, x.dtype))[:, None].chunk(2, -1)
         value = h[self.front] + self.kept[lane]
         for i in range(end, len(h) - 1):
             value = self.model.block(i, value, gates)
@@ -378,7 +378,7 @@ class Breaking(Layered):
     """A graph break after the first block."""
 
     def forward(self, x, timestep, words):
-        gates = self.time(self.waves(timestep, x.dtype))[:, None].chunk(2, -1)
+        gates = self.time(self.sinusoids(timestep, x.dtype))[:, None].chunk(2, -1)
         h = self.block(0, self.inp(x) + self.text(words).mean(1, keepdim=True), gates)
         torch._dynamo.graph_break()
         for i in range(1, len(self.qkv)):
@@ -401,7 +401,7 @@ def test_graphs_after_the_probe_follow_its_decision():
 def test_graphs_before_the_probe_are_computed():
     """Two blocks are probed, and the first graph has but one: it cannot know, and says so."""
     model = Breaking(blocks=4)
-    scope = (MarkBranches(), MergeSlots(), Probe(at="residual", blocks=2))
+    scope = (MarkBranches(), MergeSlots(), Probe(location="residual", blocks=2))
     fast = compiled(model, Recipe("late", Threshold(10.0, bounds=Bounds(last=0)), scope))
     for step in range(STEPS):
         args = moving(step), time_of(step), WORDS[0]
@@ -538,7 +538,7 @@ def test_policies_that_decide_need_a_probe():
 def test_a_probe_that_the_model_does_not_have():
     """Eight blocks are probed and there are three: every step is computed, and somebody is told."""
     model = TinyDiT(blocks=3)
-    scope = (MarkBranches(), MergeSlots(), Probe(at="residual", blocks=8))
+    scope = (MarkBranches(), MergeSlots(), Probe(location="residual", blocks=8))
     fast = compiled(model, Recipe("far", Threshold(10.0), scope))
     with pytest.warns(
         vdcache.VdcacheWarning,
@@ -548,7 +548,7 @@ def test_a_probe_that_the_model_does_not_have():
 
 
 def test_strict_refuses_a_probe_that_the_model_does_not_have():
-    scope = (MarkBranches(), MergeSlots(), Probe(at="residual", blocks=8))
+    scope = (MarkBranches(), MergeSlots(), Probe(location="residual", blocks=8))
     fast = compiled(TinyDiT(blocks=3), Recipe("far", Threshold(10.0), scope), strict=True)
     with pytest.raises(vdcache.CaptureError, match="there are 3 denoising blocks, and 8 were asked for"):
         run(fast, steps=1)

@@ -118,17 +118,17 @@ def test_fbcache(seed, coarse, threshold, n):
     st.integers(0, 12),
     st.sampled_from([0.0, 0.25, 0.5, 1.0]),
 )
-def test_dbcache(seed, coarse, threshold, n, warm_up, in_a_row, in_all, limit):
+def test_dbcache(seed, coarse, threshold, n, warm_up, max_consecutive, max_total, limit):
     """No limit is 0 here, and −1 there; a threshold of 1 or more, which there always hits, is compared here as any other."""
     r = Pairs(seed, coarse)
-    made = dbcache(1, 0, threshold, warm_up=warm_up, in_a_row=in_a_row, in_all=in_all, limit=limit)
+    made = dbcache(1, 0, threshold, warm_up=warm_up, max_consecutive=max_consecutive, max_total=max_total, limit=limit)
     want = rules.dbcache(
         r,
         n,
         threshold,
         warmup=warm_up,
-        max_cached=in_all or -1,
-        max_continuous=in_a_row or -1,
+        max_cached=max_total or -1,
+        max_continuous=max_consecutive or -1,
         max_accumulated=limit or None,
     )
     assert steps_of(play(made.policy, n, r.probe)) == want
@@ -187,7 +187,9 @@ def test_teacache_of_a_model(model, seed, threshold, n):
     made = recipe(f"teacache-{model}-{threshold}")
     want = rules.teacache(change, TEACACHE_COEFFICIENTS[model], threshold, n)
     assert steps_of(play(made.policy, n, change.probe)) == want
-    assert made.passes[-1].since == "step" and made.passes[-1].at == ("timestep" if model.startswith("wan") else "modulated")
+    assert made.passes[-1].reference_step == "step" and made.passes[-1].location == (
+        "timestep" if model.startswith("wan") else "modulated"
+    )
 
 
 @pytest.mark.parametrize("model", [m for m in TEACACHE_COEFFICIENTS if m.endswith("-ret")])
@@ -206,7 +208,7 @@ def test_seacache(seed, coarse, threshold, n):
     change = Changes(seed, n, coarse)
     made = seacache(threshold)
     assert steps_of(play(made.policy, n, change.probe)) == rules.seacache(change, threshold, n)
-    assert (made.passes[-1].at, made.passes[-1].since, made.passes[-1].filter) == ("modulated", "step", "wiener")
+    assert (made.passes[-1].location, made.passes[-1].reference_step, made.passes[-1].filter) == ("modulated", "step", "wiener")
 
 
 # ---- EasyCache -------------------------------------------------------------------------------------------------------
@@ -267,7 +269,7 @@ def test_easycache_in_a_closed_loop(seed, threshold, n, first):
             computed.append(t)
         state = policy.observe(state, t, plan, seen)
     assert computed == want
-    assert easycache().passes[-1].since == "step" and easycache().policy.bounds.first == 5
+    assert easycache().passes[-1].reference_step == "step" and easycache().policy.bounds.first == 5
 
 
 # ---- MagCache --------------------------------------------------------------------------------------------------------
@@ -276,7 +278,7 @@ def test_easycache_in_a_closed_loop(seed, threshold, n, first):
 @given(seeds, st.sampled_from([0.0, 0.02, 0.06, 0.12, 0.24]), steps_st, st.integers(1, 6), st.floats(0, 1))
 def test_magcache(seed, threshold, n, most, retention):
     ratios = [1.0, *(1 + random.Random(seed + i).uniform(-0.08, 0.04) for i in range(n - 1))]
-    made = magcache(ratios, threshold=threshold, in_a_row=most, retention=retention)
+    made = magcache(ratios, threshold=threshold, max_consecutive=most, retention=retention)
     assert steps_of(play(made.policy, n)) == rules.magcache(ratios, threshold, most, retention, n)
 
 
@@ -305,7 +307,7 @@ def test_magcache_takes_the_nearest_ratio(have):
     other = {(28, 99), (40, 75), (50, 71)}
     for n in range(2, 101):
         ratios = [1.0, *(1 + 0.001 * i for i in range(1, have))]
-        policy = MagCache(tuple(ratios), threshold=0.03 * 50 / n, in_a_row=3, retention=0.2)
+        policy = MagCache(tuple(ratios), threshold=0.03 * 50 / n, max_consecutive=3, retention=0.2)
         same = steps_of(play(policy, n)) == rules.magcache(rules.nearest(ratios, n), 0.03 * 50 / n, 3, 0.2, n)
         assert same or (have, n) in other
 
@@ -415,7 +417,7 @@ def test_fastercache(model, made_for, seed):
     for step, value in enumerate(values):
         when = StepInfo(*(torch.tensor(float(n)) for n in (step - last, count, step)))
         if step in computed:
-            kept = list(predictor.keep(torch.tensor(value), kept, when))
+            kept = list(predictor.store(torch.tensor(value), kept, when))
             last, count = step, count + 1
             got.append(value)
         else:

@@ -12,7 +12,18 @@ import vdcache
 from vdcache import ConfigError, Recipe, profilingdit
 from vdcache.methods import PROFILINGDIT_LISTS, recipe
 from vdcache.passes import MarkBranches, MergeSlots
-from vdcache.runtime import RECOMPUTE, AdaCache, Codebook, EveryN, LinearIntervals, StepList, MetricValue, Plan, SchedulePolicy, CombinedPolicy
+from vdcache.runtime import (
+    RECOMPUTE,
+    AdaCache,
+    Codebook,
+    CombinedPolicy,
+    EveryN,
+    LinearIntervals,
+    MetricValue,
+    Plan,
+    SchedulePolicy,
+    StepList,
+)
 from vdcache.testing import TinyDiT, latent, time_of
 
 
@@ -190,7 +201,7 @@ def test_presets_scale_to_other_steps_and_say_so(name):
 )
 def test_recipes_of_block_lists_round_trip(background, foreground, reuse, when, span):
     assume(not set(background) & set(foreground))
-    made = profilingdit(background, foreground, when=when, reuse=reuse, span=span, of="single")
+    made = profilingdit(background, foreground, when=when, reuse=reuse, span=span, block_kind="single")
     assert Recipe.from_json(made.to_json()) == made
 
 
@@ -209,7 +220,7 @@ def test_presets_round_trip(name):
         (lambda: profilingdit([1, 2], [2, 3]), "block 2 is in the foreground and in the background list"),
         (lambda: profilingdit([1], reuse="backgrund"), "reuse is background, foreground, split, alternate; got 'backgrund'"),
         (lambda: profilingdit([1, 1]), "names 1 twice"),
-        (lambda: profilingdit([1], of="triple"), "of must be 'single' or 'double'"),
+        (lambda: profilingdit([1], block_kind="triple"), "of must be 'single' or 'double'"),
         (lambda: profilingdit([1], span="all"), "span must be 'run' or 'block'"),
         (lambda: profilingdit([1], when=[]), "at least one step"),
         (lambda: profilingdit([1], when="every-3"), "the computed steps is a list of whole numbers; got 'every-3'"),

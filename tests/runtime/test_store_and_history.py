@@ -11,7 +11,7 @@ import vdcache
 from vdcache.report import timeline
 from vdcache.runtime import History, Plan, Record, Store
 from vdcache.runtime.history import any_computed
-from vdcache.runtime.measures import MetricSpec, measured
+from vdcache.runtime.metrics import MetricSpec, measured
 from vdcache.runtime.plan import RECOMPUTE
 from vdcache.testing import TinyDiT, latent, time_of
 

@@ -127,7 +127,7 @@ class Skipping(TinyDiT):
     """Leaves out blocks on request, as skip-layer guidance asks: another graph of the same model."""
 
     def forward(self, x: Tensor, timestep: Tensor, text: Tensor, skip: tuple[int, ...] = ()) -> Tensor:
-        gates = self.time(self.waves(timestep, x.dtype))[:, None].chunk(2, -1)
+        gates = self.time(self.sinusoids(timestep, x.dtype))[:, None].chunk(2, -1)
         h = self.inp(x) + self.text(text).mean(1, keepdim=True)
         for i, (qkv, mlp) in enumerate(zip(self.qkv, self.mlp, strict=True)):
             if i not in skip:

@@ -21,9 +21,9 @@ import vdcache
 from tests.logs import informed
 from tests.scheduling.samplers import OTHER, TEXT, UNEVEN, Skipping, ancestral, clamped, euler, explicit, generate, sigmas, time
 from vdcache import Calibration, ConfigError, VdcacheWarning
-from vdcache.scheduling.autopilot import AutoCalibrator
+from vdcache.scheduling.auto_calibrator import AutoCalibrator
 from vdcache.scheduling.choose import Goal
-from vdcache.scheduling.rerun import RecordedRun
+from vdcache.scheduling.trajectory_replay import RecordedRun
 from vdcache.testing import TinyDiT, latent
 
 STEPS = 8
@@ -704,7 +704,7 @@ def test_trouble_that_does_not_pass_is_tried_ever_more_rarely(folder):
             super().add(program, inputs, results, record)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vdcache.scheduling.autopilot.RecordedRun", Counting)
+        patch.setattr("vdcache.scheduling.auto_calibrator.RecordedRun", Counting)
         for _ in range(9):
             with torch.no_grad():
                 quiet(euler, lambda x, level: fast(x, time(level), TEXT), latent(0) * math.nan, sigmas(STEPS))
@@ -723,7 +723,7 @@ def test_no_memory_for_running_it_again_is_tried_again(goal, folder, monkeypatch
 
     model, fast = small(), made(small(), **goal)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vdcache.scheduling.rerun.Rerun.of", full)
+        patch.setattr("vdcache.scheduling.trajectory_replay.Rerun.of", full)
         first, heard = said(generate, fast)
     assert torch.equal(first, generate(model)) and not kept(folder)
     assert any("taught nothing, because it cannot be run again: OutOfMemoryError: CUDA out of memory." in h for h in heard)
@@ -732,7 +732,7 @@ def test_no_memory_for_running_it_again_is_tried_again(goal, folder, monkeypatch
 
 
 def test_running_it_again_that_never_works_goes_by_the_table(folder, monkeypatch):
-    monkeypatch.setattr("vdcache.scheduling.rerun.Rerun.of", lambda self, policy: 1 / 0)
+    monkeypatch.setattr("vdcache.scheduling.trajectory_replay.Rerun.of", lambda self, policy: 1 / 0)
     fast = made(small(), speedup=2.0)
     for seed in range(5):
         quiet(generate, fast, seed)
@@ -841,7 +841,7 @@ def test_every_generation_is_plain_or_follows_its_own_schedule(pair, tmp_path, e
         session = fast.vdcache
         session.num_steps = session._given_steps = None
         session.recorder = AutoCalibrator(
-            session, Goal(speedup=2.0, floor_db=30.0), strict=False, say=lambda key, text: None, tell=lambda key, text: None
+            session, Goal(speedup=2.0, floor_db=30.0), strict=False, warn=lambda key, text: None, log=lambda key, text: None
         )
         session.reset()
     keys = {}  # of each model, which are its own

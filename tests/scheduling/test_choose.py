@@ -22,8 +22,8 @@ def table_of(seed=0, steps=STEPS, generations=1):
     """What blocks add along a smooth path."""
     rng = np.random.default_rng(seed)
     s = np.linspace(0, 1, steps)[:, None]
-    waves = [np.sin(2 * np.pi * rng.uniform(0.2, 1.2, 7) * s + rng.uniform(0, 6, 7)) for _ in range(generations)]
-    r = np.stack(waves) + 3
+    sinusoids = [np.sin(2 * np.pi * rng.uniform(0.2, 1.2, 7) * s + rng.uniform(0, 6, 7)) for _ in range(generations)]
+    r = np.stack(sinusoids) + 3
     return StepTable(np.einsum("gsd,gtd->gst", r, r))
 
 

@@ -15,9 +15,9 @@ import vdcache
 from tests.scheduling.samplers import sigmas
 from vdcache import ConfigError, Recipe
 from vdcache.demo.model import DemoConfig, DemoDiT
-from vdcache.runtime.measures import MetricSpec
+from vdcache.runtime.metrics import MetricSpec
 from vdcache.runtime.policies import Codebook
-from vdcache.scheduling.replay import MetricRecorder, replayed
+from vdcache.scheduling.metric_log import MetricRecorder, replayed
 from vdcache.testing import latent
 
 STEPS = 16
@@ -66,7 +66,7 @@ KINDS = {
     "adacache-moreg-paper": vdcache.adacache("fast", moreg=True, rule="paper"),
     "adacache-layers": vdcache.adacache("fast", layers=2),
     "fbcache": vdcache.fbcache(0.1),
-    "dbcache": vdcache.dbcache(1, 1, 0.1, warm_up=2, in_a_row=3),
+    "dbcache": vdcache.dbcache(1, 1, 0.1, warm_up=2, max_consecutive=3),
     "dbcache-limit": vdcache.dbcache(1, 0, 0.1, warm_up=1, limit=1.0),
     "teacache": vdcache.teacache(0.1),
     "teacache-polynomial": vdcache.teacache(0.1, (3.0, -1.0, 0.5, 0.01)),
@@ -185,7 +185,10 @@ def test_expected_counts_steps_of_which_some_part_is_computed():
 
 def test_measures_by_hand():
     watching, values = MetricRecorder(4), [latent(s, 2, 3, 5) for s in range(4)]
-    layouts = [MetricSpec("a/observed.x", d) for d in ("l1",)] + [MetricSpec("a/observed.y", "l2"), MetricSpec("a/observed.z", "cosine")]
+    layouts = [MetricSpec("a/observed.x", d) for d in ("l1",)] + [
+        MetricSpec("a/observed.y", "l2"),
+        MetricSpec("a/observed.z", "cosine"),
+    ]
     for v in values:
         watching.add(0, {f"a/observed.{k}": v for k in "xyz"}, layouts, ())
     seen = watching.measures()

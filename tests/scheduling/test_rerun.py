@@ -15,7 +15,7 @@ import vdcache
 from tests.scheduling.samplers import LINEAR, OTHER, TEXT, UNEVEN, Skipping, ancestral, clamped, euler, explicit, sigmas, time
 from vdcache import ConfigError, Schedule
 from vdcache.runtime.policies import Always
-from vdcache.scheduling.rerun import RecordedRun, TrajectoryReplay
+from vdcache.scheduling.trajectory_replay import RecordedRun, TrajectoryReplay
 from vdcache.testing import TinyDiT, latent
 
 STEPS = 10

@@ -76,17 +76,17 @@ def test_assert_bit_identical():
 
 def test_assert_skipped():
     """A value that is drawn at random where it is computed is another one each time: what was kept is not what comes."""
-    good = "%0 = input() : f32[2]\n%1 = sin(%0)\n%2 = guard(%1, 'all/a')\n%3 = relu(%2)\nreturn (%3)"
+    good = "%0 = input() : f32[2]\n%1 = sin(%0)\n%2 = cache_guard(%1, 'all/a')\n%3 = relu(%2)\nreturn (%3)"
     assert assert_skipped(parse(good)) == {"sin"}
-    kept = "%0 = input() : f32[2]\n%1 = sin(%0)\n%2 = guard(%1, 'all/a')\n%3 = relu(%2)\nreturn (%3, %1)"
-    assert not assert_skipped(parse(kept)), "what is guarded is returned as well"
+    cached = "%0 = input() : f32[2]\n%1 = sin(%0)\n%2 = cache_guard(%1, 'all/a')\n%3 = relu(%2)\nreturn (%3, %1)"
+    assert not assert_skipped(parse(cached)), "what is guarded is returned as well"
     with pytest.raises(AssertionError, match="nothing is guarded in the groups b"):
         assert_skipped(parse(good), groups=["b"])
 
-    two = "%0 = input() : f32[2]\n%1 = sin(%0)\n%2 = guard(%1, 'a/x', %1)\n%3 = guard(%2, 'b/y')\nreturn (%3)"
+    two = "%0 = input() : f32[2]\n%1 = sin(%0)\n%2 = cache_guard(%1, 'a/x', %1)\n%3 = cache_guard(%2, 'b/y')\nreturn (%3)"
     for groups in (["a"], ["b"], None):
         assert_skipped(parse(two), groups=groups)
-    noisy = parse("%0 = input() : f32[2]\n%1 = rand_like(%0)\n%2 = guard(%1, 'all/a')\nreturn (%2)")
+    noisy = parse("%0 = input() : f32[2]\n%1 = rand_like(%0)\n%2 = cache_guard(%1, 'all/a')\nreturn (%2)")
     with pytest.raises(AssertionError, match="Tensor-likes are not close"):
         assert_skipped(noisy)
 
@@ -95,11 +95,11 @@ def test_assert_skipped_sees_a_leak():
     """What the interpreter poisons is what a reused step leaves out; a variant that reads it all the same is caught."""
     from vdcache.ir.oracle import PoisonInterpreter, record_slots, skipped
 
-    graph = parse("%0 = input() : f32[2]\n%1 = sin(%0)\n%2 = guard(%1, 'all/a')\n%3 = relu(%2)\nreturn (%3)")
-    kept, dead = record_slots(graph, torch.ones(2)), {n.name for n in skipped(graph.graph)}
+    graph = parse("%0 = input() : f32[2]\n%1 = sin(%0)\n%2 = cache_guard(%1, 'all/a')\n%3 = relu(%2)\nreturn (%3)")
+    cached, dead = record_slots(graph, torch.ones(2)), {n.name for n in skipped(graph.graph)}
     assert dead == {"sin"}
-    leaking = parse("%0 = input() : f32[2]\n%1 = sin(%0)\n%2 = guard(%1, 'all/a')\n%3 = add(%2, %1)\nreturn (%3)")
-    assert PoisonInterpreter(leaking, kept, dead).run(torch.ones(2))[0].isnan().all()
+    leaking = parse("%0 = input() : f32[2]\n%1 = sin(%0)\n%2 = cache_guard(%1, 'all/a')\n%3 = add(%2, %1)\nreturn (%3)")
+    assert PoisonInterpreter(leaking, cached, dead).run(torch.ones(2))[0].isnan().all()
 
 
 class Forgetful:
@@ -111,7 +111,7 @@ class Forgetful:
     def plans(self):
         return (vdcache.Plan(), vdcache.Plan.of(["all"]))
 
-    def start(self, num_steps, before=None):
+    def start(self, num_steps, previous=None):
         return None
 
     def plan(self, state, step, times=()):
@@ -129,7 +129,7 @@ class Fixed:
     def plans(self):
         return (vdcache.Plan(), vdcache.Plan.of(["all"]))
 
-    def start(self, num_steps, before=None):
+    def start(self, num_steps, previous=None):
         return None
 
     def plan(self, state, step, times=()):
@@ -161,11 +161,11 @@ class Divides:
 
     tensors = 2
 
-    def keep(self, fresh, before, when):
-        return fresh, fresh / before[0].mean()
+    def store(self, new, previous, step_info):
+        return new, new / previous[0].mean()
 
-    def predict(self, kept, when):
-        return kept[0] * kept[1]
+    def predict(self, cached, step_info):
+        return cached[0] * cached[1]
 
 
 def test_assert_predictor():
@@ -202,8 +202,10 @@ def test_the_recording_backend_keeps_every_stage_of_a_real_compilation():
     names = [s.a_pass.name for s in backend.stages]
     assert names[:3] == ["canonicalise", "mark-branches", "merge-slots"] and "specialise" in names
     marked = backend.stage("mark-branches")
-    assert marked.rewrites == 4 and "guard(" not in dump(marked.before) and dump(marked.after).count("guard(") == 4
-    assert dump(backend.stage("merge-slots").before) == dump(marked.after), "what comes after does not change what was kept"
+    assert (
+        marked.rewrites == 4 and "cache_guard(" not in dump(marked.previous) and dump(marked.after).count("cache_guard(") == 4
+    )
+    assert dump(backend.stage("merge-slots").previous) == dump(marked.after), "what comes after does not change what was kept"
     assert str(marked).startswith("mark-branches: 4 rewrites\n%0 = input() : f32[1,6,4]\n")
     with pytest.raises(KeyError, match="no pass 'nope' ran on graph 0; there ran canonicalise"):
         backend.stage("nope")
@@ -235,9 +237,9 @@ def test_the_plugin_gives_all_of_it_as_fixtures(tmp_path):
 def test_marks_of_a_stale_copy_are_not_shared():
     """What a stage keeps is a copy: passes that run later change their own graph."""
     graph = parse("%0 = input() : f32[3,4]\n%1 = parameter() : f32[4,4]\n%2 = matmul(%0, %1)\n%3 = add(%0, %2)\nreturn (%3)")
-    before = dump(graph)
+    previous = dump(graph)
     Pipeline((Canonicalise(), MarkBranches())).run(graph)
-    assert dump(graph) == before
+    assert dump(graph) == previous
 
 
 @dataclass(frozen=True)
@@ -246,27 +248,27 @@ class Asks:
 
     tensors = 2
 
-    def keep(self, fresh, before, when):
-        return (fresh.float(), before[0] if when.computed > 0 else fresh.float())
+    def store(self, new, previous, step_info):
+        return (new.float(), previous[0] if step_info.computed > 0 else new.float())
 
-    def predict(self, kept, when):
-        return kept[0]
+    def predict(self, cached, step_info):
+        return cached[0]
 
 
 @dataclass(frozen=True)
 class Shrinks:
     tensors = 1
 
-    def keep(self, fresh, before, when):
-        return (fresh.mean(-1, keepdim=True),)
+    def store(self, new, previous, step_info):
+        return (new.mean(-1, keepdim=True),)
 
-    def predict(self, kept, when):
-        return kept[0]
+    def predict(self, cached, step_info):
+        return cached[0]
 
 
 def test_a_predictor_must_be_traceable():
     with pytest.raises(
-        AssertionError, match=r"'keep' of the predictor Asks\(\) cannot be traced: .*choose with torch.where, never"
+        AssertionError, match=r"'store' of the predictor Asks\(\) cannot be traced: .*choose with torch.where, never"
     ):
         assert_predictor(Asks())
     with pytest.raises(AssertionError, match="keeps a tensor of another shape"):
@@ -278,7 +280,7 @@ def test_a_predictor_of_another_shape_breaks_no_model():
     (trial,) = try_recipe(recipe, ["tiny"], steps=3)
     assert trial.identical and trial.computed == (0, 1, 2)
     assert (
-        "'keep' of the predictor Shrinks() gives [(1, 6, 1)] for a value of (1, 6, 8); it gives 1 of that shape" in trial.said
+        "'store' of the predictor Shrinks() gives [(1, 6, 1)] for a value of (1, 6, 8); it gives 1 of that shape" in trial.said
     )
 
 
@@ -292,7 +294,7 @@ class Listens:
     def plans(self):
         return (vdcache.Plan(), vdcache.Plan.of(["all"]))
 
-    def start(self, num_steps, before=None):
+    def start(self, num_steps, previous=None):
         return ()
 
     def plan(self, state, step, times=()):

@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 
-from vdcache import anatomy
-from vdcache.ir import guards
+from vdcache import analyze
+from vdcache.ir import cache_guards
 from vdcache.ir.errors import CaptureError, ContractError
 from vdcache.passes import (
     Canonicalise,
@@ -115,7 +115,7 @@ return (%3, %4)"""
 %0 = input() : f32[3,4]
 %1 = parameter() : f32[4,4]
 %2 = matmul(%0, %1)
-%3 = guard(%2, 'all/s0.b0.other')
+%3 = cache_guard(%2, 'all/s0.b0.other')
 %4 = add(%0, %3)
 %5 = sum(%2)
 return (%4, %5)"""
@@ -132,7 +132,7 @@ def test_two_branches_of_one_kind_have_slots_of_their_own():
 %5 = add(%3, %4)
 return (%5)"""
     out = dump(run_pass(MarkBranches(), text).graph)
-    assert "'all/s0.b0.other'" in out and out.count("guard(") == 2
+    assert "'all/s0.b0.other'" in out and out.count("cache_guard(") == 2
 
 
 def test_gate_and_sum_in_one_operation():
@@ -143,7 +143,9 @@ def test_gate_and_sum_in_one_operation():
 %3 = addcmul(%0, %2, %2)
 %4 = relu(%3)
 return (%4)"""
-    after = before.replace("%4 = relu(%3)\nreturn (%4)", "%4 = guard(%3, 'all/s0.b0.other', %0)\n%5 = relu(%4)\nreturn (%5)")
+    after = before.replace(
+        "%4 = relu(%3)\nreturn (%4)", "%4 = cache_guard(%3, 'all/s0.b0.other', %0)\n%5 = relu(%4)\nreturn (%5)"
+    )
     assert_pass(MarkBranches(), before, after)
 
 
@@ -161,7 +163,7 @@ return (%5)"""
 %1 = parameter() : f32[4,4]
 %2 = input() : f32[4]
 %3 = matmul(%0, %1)
-%4 = guard(%3, 'all/s0.b0.other')
+%4 = cache_guard(%3, 'all/s0.b0.other')
 %5 = mul(%4, %2)
 %6 = add(%0, %5)
 return (%6)"""
@@ -201,7 +203,7 @@ def test_any_net(net):
     for pipeline in (MARK, MERGE):
         marked = run_pass(pipeline, plain).graph
         assert_bit_identical(plain, marked, X, W, G)
-        if guards(marked.graph):
+        if cache_guards(marked.graph):
             assert_skipped(marked, X, W, G)
         assert_round_trip(marked)
         assert_reuse_gives_the_same(marked, X, W, G)
@@ -232,11 +234,11 @@ RUN = """
 %1 = parameter() : f32[4,4]
 %2 = input() : f32[3,4]
 %3 = matmul(%0, %1)
-%4 = guard(%3, 'all/a')
+%4 = cache_guard(%3, 'all/a')
 %5 = add(%0, %4)
 %6 = BETWEEN
 %7 = matmul(%6, %1)
-%8 = guard(%7, 'all/b')
+%8 = cache_guard(%7, 'all/b')
 %9 = add(%6, %8)
 return (%9)"""
 
@@ -251,7 +253,7 @@ def test_a_run_is_one_slot_from_its_start():
 %4 = add(%0, %3)
 %5 = matmul(%4, %1)
 %6 = add(%4, %5)
-%7 = guard(%6, 'all/run.0', %0)
+%7 = cache_guard(%6, 'all/run.0', %0)
 return (%7)"""
     assert_pass(MergeSlots(), before, after)
 
@@ -281,11 +283,11 @@ def test_a_run_through_casts_keeps_the_type_of_its_end():
 %1 = parameter() : f64[4,4]
 %2 = parameter() : f32[4,4]
 %3 = matmul(%0, %2)
-%4 = guard(%3, 'all/a')
+%4 = cache_guard(%3, 'all/a')
 %5 = add(%0, %4)
 %6 = _to_copy(%5, dtype=torch.float64)
 %7 = matmul(%6, %1)
-%8 = guard(%7, 'all/b')
+%8 = cache_guard(%7, 'all/b')
 %9 = add(%6, %8)
 return (%9)"""
     graph = run_pass(MergeSlots(), text).graph
@@ -300,7 +302,7 @@ GUARDED = """
 %0 = input() : f32[3,4]
 %1 = parameter() : f32[4,4]
 %2 = matmul(%0, %1)
-%3 = guard(%2, 'all/a'BASE)
+%3 = cache_guard(%2, 'all/a'BASE)
 %4 = relu(%3)
 return (%4)"""
 
@@ -318,7 +320,7 @@ def test_plans(base):
 
 
 def test_groups_are_reused_apart():
-    text = GUARDED.replace("BASE", "").replace("%4 = relu(%3)", "%5 = relu(%3)\n%4 = guard(%5, 'other/b')")
+    text = GUARDED.replace("BASE", "").replace("%4 = relu(%3)", "%5 = relu(%3)\n%4 = cache_guard(%5, 'other/b')")
     assert "relu" in dump(variant(text, ["all"])) and "matmul" not in dump(variant(text, ["all"]))
     assert dump(variant(text, ["other"])).endswith("return (%2)") and "matmul" not in dump(variant(text, ["other"]))
     assert "matmul" in dump(variant(text, ["nothing"]))
@@ -330,7 +332,7 @@ def test_what_is_kept_is_dense_and_of_its_type():
 %1 = parameter() : bf16[4,4]
 %2 = matmul(%0, %1)
 %3 = t(%2)
-%4 = guard(%3, 'all/a')
+%4 = cache_guard(%3, 'all/a')
 %5 = relu(%4)
 return (%5)"""
     assert "clone(%3, memory_format=torch.contiguous_format)" in dump(variant(text))
@@ -344,7 +346,7 @@ def test_observations_are_measured_where_their_group_is_computed():
 %0 = input() : f32[3,4]
 %1 = parameter() : f32[4,4]
 %2 = matmul(%0, %1)
-%3 = guard(%2, 'all/a')
+%3 = cache_guard(%2, 'all/a')
 %4 = add(%0, %3)
 %5 = observe(%2, 'all/o', 'l1', (), 0)
 return (%4)"""
@@ -372,21 +374,23 @@ def tiny():
     return run_pass(Canonicalise(), trace(TinyDiT(), latent(0), time_of(0), latent(1)).graph).graph
 
 
-@pytest.mark.parametrize("a_pass", [MarkOutput(), MarkOutput(base="zero"), Observe(), Probe(), Probe(at="modulated")], ids=str)
+@pytest.mark.parametrize(
+    "a_pass", [MarkOutput(), MarkOutput(base="zero"), Observe(), Probe(), Probe(location="modulated")], ids=str
+)
 def test_marks_change_no_number(tiny, a_pass):
     result = run_pass(a_pass, tiny)
     assert result.rewrites == 1
     assert_bit_identical(tiny, result.graph)
-    if guards(result.graph.graph):
+    if cache_guards(result.graph.graph):
         assert_skipped(result.graph)
     assert_round_trip(result.graph)
 
 
 def test_the_output_is_guarded_with_the_latent_as_base(tiny):
     graph = run_pass(MarkOutput(), tiny).graph
-    latent_number = next(i for i, n in enumerate(graph.graph.nodes) if n.name == graph.meta["vdcache.anatomy"].latent)
+    latent_number = next(i for i, n in enumerate(graph.graph.nodes) if n.name == graph.meta["vdcache.analysis"].latent)
     last = dump(graph).splitlines()[-2]
-    assert f"'all/output', %{latent_number})" in last and last.startswith("%") and "guard(" in last
+    assert f"'all/output', %{latent_number})" in last and last.startswith("%") and "cache_guard(" in last
     assert_reuse_gives_the_same(graph, *TinyDiT().state_dict().values(), latent(0), time_of(0), latent(1))
 
 
@@ -413,7 +417,7 @@ def test_head_and_tail_compute_what_the_whole_does(tiny):
     probed = run_pass(Pipeline((MarkBranches(), MergeSlots(), Probe()), given=frozenset(MarkBranches.requires)), tiny).graph
     head, tail = (run_pass(SplitAtProbe(part), probed) for part in ("head", "tail"))
     assert any("computed before the policy can decide" in reason for r in tail.refusals for reason in r.reasons) or (
-        dump(tail.graph).count("guard(") == 1
+        dump(tail.graph).count("cache_guard(") == 1
     )
     inputs = [*TinyDiT().state_dict().values(), latent(0), time_of(0), latent(1)]
     with torch.no_grad():
@@ -421,7 +425,7 @@ def test_head_and_tail_compute_what_the_whole_does(tiny):
         assert torch.equal(tail.graph(*inputs, *carried)[0], tiny(*inputs)[0])
         assert sums.shape == (3,) and torch.isclose(sums[2], value.abs().sum())
     assert "probe(" not in dump(head.graph) + dump(tail.graph)
-    assert "guard(" not in dump(head.graph)
+    assert "cache_guard(" not in dump(head.graph)
     for part in (probed, head.graph, tail.graph):
         assert_round_trip(part)
 
@@ -430,11 +434,11 @@ def test_a_guard_in_the_head_goes_and_is_said():
     text = """
 %0 = input() : f32[3,4]
 %1 = relu(%0)
-%2 = guard(%1, 'all/early')
+%2 = cache_guard(%1, 'all/early')
 %3 = add(%0, %2)
 %4 = probe(%3, 'all/p', 'l1', 'step')
 %5 = sin(%3)
-%6 = guard(%5, 'all/late')
+%6 = cache_guard(%5, 'all/late')
 return (%6)"""
     for part, marks in (("head", ["all/early", "all/late"]), ("tail", ["all/early"])):
         result = run_pass(SplitAtProbe(part), text)
@@ -483,11 +487,11 @@ def test_taylor_of_squares():
 def test_what_the_anatomy_says_is_read_anew_where_it_was_changed(tiny):
     """A pass that forgets to say so is told, whatever it does to a branch or an attention."""
     before = run_pass(Canonicalise(), tiny).graph
-    sites = [a.node for a in anatomy(before).attentions]
+    sites = [a.node for a in analyze(before).attentions]
     reuse = Pipeline((MarkBranches(), Specialise(reuse=frozenset({"all"}))), given=MarkBranches.requires)
     for a_pass in (TileAttention(("frames:1",), grid=(3, 1, 2)), reuse):
         after = run_pass(a_pass, before).graph
-        assert not {a.node for a in anatomy(after).attentions} & set(sites)
+        assert not {a.node for a in analyze(after).attentions} & set(sites)
 
     @dataclass(frozen=True)
     class NoAttention(Pass):
@@ -499,5 +503,5 @@ def test_what_the_anatomy_says_is_read_anew_where_it_was_changed(tiny):
             graph.graph.erase_node(node)
             return PassResult(graph, 1)
 
-    with pytest.raises(ContractError, match=rf"changed '{sites[0]}', and the anatomy that was read before still names it"):
+    with pytest.raises(ContractError, match=rf"changed '{sites[0]}', and the analysis that was read before still names it"):
         run_pass(NoAttention(), before)

@@ -25,7 +25,7 @@ def layer_norm(dim):
     return nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
 
 
-def waves(t, dim=16):
+def sinusoids(t, dim=16):
     angles = t.float()[:, None] * torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     return torch.cat([angles.cos(), angles.sin()], -1)
 
@@ -49,7 +49,7 @@ class Embedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(16, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, t):
-        return self.mlp(waves(t))
+        return self.mlp(sinusoids(t))
 
 
 class SelfAttention(nn.Module):
@@ -194,7 +194,7 @@ class STDiT3(nn.Module):
         b, _, frames, h, w = x.shape
         t, t0 = self.embed(timestep, fps, size), self.embed(torch.zeros_like(timestep), fps, size)
         x, y = self.patch(x), self.y_proj(y)
-        grid = waves(torch.arange(h // 2 * (w // 2)), x.shape[1])
+        grid = sinusoids(torch.arange(h // 2 * (w // 2)), x.shape[1])
         x = (x.flatten(3).permute(0, 2, 3, 1) + grid).flatten(1, 2)
         more = (y, self.t_block(t), self.t_block(t0), x_mask, frames, angles_of(torch.arange(frames), x.shape[-1] // 2))
         for spatial, temporal in zip(self.spatial_blocks, self.temporal_blocks, strict=True):

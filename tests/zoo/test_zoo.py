@@ -10,7 +10,7 @@ import torch
 import vdcache
 from tests.zoo import ZOO, build
 from vdcache.explanation.reader import _report
-from vdcache.ir.capture import CapturedPart, CapturedForward
+from vdcache.ir.capture import CapturedForward, CapturedPart
 from vdcache.methods import recipe
 from vdcache.testing import assert_round_trip
 
@@ -89,8 +89,8 @@ def test_architecture(name):
     assert len(report.graphs) == case.graphs
     # A reused step is as cheap as the coverage promises: whatever only branches need is gone.
     assert report.variants[-1].flops == pytest.approx(report.flops * (1 - report.coverage), rel=0.01)
-    assert any(g.anatomy.clocks for g in session.graphs)
-    assert any(g.anatomy.latent for g in session.graphs)
+    assert any(g.analysis.timestep_inputs for g in session.graphs)
+    assert any(g.analysis.latent for g in session.graphs)
 
     # The text of every graph is the graph, guarded (which holds all that was captured) and specialised.
     for program in session.graphs:
@@ -199,10 +199,10 @@ def test_reuse_in_16_bit_is_within_one_unit_of_the_stream(name):
             return values[node.name]
 
     Watch(marked).run(*inputs)
-    merged = [g for g in dialect.guards(marked.graph) if len(g.args) > 2]
+    merged = [g for g in dialect.cache_guards(marked.graph) if len(g.args) > 2]
     assert merged
-    for guard in merged:
-        fresh, base, kept = values[guard.args[0].name], values[guard.args[2].name], saved[guard.args[1]]
+    for cache_guard in merged:
+        fresh, base, kept = values[cache_guard.args[0].name], values[cache_guard.args[2].name], saved[cache_guard.args[1]]
         assert fresh.dtype == base.dtype == kept.dtype
         unit = torch.finfo(fresh.dtype).eps * torch.stack([fresh.abs(), base.abs(), kept.abs()]).amax(0).double()
         assert ((base + kept).double() - fresh.double()).abs().le(unit).all()

@@ -106,18 +106,18 @@ def compile_graph(
         elif settings.strict:
             raise CaptureError(message)
         else:
-            settings.say_once("no mask", f"vdcache: {message}")
+            settings.warn_once("no mask", f"vdcache: {message}")
     wanted = any(not isinstance(p, TileAttention) for p in program.settings.recipe.passes)
     if wanted and not program.slots and not program.emits:
-        # One with a clock may be part of a model that breaks further out: then it is this graph that tells the time.
-        if (whole and not program.clocks) or (whole and settings.strict and verdict is None):
+        # One with a timestep input may be part of a model that breaks further out: then it is this graph that tells the time.
+        if (whole and not program.timestep_inputs) or (whole and settings.strict and verdict is None):
             return _nothing_found(program, graph, example_inputs, settings, verdict, size)
         if verdict is not None:
             verdict.lacks("slot", size, _nothing(program, settings, "model"))
         elif whole:
-            settings.say_once("clock alone", _nothing(program, settings))
+            settings.warn_once("timestep alone", _nothing(program, settings))
         nested = split == "" and not resumes  # a function that the model calls, and that nothing goes on from
-        if not whole and (not size or (nested and not program.clocks)):
+        if not whole and (not size or (nested and not program.timestep_inputs)):
             return _inner(graph, example_inputs, settings)
     program.compile_first(captured.wrapped.flat(example_inputs))
     settings.programs.append(program)
@@ -130,7 +130,7 @@ def _no_mask(program: Program, whole: bool) -> str:
         return ""
     attends = any(n.target in ATTENTION for n in program.guarded.graph.nodes)
     reasons = [str(r) for s in program.steps if s.text.startswith(TileAttention.name) for r in s.refusals]
-    if not attends and not (whole and (reasons or program.clocks)):
+    if not attends and not (whole and (reasons or program.timestep_inputs)):
         return ""  # a small graph beside the model's
     if not reasons:
         changed = any(s.text.startswith(TileAttention.name) for s in program.steps)
@@ -168,7 +168,7 @@ def _nothing(program: Program, settings: Settings, where: str = "graph") -> str:
     found = f"the recipe '{settings.recipe.name}' finds {what} in this {where}"
     if refusals := "".join(f"\n  {r}" for r in program.refusals):
         return f"{found}; every candidate:{refusals}"
-    if branches := len(program.anatomy.branches):
+    if branches := len(program.analysis.branches):
         return f"{found}: its passes ({settings.recipe.pipeline}) mark none of the {branches} branches"
     return f"{found}: it has no addition of a value to what was computed from it"
 
@@ -177,7 +177,7 @@ def _plain(graph: fx.GraphModule, example_inputs: Sequence[Any], settings: Setti
     """Compile as without vdcache, and say once why."""
     if settings.strict:
         raise CaptureError(f"strict=True: {why}")
-    settings.say_once(why, f"vdcache steps aside, the graph runs as plain torch.compile would run it: {why}")
+    settings.warn_once(why, f"vdcache steps aside, the graph runs as plain torch.compile would run it: {why}")
     return _inner(graph, example_inputs, settings)
 
 

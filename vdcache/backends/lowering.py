@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from vdcache.backends.kernels.choose import TuningResult, choose
+from vdcache.backends.kernels.autotune import TuningResult, autotune
 from vdcache.ir.edit import inline
 from vdcache.ir.masks import Skip
 from vdcache.ir.ops import tensor_of
@@ -39,7 +39,7 @@ def lower_tiles(
         if lowering == "auto":
             query, key, value, bias = (tensor_of(x) for x in node.args[:4])
             assert query is not None and key is not None and value is not None
-            choices[node.name] = choice = choose(query, key, value, bias, on, scale)
+            choices[node.name] = choice = autotune(query, key, value, bias, on, scale)
             name = choice.lowering
         node.update_arg(9, name)
         few = not isinstance(on.mask, Skip) and on.pieces <= PIECES

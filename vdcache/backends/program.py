@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from vdcache.backends.eager import run_eagerly
 from vdcache.backends.inductor import Compiled, Context, compile_now, no_autocast
-from vdcache.backends.kernels.choose import TuningResult
+from vdcache.backends.kernels.autotune import TuningResult
 from vdcache.backends.lowering import lower_tiles, tile_sites
 from vdcache.backends.settings import Settings
 from vdcache.backends.verdict import Verdict, breaks_since
@@ -27,14 +27,25 @@ from vdcache.ir.errors import ConfigError
 from vdcache.ir.facts import Fact
 from vdcache.ir.ops import is_work, tensor_of
 from vdcache.ir.sizes import Bindings, size_hint, updated_by
-from vdcache.passes import DeadCode, Observe, Pipeline, Refusal, Specialise, SplitAtProbe, PassRecord, VariantIO, head_io, variant_io
+from vdcache.passes import (
+    DeadCode,
+    Observe,
+    PassRecord,
+    Pipeline,
+    Refusal,
+    Specialise,
+    SplitAtProbe,
+    VariantIO,
+    head_io,
+    variant_io,
+)
 from vdcache.passes.canonicalise import Canonicalise
 from vdcache.passes.mark_lanes import halve_lanes, lanes_io
-from vdcache.patterns import GraphAnalysis, anatomy
+from vdcache.patterns import GraphAnalysis, analyze
 from vdcache.patterns.cost import flops
 from vdcache.runtime import registry
-from vdcache.runtime.call import LaneScope, ProbeResult, VariantInputs, ProbeSpec
-from vdcache.runtime.measures import MetricSpec
+from vdcache.runtime.call import LaneScope, ProbeResult, ProbeSpec, VariantInputs
+from vdcache.runtime.metrics import MetricSpec
 from vdcache.runtime.plan import RECOMPUTE, Plan
 from vdcache.runtime.session import Session
 
@@ -136,8 +147,8 @@ class Program:
         self.settings, self.family, self._resumes, self._verdict = settings, frame, resumes, verdict
         self._captured = captured
         pipeline = settings.recipe.pipeline
-        self.guarded, self.steps = self._guard(pipeline)
-        self.anatomy: GraphAnalysis = anatomy(self.guarded)
+        self.guarded, self.steps = self._insert_cache_guards(pipeline)
+        self.analysis: GraphAnalysis = analyze(self.guarded)
         self._sites = tile_sites(self.guarded)
         self.structure = _structure(self.guarded)
         kind = frame, self.structure, _constants(self.guarded)
@@ -148,18 +159,18 @@ class Program:
         self.fakes = [n.meta.get("val") for n in given]
         self.bindings = Bindings(self.fakes)
         self.choices: dict[str, TuningResult] = {}  # how attentions under masks are computed, by node
-        self.clocks = tuple(names.index(c) for c in self.anatomy.clocks)
-        self.latent = names.index(self.anatomy.latent) if self.anatomy.latent else None
+        self.timestep_inputs = tuple(names.index(c) for c in self.analysis.timestep_inputs)
+        self.latent = names.index(self.analysis.latent) if self.analysis.latent else None
         self.static = tuple(sorted(captured.signature.static))
         timed = {
             *captured.signature.static,
-            *self.clocks,
+            *self.timestep_inputs,
         }  # a timestep's own dtype says nothing of what is kept: pipelines change it
         self.activations = tuple(i for i in range(len(names)) if i not in timed)
         outputs = [tensor_of(n) for n in captured.graph.graph.output_node().all_input_nodes]
         # What only comes nearest of all inputs may be a prompt, whose exchange must be noticed.
         results = [[size_hint(s) for s in o.shape] for o in outputs if o is not None]
-        fed = {i: self.fakes[i] for i in map(names.index, self.anatomy.latents)}
+        fed = {i: self.fakes[i] for i in map(names.index, self.analysis.latents)}
         nearest = {i: [size_hint(s) for s in v.shape] for i, v in fed.items() if v is not None}
         self.latents = tuple(updated_by(nearest, results))
         self.whole = len(self.latents) == len(nearest) > 0
@@ -189,7 +200,7 @@ class Program:
         self._more = () if pair is None else (pair,)  # inputs that all parts have after the model's
         self.fakes += self._more
         self._head, self._body, self.probes = self._split()
-        self.slots = tuple(str(n.args[1]) for n in dialect.guards(self._body.graph))
+        self.slots = tuple(str(n.args[1]) for n in dialect.cache_guards(self._body.graph))
         self.emits = tuple(str(n.args[1]) for n in dialect.emissions(self._body.graph))
         self._groups = frozenset(map(group_of, self.slots))
         self.plans = tuple(dict.fromkeys(self.narrow(p) for p in settings.recipe.policy.plans()))
@@ -207,10 +218,10 @@ class Program:
 
     # ---- what there is -------------------------------------------------------------------------------------------
 
-    def _guard(self, pipeline: Pipeline) -> tuple[fx.GraphModule, tuple[PassRecord, ...]]:
+    def _insert_cache_guards(self, pipeline: Pipeline) -> tuple[fx.GraphModule, tuple[PassRecord, ...]]:
         """The guarded graph. What the recipe's scope does not find in this graph is left out."""
         graph, first = Pipeline((Canonicalise(),)).run(self._captured.graph)
-        if not anatomy(graph).branches:
+        if not analyze(graph).branches:
             return graph, first
         rest = pipeline.passes[1:]
         given = frozenset().union(*(p.ensures for p in pipeline.passes[:1]), pipeline.given)
@@ -316,7 +327,9 @@ class Program:
         if plan not in self._needs_of:
             io = self._specialised(plan)[1]
             layouts = tuple(MetricSpec(slot, d, strides, self._frames[slot]) for slot, d, strides in io.measures)
-            self._needs_of[plan] = VariantInputs(io.reads, io.before, layouts, io.times, tuple(self._groups - plan.reuse), io.reused)
+            self._needs_of[plan] = VariantInputs(
+                io.reads, io.before, layouts, io.times, tuple(self._groups - plan.reuse), io.reused
+            )
         return self._needs_of[plan]
 
     def slots_kept(self, plan: Plan) -> tuple[str, ...]:
@@ -378,7 +391,9 @@ class Program:
     # ---- running -------------------------------------------------------------------------------------------------
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:
-        session = registry.find(inputs, self.static, drives=bool(self.clocks), resumes=self._resumes, owner=self.settings)
+        session = registry.find(
+            inputs, self.static, drives=bool(self.timestep_inputs), resumes=self._resumes, owner=self.settings
+        )
         if session is None:
             return self._alone(inputs)
         mine, claimed = session.claim(self.settings.new_session)
@@ -393,8 +408,8 @@ class Program:
 
     def _under(self, session: Session, inputs: Sequence[Any]) -> Sequence[Any]:
         session.adopt(self)
-        if self.settings.takes is not None:
-            self.settings.takes(self, inputs)
+        if self.settings.on_inputs is not None:
+            self.settings.on_inputs(self, inputs)
         making = 0.0
 
         def look(previous: list[Tensor] | None) -> ProbeResult:
@@ -430,7 +445,7 @@ class Program:
         # A policy that measured or probed what is no number computes the next step by itself, and says why.
         if ticket.keep and not io.measures and _finite(ticket.look.values) and not _finite(saved.values()):
             ticket.keep = False
-            self.settings.say_once(
+            self.settings.warn_once(
                 "not finite",
                 f"vdcache: what the model computed in step {ticket.record.step} is not a number (NaN or infinite), so nothing of it is reused and the "
                 "steps after it are computed until it is one again. Look at the model's input and its weights: nothing was reused in this step.",
@@ -473,7 +488,7 @@ class Program:
             if reason
             else ""
         )
-        self.settings.say_once(
+        self.settings.warn_once(
             "no session",
             f"vdcache: a graph runs outside any session and is computed in full: no timestep is seen in it. {broken}A timestep is a tensor "
             "that reaches a sine or cosine and then a layer (a Python float reaches none: pass a tensor). If the model embeds its time otherwise, "
@@ -499,7 +514,7 @@ def _structure(graph: fx.GraphModule) -> tuple[Hashable, ...]:
     for n in graph.graph.nodes:
         if is_work(n):
             found.append(str(n.target))
-        elif n.op == "call_function" and n.target in (dialect.guard, dialect.observe, dialect.probe):
+        elif n.op == "call_function" and n.target in (dialect.cache_guard, dialect.observe, dialect.probe):
             value = n.args[0].meta.get("val")
             found.append((str(n.args[1]), getattr(value, "dtype", None)))
     return tuple(found)

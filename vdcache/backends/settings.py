@@ -7,15 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from vdcache.backends.kernels.choose import check_lowering
+from vdcache.backends.kernels.autotune import check_lowering
 from vdcache.ir.checks import step_count
 from vdcache.ir.errors import ConfigError, inform_once, warn_once
 from vdcache.methods import for_goal
 from vdcache.recipe import Recipe
 from vdcache.runtime.policies import Always, Auto
 from vdcache.runtime.session import Session
-from vdcache.scheduling.autopilot import AutoCalibrator
-from vdcache.scheduling.choose import Goal
+from vdcache.scheduling.auto_calibrator import AutoCalibrator
+from vdcache.scheduling.autotune import Goal
 
 __all__ = ["Settings"]
 
@@ -47,8 +47,10 @@ class Settings:
     inductor: tuple[tuple[str, Any], ...] = ()
     tiles: str = "auto"
     session: Session | None = field(default=None, compare=False)
-    hears: Callable[[str], None] | None = field(default=None, compare=False)  # is told what would be a warning
-    takes: Callable[[Any, Sequence[Any]], None] | None = field(default=None, compare=False)  # is given each program's inputs
+    on_warning: Callable[[str], None] | None = field(default=None, compare=False)  # is told what would be a warning
+    on_inputs: Callable[[Any, Sequence[Any]], None] | None = field(
+        default=None, compare=False
+    )  # is given each program's inputs
     programs: list[Any] = field(default_factory=list, compare=False, repr=False)
     _said: set[str] = field(default_factory=set, compare=False, repr=False)
 
@@ -82,7 +84,7 @@ class Settings:
 
     def anew(self) -> Settings:
         """The same options for another model: no session, no listener, nothing compiled, nothing said."""
-        return replace(self, session=None, hears=None, takes=None, programs=[], _said=set())
+        return replace(self, session=None, on_warning=None, on_inputs=None, programs=[], _said=set())
 
     def new_session(self) -> Session:
         """A session for one model."""
@@ -90,21 +92,23 @@ class Settings:
             return self.session
         if isinstance(auto := self.recipe.policy, Auto):
             session = Session(Always(), self.num_steps, name=self.recipe.name)
-            session.recorder = AutoCalibrator(session, Goal.of(auto), strict=self.strict, say=self.say_once, tell=self.tell_once)
+            session.recorder = AutoCalibrator(
+                session, Goal.of(auto), strict=self.strict, warn=self.warn_once, log=self.log_once
+            )
             return session
         return Session(self.recipe.policy, self.num_steps, name=self.recipe.name, prepare=self.policy_for)
 
     def policy_for(self, num_steps: int) -> Any:
         """The recipe's policy for a number of steps; says once where its codebook is not the published one."""
-        return self.recipe.for_steps(num_steps, lambda message: self.say_once(f"steps {num_steps}", message)).policy
+        return self.recipe.for_steps(num_steps, lambda message: self.warn_once(f"steps {num_steps}", message)).policy
 
-    def say_once(self, key: str, message: str) -> None:
-        if self.hears is not None:
-            self.hears(message)
+    def warn_once(self, key: str, message: str) -> None:
+        if self.on_warning is not None:
+            self.on_warning(message)
         else:
             warn_once(self._said, message, key=key)
 
-    def tell_once(self, key: str, message: str) -> None:
+    def log_once(self, key: str, message: str) -> None:
         """What is no warning."""
-        if self.hears is None:
+        if self.on_warning is None:
             inform_once(self._said, message, key=key)

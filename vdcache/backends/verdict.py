@@ -71,7 +71,7 @@ class Verdict:
                 if self._settings.strict:
                     raise CaptureError(message)
                 aside = "" if what == "mask" else "vdcache steps aside, the model runs as plain torch.compile would run it: "
-                self._settings.say_once(f"lacks {what}", f"{aside or 'vdcache: '}{message}")
+                self._settings.warn_once(f"lacks {what}", f"{aside or 'vdcache: '}{message}")
 
     # ---- what went wrong before --------------------------------------------------------------------------------------
 

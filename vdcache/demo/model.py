@@ -140,8 +140,8 @@ class ConditionEmbedder(nn.Module):
         half = self.freq_dim // 2
         rates = torch.exp(-math.log(10000) * torch.arange(half, device=timestep.device) / half)
         angles = timestep[:, None].float() * rates
-        waves = torch.cat([angles.cos(), angles.sin()], -1)
-        time = self.time_embedder(waves.to(self.time_proj.weight.dtype))
+        sinusoids = torch.cat([angles.cos(), angles.sin()], -1)
+        time = self.time_embedder(sinusoids.to(self.time_proj.weight.dtype))
         return time, self.time_proj(F.silu(time)), self.text_embedder(text)
 
 

@@ -62,9 +62,9 @@ def _graph(report: Report, graph: GraphFacts) -> dict[str, Any]:
     """What the template needs of one graph."""
     from markupsafe import Markup
 
-    facts = graph.anatomy
+    facts = graph.analysis
     if facts is None:
-        return {"facts": graph, "anatomy": None}
+        return {"facts": graph, "analysis": None}
     slots = [s for s in report.slots if s.graph == graph.index]
     shapes: dict[int, list[Block]] = {}
     for block in facts.blocks:
@@ -72,7 +72,7 @@ def _graph(report: Report, graph: GraphFacts) -> dict[str, Any]:
     largest = max((b.flops for b in facts.branches), default=1)
     return {
         "facts": graph,
-        "anatomy": facts,
+        "analysis": facts,
         "house": Markup(picture.house(facts, slots)),
         "shapes": [_shape(blocks, facts.branches, largest) for blocks in shapes.values()],
         "refusals": reasons(facts.refusals),

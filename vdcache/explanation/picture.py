@@ -9,7 +9,7 @@ from html import escape
 
 from vdcache.explanation.report import Report, Slot
 from vdcache.explanation.tree import amount, size, where
-from vdcache.patterns import GraphAnalysis, Attention, Branch, Stream
+from vdcache.patterns import Attention, Branch, GraphAnalysis, Stream
 
 __all__ = ["KIND_COLOURS", "ROLE_COLOURS", "attention_tile", "house", "square"]
 

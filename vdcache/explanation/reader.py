@@ -12,14 +12,14 @@ from vdcache.backends.program import Program
 from vdcache.backends.settings import Settings
 from vdcache.explanation.report import GraphFacts, Report, Slot, VariantCost
 from vdcache.ir import dialect
-from vdcache.ir.capture import Captured, CapturedPart, CapturedForward, parts
+from vdcache.ir.capture import Captured, CapturedForward, CapturedPart, parts
 from vdcache.ir.checks import check_model
 from vdcache.ir.errors import CaptureError, ConfigError, VdcacheError
+from vdcache.ir.exported import exported
 from vdcache.ir.ops import tensor_of, unviewed
-from vdcache.ir.whole import exported
 from vdcache.methods import recipe as named
 from vdcache.passes import Canonicalise, MergeSlots, Pipeline
-from vdcache.patterns import GraphAnalysis, Branch, NoMatch, anatomy, cost
+from vdcache.patterns import Branch, GraphAnalysis, NoMatch, analyze, cost
 from vdcache.recipe import Recipe
 from vdcache.runtime.bound import best_plans
 from vdcache.runtime.plan import Plan
@@ -101,7 +101,7 @@ def _report(name: str, found: CapturedForward, recipe: Recipe | None, steps: int
         seen[key] = number = len(graphs)
         captured.append(part.captured)
         canonical, _ = Pipeline((Canonicalise(),)).run(part.captured.graph)
-        facts = _named(anatomy(canonical), canonical, part.captured, number)
+        facts = _named(analyze(canonical), canonical, part.captured, number)
         nodes = sum(n.op == "call_function" for n in canonical.graph.nodes)
         graphs.append(GraphFacts(number, facts, nodes, part.line, part.ends, part.ends_at))
     report = Report(name, tuple(graphs), tuple(found.breaks))
@@ -109,7 +109,7 @@ def _report(name: str, found: CapturedForward, recipe: Recipe | None, steps: int
 
 
 def _named(found: GraphAnalysis, graph: fx.GraphModule, captured: Captured, number: int) -> GraphAnalysis:
-    """The anatomy with the user's names for the inputs, and the number of the graph."""
+    """The analysis with the user's names for the inputs, and the number of the graph."""
     inputs = graph.graph.find_nodes(op="placeholder")
     names = dict(zip((n.name for n in inputs), captured.signature.names, strict=False))
 
@@ -122,10 +122,10 @@ def _named(found: GraphAnalysis, graph: fx.GraphModule, captured: Captured, numb
         streams=tuple(replace(s, graph=number, inputs=said(s.inputs)) for s in found.streams),
         blocks=tuple(replace(b, graph=number) for b in found.blocks),
         refusals=tuple(replace(r, graph=number) for r in found.refusals),
-        clocks=said(found.clocks),
+        timestep_inputs=said(found.timestep_inputs),
         latents=said(found.latents),
         latent=names.get(found.latent, found.latent),
-        conditioning=replace(found.conditioning, clocks=said(found.conditioning.clocks)),
+        conditioning=replace(found.conditioning, timestep_inputs=said(found.conditioning.timestep_inputs)),
     )
 
 
@@ -137,7 +137,7 @@ def _with_recipe(report: Report, captured: list[Captured], numbers: list[int], r
     programs: list[tuple[int, Program]] = []
     total: int | None = 0
     for number, graph in zip(numbers, captured, strict=True):
-        facts = report.graphs[number].anatomy
+        facts = report.graphs[number].analysis
         assert facts is not None  # it was captured
         try:
             program = Program(graph, Settings(recipe=recipe, inner="eager"))
@@ -191,21 +191,23 @@ def _with_recipe(report: Report, captured: list[Captured], numbers: list[int], r
 
 
 def _slots(guarded: fx.GraphModule, facts: GraphAnalysis, number: int) -> list[Slot]:
-    """The guards of a graph, each with the branches that it stands for."""
+    """The cache guards of a graph, each with the branches that it stands for."""
     position = {n.name: i for i, n in enumerate(guarded.graph.nodes)}
     by_value = {b.contribution: b for b in facts.branches} | {b.pre_gate: b for b in facts.branches if b.pre_gate}
-    by_join = {b.join: b for b in facts.branches}
+    by_join = {b.residual_add: b for b in facts.branches}
     found = []
-    for guard in dialect.guards(guarded.graph):
-        fresh, base = guard.args[0], guard.args[2] if len(guard.args) > 2 else None
+    for cache_guard in dialect.cache_guards(guarded.graph):
+        fresh, base = cache_guard.args[0], cache_guard.args[2] if len(cache_guard.args) > 2 else None
         assert isinstance(fresh, fx.Node)
         branches: list[Branch] = []
         if isinstance(base, fx.Node):
             last = _last_join(fresh, by_join)
             if last is not None:
-                low = position[unviewed(base).name]  # merging repeats views of the start right before its guard
+                low = position[unviewed(base).name]  # merging repeats views of the start right before its cache guard
                 branches = [
-                    b for b in facts.branches if b.stream == last.stream and low < position[b.join] <= position[last.join]
+                    b
+                    for b in facts.branches
+                    if b.stream == last.stream and low < position[b.residual_add] <= position[last.residual_add]
                 ]
         elif (branch := by_value.get(fresh.name)) is not None:
             branches = [branch]
@@ -213,7 +215,7 @@ def _slots(guarded: fx.GraphModule, facts: GraphAnalysis, number: int) -> list[S
         shape = tuple(s if isinstance(s, int) else None for s in value.shape)
         found.append(
             Slot(
-                name=str(guard.args[1]),
+                name=str(cache_guard.args[1]),
                 branches=tuple(b.name for b in branches),
                 stream=branches[0].stream if branches else 0,
                 merged=isinstance(base, fx.Node),

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vdcache.patterns import KINDS, GraphAnalysis, Attention, Block, Branch, Conditioning, NoMatch, Stream
+from vdcache.patterns import KINDS, Attention, Block, Branch, Conditioning, GraphAnalysis, NoMatch, Stream
 
 if TYPE_CHECKING:
     import networkx
@@ -22,7 +22,7 @@ class GraphFacts:
 
     Args:
         index: counted from 0 in the order in which they run.
-        anatomy: what was found in it; None where it could not be read (`problem` says why).
+        analysis: what was found in it; None where it could not be read (`problem` says why).
         nodes: how many operations.
         line: the source line that it begins with.
         ends, ends_at: why it ends before the function does, and where; "" where it does not.
@@ -30,7 +30,7 @@ class GraphFacts:
     """
 
     index: int
-    anatomy: GraphAnalysis | None
+    analysis: GraphAnalysis | None
     nodes: int = 0
     line: str = ""
     ends: str = ""
@@ -125,8 +125,8 @@ class Report:
 
     def _of(self, name: str) -> Iterable[Any]:
         for graph in self.graphs:
-            if graph.anatomy is not None:
-                yield from getattr(graph.anatomy, name)
+            if graph.analysis is not None:
+                yield from getattr(graph.analysis, name)
 
     @cached_property
     def branches(self) -> tuple[Branch, ...]:
@@ -152,26 +152,26 @@ class Report:
     @cached_property
     def conditioning(self) -> Conditioning:
         """Conditioning of all graphs; node names of graphs after the first are prefixed with their number."""
-        clocks: dict[str, None] = {}
+        timestep_inputs: dict[str, None] = {}
         parts: dict[str, list[str]] = {"timestep": [], "text": [], "constant": []}
         for graph in self.graphs:
-            if graph.anatomy is None:
+            if graph.analysis is None:
                 continue
-            found = graph.anatomy.conditioning
-            clocks.update(dict.fromkeys(found.clocks))
+            found = graph.analysis.conditioning
+            timestep_inputs.update(dict.fromkeys(found.timestep_inputs))
             for name, nodes in parts.items():
                 nodes += [f"{graph.index}:{n}" if graph.index else n for n in getattr(found, name)]
-        return Conditioning(tuple(clocks), *(tuple(parts[n]) for n in ("timestep", "text", "constant")))
+        return Conditioning(tuple(timestep_inputs), *(tuple(parts[n]) for n in ("timestep", "text", "constant")))
 
     @cached_property
     def flops(self) -> int:
         """FLOPs of one forward: matrix products, convolutions and attention."""
-        return sum(g.anatomy.flops * (1 + g.again) for g in self.graphs if g.anatomy is not None)
+        return sum(g.analysis.flops * (1 + g.again) for g in self.graphs if g.analysis is not None)
 
     @cached_property
     def coverage(self) -> float:
         """Share of the FLOPs that a step which reuses every branch leaves out, 0 to 1."""
-        covered = sum(g.anatomy.covered * (1 + g.again) for g in self.graphs if g.anatomy is not None)
+        covered = sum(g.analysis.covered * (1 + g.again) for g in self.graphs if g.analysis is not None)
         return covered / self.flops if self.flops else 0.0
 
     @property
@@ -206,7 +206,7 @@ class Report:
             graph.add_node(start, kind="start", stream=stream.index, role=stream.role, graph=stream.graph)
             last[stream.graph, stream.index] = start
         for branch in self.branches:
-            name = f"g{branch.graph}.{branch.join}"
+            name = f"g{branch.graph}.{branch.residual_add}"
             facts = {
                 k: getattr(branch, k)
                 for k in ("kind", "stream", "block", "layout", "flops", "bytes", "module", "line", "graph")

@@ -12,7 +12,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from vdcache.explanation.report import Report
-from vdcache.patterns import GraphAnalysis, Attention, Block, Branch, NoMatch, Stream
+from vdcache.patterns import Attention, Block, Branch, GraphAnalysis, NoMatch, Stream
 
 __all__ = ["amount", "plain", "reasons", "size", "tree", "where"]
 
@@ -55,10 +55,10 @@ def tree(report: Report) -> Tree:
         if len(report.graphs) > 1:
             again = f", runs {1 + graph.again} times" if graph.again else ""
             at = root.add(_line(f"graph {graph.index}", "bold", f"{graph.nodes} operations, from {where(graph.line)}{again}"))
-        if graph.anatomy is None:
+        if graph.analysis is None:
             at.add(_line("not read", "red", graph.problem))
         else:
-            _inside(at, graph.anatomy)
+            _inside(at, graph.analysis)
         if graph.ends:
             at.add(_line("breaks", "yellow", f"at {where(graph.ends_at)}: {graph.ends}"))
     if report.breaks and not any(g.ends for g in report.graphs):
@@ -70,9 +70,13 @@ def tree(report: Report) -> Tree:
 
 
 def _inside(at: Tree, found: GraphAnalysis) -> None:
-    if found.clocks:
+    if found.timestep_inputs:
         at.add(
-            _line("timestep", "bold", f"{_or(found.clocks)}: {len(found.conditioning.timestep)} operations depend on it alone")
+            _line(
+                "timestep",
+                "bold",
+                f"{_or(found.timestep_inputs)}: {len(found.conditioning.timestep)} operations depend on it alone",
+            )
         )
     elif found.branches:
         at.add(_line("timestep", "bold", "no input reaches a sinusoidal embedding: only explicit steps can drive this graph"))
@@ -140,7 +144,7 @@ def _shared(paths: Iterable[str]) -> str:
 def _stream(stream: Stream) -> str:
     shape = " × ".join("?" if s is None else str(s) for s in stream.shape)
     spans = "; ".join(f"{s.role} {s.start}–{s.stop}" for s in stream.spans)
-    return f"{stream.role}, {shape} {stream.dtype}, {len(stream.joins)} branches{f' ({spans})' if spans else ''}"
+    return f"{stream.role}, {shape} {stream.dtype}, {len(stream.residual_adds)} branches{f' ({spans})' if spans else ''}"
 
 
 def _attention(a: Attention) -> str:

@@ -20,9 +20,9 @@ from vdcache.exporting.manifest import Cache, Graph, LoopSpec, ScheduledStep, Va
 from vdcache.ir import dialect
 from vdcache.ir.edit import copy_graph, outputs, set_outputs
 from vdcache.ir.edit import inputs as graph_inputs
+from vdcache.ir.exported import ExportedModel, whole
 from vdcache.ir.files import text_of
 from vdcache.ir.sizes import is_symbolic
-from vdcache.ir.whole import ExportedModel, whole
 from vdcache.methods import recipe as named
 from vdcache.passes.predictors import StepInfo
 from vdcache.recipe import Recipe
@@ -31,7 +31,7 @@ from vdcache.runtime.policies import Auto
 from vdcache.scheduling.calibration import Calibration
 from vdcache.scheduling.schedule import Schedule
 
-__all__ = ["PLAN", "Fixed", "FixedVariant", "ExportedFiles", "fixed", "recipe_of", "unused", "value_of"]
+__all__ = ["PLAN", "ExportedFiles", "Fixed", "FixedVariant", "fixed", "recipe_of", "unused", "value_of"]
 
 PLAN = "plan"  # the input that says which plan a graph of several follows
 
@@ -233,7 +233,7 @@ def _plans(program: Program, recipe: Recipe, steps: int) -> list[Plan]:
     ):
         raise ConfigError(
             f"'{recipe.name}' decides while it runs what to reuse, and a fixed graph cannot: give a schedule (vdcache.calibrate and vdcache.search_schedule find "
-            "one for this model), a list of computed steps, or a recipe that follows the clock alone, as every-3"
+            "one for this model), a list of computed steps, or a recipe that depend on the step number alone, as every-3"
         )
     policy = recipe.policy
     state = policy.start(steps)
@@ -252,7 +252,9 @@ def _plans(program: Program, recipe: Recipe, steps: int) -> list[Plan]:
     return plans
 
 
-def _variant(program: Program, plan: Plan, positions: dict[int, str], caches: dict[str, Cache], found: ExportedModel) -> FixedVariant:
+def _variant(
+    program: Program, plan: Plan, positions: dict[int, str], caches: dict[str, Cache], found: ExportedModel
+) -> FixedVariant:
     graph = copy_graph(program.variant_graph(plan))
     needs = program.needs(plan)
     slots = program.slots_kept(plan)
@@ -328,7 +330,9 @@ def _steps(program: Program, plans: Sequence[Plan], variants: Sequence[FixedVari
             numbers |= {f"{_plain(group)}_{n}": float(v) for n, v in zip(StepInfo._fields, values, strict=True)}
         wanted = {name for kind, name in variant.roles if kind == "number"}
         steps.append(
-            ScheduledStep(variant.name, tuple(sorted(plan.reuse)), variant.reused, {n: v for n, v in numbers.items() if n in wanted})
+            ScheduledStep(
+                variant.name, tuple(sorted(plan.reuse)), variant.reused, {n: v for n, v in numbers.items() if n in wanted}
+            )
         )
         written.update(program.slots_kept(plan))
         for group in needs.computes:

@@ -20,7 +20,7 @@ from vdcache.exporting.fixed import Fixed, unused, value_of
 from vdcache.exporting.manifest import LoopCall, LoopSpec
 from vdcache.ir.edit import add_input, outputs, set_outputs
 from vdcache.ir.edit import inputs as graph_inputs
-from vdcache.ir.whole import whole
+from vdcache.ir.exported import whole
 from vdcache.passes.base import drop_dead_code
 
 __all__ = ["TracedLoop", "traced_loop"]

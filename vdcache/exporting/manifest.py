@@ -13,7 +13,20 @@ from typing import Any
 
 from vdcache.errors import ConfigError
 
-__all__ = ["FILE", "VERSION", "Cache", "LoopCall", "FileFacts", "Graph", "LoopSpec", "Manifest", "LoopStage", "ScheduledStep", "Value", "facts_of"]
+__all__ = [
+    "FILE",
+    "VERSION",
+    "Cache",
+    "FileFacts",
+    "Graph",
+    "LoopCall",
+    "LoopSpec",
+    "LoopStage",
+    "Manifest",
+    "ScheduledStep",
+    "Value",
+    "facts_of",
+]
 
 FILE = "manifest.json"
 FORMAT, VERSION = "vdcache-package", 1

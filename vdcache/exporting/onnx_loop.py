@@ -28,7 +28,9 @@ def converted_loop(around: TracedLoop, weights: Weights) -> ir.Model:
     return model
 
 
-def write_stages(around: TracedLoop | None, weights: Weights, folder: Path, on_progress: Callable[[str], None]) -> LoopSpec | None:
+def write_stages(
+    around: TracedLoop | None, weights: Weights, folder: Path, on_progress: Callable[[str], None]
+) -> LoopSpec | None:
     """The loop in pieces, each what can be computed before the next call of the model."""
     if around is None:
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from vdcache.exporting.fixed import Fixed, ExportedFiles
+from vdcache.exporting.fixed import ExportedFiles, Fixed
 from vdcache.exporting.loops import TracedLoop
 from vdcache.exporting.onnx_loop import write_stages
 from vdcache.exporting.to_onnx import OPSET, WEIGHTS, converted, save, variant_graph

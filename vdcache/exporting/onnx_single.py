@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from vdcache.exporting.fixed import PLAN, Fixed, FixedVariant, ExportedFiles
+from vdcache.exporting.fixed import PLAN, ExportedFiles, Fixed, FixedVariant
 from vdcache.exporting.loops import TracedLoop
 from vdcache.exporting.manifest import Graph
 from vdcache.exporting.onnx_loop import write_stages
@@ -88,7 +88,12 @@ def _joined(what: Fixed, models: Sequence[ir.Model]) -> tuple[ir.Model, Graph]:
 
 
 def _branch(
-    what: Fixed, variant: FixedVariant, model: ir.Model, prefix: str, given: dict[str, ir.Value], initializers: dict[str, ir.Value]
+    what: Fixed,
+    variant: FixedVariant,
+    model: ir.Model,
+    prefix: str,
+    given: dict[str, ir.Value],
+    initializers: dict[str, ir.Value],
 ) -> ir.Graph:
     """A variant as a branch: no inputs of its own, and every cache returned, a copy of the old one where it writes none."""
     graph = model.graph

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from vdcache.exporting.fixed import Fixed, ExportedFiles
+from vdcache.exporting.fixed import ExportedFiles, Fixed
 from vdcache.exporting.loops import TracedLoop
 from vdcache.exporting.manifest import Graph, LoopSpec, ScheduledStep
 from vdcache.exporting.onnx_loop import converted_loop

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vdcache.backends.inductor import package_ahead
 from vdcache.errors import CaptureError, ConfigError
-from vdcache.exporting.fixed import Fixed, FixedVariant, ExportedFiles
+from vdcache.exporting.fixed import ExportedFiles, Fixed, FixedVariant
 from vdcache.exporting.loops import TracedLoop
 from vdcache.exporting.manifest import Graph, ScheduledStep
 from vdcache.exporting.running import PackageRunner
@@ -143,7 +143,9 @@ class TorchRunner(PackageRunner):
     def _new_lane(self) -> dict[str, Tensor]:
         return {c.name: torch.zeros(c.shape, dtype=getattr(torch, c.dtype)) for c in self.manifest.caches}
 
-    def _run(self, graph: Graph, step: ScheduledStep, given: Mapping[str, np.ndarray], lane: dict[str, Tensor]) -> list[np.ndarray]:
+    def _run(
+        self, graph: Graph, step: ScheduledStep, given: Mapping[str, np.ndarray], lane: dict[str, Tensor]
+    ) -> list[np.ndarray]:
         values: dict[str, Tensor] = {
             **self._weights[graph.name],
             **{n: torch.tensor(step.numbers[n], dtype=getattr(torch, kind)) for n, kind in graph.numbers.items()},

@@ -1,7 +1,7 @@
 """One graph form: how models enter it, what its nodes mean, how it prints, what may be known of it."""
 
 from vdcache.ir.capture import Captured, Signature, capture, signature, trace
-from vdcache.ir.dialect import group_of, guard, guards, observations, observe
+from vdcache.ir.dialect import cache_guard, cache_guards, group_of, observations, observe
 from vdcache.ir.dump import dump, type_of
 from vdcache.ir.errors import (
     CacheStateError,
@@ -12,9 +12,9 @@ from vdcache.ir.errors import (
     VdcacheWarning,
     warn_once,
 )
+from vdcache.ir.exported import exported
 from vdcache.ir.facts import Fact, check
 from vdcache.ir.parse import parse
-from vdcache.ir.whole import exported
 
 __all__ = [
     "CacheStateError",
@@ -26,13 +26,13 @@ __all__ = [
     "Signature",
     "VdcacheError",
     "VdcacheWarning",
+    "cache_guard",
+    "cache_guards",
     "capture",
     "check",
     "dump",
     "exported",
     "group_of",
-    "guard",
-    "guards",
     "observations",
     "observe",
     "parse",

@@ -4,7 +4,7 @@ Three doors lead to the same form, `Captured`:
 
 - `capture`: what Dynamo hands to a backend (a graph of torch calls and its inputs);
 - `trace`: any Python function or module, by make_fx;
-- `vdcache.ir.whole.whole`: a whole model and its weights, by torch.export.
+- `vdcache.ir.exported.whole`: a whole model and its weights, by torch.export.
 
 Composite operations (`linear`, `scaled_dot_product_attention`, `layer_norm` …) stay whole, because patterns read them and
 the eager inner compiler is then bit-identical to the model. Dispatch runs below autograd and autocast, so the casts
@@ -29,12 +29,23 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 
 from vdcache.ir.composites import whole_composites
-from vdcache.ir.edit import copy_graph, live_nodes, outputs, set_outputs
+from vdcache.ir.edit import backward_slice, copy_graph, outputs, set_outputs
 from vdcache.ir.errors import CaptureError
 from vdcache.ir.ops import is_work, tensor_of
-from vdcache.ir.wrapped import TensorSubclasses
+from vdcache.ir.subclasses import TensorSubclasses
 
-__all__ = ["Captured", "CapturedPart", "CapturedForward", "Signature", "capture", "first_line", "parts", "readable", "signature", "trace"]
+__all__ = [
+    "Captured",
+    "CapturedForward",
+    "CapturedPart",
+    "Signature",
+    "capture",
+    "first_line",
+    "parts",
+    "readable",
+    "signature",
+    "trace",
+]
 
 
 @dataclass(frozen=True)
@@ -290,7 +301,7 @@ def _exact_results(captured: Captured) -> Callable[[Sequence[Any]], dict[int, to
     wanted = {
         i: node
         for i, node in enumerate(results)
-        if (x := tensor_of(node)) is not None and not x.is_floating_point() and not any(map(is_work, live_nodes([node])))
+        if (x := tensor_of(node)) is not None and not x.is_floating_point() and not any(map(is_work, backward_slice([node])))
     }
     if not wanted:
         return None

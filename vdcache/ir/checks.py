@@ -24,11 +24,11 @@ __all__ = [
 ]
 
 
-def check_model(value: Any, what: str) -> None:
+def check_model(value: Any, caller: str) -> None:
     """Refuse what is not one model.
 
     Args:
-        what: the public function that was given it, for messages.
+        caller: the public function that was given it, for messages.
 
     Raises:
         ConfigError: a class, a whole pipeline, or what cannot be called.
@@ -37,11 +37,11 @@ def check_model(value: Any, what: str) -> None:
         raise ConfigError(f"pass an instance, {value.__name__}(…), not the class")
     if is_pipeline(value):
         raise ConfigError(
-            f"{what} takes one model, and this {type(value).__name__} is a whole pipeline: vdcache.apply(pipe, recipe) makes a pipeline skip "
-            f"work. For {what} give its denoiser, as pipe.transformer is one"
+            f"{caller} takes one model, and this {type(value).__name__} is a whole pipeline: vdcache.apply(pipe, recipe) makes a pipeline skip "
+            f"work. For {caller} give its denoiser, as pipe.transformer is one"
         )
     if not callable(value):
-        raise ConfigError(f"{what} takes a module or a function; got {type(value).__name__}")
+        raise ConfigError(f"{caller} takes a module or a function; got {type(value).__name__}")
 
 
 def is_pipeline(value: Any) -> bool:
@@ -49,13 +49,13 @@ def is_pipeline(value: Any) -> bool:
     return isinstance(getattr(value, "components", None), Mapping) and callable(getattr(value, "progress_bar", None))
 
 
-def whole_numbers(values: Any, what: str) -> tuple[int, ...]:
+def whole_numbers(values: Any, subject: str) -> tuple[int, ...]:
     """Whole numbers as a tuple: from a list, a range, an array or a tensor.
 
     Raises:
         ConfigError: anything else: text, booleans, fractions.
     """
-    message = f"{what} is a list of whole numbers; got {values!r}"
+    message = f"{subject} is a list of whole numbers; got {values!r}"
     if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
         raise ConfigError(message)
     found = []
@@ -69,35 +69,35 @@ def whole_numbers(values: Any, what: str) -> tuple[int, ...]:
     return tuple(found)
 
 
-def number(value: Any, what: str) -> float:
+def number(value: Any, subject: str) -> float:
     """A real number.
 
     Raises:
         ConfigError: anything else.
     """
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise ConfigError(f"{what}; got {value!r}")
+        raise ConfigError(f"{subject}; got {value!r}")
     return float(value)
 
 
-def group_name(value: Any, what: str) -> None:
+def group_name(value: Any, subject: str) -> None:
     """The name of a group of slots: "group/name" names a slot, and "," and brackets part the options of a pass.
 
     Raises:
         ConfigError: no text, an empty one, or one that holds such a character.
     """
     if not isinstance(value, str) or not value or any(c in value for c in "/,{}[]=# "):
-        raise ConfigError(f"{what}: a group is a name of letters, digits and dots; got {value!r} as group")
+        raise ConfigError(f"{subject}: a group is a name of letters, digits and dots; got {value!r} as group")
 
 
-def whole(value: Any, what: str, least: int = 0) -> int:
+def whole(value: Any, subject: str, least: int = 0) -> int:
     """One whole number.
 
     Raises:
         ConfigError: anything else, or a number below `least`.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{what} is a whole number of at least {least}; got {value!r}")
+        raise ConfigError(f"{subject} is a whole number of at least {least}; got {value!r}")
     return value
 
 
@@ -130,30 +130,30 @@ def timestep(value: Any) -> float:
         ) from error
 
 
-def numbers(values: Any, what: str) -> tuple[float, ...]:
+def numbers(values: Any, subject: str) -> tuple[float, ...]:
     """Finite real numbers as a tuple: from a list, an array or a tensor.
 
     Raises:
         ConfigError: anything else.
     """
     if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
-        raise ConfigError(f"{what} is a list of numbers; got {values!r}")
+        raise ConfigError(f"{subject} is a list of numbers; got {values!r}")
     found = []
     for value in values:
         item = value.item() if hasattr(value, "item") else value
         if isinstance(item, bool) or not isinstance(item, Real) or not math.isfinite(item):
-            raise ConfigError(f"{what} is a list of numbers; it holds {value!r}")
+            raise ConfigError(f"{subject} is a list of numbers; it holds {value!r}")
         found.append(float(item))
     return tuple(found)
 
 
-def video_grid(values: Any, what: str) -> tuple[int, ...]:
+def video_grid(values: Any, subject: str) -> tuple[int, ...]:
     """Frames, height and width of video tokens, or nothing.
 
     Raises:
         ConfigError: other than three whole numbers of at least 1.
     """
-    grid = whole_numbers(values, f"{what}: grid")
+    grid = whole_numbers(values, f"{subject}: grid")
     if grid and (len(grid) != 3 or min(grid) < 1):
-        raise ConfigError(f"{what}: grid is (frames, height, width) of the video tokens, got {grid}")
+        raise ConfigError(f"{subject}: grid is (frames, height, width) of the video tokens, got {grid}")
     return grid

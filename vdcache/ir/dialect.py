@@ -12,26 +12,26 @@ from torch import Tensor, fx
 __all__ = [
     "DISTANCES",
     "FUNCTIONS",
-    "SINCE",
+    "REFERENCE_STEPS",
+    "cache_guard",
+    "cache_guards",
     "emissions",
     "emit",
     "group_of",
-    "guard",
-    "guarded",
-    "guards",
     "is_dialect",
     "is_dialect_function",
     "observations",
     "observe",
     "probe",
     "probes",
+    "with_cache_guard",
 ]
 
 DISTANCES = ("l1", "l2", "cosine", "magnitude")
-SINCE = ("step", "computed")
+REFERENCE_STEPS = ("step", "computed")
 
 
-def guard(fresh: Tensor, slot: str, base: Tensor | None = None) -> Tensor:
+def cache_guard(fresh: Tensor, slot: str, base: Tensor | None = None) -> Tensor:
     """The value `fresh`, which may come from an earlier step instead.
 
     Without `base` the saved value is `fresh`. With it the saved value is `fresh - base`, and reuse gives
@@ -46,7 +46,7 @@ def guard(fresh: Tensor, slot: str, base: Tensor | None = None) -> Tensor:
 def observe(value: Tensor, slot: str, distance: str, strides: tuple[int, ...] = (), frames: int = 0) -> Tensor:
     """The value `value`, whose change since the last recomputed step is measured for the policy.
 
-    A recomputing variant returns the sums that the measures are made of (`runtime.measures`), so that lanes can be
+    A recomputing variant returns the sums that the measures are made of (`runtime.metrics`), so that lanes can be
     added up before anything is divided.
 
     Args:
@@ -68,7 +68,7 @@ def emit(value: Tensor, name: str) -> Tensor:
     return value
 
 
-def probe(value: Tensor, name: str, distance: str, since: str) -> Tensor:
+def probe(value: Tensor, name: str, distance: str, reference_step: str) -> Tensor:
     """The value `value`, whose change the policy must know before it can choose the plan of this very step.
 
     The graph is split where it stands (`split-at-probe`): what it needs runs first, the plan is chosen, and a variant of the
@@ -82,7 +82,7 @@ def probe(value: Tensor, name: str, distance: str, since: str) -> Tensor:
     return value
 
 
-FUNCTIONS = {f.__name__: f for f in (guard, observe, emit, probe)}
+FUNCTIONS = {f.__name__: f for f in (cache_guard, observe, emit, probe)}
 
 
 def is_dialect_function(target: object) -> bool:
@@ -93,14 +93,14 @@ def is_dialect(node: fx.Node) -> bool:
     return node.op == "call_function" and is_dialect_function(node.target)
 
 
-def guards(graph: fx.Graph) -> list[fx.Node]:
-    """The guard nodes of a graph, in order."""
-    return graph.find_nodes(op="call_function", target=guard)
+def cache_guards(graph: fx.Graph) -> list[fx.Node]:
+    """The cache guard nodes of a graph, in order."""
+    return graph.find_nodes(op="call_function", target=cache_guard)
 
 
-def guarded(node: fx.Node) -> fx.Node:
-    """The guard of `node` where it has one: what a reusing step has in the place of its value. Else `node`."""
-    return next((u for u in node.users if u.target is guard and u.args[0] is node), node)
+def with_cache_guard(node: fx.Node) -> fx.Node:
+    """The cache guard of `node` where it has one: what a reusing step has in the place of its value. Else `node`."""
+    return next((u for u in node.users if u.target is cache_guard and u.args[0] is node), node)
 
 
 def observations(graph: fx.Graph) -> list[fx.Node]:

@@ -16,36 +16,36 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
     "add_input",
+    "backward_slice",
     "call",
     "copy_graph",
     "evaluate",
     "inline",
     "inputs",
     "laid_out",
-    "live_nodes",
     "outputs",
     "set_outputs",
 ]
 
 
-def call(graph: fx.Graph, target: Any, *args: Any, made_by: str, **kwargs: Any) -> fx.Node:
+def call(graph: fx.Graph, target: Any, *args: Any, provenance: str, **kwargs: Any) -> fx.Node:
     """Add `target(*args, **kwargs)` at the graph's insertion point, with its fake value."""
 
     result = evaluate(target, args, kwargs)
     node = graph.call_function(target, args, kwargs)
-    node.meta = {"val": result, "vdcache": made_by}
+    node.meta = {"val": result, "vdcache": provenance}
     return node
 
 
-def laid_out(graph: fx.Graph, x: fx.Node, like: torch.Tensor, *, made_by: str) -> fx.Node:
+def laid_out(graph: fx.Graph, x: fx.Node, like: torch.Tensor, *, provenance: str) -> fx.Node:
     """The same value at the graph's insertion point, in memory as `like` lies: views that follow were made for that."""
     strides = like.stride()
     if x.meta["val"].stride() == strides:
         return x
     order = sorted(range(like.ndim), key=lambda d: (-strides[d], d))
-    x = call(graph, torch.ops.aten.permute.default, x, order, made_by=made_by)
-    x = call(graph, torch.ops.aten.clone.default, x, memory_format=torch.contiguous_format, made_by=made_by)
-    return call(graph, torch.ops.aten.permute.default, x, [order.index(d) for d in range(like.ndim)], made_by=made_by)
+    x = call(graph, torch.ops.aten.permute.default, x, order, provenance=provenance)
+    x = call(graph, torch.ops.aten.clone.default, x, memory_format=torch.contiguous_format, provenance=provenance)
+    return call(graph, torch.ops.aten.permute.default, x, [order.index(d) for d in range(like.ndim)], provenance=provenance)
 
 
 def evaluate(target: Any, args: Any, kwargs: Any) -> Any:
@@ -58,7 +58,7 @@ def evaluate(target: Any, args: Any, kwargs: Any) -> Any:
         return target(*given, **named)
 
 
-def inline(graph: fx.Graph, fn: Callable[..., Any], args: Any, made_by: str) -> Any:
+def inline(graph: fx.Graph, fn: Callable[..., Any], args: Any, provenance: str) -> Any:
     """Add what a function of tensors computes, as ATen operations, at the graph's insertion point.
 
     Args:
@@ -80,12 +80,12 @@ def inline(graph: fx.Graph, fn: Callable[..., Any], args: Any, made_by: str) -> 
 
     def symbol(x: Any) -> Any:
         """A size that is a symbol, as a node that computes it: a graph cannot hold symbols."""
-        return _size_node(graph, x.node.expr, alive, of, made_by) if isinstance(x, torch.SymInt) else x
+        return _size_node(graph, x.node.expr, alive, of, provenance) if isinstance(x, torch.SymInt) else x
 
     def record(func: Any, args: Any, kwargs: Any, result: Any) -> Any:
         given, named = pytree.tree_map(lambda x: of.get(id(x), x) if isinstance(x, torch.Tensor) else symbol(x), (args, kwargs))
         made = graph.call_function(func, given, named)
-        made.meta = {"val": result, "vdcache": made_by}
+        made.meta = {"val": result, "vdcache": provenance}
         if isinstance(result, torch.Tensor):
             of[id(result)] = made
             alive.append(result)
@@ -119,7 +119,7 @@ def inline(graph: fx.Graph, fn: Callable[..., Any], args: Any, made_by: str) -> 
     return pytree.tree_map(lambda x: of[id(x)] if isinstance(x, torch.Tensor) else x, results)
 
 
-def _size_node(graph: fx.Graph, expr: Any, tensors: list[Any], of: dict[int, fx.Node], made_by: str) -> Any:
+def _size_node(graph: fx.Graph, expr: Any, tensors: list[Any], of: dict[int, fx.Node], provenance: str) -> Any:
     """A node for a symbolic size: read off a tensor that has it, or a sum or product of such."""
     if expr.is_Integer:
         return int(expr)
@@ -130,16 +130,16 @@ def _size_node(graph: fx.Graph, expr: Any, tensors: list[Any], of: dict[int, fx.
         for dim, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
             if isinstance(size, torch.SymInt) and size.node.expr == expr:
                 made = graph.call_function(torch.ops.aten.sym_size.int, (node, dim))
-                made.meta = {"val": size, "vdcache": made_by}
+                made.meta = {"val": size, "vdcache": provenance}
                 return made
     join = operator.mul if expr.is_Mul else operator.add if expr.is_Add else _SYMBOLIC.get(type(expr).__name__)
     if join is None:
         raise NotImplementedError(f"no tensor at hand has the size {expr}")
-    total, *rest = (_size_node(graph, part, tensors, of, made_by) for part in expr.args)
+    total, *rest = (_size_node(graph, part, tensors, of, provenance) for part in expr.args)
     for part in rest:
         value = join(*(p.meta["val"] if isinstance(p, fx.Node) else p for p in (total, part)))
         total = graph.call_function(join, (total, part))
-        total.meta = {"val": value, "vdcache": made_by}
+        total.meta = {"val": value, "vdcache": provenance}
     return total
 
 
@@ -167,13 +167,13 @@ def inputs(graph: fx.Graph) -> list[fx.Node]:
     return graph.find_nodes(op="placeholder")
 
 
-def add_input(graph: fx.Graph, name: str, like: torch.Tensor, made_by: str) -> fx.Node:
+def add_input(graph: fx.Graph, name: str, like: torch.Tensor, provenance: str) -> fx.Node:
     """Add an input after all others: a dense tensor of the shape, dtype and device of `like`."""
     existing = inputs(graph)
     place = graph.inserting_after(existing[-1]) if existing else graph.inserting_before(next(iter(graph.nodes)))
     with place:
         node = graph.placeholder(name)
-    node.meta = {"val": torch.empty_like(like, memory_format=torch.contiguous_format), "vdcache": made_by}
+    node.meta = {"val": torch.empty_like(like, memory_format=torch.contiguous_format), "vdcache": provenance}
     return node
 
 
@@ -194,7 +194,7 @@ def set_output(graph: fx.Graph, position: int, value: Any) -> None:
     set_outputs(graph, values)
 
 
-def live_nodes(start: list[Any]) -> set[fx.Node]:
+def backward_slice(start: list[Any]) -> set[fx.Node]:
     """Every node that `start` is computed from, `start` included."""
     todo = [n for n in start if isinstance(n, fx.Node)]
     live = set(todo)

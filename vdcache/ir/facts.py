@@ -40,7 +40,7 @@ class Fact:
     FUNCTIONAL: ClassVar[Fact]  # no node writes into another node's value
     TYPED: ClassVar[Fact]  # every tensor node carries its fake value in meta["val"]
     CANONICAL: ClassVar[Fact]  # no dropouts, aliases or casts that do nothing
-    GUARDED: ClassVar[Fact]  # every guard has a slot of its own, named "group/name"
+    GUARDED: ClassVar[Fact]  # every cache guard has a slot of its own, named "group/name"
     OBSERVED: ClassVar[Fact]  # every observation has a name of its own and a known distance
     PROBED: ClassVar[Fact]  # every probe has a name of its own and a known distance, and nothing reads it
     PLAIN: ClassVar[Fact]  # no dialect node is left
@@ -100,12 +100,12 @@ def _unique_slots(nodes: list[fx.Node]) -> _Problem:
 
 
 def _guarded(graph: fx.Graph) -> _Problem:
-    for node in dialect.guards(graph):
+    for node in dialect.cache_guards(graph):
         if len(node.args) > 2 and node.args[2] is not None:
             fresh, base = node.args[0].meta["val"], node.args[2].meta["val"]  # type: ignore[union-attr]
             if fresh.shape != base.shape or fresh.dtype != base.dtype:
                 return node, f"has a base of {base.shape} {base.dtype} for a value of {fresh.shape} {fresh.dtype}"
-    return _unique_slots(dialect.guards(graph))
+    return _unique_slots(dialect.cache_guards(graph))
 
 
 def _observed(graph: fx.Graph) -> _Problem:
@@ -117,10 +117,10 @@ def _observed(graph: fx.Graph) -> _Problem:
 
 def _probed(graph: fx.Graph) -> _Problem:
     for node in dialect.probes(graph):
-        if node.args[2] not in dialect.DISTANCES or node.args[3] not in dialect.SINCE:
+        if node.args[2] not in dialect.DISTANCES or node.args[3] not in dialect.REFERENCE_STEPS:
             return (
                 node,
-                f"measures {node.args[2]!r} since {node.args[3]!r}; known are {', '.join((*dialect.DISTANCES, *dialect.SINCE))}",
+                f"measures {node.args[2]!r} since {node.args[3]!r}; known are {', '.join((*dialect.DISTANCES, *dialect.REFERENCE_STEPS))}",
             )
         if node.users:
             return node, f"is read by '{next(iter(node.users)).name}'; a probe is a side value"

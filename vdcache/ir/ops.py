@@ -63,7 +63,7 @@ _RANDOM = _all(
 
 
 def is_work(node: fx.Node) -> bool:
-    """Whether the node does what a cache may save: matrix products, convolutions, attention, foreign kernels."""
+    """Whether the node does what a cache may save: matrix products, convolutions, attention, third-party kernels."""
     if node.op != "call_function":
         return False
     if node.target in _WORK:

@@ -29,7 +29,7 @@ class PoisonInterpreter(fx.Interpreter):
         self.recorded, self.dead = recorded, dead
 
     def run_node(self, n: fx.Node) -> Any:
-        if n.op == "call_function" and n.target is dialect.guard and str(n.args[1]) in self.recorded:
+        if n.op == "call_function" and n.target is dialect.cache_guard and str(n.args[1]) in self.recorded:
             base = self.env[n.args[2]] if len(n.args) > 2 else 0  # type: ignore[index]
             return base + self.recorded[str(n.args[1])]
         result = super().run_node(n)
@@ -44,7 +44,7 @@ def record_slots(graph: fx.GraphModule, *args: Any) -> dict[str, Tensor]:
 
     class ValueRecorder(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
-            if n.op == "call_function" and n.target is dialect.guard:
+            if n.op == "call_function" and n.target is dialect.cache_guard:
                 fresh = self.env[n.args[0]]  # type: ignore[index]
                 base = self.env[n.args[2]] if len(n.args) > 2 else 0  # type: ignore[index]
                 recorded[str(n.args[1])] = fresh - base
@@ -64,7 +64,7 @@ def skipped(graph: fx.Graph, groups: Iterable[str] | None = None) -> set[fx.Node
     while todo:
         node = todo.pop()
         parents = list(node.all_input_nodes)
-        if node.target is dialect.guard and (chosen is None or dialect.group_of(str(node.args[1])) in chosen):
+        if node.target is dialect.cache_guard and (chosen is None or dialect.group_of(str(node.args[1])) in chosen):
             parents = [node.args[2]] if len(node.args) > 2 else []  # type: ignore[list-item]
         for parent in parents:
             if parent not in live:

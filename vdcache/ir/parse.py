@@ -21,7 +21,7 @@ from vdcache.ir.capture import Signature
 from vdcache.ir.dump import DTYPES, Symbols, type_of
 from vdcache.ir.errors import ConfigError
 from vdcache.ir.fakes import Fakes
-from vdcache.ir.words import BINARY, Line, lines_of, parts
+from vdcache.ir.tokens import BINARY, Line, lines_of, parts
 
 __all__ = ["parse"]
 

@@ -95,7 +95,7 @@ def adacache(
     for i in range(layers):
         group, share = f"layers{i}", (i / layers, (i + 1) / layers)
         passes += [MarkBranches(group=group, start=share[0], stop=share[1]), MergeSlots(group=group)]
-        passes.append(Observe(kind=observe, distance=distance, strides=strides, frames=frames, group=group, within=share))
+        passes.append(Observe(kind=observe, distance=distance, strides=strides, frames=frames, group=group, block_range=share))
         policies.append(replace(policy, group=group))
     together = CombinedPolicy(tuple(policies))
     return Recipe(f"{name}-{layers}-layers", together, tuple(passes), "arXiv 2411.02397", books, derived=derived)

@@ -10,8 +10,8 @@ from vdcache.passes.mark_branches import TYPES
 from vdcache.passes.predictors import ByGroup, Extrapolated, Frequencies
 from vdcache.recipe import Recipe
 from vdcache.runtime.policies import Policy
-from vdcache.runtime.schedules import SchedulePolicy, CombinedPolicy
-from vdcache.runtime.steps import TGateSteps, EveryNth, StepList
+from vdcache.runtime.schedules import CombinedPolicy, SchedulePolicy
+from vdcache.runtime.steps import EveryNth, StepList, TGateSteps
 from vdcache.runtime.windows import BroadcastWindow, TimestepWindow
 
 __all__ = ["fastercache", "pab", "tgate"]

@@ -15,7 +15,7 @@ from vdcache.passes.mark_branches import TYPES
 from vdcache.passes.predictors import ByGroup, Extrapolated, Frequencies, Taylor
 from vdcache.recipe import Recipe
 from vdcache.runtime.policies import Policy
-from vdcache.runtime.schedules import SchedulePolicy, CombinedPolicy
+from vdcache.runtime.schedules import CombinedPolicy, SchedulePolicy
 from vdcache.runtime.steps import EveryNth, StepList
 from vdcache.runtime.windows import TimestepWindow
 
@@ -95,7 +95,7 @@ def _magcache(given: _Given) -> Recipe:
         )
     ratios = [float(r) for r in given.mag_ratios]
     return magcache(
-        ratios, threshold=float(given.threshold), in_a_row=given.max_skip_steps, retention=float(given.retention_ratio)
+        ratios, threshold=float(given.threshold), max_consecutive=given.max_skip_steps, retention=float(given.retention_ratio)
     )
 
 
@@ -196,8 +196,8 @@ def _dbcache(given: _Given) -> Recipe:
         back,
         threshold,
         warm_up=given.get("max_warmup_steps", 8),
-        in_a_row=max(0, given.get("max_continuous_cached_steps", -1)),
-        in_all=max(0, given.get("max_cached_steps", -1)),
+        max_consecutive=max(0, given.get("max_continuous_cached_steps", -1)),
+        max_total=max(0, given.get("max_cached_steps", -1)),
         limit=float(given.get("max_accumulated_residual_diff_threshold", 0.0)),
         mask=mask,
     )

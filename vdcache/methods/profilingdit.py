@@ -9,7 +9,7 @@ from vdcache.ir.checks import whole_numbers
 from vdcache.ir.errors import ConfigError
 from vdcache.passes import MarkBranches, MergeSlots
 from vdcache.recipe import Recipe
-from vdcache.runtime.schedules import SchedulePolicy, CombinedPolicy
+from vdcache.runtime.schedules import CombinedPolicy, SchedulePolicy
 from vdcache.runtime.steps import LinearIntervals, StepList
 
 __all__ = ["PROFILINGDIT_LISTS", "profilingdit", "profilingdit_hunyuanvideo", "profilingdit_wan"]
@@ -34,7 +34,7 @@ def profilingdit(
     when: LinearIntervals | StepList | Sequence[int] | None = None,
     reuse: str = "background",
     span: str = "run",
-    of: str = "",
+    block_kind: str = "",
     name: str = "profilingdit",
 ) -> Recipe:
     """ProfilingDiT (arXiv 2504.03140): reuse the blocks that look at the background, compute the others at every step.
@@ -63,10 +63,12 @@ def profilingdit(
                 f"profilingdit: the profiled model breaks into graphs, and its blocks lie in {background.graphs} of them; lists of blocks are for "
                 "models of one graph (vdcache.explain says where this one breaks)"
             )
-        if of and background.of not in ("", of):
-            raise ConfigError(f"profilingdit: the profile speaks of {background.of} blocks, and of={of!r} was asked for")
-        chosen = background.only(of) if of and not background.of else background
-        lists, of = {"background": chosen.background, "foreground": chosen.foreground}, chosen.of
+        if block_kind and background.block_kind not in ("", block_kind):
+            raise ConfigError(
+                f"profilingdit: the profile speaks of {background.block_kind} blocks, and of={block_kind!r} was asked for"
+            )
+        chosen = background.only(block_kind) if block_kind and not background.block_kind else background
+        lists, block_kind = {"background": chosen.background, "foreground": chosen.foreground}, chosen.block_kind
     else:
         lists = {
             "background": whole_numbers(background, "profilingdit: background"),
@@ -83,7 +85,7 @@ def profilingdit(
         when = LinearIntervals(warm_up=6, t_max=12, t_min=2, of_steps=50)
     elif not isinstance(when, (LinearIntervals, StepList)):
         when = StepList(when)  # type: ignore[arg-type]
-    marks = tuple(MarkBranches(group=g, blocks=lists[g], of=of) for g in groups)
+    marks = tuple(MarkBranches(group=g, blocks=lists[g], block_kind=block_kind) for g in groups)
     merges = tuple(MergeSlots(group=g, span=span) for g in groups)
     policy = SchedulePolicy(when, groups, "split" if reuse == "split" else "alternate")
     return Recipe(name, policy, (*marks, *merges), _PROFILINGDIT)
@@ -98,14 +100,14 @@ class SupportsBlocks(Protocol):
     @property
     def foreground(self) -> tuple[int, ...]: ...
     @property
-    def of(self) -> str: ...
+    def block_kind(self) -> str: ...
     @property
     def graphs(self) -> int: ...
-    def only(self, of: str) -> SupportsBlocks: ...
+    def only(self, block_kind: str) -> SupportsBlocks: ...
 
 
 def profilingdit_hunyuanvideo() -> Recipe:
-    """Two slot sets on two clocks, so four variants: single blocks by the list of steps, double blocks every 6."""
+    """Two slot sets with two schedules, so four variants: single blocks by the list of steps, double blocks every 6."""
     lists = PROFILINGDIT_LISTS
     return Recipe(
         "profilingdit-hunyuanvideo",
@@ -116,8 +118,8 @@ def profilingdit_hunyuanvideo() -> Recipe:
             )
         ),
         (
-            MarkBranches(group="single", blocks=lists["hunyuanvideo single"], of="single", out_of=40),
-            MarkBranches(group="double", blocks=lists["hunyuanvideo double"], of="double", out_of=20),
+            MarkBranches(group="single", blocks=lists["hunyuanvideo single"], block_kind="single", expected_blocks=40),
+            MarkBranches(group="double", blocks=lists["hunyuanvideo double"], block_kind="double", expected_blocks=20),
             MergeSlots(group="single"),
             MergeSlots(group="double"),
         ),
@@ -129,6 +131,9 @@ def profilingdit_wan() -> Recipe:
     return Recipe(
         "profilingdit-wan2.1",
         SchedulePolicy(LinearIntervals(warm_up=6, t_max=6, t_min=6, of_steps=50), ("background",)),
-        (MarkBranches(group="background", blocks=PROFILINGDIT_LISTS["wan2.1"], out_of=40), MergeSlots(group="background")),
+        (
+            MarkBranches(group="background", blocks=PROFILINGDIT_LISTS["wan2.1"], expected_blocks=40),
+            MergeSlots(group="background"),
+        ),
         _PROFILINGDIT,
     )

@@ -60,9 +60,13 @@ class RecipeFamily:
 
 
 def _magcache(model: str) -> Recipe:
-    threshold, in_a_row, retention = MAGCACHE_LIMITS.get(model, (0.12, 4, 0.2))
+    threshold, max_consecutive, retention = MAGCACHE_LIMITS.get(model, (0.12, 4, 0.2))
     return magcache(
-        MAGCACHE_RATIOS[model], threshold=threshold, in_a_row=in_a_row, retention=retention, name=f"magcache-{model}"
+        MAGCACHE_RATIOS[model],
+        threshold=threshold,
+        max_consecutive=max_consecutive,
+        retention=retention,
+        name=f"magcache-{model}",
     )
 
 
@@ -93,7 +97,7 @@ NAMES = (
     RecipeFamily(
         "always",
         lambda: Recipe("always", Always(), ()),
-        "recompute every step (the untouched model, with the same clock and history)",
+        "recompute every step (the untouched model, with the same step tracking and history)",
     ),
     RecipeFamily(
         "every-N",
@@ -135,7 +139,7 @@ NAMES = (
     RecipeFamily(
         "teacache-D",
         lambda d: teacache(float(d)),
-        "TeaCache (arXiv 2411.19108) without a polynomial: skip the trunk until the changes of its modulated input add up to D",
+        "TeaCache (arXiv 2411.19108) without a polynomial: skip all blocks until the changes of its modulated input add up to D",
         "D is yours to choose; polynomials are fitted to single models",
         example=("0.1",),
     ),
@@ -164,7 +168,7 @@ NAMES = (
     RecipeFamily(
         "magcache-MODEL",
         _magcache,
-        "MagCache (arXiv 2506.09045): skip the trunk while the magnitudes that were measured on a model say that it changes little",
+        "MagCache (arXiv 2506.09045): skip all blocks while the magnitudes that were measured on a model say that it changes little",
         "the ratios and limits of the reference code (.12, 4 in a row, a fifth retained where it names none); FLUX's step 11 is not singled out",
         tuple(MAGCACHE_RATIOS),
         ("wan2.1-t2v-1.3b",),
@@ -272,7 +276,9 @@ def _of_plugin(plugin: Plugin) -> RecipeFamily:
         return made
 
     summary = (inspect.getdoc(value) or str(value)).partition("\n")[0]
-    return RecipeFamily(plugin.name, make, summary, example=tuple("3" if c == "N" else "0.1" for c in letters), origin=plugin.origin)
+    return RecipeFamily(
+        plugin.name, make, summary, example=tuple("3" if c == "N" else "0.1" for c in letters), origin=plugin.origin
+    )
 
 
 def recipes() -> dict[str, str]:

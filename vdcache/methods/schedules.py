@@ -13,7 +13,7 @@ from vdcache.passes import MarkBranches, MergeSlots
 from vdcache.passes.mark_branches import TYPES
 from vdcache.passes.predictors import Taylor
 from vdcache.recipe import Recipe
-from vdcache.runtime.schedules import MagCache, PlanTable, SchedulePolicy, CombinedPolicy
+from vdcache.runtime.schedules import CombinedPolicy, MagCache, PlanTable, SchedulePolicy
 from vdcache.runtime.steps import EveryNth, LinearIntervals, StepList
 
 __all__ = ["delta_dit", "fora", "l2c", "magcache", "smoothcache", "taylorseer"]
@@ -26,7 +26,9 @@ def fora(n: int, *, name: str = "") -> Recipe:
     Raises:
         ConfigError: n below 1.
     """
-    return Recipe(name or f"fora-{n}", SchedulePolicy(EveryNth(n, from_end=True)), (MarkBranches(gate="pre"),), "arXiv 2407.01425")
+    return Recipe(
+        name or f"fora-{n}", SchedulePolicy(EveryNth(n, from_end=True)), (MarkBranches(gate="pre"),), "arXiv 2407.01425"
+    )
 
 
 def taylorseer(n: int, order: int, *, first: int = 3, name: str = "") -> Recipe:
@@ -107,7 +109,9 @@ def smoothcache(schedule: Mapping[str, Sequence[int]] | str | Path, *, name: str
     if len(lengths := {len(v) for v in lists.values()}) > 1:
         raise ConfigError(f"the lists of a schedule are of unequal length: {sorted(lengths)}")
     passes = tuple(MarkBranches(kinds=TYPES[k], group=k, gate="pre") for k in lists)
-    policies = [SchedulePolicy(StepList(tuple(s for s, c in enumerate(v) if c), of_steps=len(v)), (k,)) for k, v in lists.items()]
+    policies = [
+        SchedulePolicy(StepList(tuple(s for s, c in enumerate(v) if c), of_steps=len(v)), (k,)) for k, v in lists.items()
+    ]
     return Recipe(name, CombinedPolicy(tuple(policies)), passes, "arXiv 2411.10510")
 
 
@@ -138,7 +142,7 @@ def l2c(scores: Any, threshold: float = 0.1, *, name: str = "l2c") -> Recipe:
         else tuple(g for g, s in zip(layers, table[len(table) - 1 - step], strict=True) if not s > threshold)
         for step in range(len(table))
     ]
-    passes = (MarkBranches(gate="pre", apart=True, out_of=len(layers) // 2),)
+    passes = (MarkBranches(gate="pre", per_block=True, expected_blocks=len(layers) // 2),)
     return Recipe(name, PlanTable(tuple(rows)), passes, "arXiv 2406.01733")
 
 
@@ -172,13 +176,18 @@ def _json(path: str | Path) -> dict[str, Any]:
 
 
 def magcache(
-    ratios: Sequence[float], *, threshold: float = 0.12, in_a_row: int = 4, retention: float = 0.2, name: str = "magcache"
+    ratios: Sequence[float],
+    *,
+    threshold: float = 0.12,
+    max_consecutive: int = 4,
+    retention: float = 0.2,
+    name: str = "magcache",
 ) -> Recipe:
-    """MagCache (arXiv 2506.09045): reuse the whole trunk while the magnitude of what it adds is known to change little.
+    """MagCache (arXiv 2506.09045): reuse all blocks while the magnitude of what it adds is known to change little.
 
     Args:
         ratios: of every step, from `vdcache.magnitudes(model, run)` or `MAGCACHE_RATIOS`.
-        threshold, in_a_row, retention: `MagCache`.
+        threshold, max_consecutive, retention: `MagCache`.
     """
-    policy = MagCache(numbers(ratios, "the ratios of magnitudes"), threshold, in_a_row, retention)
+    policy = MagCache(numbers(ratios, "the ratios of magnitudes"), threshold, max_consecutive, retention)
     return Recipe(name, policy, (MarkBranches(), MergeSlots()), "arXiv 2506.09045")

@@ -22,7 +22,7 @@ def fbcache(threshold: float = 0.08, *, name: str = "") -> Recipe:
     Args:
         threshold: ‖R now − R at the last computed step‖₁ / ‖R then‖₁ below which they are reused.
     """
-    passes = (MarkBranches(start=1), MergeSlots(), Probe(at="residual", blocks=1))
+    passes = (MarkBranches(start=1), MergeSlots(), Probe(location="residual", blocks=1))
     policy = Threshold(threshold, bounds=Bounds(last=0))
     return Recipe(name or f"fbcache-{threshold:g}", policy, passes, "diffusers, FirstBlockCache")
 
@@ -33,8 +33,8 @@ def dbcache(
     threshold: float = 0.08,
     *,
     warm_up: int = 8,
-    in_a_row: int = 0,
-    in_all: int = 0,
+    max_consecutive: int = 0,
+    max_total: int = 0,
     limit: float = 0.0,
     mask: Sequence[int] = (),
     predictor: Predictor = LAST,
@@ -46,7 +46,7 @@ def dbcache(
     Args:
         threshold: of the change of what the front blocks add since the last computed step.
         warm_up: computed steps at the beginning.
-        in_a_row, in_all: most reused steps in a row and in all; 0 for no limit.
+        max_consecutive, max_total: most reused steps in a row and in all; 0 for no limit.
         limit: changes that were looked at, added up over the whole generation, after which every step is computed; 0 for none.
         mask: 1 for steps that are computed, 0 for those that go by the probe ("steps computation mask"); steps past its end go
             by the probe. It cuts the warm-up to its leading ones.
@@ -63,12 +63,12 @@ def dbcache(
     passes = (
         MarkBranches(start=front, stop=-back if back else None),
         MergeSlots(),
-        Probe(at="residual", blocks=front),
+        Probe(location="residual", blocks=front),
     )
     mask = whole_numbers([int(m) if isinstance(m, bool) else m for m in mask] if isinstance(mask, Iterable) else mask, "mask")
     if mask:  # the leading ones of a mask are all the warm-up there is
         warm_up = min(warm_up, next((i for i, m in enumerate(mask) if m != 1), len(mask)))
-    bounds = Bounds(first=max(1, warm_up), last=0, in_a_row=in_a_row, in_all=in_all, mask=mask)
+    bounds = Bounds(first=max(1, warm_up), last=0, max_consecutive=max_consecutive, max_total=max_total, mask=mask)
     policy = Threshold(threshold, bounds=bounds, limit=limit)
     name = name or f"dbcache-{front}-{back}-{threshold:g}"
     return Recipe(name, policy, passes, "cache-dit, DBCache", predictor=predictor)
@@ -84,7 +84,7 @@ def teacache(
     name: str = "",
 ) -> Recipe:
     """TeaCache (arXiv 2411.19108): add up what a polynomial makes of the change of the first block's modulated input; skip the
-    trunk while the sum is small.
+    all blocks while the sum is small.
 
     Args:
         threshold: reused below it.
@@ -107,7 +107,7 @@ def teacache(
         first, last = max(first, 5), 0
     if not at:
         at = "modulation" if model.endswith("-ret") else "timestep" if model.startswith("wan") else "modulated"
-    passes = (MarkBranches(), MergeSlots(), Probe(at=at, since="step"))
+    passes = (MarkBranches(), MergeSlots(), Probe(location=at, reference_step="step"))
     policy = Threshold(threshold, True, tuple(coefficients), Bounds(first, last))
     return Recipe(name or "-".join(filter(None, ("teacache", model, f"{threshold:g}"))), policy, passes, "arXiv 2411.19108")
 
@@ -123,7 +123,7 @@ def seacache(threshold: float = 0.2, *, at: str = "modulated", first: int = 1, l
         threshold: reused below it.
         at: "modulated" tokens of the first block, as the authors; "input" for the latent itself, as diffusers.
     """
-    passes = (MarkBranches(), MergeSlots(), Probe(at=at, since="step", filter="wiener"))
+    passes = (MarkBranches(), MergeSlots(), Probe(location=at, reference_step="step", filter="wiener"))
     policy = Threshold(threshold, True, bounds=Bounds(first, last))
     return Recipe(name or f"seacache-{threshold:g}", policy, passes, "arXiv 2602.18993")
 
@@ -136,6 +136,6 @@ def easycache(threshold: float = 0.05, *, first: int = 5, last: int = 1, name: s
         threshold: τ: .025 for HunyuanVideo, .05 to .06 for Wan 2.2 with 7 first steps.
         first: computed steps at the beginning.
     """
-    passes = (MarkOutput(), Observe(kind="input"), Observe(kind="output"), Probe(at="input", since="step"))
+    passes = (MarkOutput(), Observe(kind="input"), Observe(kind="output"), Probe(location="input", reference_step="step"))
     policy = EasyCache(threshold, Bounds(first, last))
     return Recipe(name or f"easycache-{threshold:g}", policy, passes, "arXiv 2507.02860")

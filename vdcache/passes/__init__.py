@@ -1,6 +1,6 @@
 """Rewrites of a graph, one a file, and the order in which they run."""
 
-from vdcache.passes.base import Pass, PassResult, Pipeline, Refusal, PassRecord, put_guard
+from vdcache.passes.base import Pass, PassRecord, PassResult, Pipeline, Refusal, put_cache_guard
 from vdcache.passes.canonicalise import Canonicalise
 from vdcache.passes.dead_code import DeadCode
 from vdcache.passes.emit import Emit
@@ -48,6 +48,7 @@ __all__ = [
     "MergeSlots",
     "Observe",
     "Pass",
+    "PassRecord",
     "PassResult",
     "Pipeline",
     "Probe",
@@ -55,10 +56,9 @@ __all__ = [
     "Rewrite",
     "Specialise",
     "SplitAtProbe",
-    "PassRecord",
     "TileAttention",
     "VariantIO",
     "head_io",
-    "put_guard",
+    "put_cache_guard",
     "variant_io",
 ]

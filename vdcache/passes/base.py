@@ -17,11 +17,22 @@ from vdcache.ir import dialect
 from vdcache.ir.edit import copy_graph
 from vdcache.ir.errors import ConfigError, ContractError, VdcacheError
 from vdcache.ir.facts import Fact, check
-from vdcache.ir.words import parts
-from vdcache.passes.contract import Contract, check_facts, check_options, failed, is_foreign
+from vdcache.ir.tokens import parts
+from vdcache.passes.contract import Contract, check_facts, check_options, failed, is_third_party
 from vdcache.passes.watching import PipelineObserver
+from vdcache.renamed import OPTIONS, current
 
-__all__ = ["Pass", "PassResult", "Pipeline", "Refusal", "drop_dead_code", "option_text", "passes_of", "put_guard", "tag"]
+__all__ = [
+    "Pass",
+    "PassResult",
+    "Pipeline",
+    "Refusal",
+    "copy_meta",
+    "drop_dead_code",
+    "option_text",
+    "passes_of",
+    "put_cache_guard",
+]
 
 
 @dataclass(frozen=True)
@@ -133,7 +144,7 @@ class Pipeline:
 
     Args:
         passes: each finds the facts that it requires among those that `given` holds and earlier passes ensure.
-        verify: hold every pass to its promises: what it ensures, the facts that held before, a graph that is one, an anatomy that is true, and that
+        verify: verify the contract of every pass: what it ensures, the facts that held before, a graph that is one, an analysis that is true, and that
             "no rewrites" means unchanged text. Passes of other packages always are.
         given: facts that hold on every captured graph.
         checked: facts that are checked on the graph that comes in.
@@ -193,7 +204,7 @@ class Pipeline:
 
     @staticmethod
     def _run_one(a_pass: Pass, graph: fx.GraphModule, verify: bool) -> PassResult:
-        promises = Contract(a_pass, graph) if verify or is_foreign(a_pass) else None
+        contract = Contract(a_pass, graph) if verify or is_third_party(a_pass) else None
         try:
             result = a_pass.run(graph)
         except VdcacheError:
@@ -204,8 +215,8 @@ class Pipeline:
             raise ContractError(
                 f"'{a_pass}' returned {type(result).__name__}; run returns a PassResult(graph, rewrites, refusals)"
             )
-        if promises is not None:
-            promises.check(result.graph, result.rewrites)
+        if contract is not None:
+            contract.check(result.graph, result.rewrites)
         return result
 
     @staticmethod
@@ -259,7 +270,7 @@ def _with_options(kind: type[Pass], text: str) -> Pass:
     allowed = {f.name: f for f in fields(kind)}
     for part in parts(text):
         key, equals, value = part.partition("=")
-        name = key.replace("-", "_")
+        name = current(OPTIONS.get(kind.name, {}), key.replace("-", "_"), f"the option of pass '{kind.name}'")
         if name not in allowed or not equals:
             there = ", ".join(a.replace("_", "-") for a in allowed) or "none"
             raise ConfigError(f"pass '{kind.name}' has no option {key!r}; it has {there}, given as option=value")
@@ -297,7 +308,7 @@ def drop_dead_code(graph: fx.Graph, keep: Callable[[fx.Node], bool] | None = Non
     return gone
 
 
-def tag(node: fx.Node, a_pass: str, like: fx.Node, value: torch.Tensor | None = None) -> fx.Node:
+def copy_meta(node: fx.Node, a_pass: str, like: fx.Node, value: torch.Tensor | None = None) -> fx.Node:
     """Give a new node the meta of the node that it stands for, and say who made it."""
     node.meta = {**like.meta, "vdcache": a_pass}
     if value is not None:
@@ -305,15 +316,17 @@ def tag(node: fx.Node, a_pass: str, like: fx.Node, value: torch.Tensor | None = 
     return node
 
 
-def put_guard(value: fx.Node, slot: str, a_pass: Pass, base: fx.Node | None = None) -> fx.Node:
-    """Guard a value: whatever read it reads the guard instead, and a step that reuses the slot's group leaves out what it alone needed.
+def put_cache_guard(value: fx.Node, slot: str, a_pass: Pass, base: fx.Node | None = None) -> fx.Node:
+    """Insert a cache guard after `value` and redirect its users to it.
+
+    Steps that reuse the slot's group skip every operation that only `value` needed.
 
     Args:
         slot: "group/name", unlike every other slot of the graph.
         base: what is subtracted before the value is kept, and added to what was kept; computed before the value, of its type.
     """
     with value.graph.inserting_after(value):
-        guard = value.graph.call_function(dialect.guard, (value, slot) if base is None else (value, slot, base))
-    tag(guard, str(a_pass), value)
-    value.replace_all_uses_with(guard, delete_user_cb=lambda user: user is not guard)
-    return guard
+        cache_guard = value.graph.call_function(dialect.cache_guard, (value, slot) if base is None else (value, slot, base))
+    copy_meta(cache_guard, str(a_pass), value)
+    value.replace_all_uses_with(cache_guard, delete_user_cb=lambda user: user is not cache_guard)
+    return cache_guard

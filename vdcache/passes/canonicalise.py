@@ -18,7 +18,7 @@ from torch import fx
 from vdcache.ir.facts import Fact
 from vdcache.ir.ops import VIEWS, is_effectful, same_type
 from vdcache.passes.base import Pass, PassResult, drop_dead_code
-from vdcache.patterns.anatomy import forget
+from vdcache.patterns.analysis import forget
 
 aten = torch.ops.aten
 _COPIES = (aten._to_copy.default, aten.to.dtype, aten.type_as.default, aten.clone.default)

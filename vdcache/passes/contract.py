@@ -19,15 +19,15 @@ from torch import fx
 from vdcache.ir.dump import dump
 from vdcache.ir.errors import ConfigError, ContractError
 from vdcache.ir.facts import Fact, check, holding
-from vdcache.patterns.anatomy import stale
+from vdcache.patterns.analysis import stale
 
-__all__ = ["Contract", "check_facts", "check_options", "failed", "is_foreign"]
+__all__ = ["Contract", "check_facts", "check_options", "failed", "is_third_party"]
 
 # What a pass must leave true where it was true, whatever it ensures.
 _LASTING = (Fact.FUNCTIONAL, Fact.TYPED, Fact.GUARDED, Fact.OBSERVED, Fact.PROBED)
 
 
-def is_foreign(a_pass: Any) -> bool:
+def is_third_party(a_pass: Any) -> bool:
     """Whether a pass is of another package: those are always held to their promises, since a user's model runs on them."""
     return type(a_pass).__module__.partition(".")[0] != "vdcache"
 
@@ -139,8 +139,8 @@ class Contract:
             check(fact, graph.graph, after=f"'{self._pass}'")
         if node := stale(graph):
             raise ContractError(
-                f"'{self._pass}' changed '{node}', and the anatomy that was read before still names it: call "
-                "vdcache.patterns.anatomy.forget(graph) after such a rewrite"
+                f"'{self._pass}' changed '{node}', and the analysis that was read before still names it: call "
+                "vdcache.patterns.analysis.forget(graph) after such a rewrite"
             )
         if not rewrites and dump(graph) != self._text:
             raise ContractError(f"'{self._pass}' reports no rewrites, but the graph has changed")

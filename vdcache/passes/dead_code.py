@@ -15,7 +15,7 @@ from torch import fx
 from vdcache.ir import dialect
 from vdcache.ir.ops import is_effectful
 from vdcache.passes.base import Pass, PassResult, drop_dead_code
-from vdcache.patterns.anatomy import forget
+from vdcache.patterns.analysis import forget
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from torch import fx
 from vdcache.ir import dialect
 from vdcache.ir.errors import ConfigError
 from vdcache.ir.facts import Fact
-from vdcache.passes.base import Pass, PassResult, Refusal, tag
+from vdcache.passes.base import Pass, PassResult, Refusal, copy_meta
 from vdcache.passes.values import VALUES, find
-from vdcache.patterns import KINDS, NoMatch, anatomy
+from vdcache.patterns import KINDS, NoMatch, analyze
 
 
 @dataclass(frozen=True)
@@ -36,27 +36,27 @@ class Emit(Pass):
     name: ClassVar[str] = "emit"
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.FUNCTIONAL, Fact.TYPED, Fact.CANONICAL})
 
-    at: str = "branches"
+    location: str = "branches"
     kinds: tuple[str, ...] = ()
     gate: str = "pre"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.at not in ("branches", *VALUES):
-            raise ConfigError(f"{self.name}: no place {self.at!r}; there are branches, {', '.join(VALUES)}")
+        if self.location not in ("branches", *VALUES):
+            raise ConfigError(f"{self.name}: no place {self.location!r}; there are branches, {', '.join(VALUES)}")
         if unknown := [k for k in self.kinds if k not in KINDS]:
             raise ConfigError(f"{self.name}: no branch kind {unknown[0]!r}; there are {', '.join(KINDS)}")
         if self.gate not in ("post", "pre"):
             raise ConfigError(f"{self.name}: gate must be 'post' or 'pre', got {self.gate!r}")
 
     def run(self, graph: fx.GraphModule) -> PassResult:
-        if self.at != "branches":
-            value = find(graph, self.at, made_by=str(self))
+        if self.location != "branches":
+            value = find(graph, self.location, provenance=str(self))
             if isinstance(value, NoMatch):
                 return PassResult(graph, 0, (Refusal(value.node, (value.reason,)),))
-            self._mark(graph.graph, value, self.at)
+            self._mark(graph.graph, value, self.location)
             return PassResult(graph, 1)
-        found = anatomy(graph)
+        found = analyze(graph)
         nodes = {n.name: n for n in graph.graph.nodes}
         there = {b.index for b in found.denoising_blocks()}
         refusals, rewrites = [], 0
@@ -65,12 +65,14 @@ class Emit(Pass):
                 continue
             name = branch.pre_gate if self.gate == "pre" and branch.pre_gate else branch.contribution
             if name is None:
-                refusals.append(Refusal(branch.join, ("gate and sum are one operation, so it has no value of its own",)))
+                refusals.append(
+                    Refusal(branch.residual_add, ("gate and sum are one operation, so it has no value of its own",))
+                )
                 continue
-            self._mark(graph.graph, nodes[name], f"{branch.kind}/{branch.name}.{branch.join}")
+            self._mark(graph.graph, nodes[name], f"{branch.kind}/{branch.name}.{branch.residual_add}")
             rewrites += 1
         return PassResult(graph, rewrites, tuple(refusals))
 
     def _mark(self, g: fx.Graph, value: fx.Node, name: str) -> None:
         with g.inserting_before(g.output_node()):
-            tag(g.call_function(dialect.emit, (value, name)), str(self), value)
+            copy_meta(g.call_function(dialect.emit, (value, name)), str(self), value)

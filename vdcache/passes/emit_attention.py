@@ -21,9 +21,9 @@ from vdcache.ir.checks import video_grid
 from vdcache.ir.edit import call
 from vdcache.ir.facts import Fact
 from vdcache.ir.ops import ATTENTION, tensor_of
-from vdcache.passes.base import Pass, PassResult, Refusal, tag
-from vdcache.patterns import GraphAnalysis, Attention, Branch, Grid, NoMatch, anatomy
-from vdcache.patterns.attention import AttentionMatch, axes_of, layout_of, operands, sites, video_span
+from vdcache.passes.base import Pass, PassResult, Refusal, copy_meta
+from vdcache.patterns import Attention, Branch, GraphAnalysis, Grid, NoMatch, analyze
+from vdcache.patterns.attention import AttentionMatch, attention_matches, axes_of, layout_of, operands, video_span
 
 aten = torch.ops.aten
 
@@ -49,10 +49,10 @@ class EmitAttention(Pass):
         super().__post_init__()
 
     def run(self, graph: fx.GraphModule) -> PassResult:
-        found = anatomy(graph)
+        found = analyze(graph)
         grid = Grid(*self.grid) if self.grid else found.grid
         nodes = {n.name: n for n in graph.graph.nodes}
-        known = {s.node.name: s for s in sites(graph.graph.nodes, _tokens(found, grid))}
+        known = {s.node.name: s for s in attention_matches(graph.graph.nodes, _tokens(found, grid))}
         rewrites, refusals = 0, []
         done: set[str] = set()
         for branch, attention in found.denoising_attentions():
@@ -78,7 +78,7 @@ class EmitAttention(Pass):
 
     def _emit(self, graph: fx.Graph, site: AttentionMatch, attention: Attention, grid: Grid, batch: int) -> None:
         def op(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-            return call(graph, target, *args, made_by=str(self), **kwargs)
+            return call(graph, target, *args, provenance=str(self), **kwargs)
 
         with graph.inserting_after(site.node):
             mark = graph.call_function(dialect.emit, ())
@@ -109,7 +109,7 @@ class EmitAttention(Pass):
                 value = op(aten.transpose.int, value, 1, 2)
             value = op(aten.reshape.default, value, [batch, grid.tokens])
         mark.args = (value, attention.node)
-        tag(mark, str(self), value)
+        copy_meta(mark, str(self), value)
 
 
 class _NotEmitted(Exception):
@@ -124,7 +124,7 @@ def _tokens(found: GraphAnalysis, grid: Grid | None) -> int | None:
 
 def _batch(found: GraphAnalysis, branch: Branch, nodes: dict[str, fx.Node]) -> int:
     """Samples: of the latent that comes in, because a stream may fold frames into its batch."""
-    value = tensor_of(nodes[found.latent]) if found.latent else tensor_of(nodes[branch.join])
+    value = tensor_of(nodes[found.latent]) if found.latent else tensor_of(nodes[branch.residual_add])
     size = value.shape[0] if value is not None else None
     if not isinstance(size, int):
         raise _NotEmitted("its sizes are symbols: profile with fixed sizes")

@@ -10,26 +10,26 @@ from torch import Tensor, fx
 
 from vdcache.ir.edit import inline
 from vdcache.ir.ops import tensor_of
-from vdcache.patterns import Grid, NoMatch, anatomy
+from vdcache.patterns import Grid, NoMatch, analyze
 
-__all__ = ["FILTERS", "filtered", "waves", "wiener"]
+__all__ = ["FILTERS", "filtered", "sinusoids", "wiener"]
 
 
-def filtered(graph: fx.GraphModule, value: fx.Node, name: str, *, made_by: str) -> fx.Node | NoMatch:
+def filtered(graph: fx.GraphModule, value: fx.Node, name: str, *, provenance: str) -> fx.Node | NoMatch:
     """A filtered value, added to the graph after it.
 
     The value is the latent, [B, C, T, H, W] or [B, C, H, W], or tokens [B, N, C] of a grid that the graph shows.
     """
-    found = anatomy(graph)
+    found = analyze(graph)
     nodes = {n.name: n for n in graph.graph.nodes}
     tensor = tensor_of(value)
     if tensor is None or not all(isinstance(s, int) for s in tensor.shape):
         return NoMatch(value.name, "a filter over frequencies needs sizes that are known when the model is compiled")
-    if not found.clocks:
+    if not found.timestep_inputs:
         return NoMatch(value.name, "the filter follows the noise level, and no timestep was found")
-    clock = nodes[found.clocks[0]]
-    if tensor_of(clock) is None:
-        return NoMatch(clock.name, "the timestep is no tensor")
+    timestep = nodes[found.timestep_inputs[0]]
+    if tensor_of(timestep) is None:
+        return NoMatch(timestep.name, "the timestep is no tensor")
     shape = tuple(tensor.shape)
     if tensor.ndim == 4:
         axes: tuple[int, ...] = (2, 3)
@@ -56,7 +56,7 @@ def filtered(graph: fx.GraphModule, value: fx.Node, name: str, *, made_by: str) 
         return FILTERS[name](x.float().reshape(shape), torch.where(time > 1, time / 1000, time), axes).reshape(tensor.shape)
 
     with graph.graph.inserting_before(mark):
-        result = inline(graph.graph, run, (value, clock), made_by=made_by)
+        result = inline(graph.graph, run, (value, timestep), provenance=provenance)
     graph.graph.erase_node(mark)
     return result
 
@@ -96,11 +96,11 @@ def circulant(gain: Tensor) -> Tensor:
     without complex numbers.
     """
     n = gain.shape[0]
-    cosine, sine = waves(gain, n)
+    cosine, sine = sinusoids(gain, n)
     return (cosine @ (gain[:, None] * cosine) + sine @ (gain[:, None] * sine)) / n
 
 
-def waves(like: Tensor, n: int) -> tuple[Tensor, Tensor]:
+def sinusoids(like: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """cos and sin of 2π j k / n, each [n, n]: the discrete Fourier transform as two real matrices, for sizes of latents."""
     ones = like.new_ones(n)
     k, size = ones.cumsum(0) - 1, ones.sum()  # as tensors: a size may be a symbol, which no number may be made of

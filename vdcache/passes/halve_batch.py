@@ -17,7 +17,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx
 
-from vdcache.ir.edit import call, evaluate, live_nodes
+from vdcache.ir.edit import backward_slice, call, evaluate
 from vdcache.ir.errors import CaptureError
 from vdcache.ir.ops import is_effectful, tensor_of
 
@@ -60,8 +60,8 @@ def halve(
     given = [n for n in g.nodes if n.op == "placeholder"]
     for node in carrying:
         with g.inserting_after(given[-1]):
-            new[node] = call(g, aten.slice.Tensor, node, 0, low, high, made_by="halve-batch")
-    wanted = live_nodes([full, *also])
+            new[node] = call(g, aten.slice.Tensor, node, 0, low, high, provenance="halve-batch")
+    wanted = backward_slice([full, *also])
     for node in list(g.nodes):
         if (
             node not in wanted
@@ -100,14 +100,14 @@ def _half(g: fx.Graph, node: fx.Node, new: dict[fx.Node, fx.Node], batch: int, l
         value = tensor_of(a)
         if not isinstance(a, fx.Node) or a in new.values() or value is None or value.ndim == 0 or value.shape[0] != batch:
             return a
-        return call(g, aten.slice.Tensor, a, 0, low, high, made_by="halve-batch")
+        return call(g, aten.slice.Tensor, a, 0, low, high, provenance="halve-batch")
 
     whole = node.meta.get("val")
     if _halved_everywhere(node.target, args, kwargs, whole) is None:
         args, kwargs = pytree.tree_map(cut, tuple(args)), pytree.tree_map(cut, kwargs)
         if _halved_everywhere(node.target, args, kwargs, whole) is None:
             raise CaptureError(f"'{node.name}' ({node.target}) mixes the samples of a batch, or hides where they lie")
-    return call(g, node.target, *args, made_by="halve-batch", **kwargs)
+    return call(g, node.target, *args, provenance="halve-batch", **kwargs)
 
 
 def _halved_everywhere(target: Any, args: Any, kwargs: Any, whole: Any) -> Any:

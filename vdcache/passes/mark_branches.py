@@ -1,10 +1,10 @@
-"""mark-branches: put a guard on every residual branch.
+"""mark-branches: put a cache guard on every residual branch.
 
-    y = add(x, f(x, c))   -->   y = add(x, guard(f(x, c), slot))
+    y = add(x, f(x, c))   -->   y = add(x, cache_guard(f(x, c), slot))
 
-A guard is an identity: this pass only names the values that a later plan may take from an earlier step. Bit-exact.
-A join that computes gate and sum at once (addcmul, add with a factor) has no contribution of its own; its guard holds the
-difference of the stream instead: y = guard(addcmul(x, g, h), slot, x).
+A cache guard is an identity: this pass only names the values that a later plan may take from an earlier step. Bit-exact.
+A residual add that computes gate and sum at once (addcmul, add with a factor) has no contribution of its own; its cache guard holds the
+difference of the stream instead: y = cache_guard(addcmul(x, g, h), slot, x).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from vdcache.ir.checks import group_name, whole, whole_numbers
 from vdcache.ir.errors import ConfigError
 from vdcache.ir.facts import Fact
 from vdcache.ir.ops import same_type
-from vdcache.passes.base import Pass, PassResult, Refusal, tag
-from vdcache.patterns import ATTENDS, KINDS, GraphAnalysis, Branch, anatomy
+from vdcache.passes.base import Pass, PassResult, Refusal, copy_meta
+from vdcache.patterns import ATTENDS, KINDS, Branch, GraphAnalysis, analyze
 
 # Branches by what they do, whatever their block is made of.
 TYPES = {"attn": ATTENDS, "cross": ("cross-attention",), "mlp": ("mlp",)}
@@ -43,7 +43,7 @@ class MarkBranches(Pass):
         apart: every block and kind is a group of its own, "b3.mlp" or "b3.attention" (self, joint or fused), instead of
         `group`: for tables of layers and steps.
         of: count only the "single" or the "double" blocks of an MMDiT (`GraphAnalysis.denoising_blocks`); empty for both.
-        out_of: how many blocks there must be, where the list belongs to one model; 0 for any number.
+        expected_blocks: how many blocks there must be, where the list belongs to one model; 0 for any number.
 
     Raises:
         ConfigError: an unknown kind, layout or gate; a list of blocks that is empty, names one twice, or names one that the
@@ -58,24 +58,26 @@ class MarkBranches(Pass):
     group: str = "all"
     gate: str = "post"
     blocks: tuple[int, ...] | None = None
-    of: str = ""
-    out_of: int = 0
+    block_kind: str = ""
+    expected_blocks: int = 0
     start: int | float = 0
     stop: int | float | None = None
     layouts: tuple[str, ...] = ()
-    apart: bool = False
+    per_block: bool = False
 
     def __post_init__(self) -> None:
         if self.blocks is not None:
             object.__setattr__(self, "blocks", whole_numbers(self.blocks, f"{self.name}: blocks"))
         super().__post_init__()
-        whole(self.out_of, f"{self.name}: out-of, the number of blocks that there must be,")
+        whole(self.expected_blocks, f"{self.name}: out-of, the number of blocks that there must be,")
         if unknown := [k for k in self.kinds if k not in KINDS]:
             raise ConfigError(f"{self.name}: no branch kind {unknown[0]!r}; there are {', '.join(KINDS)}")
         if self.gate not in ("post", "pre"):
             raise ConfigError(f"{self.name}: gate must be 'post' or 'pre', got {self.gate!r}")
-        if self.of not in ("", "single", "double"):
-            raise ConfigError(f"{self.name}: of must be 'single' or 'double' (or empty for all blocks), got {self.of!r}")
+        if self.block_kind not in ("", "single", "double"):
+            raise ConfigError(
+                f"{self.name}: of must be 'single' or 'double' (or empty for all blocks), got {self.block_kind!r}"
+            )
         if unknown := [w for w in self.layouts if w not in LAYOUTS]:
             raise ConfigError(f"{self.name}: no attention layout {unknown[0]!r}; there are {', '.join(LAYOUTS)}")
         group_name(self.group, self.name)
@@ -94,32 +96,34 @@ class MarkBranches(Pass):
                 raise ConfigError(f"{self.name}: the list of blocks names {twice[0]} twice")
 
     def run(self, graph: fx.GraphModule) -> PassResult:
-        found = anatomy(graph)
+        found = analyze(graph)
         chosen = self._chosen(found)
-        number = {b.index: i for i, b in enumerate(found.denoising_blocks(self.of))}
+        number = {b.index: i for i, b in enumerate(found.denoising_blocks(self.block_kind))}
         nodes = {n.name: n for n in graph.graph.nodes}
-        used = {str(n.args[1]) for n in dialect.guards(graph.graph)}
+        used = {str(n.args[1]) for n in dialect.cache_guards(graph.graph)}
         rewrites, refusals = 0, [Refusal(r.node, (r.reason,)) for r in found.refusals]
         for branch in found:
             if chosen is not None and branch.block not in chosen:
-                refusals.append(Refusal(branch.join, (f"block {branch.block} is not among those that were asked for",)))
+                refusals.append(Refusal(branch.residual_add, (f"block {branch.block} is not among those that were asked for",)))
                 continue
             if self.kinds and branch.kind not in self.kinds:
-                refusals.append(Refusal(branch.join, (f"it is {branch.kind}, which was not asked for",)))
+                refusals.append(Refusal(branch.residual_add, (f"it is {branch.kind}, which was not asked for",)))
                 continue
             if self.layouts and branch.layout not in self.layouts:
                 refusals.append(
-                    Refusal(branch.join, (f"its attention is {branch.layout or 'none'}, not {' or '.join(self.layouts)}",))
+                    Refusal(
+                        branch.residual_add, (f"its attention is {branch.layout or 'none'}, not {' or '.join(self.layouts)}",)
+                    )
                 )
                 continue
-            if self.apart and branch.block not in number:
-                refusals.append(Refusal(branch.join, ("it is in no block that attends over video tokens",)))
+            if self.per_block and branch.block not in number:
+                refusals.append(Refusal(branch.residual_add, ("it is in no block that attends over video tokens",)))
                 continue
             kind = "attention" if branch.kind in ATTENDS else branch.kind
-            group = f"b{number[branch.block]}.{kind}" if self.apart else self.group
+            group = f"b{number[branch.block]}.{kind}" if self.per_block else self.group
             slot = _free(f"{group}/{branch.name}", used)
             if reason := self._guard(graph.graph, branch, nodes, slot):
-                refusals.append(Refusal(branch.join, (reason,)))
+                refusals.append(Refusal(branch.residual_add, (reason,)))
                 continue
             used.add(slot)
             rewrites += 1
@@ -127,12 +131,12 @@ class MarkBranches(Pass):
 
     def _chosen(self, found: GraphAnalysis) -> set[int] | None:
         """The numbers that the blocks of the list have in the graph; None where every branch is meant."""
-        if self.blocks is None and not self.of and not self.start and self.stop is None:
+        if self.blocks is None and not self.block_kind and not self.start and self.stop is None:
             return None
-        there = found.denoising_blocks(self.of)
-        if self.out_of not in (0, len(there)):
+        there = found.denoising_blocks(self.block_kind)
+        if self.expected_blocks not in (0, len(there)):
             raise ConfigError(
-                f"{self.name}: the list of blocks was made for a model with {self.out_of} {self._called}, and this one has "
+                f"{self.name}: the list of blocks was made for a model with {self.expected_blocks} {self._called}, and this one has "
                 f"{len(there)}: profile the model (vdcache.profile) for a list of its own"
             )
         if self.blocks is None:
@@ -145,18 +149,20 @@ class MarkBranches(Pass):
 
     @property
     def _called(self) -> str:
-        return f"{self.of} blocks that attend over video tokens".strip()
+        return f"{self.block_kind} blocks that attend over video tokens".strip()
 
     def _guard(self, graph: fx.Graph, branch: Branch, nodes: dict[str, fx.Node], slot: str) -> str | None:
         """Guard one branch in place; the reason where that cannot be done."""
-        join = nodes[branch.join]
+        residual_add = nodes[branch.residual_add]
         if branch.contribution is None:
-            base = dialect.guarded(nodes[branch.base])
-            if not same_type(base, join):
-                return f"the sum is {join.meta['val'].dtype}, its stream {base.meta['val'].dtype}"
-            with graph.inserting_after(join):
-                marked = tag(graph.call_function(dialect.guard, (join, slot, base)), str(self), join)
-            join.replace_all_uses_with(marked, delete_user_cb=lambda user: user is not marked)
+            base = dialect.with_cache_guard(nodes[branch.base])
+            if not same_type(base, residual_add):
+                return f"the sum is {residual_add.meta['val'].dtype}, its stream {base.meta['val'].dtype}"
+            with graph.inserting_after(residual_add):
+                marked = copy_meta(
+                    graph.call_function(dialect.cache_guard, (residual_add, slot, base)), str(self), residual_add
+                )
+            residual_add.replace_all_uses_with(marked, delete_user_cb=lambda user: user is not marked)
             return None
         value = nodes[branch.contribution]
         at_gate = self.gate == "pre" and branch.pre_gate is not None
@@ -164,11 +170,11 @@ class MarkBranches(Pass):
         if any(dialect.is_dialect(u) for u in fresh.users):
             return f"'{fresh.name}' is guarded already"
         with graph.inserting_after(fresh):
-            marked = tag(graph.call_function(dialect.guard, (fresh, slot)), str(self), fresh)
+            marked = copy_meta(graph.call_function(dialect.cache_guard, (fresh, slot)), str(self), fresh)
         if at_gate:
             fresh.replace_all_uses_with(marked, delete_user_cb=lambda user: user is not marked)
         else:
-            join.replace_input_with(value, marked)
+            residual_add.replace_input_with(value, marked)
         return None
 
 

@@ -1,6 +1,6 @@
-"""mark-lanes: put a guard on one lane of guidance, with the other lane as its base.
+"""mark-lanes: put a cache guard on one lane of guidance, with the other lane as its base.
 
-    y: [2B, …] = model([x, x])   -->   a, b = halves of y; y = [guard(a, slot, b), b]
+    y: [2B, …] = model([x, x])   -->   a, b = halves of y; y = [cache_guard(a, slot, b), b]
 
 What is kept is the difference of the two lanes; in a reused step the one is predicted from the other (FasterCache, arXiv
 2410.19355, section 3.3), and is not computed: its half of the batch goes (`halve-batch`), or its call of the model is one
@@ -22,10 +22,10 @@ from vdcache.ir.edit import add_input, call, copy_graph, inputs, outputs, set_ou
 from vdcache.ir.errors import CaptureError, ConfigError
 from vdcache.ir.facts import Fact
 from vdcache.ir.ops import is_effectful, tensor_of
-from vdcache.passes.base import Pass, PassResult, Refusal, drop_dead_code, tag
+from vdcache.passes.base import Pass, PassResult, Refusal, copy_meta, drop_dead_code
 from vdcache.passes.halve_batch import halve
 from vdcache.passes.values import output
-from vdcache.patterns import NoMatch, anatomy
+from vdcache.patterns import NoMatch, analyze
 
 __all__ = ["LanesIO", "MarkLanes", "halve_lanes", "lanes_io"]
 
@@ -92,7 +92,7 @@ class MarkLanes(Pass):
         super().__post_init__()
 
     def run(self, graph: fx.GraphModule) -> PassResult:
-        found = anatomy(graph)
+        found = analyze(graph)
         place = output(graph, found, {n.name: n for n in graph.graph.nodes})
         if isinstance(place, NoMatch):
             return PassResult(graph, 0, (Refusal(place.node, (place.reason,)),))
@@ -118,18 +118,18 @@ class MarkLanes(Pass):
         try:
             twin = next(n for n in trial.graph.nodes if n.name == value.name)
             with trial.graph.inserting_before(trial.graph.output_node()):
-                part = call(trial.graph, aten.slice.Tensor, twin, 0, 0, rows // 2, made_by=str(self))
+                part = call(trial.graph, aten.slice.Tensor, twin, 0, 0, rows // 2, provenance=str(self))
             halve(trial, twin, part, rows, 0, carrying(trial, rows))
         except CaptureError as error:
             return PassResult(graph, 0, (Refusal(value.name, (str(error),)),))
         g = graph.graph
         with g.inserting_before(g.output_node()):
-            first = call(g, aten.slice.Tensor, value, 0, 0, rows // 2, made_by=str(self))
-            second = call(g, aten.slice.Tensor, value, 0, rows // 2, rows, made_by=str(self))
+            first = call(g, aten.slice.Tensor, value, 0, 0, rows // 2, provenance=str(self))
+            second = call(g, aten.slice.Tensor, value, 0, rows // 2, rows, provenance=str(self))
             own, base = (first, second) if self.predicted == "first" else (second, first)
-            marked = tag(g.call_function(dialect.guard, (own, f"{self.group}/output", base)), str(self), own)
+            marked = copy_meta(g.call_function(dialect.cache_guard, (own, f"{self.group}/output", base)), str(self), own)
             order = [marked, base] if self.predicted == "first" else [base, marked]
-            joined = call(g, aten.cat.default, order, made_by=str(self))
+            joined = call(g, aten.cat.default, order, provenance=str(self))
         set_output(g, position, joined)
         graph.meta["vdcache.lanes"] = LanesIO(
             "batch", self.group, position, rows, rows // 2 if self.predicted == "first" else 0
@@ -140,7 +140,7 @@ class MarkLanes(Pass):
         g = graph.graph
         pair = add_input(g, "pair", value.meta["val"], str(self))
         with g.inserting_before(g.output_node()):
-            marked = tag(g.call_function(dialect.guard, (value, f"{self.group}/output", pair)), str(self), value)
+            marked = copy_meta(g.call_function(dialect.cache_guard, (value, f"{self.group}/output", pair)), str(self), value)
         set_output(g, position, marked)
         graph.meta["vdcache.lanes"] = LanesIO("calls", self.group, position, pair_value=pair.meta["val"])
         return PassResult(graph, 1)

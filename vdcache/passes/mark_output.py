@@ -1,6 +1,6 @@
-"""mark-output: put a guard on what the model returns.
+"""mark-output: put a cache guard on what the model returns.
 
-    return y   -->   return guard(y, slot, x)
+    return y   -->   return cache_guard(y, slot, x)
 
 The scope of methods that skip the whole model: a reused step is one addition. With the latent as the base, what is kept is the
 difference of output and input (EasyCache, arXiv 2507.02860). Bit-exact.
@@ -19,9 +19,9 @@ from vdcache.ir.edit import set_output
 from vdcache.ir.errors import ConfigError
 from vdcache.ir.facts import Fact
 from vdcache.ir.ops import same_type
-from vdcache.passes.base import Pass, PassResult, Refusal, tag
+from vdcache.passes.base import Pass, PassResult, Refusal, copy_meta
 from vdcache.passes.values import find, output
-from vdcache.patterns import NoMatch, anatomy
+from vdcache.patterns import NoMatch, analyze
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class MarkOutput(Pass):
 
     def run(self, graph: fx.GraphModule) -> PassResult:
         g = graph.graph
-        found = anatomy(graph)
+        found = analyze(graph)
         place = output(graph, found, {n.name: n for n in g.nodes})
         if isinstance(place, NoMatch):
             return PassResult(graph, 0, (Refusal(place.node, (place.reason,)),))
@@ -62,7 +62,7 @@ class MarkOutput(Pass):
         refusals = []
         base: tuple[fx.Node, ...] = ()
         if self.base == "input":
-            latent = find(graph, "input", made_by=str(self))
+            latent = find(graph, "input", provenance=str(self))
             if isinstance(latent, NoMatch):
                 refusals.append(Refusal(latent.node, (latent.reason,)))
             elif not same_type(latent, value):
@@ -72,6 +72,6 @@ class MarkOutput(Pass):
             else:
                 base = (latent,)
         with g.inserting_before(g.output_node()):
-            marked = tag(g.call_function(dialect.guard, (value, f"{self.group}/output", *base)), str(self), value)
+            marked = copy_meta(g.call_function(dialect.cache_guard, (value, f"{self.group}/output", *base)), str(self), value)
         set_output(g, position, marked)
         return PassResult(graph, 1, tuple(refusals))

@@ -1,6 +1,6 @@
 """merge-slots: one cached tensor for a run of branches that are always reused together.
 
-    a = add(x, guard(f(x), s)); b = add(a, guard(g(a), t))   -->   b = guard(add(add(x, f(x)), g(a)), s, x)
+    a = add(x, cache_guard(f(x), s)); b = add(a, cache_guard(g(a), t))   -->   b = cache_guard(add(add(x, f(x)), g(a)), s, x)
 
 The saved value is then the stream's difference over the run (a delta list): one tensor a stream instead of
 one a branch, and one subtraction. Recomputing stays bit-exact. Between two branches of a run may lie casts, views
@@ -26,21 +26,21 @@ from vdcache.ir.edit import call, inputs, outputs
 from vdcache.ir.errors import ConfigError
 from vdcache.ir.facts import Fact
 from vdcache.ir.ops import CASTS, VIEWS, same_type
-from vdcache.passes.base import Pass, PassResult, Refusal, tag
-from vdcache.patterns import anatomy
+from vdcache.passes.base import Pass, PassResult, Refusal, copy_meta
+from vdcache.patterns import analyze
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
 class Link:
-    """One guarded join: `join = add(base, guard)`, or the guard itself where it has a base.
+    """One guarded residual add: `residual_add = add(base, cache_guard)`, or the cache guard itself where it has a base.
 
-    `path` leads from the join before it in its run (left out) to `base`; empty for the first of a run.
+    `path` leads from the residual add before it in its run (left out) to `base`; empty for the first of a run.
     """
 
-    guard: fx.Node
-    join: fx.Node
+    cache_guard: fx.Node
+    residual_add: fx.Node
     base: fx.Node
     path: tuple[fx.Node, ...] = ()
 
@@ -73,7 +73,7 @@ class MergeSlots(Pass):
 
     def run(self, graph: fx.GraphModule) -> PassResult:
         static = _step_invariant(graph)
-        links = [link for g in dialect.guards(graph.graph) if (link := self._link(g)) is not None]
+        links = [link for g in dialect.cache_guards(graph.graph) if (link := self._link(g)) is not None]
         runs, refusals = _runs(links, static)
         if self.span == "block":
             runs = [part for run in runs for part in _by_block(graph, run)]
@@ -84,52 +84,52 @@ class MergeSlots(Pass):
             rewrites += 1
         return PassResult(graph, rewrites, tuple(refusals))
 
-    def _link(self, guard: fx.Node) -> Link | None:
-        if group_of(str(guard.args[1])) != self.group:
+    def _link(self, cache_guard: fx.Node) -> Link | None:
+        if group_of(str(cache_guard.args[1])) != self.group:
             return None
-        if len(guard.args) > 2 and isinstance(guard.args[2], fx.Node):
-            return Link(guard, guard, guard.args[2])
-        users = list(guard.users)
+        if len(cache_guard.args) > 2 and isinstance(cache_guard.args[2], fx.Node):
+            return Link(cache_guard, cache_guard, cache_guard.args[2])
+        users = list(cache_guard.users)
         if len(users) != 1 or users[0].target is not aten.add.Tensor or users[0].kwargs.get("alpha", 1) != 1:
             return None
-        operands = [a for a in users[0].args if isinstance(a, fx.Node) and a is not guard]
-        return Link(guard, users[0], operands[0]) if len(operands) == 1 and same_shape(operands[0], users[0]) else None
+        operands = [a for a in users[0].args if isinstance(a, fx.Node) and a is not cache_guard]
+        return Link(cache_guard, users[0], operands[0]) if len(operands) == 1 and same_shape(operands[0], users[0]) else None
 
     def _merge(self, graph: fx.Graph, run: Sequence[Link], slot: str) -> None:
-        start, end = dialect.guarded(_before_casts(run[0].base)), run[-1].join
-        if end is run[-1].guard:  # it goes; what it guards is the end
+        start, end = dialect.with_cache_guard(_before_casts(run[0].base)), run[-1].residual_add
+        if end is run[-1].cache_guard:  # it goes; what it guards is the end
             end = end.args[0]  # type: ignore[assignment]
         views = [node for link in run[1:] for node in link.path if node.target in VIEWS]
         for link in run:
-            link.guard.replace_all_uses_with(link.guard.args[0])  # type: ignore[arg-type]
-            graph.erase_node(link.guard)
+            link.cache_guard.replace_all_uses_with(link.cache_guard.args[0])  # type: ignore[arg-type]
+            graph.erase_node(link.cache_guard)
         end = _after_casts(end)
         with graph.inserting_after(end):
-            marked = graph.call_function(dialect.guard, ())
+            marked = graph.call_function(dialect.cache_guard, ())
         with graph.inserting_before(marked):
             base = start
             for view in views:
                 # the start may lie otherwise in memory than the value that was viewed
                 target = aten.reshape.default if view.target in (aten.view.default, aten._unsafe_view.default) else view.target
-                base = call(graph, target, base, *view.args[1:], made_by=str(self), **view.kwargs)
+                base = call(graph, target, base, *view.args[1:], provenance=str(self), **view.kwargs)
             if not same_type(base, end):
-                base = call(graph, aten._to_copy.default, base, dtype=end.meta["val"].dtype, made_by=str(self))
+                base = call(graph, aten._to_copy.default, base, dtype=end.meta["val"].dtype, provenance=str(self))
         end.replace_all_uses_with(marked)
         marked.args = (end, slot, base)
-        tag(marked, str(self), end)
+        copy_meta(marked, str(self), end)
 
 
 def _by_block(graph: fx.GraphModule, run: Sequence[Link]) -> list[list[Link]]:
     """A run, cut where one block ends and the next begins."""
-    blocks = {b.join: b.block for b in anatomy(graph)}
+    blocks = {b.residual_add: b.block for b in analyze(graph)}
     number = [blocks.get(_sum_of(link).name) for link in run]
     cuts = [0, *(i for i in range(1, len(run)) if number[i] != number[i - 1]), len(run)]
     return [list(run[a:b]) for a, b in itertools.pairwise(cuts)]
 
 
 def _sum_of(link: Link) -> fx.Node:
-    """The addition itself, also where its guard stands for it."""
-    return link.guard.args[0] if link.join is link.guard else link.join  # type: ignore[return-value]
+    """The addition itself, also where its cache guard stands for it."""
+    return link.cache_guard.args[0] if link.residual_add is link.cache_guard else link.residual_add  # type: ignore[return-value]
 
 
 def same_shape(a: fx.Node, b: fx.Node) -> bool:
@@ -165,7 +165,7 @@ def _step_back(node: fx.Node, static: Callable[[fx.Node], bool]) -> fx.Node | No
 
 def _runs(links: list[Link], static: Callable[[fx.Node], bool]) -> tuple[list[list[Link]], list[Refusal]]:
     """Links in order, gathered into maximal runs along their streams."""
-    ends: dict[fx.Node, list[Link]] = {}  # last join of a run so far -> the run
+    ends: dict[fx.Node, list[Link]] = {}  # last residual add of a run so far -> the run
     runs: list[list[Link]] = []
     refusals: list[Refusal] = []
     for link in links:
@@ -177,21 +177,21 @@ def _runs(links: list[Link], static: Callable[[fx.Node], bool]) -> tuple[list[li
         if at is None:
             if runs and path[-1].op == "call_function":
                 reason = f"a run starts here: '{path[-1].name}' ({path[-1].target}) is no cast, view or constant term"
-                refusals.append(Refusal(link.join.name, (reason,)))
+                refusals.append(Refusal(link.residual_add.name, (reason,)))
             run = [link]
             runs.append(run)
         else:
             run = ends.pop(at)
             run.append(replace(link, path=tuple(reversed(path))))
-        ends[link.join] = run
+        ends[link.residual_add] = run
     return runs, refusals
 
 
 def _split_where_live(graph: fx.Graph, runs: list[list[Link]], group: str, refusals: list[Refusal]) -> list[list[Link]]:
     """Cut runs at values of the stream that something still reads when the whole group is reused."""
     while True:
-        skip_to = {run[-1].join: run[0].base for run in runs}
-        inner = {link.join: (r, i) for r, run in enumerate(runs) for i, link in enumerate(run[:-1])}
+        skip_to = {run[-1].residual_add: run[0].base for run in runs}
+        inner = {link.residual_add: (r, i) for r, run in enumerate(runs) for i, link in enumerate(run[:-1])}
         todo: list[fx.Node] = [n for n in outputs(graph) if isinstance(n, fx.Node)]
         reader: dict[fx.Node, fx.Node | None] = dict.fromkeys(todo)
         cut = None
@@ -201,7 +201,7 @@ def _split_where_live(graph: fx.Graph, runs: list[list[Link]], group: str, refus
                 cut = node
             elif node in skip_to:
                 parents = [skip_to[node]]
-            elif node.target is dialect.guard and group_of(str(node.args[1])) == group:
+            elif node.target is dialect.cache_guard and group_of(str(node.args[1])) == group:
                 parents = [node.args[2]] if len(node.args) > 2 else []  # type: ignore[list-item]
             else:
                 parents = list(node.all_input_nodes)

@@ -21,9 +21,9 @@ from vdcache.ir.checks import group_name, whole
 from vdcache.ir.edit import call
 from vdcache.ir.errors import ConfigError
 from vdcache.ir.facts import Fact
-from vdcache.passes.base import Pass, PassResult, Refusal, tag
+from vdcache.passes.base import Pass, PassResult, Refusal, copy_meta
 from vdcache.passes.values import VALUES, find
-from vdcache.patterns import ATTENDS, KINDS, GraphAnalysis, Branch, NoMatch, anatomy
+from vdcache.patterns import ATTENDS, KINDS, Branch, GraphAnalysis, NoMatch, analyze
 
 aten = torch.ops.aten
 
@@ -56,7 +56,7 @@ class Observe(Pass):
     strides: tuple[int, ...] = ()
     frames: int = 0
     group: str = "all"
-    within: tuple[float, float] = (0.0, 1.0)
+    block_range: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,11 +69,13 @@ class Observe(Pass):
         if any(i < 1 for i in self.strides):
             raise ConfigError(f"{self.name}: strides are frame distances of at least 1, got {self.strides}")
         whole(self.frames, f"{self.name}: frames, the number of latent frames or 0 to read it off the graph,")
-        if not 0 <= self.within[0] < self.within[1] <= 1:
-            raise ConfigError(f"{self.name}: within is a share of the blocks, from and to, between 0 and 1; got {self.within}")
+        if not 0 <= self.block_range[0] < self.block_range[1] <= 1:
+            raise ConfigError(
+                f"{self.name}: within is a share of the blocks, from and to, between 0 and 1; got {self.block_range}"
+            )
 
     def run(self, graph: fx.GraphModule) -> PassResult:
-        found = anatomy(graph)
+        found = analyze(graph)
         if not found.branches:
             return PassResult(graph, 0, (Refusal("output", ("the graph has no residual branch to observe",)),))
         if self.kind in VALUES:
@@ -83,29 +85,31 @@ class Observe(Pass):
         for branch in self._choose(found, nodes):
             frames = self._frames(found, branch, nodes)
             if self.strides and not frames:
-                refusals.append(Refusal(branch.join, ("the graph does not show its latent frames, so motion is not measured",)))
+                refusals.append(
+                    Refusal(branch.residual_add, ("the graph does not show its latent frames, so motion is not measured",))
+                )
             value = self._value(branch, nodes)
             with graph.graph.inserting_after(value):
                 mark = graph.graph.call_function(dialect.observe, ())
             if value.meta["val"].dtype != nodes[branch.source].meta["val"].dtype:
                 with graph.graph.inserting_before(mark):
                     dtype = nodes[branch.source].meta["val"].dtype
-                    value = call(graph.graph, aten._to_copy.default, value, dtype=dtype, made_by=str(self))
+                    value = call(graph.graph, aten._to_copy.default, value, dtype=dtype, provenance=str(self))
             strides = tuple(i for i in self.strides if i < frames)
             mark.args = (value, f"{self.group}/observed.{branch.name}", self.distance, strides, frames if strides else 0)
-            tag(mark, str(self), value)
+            copy_meta(mark, str(self), value)
             rewrites += 1
         return PassResult(graph, rewrites, tuple(refusals))
 
     def _place(self, graph: fx.GraphModule) -> PassResult:
         """Observe a value that is no branch."""
-        value = find(graph, self.kind, made_by=str(self))
+        value = find(graph, self.kind, provenance=str(self))
         if isinstance(value, NoMatch):
             return PassResult(graph, 0, (Refusal(value.node, (value.reason,)),))
         g = graph.graph
         with g.inserting_before(g.output_node()):
             mark = g.call_function(dialect.observe, (value, f"{self.group}/observed.{self.kind}", self.distance, (), 0))
-        tag(mark, str(self), value)
+        copy_meta(mark, str(self), value)
         return PassResult(graph, 1)
 
     def _choose(self, found: GraphAnalysis, nodes: dict[str, fx.Node]) -> list[Branch]:
@@ -114,7 +118,7 @@ class Observe(Pass):
             there = ", ".join(f"{n} {k}" for k, n in found.count().items())
             raise ConfigError(f"no {self.kind or 'attention'} branch to observe; the graph has {there}")
         if not self.blocks:
-            low, high = (round(share * len(candidates)) for share in self.within)
+            low, high = (round(share * len(candidates)) for share in self.block_range)
             own = candidates[low:high] or candidates
             return [own[(len(own) - 1) // 2]]
         if wrong := [i for i in self.blocks if not 0 <= i < len(candidates)]:
@@ -137,7 +141,7 @@ class Observe(Pass):
             chosen = chosen or [b for b in found if b.kind in ATTENDS] or list(found)
         weight: dict[int, float] = {}
         for b in chosen:
-            weight[b.stream] = weight.get(b.stream, 0) + _size(nodes[b.join].meta["val"])
+            weight[b.stream] = weight.get(b.stream, 0) + _size(nodes[b.residual_add].meta["val"])
         best = max(weight, key=lambda s: (weight[s], -s), default=-1)
         first: dict[int, Branch] = {}  # of each block
         for b in chosen:
@@ -147,7 +151,7 @@ class Observe(Pass):
 
     def _value(self, branch: Branch, nodes: dict[str, fx.Node]) -> fx.Node:
         """The contribution (the sum itself where gate and sum are one operation)."""
-        return nodes[branch.contribution or branch.join]
+        return nodes[branch.contribution or branch.residual_add]
 
     def _frames(self, found: GraphAnalysis, branch: Branch, nodes: dict[str, fx.Node]) -> int:
         """Frames along the branch's value [B, frames * S, C] or, for temporal attention, [B * S, frames, C]; 0 if unknown."""

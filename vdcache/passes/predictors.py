@@ -1,6 +1,6 @@
 """What a reused slot is given: functions of what was kept at computed steps. They are traced into the variants.
 
-A predictor is a frozen value with two functions of tensors. `keep` says what a computed step leaves behind, `predict` what a
+A predictor is a frozen value with two functions of tensors. `store` says what a computed step leaves behind, `predict` what a
 reused one puts in the place of the value. Both become part of the compiled graph, so a prediction costs no call of its own.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from vdcache.ir.checks import number
 from vdcache.ir.errors import ConfigError
 from vdcache.ir.plugins import plugins
-from vdcache.passes.filters import waves
+from vdcache.passes.filters import sinusoids
 
 __all__ = [
     "LAST",
@@ -30,8 +30,8 @@ __all__ = [
     "LastValue",
     "Predictor",
     "Scaled",
-    "Taylor",
     "StepInfo",
+    "Taylor",
     "predictor_of",
     "read_predictor",
 ]
@@ -41,7 +41,7 @@ class StepInfo(NamedTuple):
     """Where a step stands, as float32, 0-d tensors, so that no step compiles anything.
 
     Args:
-        elapsed: steps since the group was last computed (in `keep`: from that step to this one).
+        elapsed: steps since the group was last computed (in `store`: from that step to this one).
         computed: how many steps of this generation computed it before.
         step: the number of the step, counted from 0.
     """
@@ -59,15 +59,15 @@ class Predictor(Protocol):
     def tensors(self) -> int:
         """How many tensors a slot keeps."""
 
-    def keep(self, fresh: Tensor, before: Sequence[Tensor], when: StepInfo) -> Sequence[Tensor]:
-        """What a computed step leaves behind, `tensors` tensors of the shape of `fresh`.
+    def store(self, new: Tensor, previous: Sequence[Tensor], step_info: StepInfo) -> Sequence[Tensor]:
+        """What a computed step leaves behind, `tensors` tensors of the shape of `new`.
 
         Args:
-            fresh: the value of this step.
-            before: what the computed step before left, as many tensors; zeros where there was none (`when.computed` is 0 then).
+            new: the value of this step.
+            previous: what the computed step before left, as many tensors; zeros where there was none (`step_info.computed` is 0 then).
         """
 
-    def predict(self, kept: Sequence[Tensor], when: StepInfo) -> Tensor:
+    def predict(self, cached: Sequence[Tensor], step_info: StepInfo) -> Tensor:
         """The value of a reused step, from what the last computed one left."""
 
 
@@ -77,11 +77,11 @@ class LastValue:
 
     tensors = 1
 
-    def keep(self, fresh: Tensor, before: Sequence[Tensor], when: StepInfo) -> tuple[Tensor]:
-        return (fresh,)
+    def store(self, new: Tensor, previous: Sequence[Tensor], step_info: StepInfo) -> tuple[Tensor]:
+        return (new,)
 
-    def predict(self, kept: Sequence[Tensor], when: StepInfo) -> Tensor:
-        return kept[0]
+    def predict(self, cached: Sequence[Tensor], step_info: StepInfo) -> Tensor:
+        return cached[0]
 
     def __str__(self) -> str:
         return "last"
@@ -114,19 +114,20 @@ class Taylor:
     def tensors(self) -> int:
         return self.order + 1
 
-    def keep(self, fresh: Tensor, before: Sequence[Tensor], when: StepInfo) -> list[Tensor]:
-        kept = [fresh.float()]
+    def store(self, new: Tensor, previous: Sequence[Tensor], step_info: StepInfo) -> list[Tensor]:
+        cached = [new.float()]
         for i in range(self.order):
             # where too few steps were computed the order is left out, whatever zeros went in
-            kept.append(
-                (kept[i] - before[i]) * torch.where(when.computed > i, 1 / when.elapsed, torch.zeros_like(when.elapsed))
+            cached.append(
+                (cached[i] - previous[i])
+                * torch.where(step_info.computed > i, 1 / step_info.elapsed, torch.zeros_like(step_info.elapsed))
             )
-        return kept
+        return cached
 
-    def predict(self, kept: Sequence[Tensor], when: StepInfo) -> Tensor:
-        value = kept[-1] * (1 / math.factorial(self.order))
+    def predict(self, cached: Sequence[Tensor], step_info: StepInfo) -> Tensor:
+        value = cached[-1] * (1 / math.factorial(self.order))
         for i in reversed(range(self.order)):
-            value = value * when.elapsed + kept[i] * (1 / math.factorial(i))
+            value = value * step_info.elapsed + cached[i] * (1 / math.factorial(i))
         return value
 
     def __str__(self) -> str:
@@ -153,11 +154,11 @@ class Scaled:
         if not 0 < self.factor < math.inf:
             raise ConfigError(f"a value is scaled by a factor above 0; got {self.factor}")
 
-    def keep(self, fresh: Tensor, before: Sequence[Tensor], when: StepInfo) -> tuple[Tensor]:
-        return (fresh,)
+    def store(self, new: Tensor, previous: Sequence[Tensor], step_info: StepInfo) -> tuple[Tensor]:
+        return (new,)
 
-    def predict(self, kept: Sequence[Tensor], when: StepInfo) -> Tensor:
-        return kept[0] * self.factor**when.elapsed
+    def predict(self, cached: Sequence[Tensor], step_info: StepInfo) -> Tensor:
+        return cached[0] * self.factor**step_info.elapsed
 
     def __str__(self) -> str:
         return f"scaled({self.factor:g})"
@@ -187,15 +188,15 @@ class Extrapolated:
         if not isinstance(self.ramp, int) or self.ramp < 0:
             raise ConfigError(f"an extrapolation grows over a number of steps, at least 0; got ramp={self.ramp!r}")
 
-    def keep(self, fresh: Tensor, before: Sequence[Tensor], when: StepInfo) -> list[Tensor]:
-        fresh = fresh.float()
-        return [fresh, torch.where(when.computed > 0, before[0], fresh)]
+    def store(self, new: Tensor, previous: Sequence[Tensor], step_info: StepInfo) -> list[Tensor]:
+        new = new.float()
+        return [new, torch.where(step_info.computed > 0, previous[0], new)]
 
-    def predict(self, kept: Sequence[Tensor], when: StepInfo) -> Tensor:
+    def predict(self, cached: Sequence[Tensor], step_info: StepInfo) -> Tensor:
         weight: Tensor | float = self.weight
         if self.ramp:
-            weight = self.weight * (when.step - self.start) / self.ramp
-        return kept[0] + (kept[0] - kept[1]) * weight
+            weight = self.weight * (step_info.step - self.start) / self.ramp
+        return cached[0] + (cached[0] - cached[1]) * weight
 
     def __str__(self) -> str:
         return f"extrapolated({self.weight:g}{f', {self.start}, {self.ramp}' if self.ramp else ''})"
@@ -235,30 +236,30 @@ class Frequencies:
         if not 0 < number(self.share, "the radius of low frequencies is a share") <= 1:
             raise ConfigError(f"the radius of low frequencies is a share of the smaller side, above 0; got {self.share}")
 
-    def keep(self, fresh: Tensor, before: Sequence[Tensor], when: StepInfo) -> tuple[Tensor]:
-        return (fresh,)
+    def store(self, new: Tensor, previous: Sequence[Tensor], step_info: StepInfo) -> tuple[Tensor]:
+        return (new,)
 
-    def predict(self, kept: Sequence[Tensor], when: StepInfo) -> Tensor:
-        x = kept[0].float()
+    def predict(self, cached: Sequence[Tensor], step_info: StepInfo) -> Tensor:
+        x = cached[0].float()
         rows, columns = x.shape[-2:]
         (y, height), (z, width) = (_centred(x, n) for n in (rows, columns))
         radius = torch.floor(torch.minimum(height, width) * self.share)
         inside = y.square()[:, None] + z.square()[None, :] <= radius.square()
-        low, high = (self._weight(w, when).to(x.device) for w in (self.low, self.high))
+        low, high = (self._weight(w, step_info).to(x.device) for w in (self.low, self.high))
         gain = torch.where(inside, low, high) / (height * width)
         (c, s), (d, t) = (
-            waves(x, rows),
-            waves(x, columns),
+            sinusoids(x, rows),
+            sinusoids(x, columns),
         )  # the transform as real matrices: it compiles and exports as any product
         real, imaginary = (c @ x @ d - s @ x @ t) * gain, -(s @ x @ d + c @ x @ t) * gain
         return c @ real @ d - s @ real @ t - (s @ imaginary @ d + c @ imaginary @ t)
 
     @staticmethod
-    def _weight(weight: tuple[float, int, int], when: StepInfo) -> Tensor:
+    def _weight(weight: tuple[float, int, int], step_info: StepInfo) -> Tensor:
         """The weight to the power of how many of the elapsed steps it applies in."""
         value, first, last = weight
-        start = torch.maximum(when.step - when.elapsed + 1, torch.full_like(when.step, float(first)))
-        end = torch.minimum(when.step, torch.full_like(when.step, float(last)))
+        start = torch.maximum(step_info.step - step_info.elapsed + 1, torch.full_like(step_info.step, float(first)))
+        end = torch.minimum(step_info.step, torch.full_like(step_info.step, float(last)))
         return value ** (end - start + 1).clamp(min=0)
 
     def __str__(self) -> str:
@@ -294,12 +295,12 @@ class Blended:
         if isinstance(self.tensors, bool) or not isinstance(self.tensors, int) or not 1 <= self.tensors <= 8:
             raise ConfigError(f"1 to 8 values are blended; got {self.tensors!r}")
 
-    def keep(self, fresh: Tensor, before: Sequence[Tensor], when: StepInfo) -> list[Tensor]:
-        fresh = fresh.float() if self.tensors > 1 else fresh
-        return [fresh, *(torch.where(when.computed > 0, b, fresh) for b in before[: self.tensors - 1])]
+    def store(self, new: Tensor, previous: Sequence[Tensor], step_info: StepInfo) -> list[Tensor]:
+        new = new.float() if self.tensors > 1 else new
+        return [new, *(torch.where(step_info.computed > 0, b, new) for b in previous[: self.tensors - 1])]
 
-    def predict(self, kept: Sequence[Tensor], when: StepInfo) -> Tensor:
-        return self.blend(kept, when)
+    def predict(self, cached: Sequence[Tensor], step_info: StepInfo) -> Tensor:
+        return self.blend(cached, step_info)
 
     def __str__(self) -> str:
         return f"blended({getattr(self.blend, '__name__', 'function')}, {self.tensors})"
@@ -325,7 +326,7 @@ class ByGroup:
         if not all(isinstance(p, tuple) and len(p) == 2 and isinstance(p[0], str) for p in pairs):
             raise ConfigError(f"predictors of groups are (group, predictor) pairs; got {self.groups!r}")
         if wrong := next((p for p in (*(p for _, p in self.groups), self.other) if not isinstance(p, Predictor)), None):
-            raise ConfigError(f"{wrong!r} is no predictor: it has no 'tensors', 'keep' and 'predict'")
+            raise ConfigError(f"{wrong!r} is no predictor: it has no 'tensors', 'store' and 'predict'")
 
     def __str__(self) -> str:
         groups = ", ".join(f"({group!r}, {p})" for group, p in self.groups)

@@ -16,7 +16,7 @@ from vdcache.ir import dialect
 from vdcache.ir.checks import group_name
 from vdcache.ir.errors import ConfigError
 from vdcache.ir.facts import Fact
-from vdcache.passes.base import Pass, PassResult, Refusal, tag
+from vdcache.passes.base import Pass, PassResult, Refusal, copy_meta
 from vdcache.passes.filters import FILTERS, filtered
 from vdcache.passes.values import PLACES, find
 from vdcache.patterns import NoMatch
@@ -44,19 +44,19 @@ class Probe(Pass):
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.FUNCTIONAL, Fact.TYPED, Fact.CANONICAL})
     ensures: ClassVar[frozenset[Fact]] = frozenset({Fact.PROBED})
 
-    at: str = "residual"
+    location: str = "residual"
     blocks: int = 1
     distance: str = "l1"
-    since: str = "computed"
+    reference_step: str = "computed"
     filter: str = ""
     group: str = "all"
 
     def __post_init__(self) -> None:
         group_name(self.group, self.name)
         for what, value, known in (
-            ("place", self.at, [p for p in PLACES if p != "output"]),
+            ("place", self.location, [p for p in PLACES if p != "output"]),
             ("distance", self.distance, dialect.DISTANCES),
-            ("since", self.since, dialect.SINCE),
+            ("since", self.reference_step, dialect.REFERENCE_STEPS),
             ("filter", self.filter, ("", *FILTERS)),
         ):
             if value not in known:
@@ -66,18 +66,18 @@ class Probe(Pass):
         super().__post_init__()
 
     def run(self, graph: fx.GraphModule) -> PassResult:
-        value = find(graph, self.at, self.blocks, made_by=str(self))
+        value = find(graph, self.location, self.blocks, provenance=str(self))
         if isinstance(value, NoMatch):
             return PassResult(graph, 0, (Refusal(value.node, (value.reason,)),))
         if self.filter:
-            value = filtered(graph, value, self.filter, made_by=str(self))
+            value = filtered(graph, value, self.filter, provenance=str(self))
             if isinstance(value, NoMatch):
                 return PassResult(graph, 0, (Refusal(value.node, (value.reason,)),))
-        name = f"{self.group}/probe.{self.at}{self.blocks if self.at == 'residual' else ''}"
+        name = f"{self.group}/probe.{self.location}{self.blocks if self.location == 'residual' else ''}"
         anchor = value
         if value.op == "placeholder":
             anchor = [n for n in graph.graph.nodes if n.op == "placeholder"][-1]
         with graph.graph.inserting_after(anchor):
-            mark = graph.graph.call_function(dialect.probe, (value, name, self.distance, self.since))
-        tag(mark, str(self), value)
+            mark = graph.graph.call_function(dialect.probe, (value, name, self.distance, self.reference_step))
+        copy_meta(mark, str(self), value)
         return PassResult(graph, 1)

@@ -13,9 +13,9 @@ from vdcache.ir.dump import name_of_op, type_of
 from vdcache.ir.edit import call
 from vdcache.ir.errors import ConfigError, ContractError
 from vdcache.ir.ops import is_effectful, same_type
-from vdcache.ir.words import Line, lines_of
+from vdcache.ir.tokens import Line, lines_of
 from vdcache.passes.base import Pass, PassResult, Refusal
-from vdcache.patterns.anatomy import forget
+from vdcache.patterns.analysis import forget
 from vdcache.patterns.match import Match, Pattern
 
 __all__ = ["Rewrite"]
@@ -88,7 +88,7 @@ class Rewrite(Pass):
                     continue
                 args, named = _filled((line.args, line.named), values)
                 try:
-                    values[line.name] = call(graph, line.target, *args, made_by=str(self), **named)
+                    values[line.name] = call(graph, line.target, *args, provenance=str(self), **named)
                 except Exception as error:  # noqa: BLE001 — whatever an operation says of inputs that it does not take
                     _undo(graph, made)
                     return f"'%{line.name}' of the replacement cannot be computed here: {str(error).partition(chr(10))[0]}"

@@ -1,6 +1,6 @@
 """specialise: from the guarded graph to the static graph of one plan.
 
-    y = add(x, guard(f(x), s))   --reuse s-->       y = add(x, input)
+    y = add(x, cache_guard(f(x), s))   --reuse s-->       y = add(x, input)
                                  --recompute s-->   h = f(x); y = add(x, h); return (y, …, h)
 
 What a reused slot kept becomes inputs of the graph, from which a predictor makes its value, so all that only it needed is dead.
@@ -21,16 +21,16 @@ from torch import fx
 from vdcache.ir import dialect
 from vdcache.ir.capture import signature
 from vdcache.ir.dialect import group_of
-from vdcache.ir.edit import add_input, call, evaluate, inline, inputs, laid_out, live_nodes, outputs, set_outputs
+from vdcache.ir.edit import add_input, backward_slice, call, evaluate, inline, inputs, laid_out, outputs, set_outputs
 from vdcache.ir.errors import ContractError
 from vdcache.ir.facts import Fact
 from vdcache.ir.ops import CASTS, VIEWS, is_effectful, is_work
 from vdcache.passes.base import Pass, PassResult, drop_dead_code
 from vdcache.passes.predictors import LAST, ByGroup, LastValue, Predictor, StepInfo, predictor_of, read_predictor
 from vdcache.passes.sums import sums_of
-from vdcache.patterns.anatomy import forget
+from vdcache.patterns.analysis import forget
 
-__all__ = ["Specialise", "VariantIO", "dense", "variant_io"]
+__all__ = ["Specialise", "VariantIO", "contiguous", "variant_io"]
 
 aten = torch.ops.aten
 _SUMS = frozenset({aten.add.Tensor, aten.sub.Tensor, aten.addcmul.default})
@@ -50,7 +50,7 @@ class VariantIO:
         observed: observations whose values are outputs (after `saves`); the same as `previous`.
         emits: names of the emitted values that are outputs (after `observed`).
         measures: (observation, distance, strides) of the last output, a float32 vector of all sums; empty for none.
-        read_values, before_values, previous_values, time_values: fake tensors of the added inputs, dense.
+        read_values, before_values, previous_values, time_values: fake tensors of the added inputs, contiguous.
     """
 
     reads: tuple[str, ...] = ()
@@ -84,8 +84,8 @@ def variant_io(graph: fx.GraphModule) -> VariantIO:
 class _Added:
     """The inputs that a variant has beside the model's."""
 
-    def __init__(self, graph: fx.Graph, made_by: str) -> None:
-        self._graph, self._made_by = graph, made_by
+    def __init__(self, graph: fx.Graph, provenance: str) -> None:
+        self._graph, self._made_by = graph, provenance
         self._inputs: dict[str, dict[str, fx.Node]] = {"read": {}, "before": {}, "previous": {}}
         self._times: dict[str, StepInfo] = {}
 
@@ -156,25 +156,25 @@ class Specialise(Pass):
 
     def run(self, graph: fx.GraphModule) -> PassResult:
         g = graph.graph
-        marks = [*dialect.guards(g), *dialect.observations(g), *dialect.emissions(g)]
+        marks = [*dialect.cache_guards(g), *dialect.observations(g), *dialect.emissions(g)]
         writes = bool(signature(graph).mutations)
         added = _Added(g, str(self))
         fresh: dict[str, fx.Node] = {}
-        for guard in dialect.guards(g):
-            slot = str(guard.args[1])
+        for cache_guard in dialect.cache_guards(g):
+            slot = str(cache_guard.args[1])
             if group_of(slot) in self.reuse:
-                self._reuse(g, guard, added)
+                self._reuse(g, cache_guard, added)
             else:
-                fresh[slot] = guard
-        wanted = live_nodes(outputs(g))
+                fresh[slot] = cache_guard
+        wanted = backward_slice(outputs(g))
         saved: dict[str, fx.Node] = {}
-        for slot, guard in fresh.items():
-            if guard in wanted and self._keeps(slot):
-                saved |= self._saved(g, guard, added)
+        for slot, cache_guard in fresh.items():
+            if cache_guard in wanted and self._keeps(slot):
+                saved |= self._saved(g, cache_guard, added)
         for node in fresh.values():
             node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
 
-        wanted = live_nodes([*outputs(g), *saved.values()])
+        wanted = backward_slice([*outputs(g), *saved.values()])
         seen: dict[str, fx.Node] = {}
         sums: list[fx.Node] = []
         measures: list[tuple[str, str, tuple[int, ...]]] = []
@@ -182,10 +182,10 @@ class Specialise(Pass):
             value, name, distance, strides, frames = mark.args
             slot = str(name)
             if self.observe and self.save != "none" and _there(value, wanted) and group_of(slot) not in self.reuse:
-                seen[slot] = dense(g, value, mark, str(self))  # type: ignore[arg-type]
+                seen[slot] = contiguous(g, value, mark, str(self))  # type: ignore[arg-type]
                 before = added.input("previous", slot, value.meta["val"])  # type: ignore[union-attr]
                 with g.inserting_before(mark):
-                    sums += sums_of(g, seen[slot], before, str(distance), strides, frames, made_by=str(self))  # type: ignore[arg-type]
+                    sums += sums_of(g, seen[slot], before, str(distance), strides, frames, provenance=str(self))  # type: ignore[arg-type]
                 measures.append((slot, str(distance), tuple(strides)))  # type: ignore[arg-type]
             g.erase_node(mark)
         emitted: dict[str, fx.Node] = {}
@@ -196,7 +196,7 @@ class Specialise(Pass):
         extra = [*saved.values(), *seen.values(), *emitted.values()]
         if sums:
             with g.inserting_before(g.output_node()):
-                extra.append(call(g, aten.stack.default, sums, made_by=str(self)))
+                extra.append(call(g, aten.stack.default, sums, provenance=str(self)))
         _finish(graph, extra)
         drop_dead_code(g, keep=is_effectful)
         graph.meta["vdcache.variant"] = VariantIO(
@@ -208,61 +208,61 @@ class Specialise(Pass):
     def _keeps(self, slot: str) -> bool:
         return self.save == "all" or (self.save == "needed" and slot in self.slots)
 
-    def _reuse(self, g: fx.Graph, guard: fx.Node, added: _Added) -> None:
+    def _reuse(self, g: fx.Graph, cache_guard: fx.Node, added: _Added) -> None:
         """Put what a predictor makes of new inputs in the place of a guarded value."""
-        slot, like = str(guard.args[1]), guard.meta["val"]
-        base = guard.args[2] if len(guard.args) > 2 else None
+        slot, like = str(cache_guard.args[1]), cache_guard.meta["val"]
+        base = cache_guard.args[2] if len(cache_guard.args) > 2 else None
         predictor = predictor_of(self.predictor, group_of(slot))
         kept = [added.input("read", name, _kept_form(predictor, like)) for name in _names(predictor, slot)]
-        when = added.time(group_of(slot), like)
-        with g.inserting_before(guard):
-            value = _traced(g, predictor, "predict", (kept, when), like, made_by=str(self))[0]
+        step_info = added.time(group_of(slot), like)
+        with g.inserting_before(cache_guard):
+            value = _traced(g, predictor, "predict", (kept, step_info), like, provenance=str(self))[0]
             half, own = like.dtype == torch.float16, value.meta["val"].dtype
             if own != like.dtype and not half:
-                value = call(g, aten._to_copy.default, value, dtype=like.dtype, made_by=str(self))
+                value = call(g, aten._to_copy.default, value, dtype=like.dtype, provenance=str(self))
             if isinstance(base, fx.Node):
                 if half and own != like.dtype:
-                    base = call(g, aten._to_copy.default, base, dtype=own, made_by=str(self))
-                value = call(g, aten.add.Tensor, base, value, made_by=str(self))
+                    base = call(g, aten._to_copy.default, base, dtype=own, provenance=str(self))
+                value = call(g, aten.add.Tensor, base, value, provenance=str(self))
             if half and (own != like.dtype or not isinstance(predictor, LastValue) or base is not None):
-                value = _within_half(g, value, made_by=str(self))
+                value = _within_half(g, value, provenance=str(self))
                 if own != like.dtype:
-                    value = call(g, aten._to_copy.default, value, dtype=like.dtype, made_by=str(self))
-            if not _views_fit(guard, value.meta["val"]):
-                value = laid_out(g, value, like, made_by=str(self))
-        guard.replace_all_uses_with(value)
-        g.erase_node(guard)
-        _clamp_sums(g, value, made_by=str(self))
+                    value = call(g, aten._to_copy.default, value, dtype=like.dtype, provenance=str(self))
+            if not _views_fit(cache_guard, value.meta["val"]):
+                value = laid_out(g, value, like, provenance=str(self))
+        cache_guard.replace_all_uses_with(value)
+        g.erase_node(cache_guard)
+        _clamp_sums(g, value, provenance=str(self))
 
-    def _saved(self, g: fx.Graph, guard: fx.Node, added: _Added) -> dict[str, fx.Node]:
+    def _saved(self, g: fx.Graph, cache_guard: fx.Node, added: _Added) -> dict[str, fx.Node]:
         """What a recomputed slot keeps, by name."""
-        slot = str(guard.args[1])
+        slot = str(cache_guard.args[1])
         predictor = predictor_of(self.predictor, group_of(slot))
-        fresh, base = guard.args[0], guard.args[2] if len(guard.args) > 2 else None
-        with g.inserting_after(guard):
-            mark = g.call_function(dialect.guard, ())
+        new, base = cache_guard.args[0], cache_guard.args[2] if len(cache_guard.args) > 2 else None
+        with g.inserting_after(cache_guard):
+            mark = g.call_function(dialect.cache_guard, ())
         with g.inserting_before(mark):
             if isinstance(base, fx.Node):
                 if predictor.tensors > 1:  # differences of differences: formed in float32 from the start
-                    fresh, base = (
-                        call(g, aten._to_copy.default, x, dtype=torch.float32, made_by=str(self)) for x in (fresh, base)
+                    new, base = (
+                        call(g, aten._to_copy.default, x, dtype=torch.float32, provenance=str(self)) for x in (new, base)
                     )
-                fresh = call(g, aten.sub.Tensor, fresh, base, made_by=str(self))
-            before: list[fx.Node] = []
+                new = call(g, aten.sub.Tensor, new, base, provenance=str(self))
+            previous: list[fx.Node] = []
             if predictor.tensors > 1:
-                like = _kept_form(predictor, guard.meta["val"])
-                before = [added.input("before", name, like) for name in _names(predictor, slot)]
-            when = added.time(group_of(slot), guard.meta["val"])
-            values = _traced(g, predictor, "keep", (fresh, before, when), guard.meta["val"], made_by=str(self))
-        kept = {name: dense(g, v, mark, str(self)) for name, v in zip(_names(predictor, slot), values, strict=True)}
+                like = _kept_form(predictor, cache_guard.meta["val"])
+                previous = [added.input("before", name, like) for name in _names(predictor, slot)]
+            step_info = added.time(group_of(slot), cache_guard.meta["val"])
+            values = _traced(g, predictor, "store", (new, previous, step_info), cache_guard.meta["val"], provenance=str(self))
+        kept = {name: contiguous(g, v, mark, str(self)) for name, v in zip(_names(predictor, slot), values, strict=True)}
         g.erase_node(mark)
         return kept
 
 
-def _traced(g: fx.Graph, predictor: Predictor, what: str, args: Any, like: torch.Tensor, made_by: str) -> list[fx.Node]:
+def _traced(g: fx.Graph, predictor: Predictor, what: str, args: Any, like: torch.Tensor, provenance: str) -> list[fx.Node]:
     """What a predictor's function gives, as nodes: so many values as it says, of the shape of the guarded one."""
     try:
-        found = inline(g, getattr(predictor, what), args, made_by=made_by)
+        found = inline(g, getattr(predictor, what), args, provenance=provenance)
     except Exception as error:
         reason = str(error).partition("\n")[0]
         raise ContractError(
@@ -279,13 +279,13 @@ def _traced(g: fx.Graph, predictor: Predictor, what: str, args: Any, like: torch
     return values
 
 
-def _within_half(g: fx.Graph, value: fx.Node, made_by: str) -> fx.Node:
+def _within_half(g: fx.Graph, value: fx.Node, provenance: str) -> fx.Node:
     """`value`, within the range of float16, which ends where extrapolation goes beyond anything that the model itself ever gives."""
     most = torch.finfo(torch.float16).max
-    return call(g, aten.clamp.default, value, -most, most, made_by=made_by)
+    return call(g, aten.clamp.default, value, -most, most, provenance=provenance)
 
 
-def _clamp_sums(g: fx.Graph, value: fx.Node, made_by: str) -> None:
+def _clamp_sums(g: fx.Graph, value: fx.Node, provenance: str) -> None:
     """Keep the float16 sums that a predicted value goes into, behind its gate and casts, within their range."""
     todo, seen = [value], {value}
     while todo:
@@ -299,18 +299,18 @@ def _clamp_sums(g: fx.Graph, value: fx.Node, made_by: str) -> None:
             if out.dtype == torch.float16 and (narrows or user.target in _SUMS):
                 others = list(user.users)
                 with g.inserting_after(user):
-                    clamped = _within_half(g, user, made_by)
+                    clamped = _within_half(g, user, provenance)
                 for other in others:
                     other.replace_input_with(user, clamped)
             else:
                 todo.append(user)
 
 
-def _views_fit(guard: fx.Node, value: torch.Tensor) -> bool:
+def _views_fit(cache_guard: fx.Node, value: torch.Tensor) -> bool:
     """Whether the views of a guarded value can be taken of one that lies otherwise in memory: `view` copies nothing."""
-    if not all(isinstance(s, int) for s in (*value.shape, *guard.meta["val"].stride(), *value.stride())):
+    if not all(isinstance(s, int) for s in (*value.shape, *cache_guard.meta["val"].stride(), *value.stride())):
         return True  # asking symbols would add shape guards
-    todo: list[tuple[fx.Node, Any]] = [(guard, value)] if value.stride() != guard.meta["val"].stride() else []
+    todo: list[tuple[fx.Node, Any]] = [(cache_guard, value)] if value.stride() != cache_guard.meta["val"].stride() else []
     while todo:
         node, now = todo.pop()
         for user in node.users:
@@ -338,13 +338,13 @@ def _there(value: Any, wanted: set[fx.Node]) -> bool:
     return not is_work(value) and bool(value.all_input_nodes) and all(_there(p, wanted) for p in value.all_input_nodes)
 
 
-def dense(g: fx.Graph, value: fx.Node, before: fx.Node, made_by: str) -> fx.Node:
+def contiguous(g: fx.Graph, value: fx.Node, before: fx.Node, provenance: str) -> fx.Node:
     """`value` as a contiguous tensor: what is kept must have the strides that the next variant expects."""
     fake = value.meta["val"]
     if _surely_contiguous(fake):
         return value
     with g.inserting_before(before):
-        return call(g, aten.clone.default, value, memory_format=torch.contiguous_format, made_by=made_by)
+        return call(g, aten.clone.default, value, memory_format=torch.contiguous_format, provenance=provenance)
 
 
 def _surely_contiguous(value: torch.Tensor) -> bool:
@@ -359,6 +359,6 @@ def _finish(graph: fx.GraphModule, extra: list[fx.Node]) -> None:
     values, given = outputs(g), inputs(g)
     with g.inserting_before(g.output_node()):
         for output, position in sig.mutations:
-            call(g, aten.copy_.default, given[position], values[output], made_by="specialise")
+            call(g, aten.copy_.default, given[position], values[output], provenance="specialise")
     set_outputs(g, [*values[len(sig.mutations) :], *extra])
     graph.meta["vdcache"] = replace(sig, mutations=())  # they are written here

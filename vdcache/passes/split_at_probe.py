@@ -19,14 +19,14 @@ from torch import fx
 
 from vdcache.ir import dialect
 from vdcache.ir.capture import signature
-from vdcache.ir.edit import add_input, call, live_nodes, outputs, set_outputs
+from vdcache.ir.edit import add_input, backward_slice, call, outputs, set_outputs
 from vdcache.ir.errors import CaptureError, ConfigError
 from vdcache.ir.facts import Fact
 from vdcache.ir.ops import SLICES, VIEWS, is_effectful, tensor_of
 from vdcache.passes.base import Pass, PassResult, Refusal, drop_dead_code
-from vdcache.passes.specialise import dense
+from vdcache.passes.specialise import contiguous
 from vdcache.passes.sums import sums_of
-from vdcache.patterns.anatomy import forget
+from vdcache.patterns.analysis import forget
 
 __all__ = ["HeadIO", "SplitAtProbe", "head_io"]
 
@@ -65,7 +65,7 @@ def head_io(graph: fx.GraphModule) -> HeadIO:
 class SplitAtProbe(Pass):
     """Keep one part of a probed graph.
 
-    A guard in the head goes: what it guards is computed before anything can be decided.
+    A cache guard in the head goes: what it guards is computed before anything can be decided.
 
     Args:
         part: "head" or "tail".
@@ -91,7 +91,7 @@ class SplitAtProbe(Pass):
         marks = dialect.probes(g)
         if not marks:
             return PassResult(graph, 0)
-        first = live_nodes([m.args[0] for m in marks])
+        first = backward_slice([m.args[0] for m in marks])
         # an operation of several results is computed where one of them is
         first |= {u for n in first if tensor_of(n) is None for u in n.users if u.target is operator.getitem}
         if wrong := next((n for n in first if is_effectful(n)), None):
@@ -115,12 +115,12 @@ class SplitAtProbe(Pass):
 
     def _without_guards(self, g: fx.Graph, first: set[fx.Node]) -> list[Refusal]:
         refusals = []
-        for guard in dialect.guards(g):
-            if guard in first:
-                refusals.append(Refusal(guard.name, ("it is computed before the policy can decide",)))
-                guard.replace_all_uses_with(guard.args[0])  # type: ignore[arg-type]
-                first.discard(guard)
-                g.erase_node(guard)
+        for cache_guard in dialect.cache_guards(g):
+            if cache_guard in first:
+                refusals.append(Refusal(cache_guard.name, ("it is computed before the policy can decide",)))
+                cache_guard.replace_all_uses_with(cache_guard.args[0])  # type: ignore[arg-type]
+                first.discard(cache_guard)
+                g.erase_node(cache_guard)
         return refusals
 
     def _head(self, graph: fx.GraphModule, marks: Sequence[fx.Node], crossing: Sequence[fx.Node]) -> None:
@@ -129,14 +129,14 @@ class SplitAtProbe(Pass):
         sums: list[fx.Node] = []
         previous: list[fx.Node] = []
         for mark in marks:
-            value, distance = dense(g, mark.args[0], mark, str(self)), str(mark.args[2])  # type: ignore[arg-type]
+            value, distance = contiguous(g, mark.args[0], mark, str(self)), str(mark.args[2])  # type: ignore[arg-type]
             before = add_input(g, f"previous_{len(previous)}", value.meta["val"], str(self))
             with g.inserting_before(g.output_node()):
-                sums += sums_of(g, value, before, distance, made_by=str(self))
+                sums += sums_of(g, value, before, distance, provenance=str(self))
             values.append(value)
             previous.append(before)
         with g.inserting_before(g.output_node()):
-            stacked = call(g, aten.stack.default, sums, made_by=str(self))
+            stacked = call(g, aten.stack.default, sums, provenance=str(self))
         graph.meta["vdcache.head"] = HeadIO(
             tuple((str(m.args[1]), str(m.args[2]), str(m.args[3])) for m in marks),
             tuple(n.name for n in crossing),

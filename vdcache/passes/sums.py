@@ -1,6 +1,6 @@
 """The sums that measures are made of, as nodes: what observations and probes have in common.
 
-Variants return sums and not ratios, so that lanes can be added up before anything is divided (`runtime.measures` divides).
+Variants return sums and not ratios, so that lanes can be added up before anything is divided (`runtime.metrics` divides).
 """
 
 from __future__ import annotations
@@ -18,7 +18,14 @@ aten = torch.ops.aten
 
 
 def sums_of(
-    g: fx.Graph, value: fx.Node, previous: fx.Node, distance: str, strides: Sequence[int] = (), frames: int = 0, *, made_by: str
+    g: fx.Graph,
+    value: fx.Node,
+    previous: fx.Node,
+    distance: str,
+    strides: Sequence[int] = (),
+    frames: int = 0,
+    *,
+    provenance: str,
 ) -> list[fx.Node]:
     """The sums of one measure, each float32 and 0-d, at the graph's insertion point. P is the previous value, R this one.
 
@@ -27,7 +34,7 @@ def sums_of(
     """
 
     def op(target: object, *args: object, **kwargs: object) -> fx.Node:
-        return call(g, target, *args, made_by=made_by, **kwargs)
+        return call(g, target, *args, provenance=provenance, **kwargs)
 
     def total(node: fx.Node) -> fx.Node:
         return op(aten.sum.default, node)

@@ -2,7 +2,7 @@
 
     o = scaled_dot_product_attention(q, k, v)   -->   o = tile_attention(q, k, v, mask, grid, before, after)
 
-The mask knows no sizes; frames, height, width and where the text lies come from the anatomy. How the operation is computed is
+The mask knows no sizes; frames, height, width and where the text lies come from the analysis. How the operation is computed is
 chosen when the graph is compiled. Not exact: the weights that the mask leaves out are gone (Efficient-vDiT, arXiv 2502.06155).
 """
 
@@ -23,8 +23,8 @@ from vdcache.ir.masks import AttentionMask, Dense, masks_text, parse_masks
 from vdcache.ir.ops import ATTENTION, tensor_of
 from vdcache.ir.tiles import TILE_ATTENTION, TileMask, tiled
 from vdcache.passes.base import Pass, PassResult, Refusal
-from vdcache.patterns import GraphAnalysis, Attention, Grid, NoMatch, anatomy
-from vdcache.patterns.anatomy import forget
+from vdcache.patterns import Attention, GraphAnalysis, Grid, NoMatch, analyze
+from vdcache.patterns.analysis import forget
 from vdcache.patterns.attention import video_span
 
 __all__ = ["AttentionOperands", "TileAttention", "places"]
@@ -53,7 +53,7 @@ class TileAttention(Pass):
     fixed_sizes: ClassVar[bool] = True
 
     masks: tuple[str, ...] = ("dense",)
-    sites: tuple[str, ...] = ()
+    attention_matches: tuple[str, ...] = ()
     grid: tuple[int, ...] = ()
     text: tuple[int, ...] = ()
 
@@ -70,10 +70,10 @@ class TileAttention(Pass):
         super().__post_init__()
 
     def run(self, graph: fx.GraphModule) -> PassResult:
-        found = anatomy(graph)
+        found = analyze(graph)
         nodes = {n.name: n for n in graph.graph.nodes}
         chosen = self._chosen(found)
-        asked = bool(self.sites) or len(self.masks) > 1
+        asked = bool(self.attention_matches) or len(self.masks) > 1
         rewrites, refusals, failed = 0, [], False
         for attention, text in chosen:
             masks = parse_masks(text)
@@ -102,11 +102,11 @@ class TileAttention(Pass):
     def _chosen(self, found: GraphAnalysis) -> list[tuple[Attention, str]]:
         """The attentions that are meant, each with the text of its masks."""
         there = [a for _, a in found.denoising_attentions()]
-        if self.sites:
+        if self.attention_matches:
             known = {a.node: a for a in found.attentions}
-            if missing := [s for s in self.sites if s not in known]:
+            if missing := [s for s in self.attention_matches if s not in known]:
                 raise ConfigError(f"{self.name}: no attention is called {missing[0]!r}; there are {', '.join(known) or 'none'}")
-            there = [known[s] for s in self.sites]
+            there = [known[s] for s in self.attention_matches]
         if len(self.masks) not in (1, len(there)):
             raise ConfigError(
                 f"{self.name}: {len(self.masks)} masks for {len(there)} attentions; give one for all, or one for each. For one a head "
@@ -121,7 +121,7 @@ class TileAttention(Pass):
             raise ConfigError(f"{self.name}: '{node.name}' has {heads} heads, and {len(masks)} masks are given for them")
 
         def op(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-            return call(graph, target, *args, made_by=str(self), **kwargs)
+            return call(graph, target, *args, provenance=str(self), **kwargs)
 
         with graph.inserting_before(node):
             if len(set(masks)) == 1:
@@ -130,13 +130,20 @@ class TileAttention(Pass):
                 if place.key.meta["val"].shape[1] != heads:
                     raise ConfigError(f"{self.name}: '{node.name}' shares keys among heads, so all its heads have one mask")
                 out = self._by_head(op, node, place, masks)
-            out = laid_out(graph, out, node.meta["val"], made_by=str(self))
+            out = laid_out(graph, out, node.meta["val"], provenance=str(self))
         out.meta = {**node.meta, "val": out.meta["val"], "vdcache": str(self)}
         node.replace_all_uses_with(out)
         graph.erase_node(node)
 
     def _attend(
-        self, node: fx.Node, place: AttentionOperands, q: fx.Node, k: fx.Node, v: fx.Node, bias: fx.Node | None, mask: AttentionMask
+        self,
+        node: fx.Node,
+        place: AttentionOperands,
+        q: fx.Node,
+        k: fx.Node,
+        v: fx.Node,
+        bias: fx.Node | None,
+        mask: AttentionMask,
     ) -> tuple[Any, ...]:
         try:
             place.on(mask)
@@ -186,7 +193,7 @@ class AttentionOperands:
 
 def places(graph: fx.GraphModule, grid: Sequence[int] = (), text: Sequence[int] = ()) -> dict[str, AttentionOperands | NoMatch]:
     """Every self- and joint-attention of the denoising blocks, by the name of its node: its operands, or why it can have no mask."""
-    found = anatomy(graph)
+    found = analyze(graph)
     nodes = {n.name: n for n in graph.graph.nodes}
     return {a.node: place_of(nodes[a.node], a, found, grid, text) for _, a in found.denoising_attentions()}
 

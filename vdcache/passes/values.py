@@ -11,7 +11,7 @@ from vdcache.ir import dialect
 from vdcache.ir.capture import signature
 from vdcache.ir.edit import call, inputs, outputs
 from vdcache.ir.ops import SLICES, VIEWS, is_work, tensor_of
-from vdcache.patterns import GraphAnalysis, Block, Branch, NoMatch, anatomy
+from vdcache.patterns import Block, Branch, GraphAnalysis, NoMatch, analyze
 
 __all__ = ["PLACES", "VALUES", "find", "output"]
 
@@ -21,7 +21,7 @@ PLACES = (*VALUES, "modulated", "timestep", "modulation")
 _SEEN = ("latent", "joint")  # streams that hold the tokens to be denoised
 
 
-def find(graph: fx.GraphModule, at: str, blocks: int = 0, *, made_by: str) -> fx.Node | NoMatch:
+def find(graph: fx.GraphModule, at: str, blocks: int = 0, *, provenance: str) -> fx.Node | NoMatch:
     """The node of a value; subtractions and slices that it takes are added to the graph.
 
     Args:
@@ -30,10 +30,10 @@ def find(graph: fx.GraphModule, at: str, blocks: int = 0, *, made_by: str) -> fx
             what the first layers of the first denoising block read: normalised and, where the model does so, modulated by the
             timestep; "timestep", the embedding of the timestep; "modulation", what that is projected to.
     """
-    found = anatomy(graph)
+    found = analyze(graph)
     nodes = {n.name: n for n in graph.graph.nodes}
     if at == "input":
-        return _input(graph, found, nodes, made_by)
+        return _input(graph, found, nodes, provenance)
     if at == "output":
         place = output(graph, found, nodes)
         return place if isinstance(place, NoMatch) else place[0]
@@ -43,10 +43,10 @@ def find(graph: fx.GraphModule, at: str, blocks: int = 0, *, made_by: str) -> fx
     if not there:
         return NoMatch("output", "no block attends over video tokens")
     if at == "modulated":
-        return _modulated(graph.graph, found, there[0], nodes, made_by)
+        return _modulated(graph.graph, found, there[0], nodes, provenance)
     if blocks > len(there):
         return NoMatch("output", f"there are {len(there)} denoising blocks, and {blocks} were asked for")
-    return _residual(graph.graph, found, there[: blocks or None], nodes, made_by)
+    return _residual(graph.graph, found, there[: blocks or None], nodes, provenance)
 
 
 def output(graph: fx.GraphModule, found: GraphAnalysis, nodes: dict[str, fx.Node]) -> tuple[fx.Node, int] | NoMatch:
@@ -66,7 +66,7 @@ def output(graph: fx.GraphModule, found: GraphAnalysis, nodes: dict[str, fx.Node
     return like[0] if like else tensors[0]
 
 
-def _input(graph: fx.GraphModule, found: GraphAnalysis, nodes: dict[str, fx.Node], made_by: str) -> fx.Node | NoMatch:
+def _input(graph: fx.GraphModule, found: GraphAnalysis, nodes: dict[str, fx.Node], provenance: str) -> fx.Node | NoMatch:
     if not found.latent:
         return NoMatch("output", "no input was found that the model returns an update of")
     latent = nodes[found.latent]
@@ -78,45 +78,48 @@ def _input(graph: fx.GraphModule, found: GraphAnalysis, nodes: dict[str, fx.Node
     if len(have) == len(want) and len(few) == 1 and _less(want[few[0]], have[few[0]]):
         last = inputs(graph.graph)[-1]
         with graph.graph.inserting_after(last):  # conditions that were joined to the latent never change
-            return call(graph.graph, aten.slice.Tensor, latent, few[0], 0, want[few[0]], made_by=made_by)
+            return call(graph.graph, aten.slice.Tensor, latent, few[0], 0, want[few[0]], provenance=provenance)
     return latent
 
 
 def _residual(
-    g: fx.Graph, found: GraphAnalysis, blocks: Sequence[Block], nodes: dict[str, fx.Node], made_by: str
+    g: fx.Graph, found: GraphAnalysis, blocks: Sequence[Block], nodes: dict[str, fx.Node], provenance: str
 ) -> fx.Node | NoMatch:
     """The latent tokens after these blocks, less those before."""
     numbers = {b.index for b in blocks}
     own = [b for b in found if b.block in numbers and found.streams[b.stream].role in _SEEN]
     if not own:
         return NoMatch("output", "no stream of latent tokens runs through the blocks")
-    end = nodes[own[-1].join]
-    with g.inserting_after(end if not end.users else dialect.guarded(end)):
+    end = nodes[own[-1].residual_add]
+    with g.inserting_after(end if not end.users else dialect.with_cache_guard(end)):
         mark = g.call_function(dialect.emit, ())  # a place to insert before
     with g.inserting_before(mark):
-        after = _latent_part(g, found, own[-1], end, made_by)
-        before = _latent_part(g, found, own[0], nodes[own[0].base], made_by)
+        after = _latent_part(g, found, own[-1], end, provenance)
+        before = _latent_part(g, found, own[0], nodes[own[0].base], provenance)
         same = _sizes(tensor_of(after)) == _sizes(tensor_of(before))
         value: fx.Node | NoMatch
         if same:
-            value = call(g, aten.sub.Tensor, after, before, made_by=made_by)
+            value = call(g, aten.sub.Tensor, after, before, provenance=provenance)
         else:
             value = NoMatch(
-                own[-1].join, f"the latent tokens are {_sizes(tensor_of(after))} here and were {_sizes(tensor_of(before))}"
+                own[-1].residual_add,
+                f"the latent tokens are {_sizes(tensor_of(after))} here and were {_sizes(tensor_of(before))}",
             )
     g.erase_node(mark)
     return value
 
 
-def _latent_part(g: fx.Graph, found: GraphAnalysis, branch: Branch, value: fx.Node, made_by: str) -> fx.Node:
+def _latent_part(g: fx.Graph, found: GraphAnalysis, branch: Branch, value: fx.Node, provenance: str) -> fx.Node:
     stream = found.streams[branch.stream]
     span = next((s for s in stream.spans if s.role == "latent"), None)
     if stream.role != "joint" or span is None:
         return value
-    return call(g, aten.slice.Tensor, value, 1, span.start, span.stop, made_by=made_by)
+    return call(g, aten.slice.Tensor, value, 1, span.start, span.stop, provenance=provenance)
 
 
-def _modulated(g: fx.Graph, found: GraphAnalysis, block: Block, nodes: dict[str, fx.Node], made_by: str) -> fx.Node | NoMatch:
+def _modulated(
+    g: fx.Graph, found: GraphAnalysis, block: Block, nodes: dict[str, fx.Node], provenance: str
+) -> fx.Node | NoMatch:
     for branch in found:
         attends = any(a.kind != "cross" for a in branch.attentions)
         if branch.block != block.index or not attends or found.streams[branch.stream].role not in _SEEN:
@@ -128,7 +131,7 @@ def _modulated(g: fx.Graph, found: GraphAnalysis, block: Block, nodes: dict[str,
                 while read is not None and (read.target in VIEWS or read.target in SLICES):
                     read = read.args[0] if isinstance(read.args[0], fx.Node) else None
                 if read is not None:
-                    return _without_text(g, found, branch, read, made_by)
+                    return _without_text(g, found, branch, read, provenance)
     return NoMatch(block.branches[0], "the first denoising block has no attention whose input could be read")
 
 
@@ -150,7 +153,7 @@ def _less(a: object, b: object) -> bool:
     return isinstance(a, int) and isinstance(b, int) and a < b
 
 
-def _without_text(g: fx.Graph, found: GraphAnalysis, branch: Branch, value: fx.Node, made_by: str) -> fx.Node:
+def _without_text(g: fx.Graph, found: GraphAnalysis, branch: Branch, value: fx.Node, provenance: str) -> fx.Node:
     """The latent tokens of `value`, where it holds a sequence of text and latent tokens."""
     stream, tensor = found.streams[branch.stream], tensor_of(value)
     if value.target is aten.cat.default and len(stream.shape) == 3:  # two streams meet for their attention
@@ -163,4 +166,4 @@ def _without_text(g: fx.Graph, found: GraphAnalysis, branch: Branch, value: fx.N
     if tensor.shape[1] != max(s.stop for s in stream.spans):
         return value
     with g.inserting_after(value):
-        return call(g, aten.slice.Tensor, value, 1, span.start, span.stop, made_by=made_by)
+        return call(g, aten.slice.Tensor, value, 1, span.start, span.stop, provenance=provenance)

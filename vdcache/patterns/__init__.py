@@ -1,18 +1,30 @@
 """What a graph is made of, read off its structure: no name of a model, module or argument decides anything."""
 
-from vdcache.patterns.anatomy import anatomy
-from vdcache.patterns.facts import ATTENDS, KINDS, GraphAnalysis, Attention, Block, Branch, Conditioning, Grid, NoMatch, Span, Stream
+from vdcache.patterns.analysis import analyze
+from vdcache.patterns.facts import (
+    ATTENDS,
+    KINDS,
+    Attention,
+    Block,
+    Branch,
+    Conditioning,
+    GraphAnalysis,
+    Grid,
+    NoMatch,
+    Span,
+    Stream,
+)
 from vdcache.patterns.index import Index
 from vdcache.patterns.match import Match, Pattern
 
 __all__ = [
     "ATTENDS",
     "KINDS",
-    "GraphAnalysis",
     "Attention",
     "Block",
     "Branch",
     "Conditioning",
+    "GraphAnalysis",
     "Grid",
     "Index",
     "Match",
@@ -20,5 +32,5 @@ __all__ = [
     "Pattern",
     "Span",
     "Stream",
-    "anatomy",
+    "analyze",
 ]

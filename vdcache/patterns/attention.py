@@ -15,7 +15,7 @@ from vdcache.patterns.facts import Attention, Grid, NoMatch, Span
 from vdcache.patterns.index import Index
 from vdcache.patterns.streams import Streams
 
-__all__ = ["AttentionMatch", "axes_of", "describe", "layout_of", "operands", "sites", "video_span"]
+__all__ = ["AttentionMatch", "attention_matches", "axes_of", "describe", "layout_of", "operands", "video_span"]
 
 aten = torch.ops.aten
 _SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
@@ -41,7 +41,7 @@ class AttentionMatch:
     weights: fx.Node | None = None
 
 
-def sites(nodes: Iterable[fx.Node], tokens: int | None = None) -> list[AttentionMatch]:
+def attention_matches(nodes: Iterable[fx.Node], tokens: int | None = None) -> list[AttentionMatch]:
     """The attentions among `nodes`, in order; `tokens` is the length of the stream that they belong to, where it is known."""
     found: dict[fx.Node, AttentionMatch] = {}
     nodes = list(nodes)
@@ -125,9 +125,7 @@ _MOVES = (
 
 
 def _is_factor(node: fx.Node) -> bool:
-    return (
-        node.target in (aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar) and len(tensor_inputs(node)) == 1
-    )
+    return node.target in (aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar) and len(tensor_inputs(node)) == 1
 
 
 def _contracted(product: fx.Node) -> int | None:
@@ -258,7 +256,9 @@ _PASS_BY = (
 )
 
 
-def describe(index: Index, site: AttentionMatch, source: fx.Node, inside: set[fx.Node], streams: Streams, grid: Grid | None) -> Attention:
+def describe(
+    index: Index, site: AttentionMatch, source: fx.Node, inside: set[fx.Node], streams: Streams, grid: Grid | None
+) -> Attention:
     """What an attention inside a branch that reads `source` is.
 
     Args:

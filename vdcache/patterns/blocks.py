@@ -15,11 +15,11 @@ __all__ = ["segment", "shape_of"]
 _LONGEST = 64  # branches in one block; the search grows linearly for any fixed length
 
 
-def shape_of(join: ResidualAdd) -> str:
+def shape_of(residual_add: ResidualAdd) -> str:
     """A digest of a branch: its operations, how they are wired, and the shapes of their values. Weights do not enter."""
-    number = {node: i for i, node in enumerate(join.inside)}
+    number = {node: i for i, node in enumerate(residual_add.inside)}
     lines = []
-    for node in join.inside:
+    for node in residual_add.inside:
         value = tensor_of(node)
         wires = [str(number[p]) if p in number else _kind_of_input(p) for p in node.all_input_nodes]
         lines.append(f"{node.target}({','.join(wires)})->{tuple(map(str, value.shape)) if value is not None else ''}")
@@ -31,7 +31,9 @@ def _kind_of_input(node: fx.Node) -> str:
     return f"{tuple(map(str, value.shape))}{value.dtype}" if value is not None else "?"
 
 
-def segment(shapes: Sequence[str], kinds: Sequence[str], streams: Sequence[int], sites: Sequence[frozenset[str]]) -> list[int]:
+def segment(
+    shapes: Sequence[str], kinds: Sequence[str], streams: Sequence[int], attention_matches: Sequence[frozenset[str]]
+) -> list[int]:
     """The block of each branch, counted from 0 over the whole graph.
 
     Runs of branches that repeat are cut into their periods; what does not repeat is cut where a block ends by its kinds.
@@ -48,7 +50,7 @@ def segment(shapes: Sequence[str], kinds: Sequence[str], streams: Sequence[int],
     pending: list[int] = []  # branches not yet in a block
 
     def flush() -> None:
-        for group in _by_kind(pending, kinds, streams, sites):
+        for group in _by_kind(pending, kinds, streams, attention_matches):
             number = blocks[-1] + 1 if blocks else 0
             blocks.extend([number] * len(group))
         pending.clear()
@@ -56,7 +58,7 @@ def segment(shapes: Sequence[str], kinds: Sequence[str], streams: Sequence[int],
     while at < len(tokens):
         begins = not pending or _ends(kinds[at - 1]) or streams[at] != streams[at - 1]
         period, times = _repeat(tokens, at) if begins else (0, 0)
-        if times > 1 and _closed(at, period, sites):
+        if times > 1 and _closed(at, period, attention_matches):
             flush()
             for _ in range(times):
                 pending.extend(range(at, at + period))
@@ -88,19 +90,19 @@ def _repeat(tokens: Sequence[str], start: int) -> tuple[int, int]:
     return best
 
 
-def _closed(start: int, period: int, sites: Sequence[frozenset[str]]) -> bool:
+def _closed(start: int, period: int, attention_matches: Sequence[frozenset[str]]) -> bool:
     """Whether no attention is shared between one period and the next."""
-    first = frozenset().union(*sites[start : start + period])
-    second = frozenset().union(*sites[start + period : start + 2 * period])
+    first = frozenset().union(*attention_matches[start : start + period])
+    second = frozenset().union(*attention_matches[start + period : start + 2 * period])
     return not first & second
 
 
 def _by_kind(
-    members: Sequence[int], kinds: Sequence[str], streams: Sequence[int], sites: Sequence[frozenset[str]]
+    members: Sequence[int], kinds: Sequence[str], streams: Sequence[int], attention_matches: Sequence[frozenset[str]]
 ) -> list[list[int]]:
     groups: list[list[int]] = []
     for i in members:
-        if groups and _belongs(i, groups[-1], kinds, streams, sites):
+        if groups and _belongs(i, groups[-1], kinds, streams, attention_matches):
             groups[-1].append(i)
         else:
             groups.append([i])
@@ -118,10 +120,10 @@ def _attends(group: Sequence[int], kinds: Sequence[str]) -> bool:
 
 
 def _belongs(
-    i: int, group: Sequence[int], kinds: Sequence[str], streams: Sequence[int], sites: Sequence[frozenset[str]]
+    i: int, group: Sequence[int], kinds: Sequence[str], streams: Sequence[int], attention_matches: Sequence[frozenset[str]]
 ) -> bool:
     """Whether branch `i` goes on with the block of `group`."""
-    if any(sites[i] & sites[j] for j in group):
+    if any(attention_matches[i] & attention_matches[j] for j in group):
         return True
     own = [kinds[j] for j in group if streams[j] == streams[i]]
     if own:

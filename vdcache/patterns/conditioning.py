@@ -16,10 +16,10 @@ from vdcache.ir.sizes import size_hint, updated_by
 from vdcache.patterns.facts import Conditioning, Grid
 from vdcache.patterns.index import Index
 
-__all__ = ["activations", "clocks", "dependence", "grid", "latents"]
+__all__ = ["activations", "dependence", "grid", "latents", "timestep_inputs"]
 
 aten = torch.ops.aten
-_WAVES = (aten.sin.default, aten.cos.default)
+_SINUSOIDS = (aten.sin.default, aten.cos.default)
 _LAYERS = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default)
 _CONV2D = (aten.conv2d.default, aten.conv2d.padding)
 _CONV3D = (aten.conv3d.default, aten.conv3d.padding)
@@ -30,7 +30,7 @@ def activations(graph: fx.Graph, sig: Signature) -> list[fx.Node]:
     return [n for i, n in enumerate(inputs(graph)) if i not in sig.static]
 
 
-def clocks(candidates: Sequence[fx.Node]) -> tuple[str, ...]:
+def timestep_inputs(candidates: Sequence[fx.Node]) -> tuple[str, ...]:
     """Inputs that reach a sine or cosine by elementwise work alone, whose waves then feed a layer as its activation.
 
     Rotary tables fail the second half: their waves are multiplied into queries and keys. Guidance scales look the same
@@ -41,13 +41,13 @@ def clocks(candidates: Sequence[fx.Node]) -> tuple[str, ...]:
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor) and value.ndim > 2:
             continue  # a timestep is one value, one a sample, or one a token
-        waves = _waves_of(node)
-        if any(_feeds_a_layer(wave) for wave in waves):
+        sinusoids = _sinusoids_of(node)
+        if any(_feeds_a_layer(sinusoid) for sinusoid in sinusoids):
             found.append(node.name)
     return tuple(found)
 
 
-def _waves_of(source: fx.Node) -> list[fx.Node]:
+def _sinusoids_of(source: fx.Node) -> list[fx.Node]:
     """Sines and cosines reached from `source` without passing real work, but for a product with learned frequencies."""
     found, todo, seen = [], [source], {source}
     while todo:
@@ -56,16 +56,16 @@ def _waves_of(source: fx.Node) -> list[fx.Node]:
             if user in seen or user.op == "output" or (is_work(user) and not _is_table_product(user, node)):
                 continue
             seen.add(user)
-            if _is_wave(user):
+            if _is_sinusoid(user):
                 found.append(user)
             else:
                 todo.append(user)
     return found
 
 
-def _is_wave(node: fx.Node) -> bool:
+def _is_sinusoid(node: fx.Node) -> bool:
     """A sine or cosine, or both as one complex number."""
-    if node.target in _WAVES or node.target is aten.polar.default:
+    if node.target in _SINUSOIDS or node.target is aten.polar.default:
         return True
     value = tensor_of(node)
     return node.target is aten.exp.default and value is not None and value.is_complex()
@@ -86,9 +86,9 @@ def _is_leaf(node: fx.Node) -> bool:
     return node.op != "call_function"
 
 
-def _feeds_a_layer(wave: fx.Node) -> bool:
-    """Whether `wave`, through concatenation, views and casts, is the activation of a layer."""
-    todo, seen = [wave], {wave}
+def _feeds_a_layer(sinusoid: fx.Node) -> bool:
+    """Whether `sinusoid`, through concatenation, views and casts, is the activation of a layer."""
+    todo, seen = [sinusoid], {sinusoid}
     while todo:
         node = todo.pop()
         for user in node.users:

@@ -5,7 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-__all__ = ["ATTENDS", "KINDS", "GraphAnalysis", "Attention", "Block", "Branch", "Conditioning", "Grid", "NoMatch", "Span", "Stream"]
+__all__ = [
+    "ATTENDS",
+    "KINDS",
+    "Attention",
+    "Block",
+    "Branch",
+    "Conditioning",
+    "GraphAnalysis",
+    "Grid",
+    "NoMatch",
+    "Span",
+    "Stream",
+]
 
 ATTENDS = ("self-attention", "joint-attention", "fused")  # kinds of branches that attend over the stream's own tokens
 KINDS = ("self-attention", "cross-attention", "joint-attention", "mlp", "fused", "other")
@@ -70,7 +82,7 @@ class Stream:
     """A tensor that blocks keep adding to.
 
     Args:
-        index: counted from 0 in the order of first joins.
+        index: counted from 0 in the order of first residual adds.
         role: "latent" (its tokens come back as an output), "text" (any other condition: text, an image, a reference), "joint"
             (both in one sequence), or "constant".
         shape: of the first sum; None where a size is a symbol.
@@ -89,7 +101,7 @@ class Stream:
     dtype: str
     inputs: tuple[str, ...]
     start: str
-    joins: tuple[str, ...] = field(repr=False)
+    residual_adds: tuple[str, ...] = field(repr=False)
     spans: tuple[Span, ...] = ()
     parents: tuple[int, ...] = ()
     graph: int = 0
@@ -117,13 +129,13 @@ class Conditioning:
     """What the nodes outside the streams depend on.
 
     Args:
-        clocks: inputs with a path into a sinusoidal embedding that feeds a layer: the timestep is one of them.
-        timestep: nodes that depend on clocks and parameters alone: they are the same for every lane of a step.
-        text: nodes that depend on other inputs than clocks and latents: they never change during a generation.
+        timestep_inputs: inputs with a path into a sinusoidal embedding that feeds a layer: the timestep is one of them.
+        timestep: nodes that depend on timestep inputs and parameters alone: they are the same for every lane of a step.
+        text: nodes that depend on other inputs than timestep inputs and latents: they never change during a generation.
         constant: nodes that depend on parameters alone: they never change.
     """
 
-    clocks: tuple[str, ...]
+    timestep_inputs: tuple[str, ...]
     timestep: tuple[str, ...] = field(repr=False)
     text: tuple[str, ...] = field(repr=False)
     constant: tuple[str, ...] = field(repr=False)
@@ -159,18 +171,18 @@ class Attention:
 
 @dataclass(frozen=True)
 class Branch:
-    """One residual contribution: `join = base + contribution`.
+    """One residual contribution: `residual_add = base + contribution`.
 
     Args:
         kind: "self-attention", "cross-attention", "joint-attention" (tokens of several streams), "mlp", "fused" (attention and MLP in
             one contribution) or "other".
-        stream: which residual stream, counted from 0 in the order of their first joins.
+        stream: which residual stream, counted from 0 in the order of their first residual adds.
         block: which block of the graph, counted from 0 (`GraphAnalysis.blocks`).
         layout: layout of its self- or joint-attention, "" without one.
-        join: the node that adds.
-        base: the operand of `join` that carries the stream.
-        source: the value of the stream that the branch reads; `base` is this, seen through casts, views and joins.
-        contribution: the other operand (post-gate); None where the join computes gate and sum at once (addcmul).
+        residual_add: the node that adds.
+        base: the operand of `residual_add` that carries the stream.
+        source: the value of the stream that the branch reads; `base` is this, seen through casts, views and residual adds.
+        contribution: the other operand (post-gate); None where the residual add computes gate and sum at once (addcmul).
         pre_gate: the value before its gate, where a gate that does not depend on the stream is the last step.
         nodes: everything between `source` and `contribution`, the contribution with it.
         attentions: those inside.
@@ -187,7 +199,7 @@ class Branch:
     stream: int
     block: int
     layout: str
-    join: str
+    residual_add: str
     base: str
     source: str
     contribution: str | None
@@ -222,7 +234,7 @@ class GraphAnalysis:
         streams, blocks: in order.
         attentions: in order, each once, in however many branches it lies.
         conditioning: what the nodes outside the streams depend on.
-        clocks: inputs with a path into a sinusoidal embedding that feeds a layer: the timestep is one of them.
+        timestep_inputs: inputs with a path into a sinusoidal embedding that feeds a layer: the timestep is one of them.
         latent: the input that the denoising loop updates, "" where none was found.
         latents: every input that comes back as an output of the same shape (two for video with sound).
         grid: latent frames, height and width, where the graph shows them.
@@ -232,7 +244,7 @@ class GraphAnalysis:
     """
 
     branches: tuple[Branch, ...]
-    clocks: tuple[str, ...]
+    timestep_inputs: tuple[str, ...]
     latent: str
     grid: Grid | None
     refusals: tuple[NoMatch, ...]

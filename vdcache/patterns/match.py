@@ -25,7 +25,7 @@ from vdcache.ir.capture import signature
 from vdcache.ir.dump import name_of_op
 from vdcache.ir.errors import ConfigError, ContractError
 from vdcache.ir.ops import CASTS, VIEWS
-from vdcache.ir.words import Line, lines_of
+from vdcache.ir.tokens import Line, lines_of
 from vdcache.patterns.facts import NoMatch
 
 __all__ = ["Match", "Pattern"]

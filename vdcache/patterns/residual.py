@@ -1,8 +1,8 @@
-"""Residual branches by dataflow: `join = base + contribution`, where the contribution is computed from a stream.
+"""Residual branches by dataflow: `residual_add = base + contribution`, where the contribution is computed from a stream.
 
-Nothing here knows how a gate, a cast, a norm or a projection is spelled. A join is an addition one of whose operands
-is an ancestor of the other (seen through casts, views, scalings and earlier joins) with real work in between; the nodes on
-the paths between them that pass no other join are the branch. Values from elsewhere may enter it: timestep modulation, text,
+Nothing here knows how a gate, a cast, a norm or a projection is spelled. A residual add is an addition one of whose operands
+is an ancestor of the other (seen through casts, views, scalings and earlier residual adds) with real work in between; the nodes on
+the paths between them that pass no other residual add are the branch. Values from elsewhere may enter it: timestep modulation, text,
 rotary tables, other streams. Where every path passes another stream, that stream's value is the branch's source: a control
 hint, or the end of a skip around a whole transformer.
 """
@@ -19,7 +19,7 @@ from vdcache.ir.ops import CASTS, SLICES, VIEWS, is_effectful, is_work, tensor_o
 from vdcache.patterns.facts import NoMatch
 from vdcache.patterns.index import Index
 
-__all__ = ["ResidualAdd", "additions", "asked", "carried", "carried_joins", "find_joins"]
+__all__ = ["ResidualAdd", "additions", "asked", "find_residual_adds", "residual_adds_behind", "value_preserving_inputs"]
 
 aten = torch.ops.aten
 _TIME = "what is added to depends on nothing but the timestep and parameters, so it is no stream"
@@ -79,7 +79,7 @@ def _carriers(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def asked(graph: fx.Graph) -> list[fx.Node]:
-    """The nodes on which dependence is asked when joins are looked for: what is added to, and what that repeats."""
+    """The nodes on which dependence is asked when residual adds are looked for: what is added to, and what that repeats."""
     found: dict[fx.Node, None] = {}
     for node in graph.nodes:
         for base, _, _ in additions(node):
@@ -91,11 +91,11 @@ def asked(graph: fx.Graph) -> list[fx.Node]:
 
 
 class _Finder:
-    """Joins in the order of the graph; a later join may take an earlier one into its branch."""
+    """Joins in the order of the graph; a later residual add may take an earlier one into its branch."""
 
     def __init__(self, index: Index, conditioning: int) -> None:
         self.index, self.conditioning = index, conditioning
-        self.joins: dict[fx.Node, ResidualAdd] = {}
+        self.residual_adds: dict[fx.Node, ResidualAdd] = {}
         self.refusals: list[NoMatch] = []
 
     def visit(self, node: fx.Node) -> None:
@@ -103,7 +103,7 @@ class _Finder:
         for base, others, separable in additions(node):
             found = self._match(node, base, others, separable)
             if isinstance(found, ResidualAdd):
-                self.joins[node] = found
+                self.residual_adds[node] = found
                 return
             if found is not None:
                 reasons.append(found)
@@ -136,7 +136,7 @@ class _Finder:
         inside = sorted(region.inside, key=self.index.position.__getitem__)
         if not any(is_work(n) for n in inside):
             if region.crossed:
-                many = sum(1 for j in self.joins if source is not None and self._depends(j, source))
+                many = sum(1 for j in self.residual_adds if source is not None and self._depends(j, source))
                 return NoMatch(node.name, f"contains {many} branches, which are taken one by one")
             return NoMatch(node.name, f"no matrix product, convolution or attention between '{base.name}' and '{other.name}'")
         if effect := next((n for n in inside if is_effectful(n)), None):
@@ -144,22 +144,22 @@ class _Finder:
                 node.name, f"'{effect.name}' ({effect.target}) has an effect besides its value and must never be skipped"
             )
         for inner in absorbed:
-            del self.joins[inner]
+            del self.residual_adds[inner]
             self.refusals.append(NoMatch(inner.name, f"lies inside the branch that ends at '{node.name}'"))
         if not region.reached or source is None:
             source = last
         return ResidualAdd(node, base, source, other if separable else None, tuple(inside))
 
     def _source(self, base: fx.Node, other: fx.Node) -> fx.Node | None:
-        """The value behind `base` from which `other` is computed: through casts, views, scalings and earlier joins."""
+        """The value behind `base` from which `other` is computed: through casts, views, scalings and earlier residual adds."""
         stream: fx.Node | None = base
         while stream is not None:
             before = None
             for at in _carriers(stream):
                 if self._depends(other, at):
                     return at if at.op != "get_attr" else None
-                if at in self.joins:
-                    before = self.joins[at].base
+                if at in self.residual_adds:
+                    before = self.residual_adds[at].base
                     break
             stream = before
         return None
@@ -168,26 +168,28 @@ class _Finder:
         return self.index.depends(node, on)
 
     def _continues(self, base: fx.Node) -> bool:
-        """Whether `base` repeats the sum of an earlier join."""
-        return any(at in self.joins for at in _carriers(base))
+        """Whether `base` repeats the sum of an earlier residual add."""
+        return any(at in self.residual_adds for at in _carriers(base))
 
-    def _starts_from(self, join: fx.Node, source: fx.Node) -> bool:
-        """Whether the stream that goes through `join` begins with something computed from `source`."""
-        at = self.joins[join]
+    def _starts_from(self, residual_add: fx.Node, source: fx.Node) -> bool:
+        """Whether the stream that goes through `residual_add` begins with something computed from `source`."""
+        at = self.residual_adds[residual_add]
         seen = {at.node}
-        while (before := next((j for j in carried_joins(at.base, self.joins) if j not in seen), None)) is not None:
+        while (
+            before := next((j for j in residual_adds_behind(at.base, self.residual_adds) if j not in seen), None)
+        ) is not None:
             seen.add(before)
-            at = self.joins[before]
+            at = self.residual_adds[before]
         return at.source is source or self._depends(at.source, source)
 
-    def _begins_at(self, join: fx.Node, source: fx.Node | None) -> bool:
-        """Whether no other join lies between `source` and `join` on its stream."""
-        before = carried_joins(self.joins[join].base, self.joins)
+    def _begins_at(self, residual_add: fx.Node, source: fx.Node | None) -> bool:
+        """Whether no other residual add lies between `source` and `residual_add` on its stream."""
+        before = residual_adds_behind(self.residual_adds[residual_add].base, self.residual_adds)
         return all(b is source or (source is not None and not self._depends(b, source)) for b in before)
 
     def _region(self, node: fx.Node, others: list[fx.Node], source: fx.Node | None) -> tuple[_Region, list[fx.Node]]:
-        """What lies between the stream and what is added, and the joins in it that belong to nobody else."""
-        region = _Region(self.index, self.joins, source)
+        """What lies between the stream and what is added, and the residual adds in it that belong to nobody else."""
+        region = _Region(self.index, self.residual_adds, source)
         for other in others:
             region.grow(other)
         absorbed: list[fx.Node] = []
@@ -203,12 +205,12 @@ class _Finder:
 
 
 class _Region:
-    """Nodes above what is added and below the source; the search stops at joins."""
+    """Nodes above what is added and below the source; the search stops at residual adds."""
 
     LIMIT = 4000  # without a source to stop at, a search that finds no stream near by gives up
 
-    def __init__(self, index: Index, joins: dict[fx.Node, ResidualAdd], source: fx.Node | None) -> None:
-        self.index, self.joins, self.source = index, joins, source
+    def __init__(self, index: Index, residual_adds: dict[fx.Node, ResidualAdd], source: fx.Node | None) -> None:
+        self.index, self.residual_adds, self.source = index, residual_adds, source
         self.reached = False
         self.inside: dict[fx.Node, None] = {}
         self.crossed: dict[fx.Node, None] = {}
@@ -221,7 +223,7 @@ class _Region:
                 self.reached = True
             elif node in self.inside or node in self.crossed or not self._below(node):
                 continue
-            elif node in self.joins:
+            elif node in self.residual_adds:
                 self.crossed[node] = None
             else:
                 self.inside[node] = None
@@ -232,9 +234,9 @@ class _Region:
             return self.index.depends(node, self.source)
         return node.op == "call_function" and len(self.inside) < self.LIMIT and self.index.inputs_of(node) != 0
 
-    def holds(self, join: fx.Node, end: fx.Node) -> bool:
-        """Whether everything that the sum of `join` goes into lies inside, up to `end`."""
-        todo, seen = [join], {join}
+    def holds(self, residual_add: fx.Node, end: fx.Node) -> bool:
+        """Whether everything that the sum of `residual_add` goes into lies inside, up to `end`."""
+        todo, seen = [residual_add], {residual_add}
         while todo:
             for user in todo.pop().users:
                 if user is end or user in seen:
@@ -245,11 +247,11 @@ class _Region:
                 todo.append(user)
         return True
 
-    def enter(self, join: fx.Node) -> None:
-        """Go on through a join: it is part of the branch."""
-        del self.crossed[join]
-        self.inside[join] = None
-        for parent in join.all_input_nodes:
+    def enter(self, residual_add: fx.Node) -> None:
+        """Go on through a residual add: it is part of the branch."""
+        del self.crossed[residual_add]
+        self.inside[residual_add] = None
+        for parent in residual_add.all_input_nodes:
             self.grow(parent)
 
     def keep_below(self, sources: dict[fx.Node, None]) -> None:
@@ -267,8 +269,8 @@ def _same_shape(x: torch.Tensor, y: torch.Tensor) -> bool:
     return x.ndim == y.ndim and all(str(s) == str(t) for s, t in zip(x.shape, y.shape, strict=True))
 
 
-def find_joins(index: Index, conditioning: int = 0) -> tuple[list[ResidualAdd], list[NoMatch]]:
-    """All residual joins of a graph in order, and every candidate that is none, with the reason.
+def find_residual_adds(index: Index, conditioning: int = 0) -> tuple[list[ResidualAdd], list[NoMatch]]:
+    """All residual adds of a graph in order, and every candidate that is none, with the reason.
 
     Args:
         index: made with `asked(graph)`.
@@ -277,17 +279,17 @@ def find_joins(index: Index, conditioning: int = 0) -> tuple[list[ResidualAdd], 
     finder = _Finder(index, conditioning)
     for node in index.nodes:
         finder.visit(node)
-    joins, refusals = [], finder.refusals
-    for join in finder.joins.values():
-        if not index.inputs_of(join.node) & ~conditioning:
-            refusals.append(NoMatch(join.node.name, _TIME))
+    residual_adds, refusals = [], finder.refusals
+    for residual_add in finder.residual_adds.values():
+        if not index.inputs_of(residual_add.node) & ~conditioning:
+            refusals.append(NoMatch(residual_add.node.name, _TIME))
         else:
-            joins.append(join)
-    return joins, refusals
+            residual_adds.append(residual_add)
+    return residual_adds, refusals
 
 
-def carried_joins(base: fx.Node, joins: dict[fx.Node, ResidualAdd]) -> list[fx.Node]:
-    """The joins whose sums `base` carries on: through everything but work that keeps the elements or a part of them.
+def residual_adds_behind(base: fx.Node, residual_adds: dict[fx.Node, ResidualAdd]) -> list[fx.Node]:
+    """The residual adds whose sums `base` carries on: through everything but work that keeps the elements or a part of them.
 
     Norms and modulations keep a stream the same stream; a concatenation of two carries both.
     """
@@ -295,12 +297,12 @@ def carried_joins(base: fx.Node, joins: dict[fx.Node, ResidualAdd]) -> list[fx.N
     todo, seen = [base], {base}
     while todo:
         node = todo.pop()
-        if node in joins:
+        if node in residual_adds:
             found[node] = None
             continue
         if node.op != "call_function" or is_work(node):
             continue
-        for parent in carried(node):
+        for parent in value_preserving_inputs(node):
             if parent not in seen:
                 seen.add(parent)
                 todo.append(parent)
@@ -310,7 +312,7 @@ def carried_joins(base: fx.Node, joins: dict[fx.Node, ResidualAdd]) -> list[fx.N
 _FIRST = SLICES | {aten.pad.default, aten.constant_pad_nd.default, aten.slice_scatter.default, aten.select_scatter.default}
 
 
-def carried(node: fx.Node) -> list[fx.Node]:
+def value_preserving_inputs(node: fx.Node) -> list[fx.Node]:
     """The operands whose elements `node` carries on, or a part of them."""
     if node.target in _FIRST:
         first = node.args[0]

@@ -1,4 +1,4 @@
-"""Residual streams: chains of joins, what each began as, and which tokens of a sequence come from which."""
+"""Residual streams: chains of residual adds, what each began as, and which tokens of a sequence come from which."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import fx
 from vdcache.ir.ops import tensor_of
 from vdcache.patterns.facts import Span, Stream
 from vdcache.patterns.index import Index
-from vdcache.patterns.residual import ResidualAdd, carried, carried_joins
+from vdcache.patterns.residual import ResidualAdd, residual_adds_behind, value_preserving_inputs
 
 __all__ = ["Streams"]
 
@@ -20,7 +20,7 @@ aten = torch.ops.aten
 class Streams:
     """The streams of one graph.
 
-    A join belongs to the stream of the join that it adds to. One that adds to a concatenation of several begins a stream of
+    A residual add belongs to the stream of the residual add that it adds to. One that adds to a concatenation of several begins a stream of
     its own, whose tokens are known by the pieces.
 
     Args:
@@ -28,28 +28,28 @@ class Streams:
         conditioning: mask of the timestep candidates.
     """
 
-    def __init__(self, index: Index, joins: Sequence[ResidualAdd], latents: int, conditioning: int) -> None:
+    def __init__(self, index: Index, residual_adds: Sequence[ResidualAdd], latents: int, conditioning: int) -> None:
         self._index, self._latents, self._conditioning = index, latents, conditioning
-        self.of: dict[fx.Node, int] = {}  # join -> stream
+        self.of: dict[fx.Node, int] = {}  # residual add -> stream
         self.starts: list[ResidualAdd] = []
-        self.joins: list[list[ResidualAdd]] = []
+        self.residual_adds: list[list[ResidualAdd]] = []
         self._parents: list[tuple[int, ...]] = []
         known: dict[fx.Node, ResidualAdd] = {}
-        for join in joins:
-            before = {self.of[j] for j in carried_joins(join.base, known)}
+        for residual_add in residual_adds:
+            before = {self.of[j] for j in residual_adds_behind(residual_add.base, known)}
             if len(before) == 1:
                 stream = before.pop()
             else:
                 stream = len(self.starts)
-                self.starts.append(join)
-                self.joins.append([])
+                self.starts.append(residual_add)
+                self.residual_adds.append([])
                 self._parents.append(tuple(sorted(before)))
-            self.of[join.node] = stream
-            self.joins[stream].append(join)
-            known[join.node] = join
+            self.of[residual_add.node] = stream
+            self.residual_adds[stream].append(residual_add)
+            known[residual_add.node] = residual_add
         self._values: dict[fx.Node, int] = {}  # any value of a stream -> the stream
-        for join in joins:
-            self._values[join.node] = self.of[join.node]
+        for residual_add in residual_adds:
+            self._values[residual_add.node] = self.of[residual_add.node]
         for stream, start in enumerate(self.starts):
             self._values.setdefault(start.base, stream)
             self._values.setdefault(start.source, stream)
@@ -85,7 +85,7 @@ class Streams:
                     offset += size
                 return None
             else:
-                above = [p for p in carried(at) if self._index.inputs_of(p)]
+                above = [p for p in value_preserving_inputs(at) if self._index.inputs_of(p)]
                 if len(above) != 1:
                     return None
                 at = above[0]
@@ -106,7 +106,7 @@ class Streams:
 
     def facts(self) -> tuple[Stream, ...]:
         found = []
-        for number, (start, joins) in enumerate(zip(self.starts, self.joins, strict=True)):
+        for number, (start, residual_adds) in enumerate(zip(self.starts, self.residual_adds, strict=True)):
             value = tensor_of(start.node)
             shape = tuple(s if isinstance(s, int) else None for s in value.shape) if value is not None else ()
             role = self._roles[number]
@@ -120,7 +120,7 @@ class Streams:
                     dtype=str(value.dtype).removeprefix("torch.") if value is not None else "",
                     inputs=self._names(self._index.inputs_of(start.base)),
                     start=start.base.name,
-                    joins=tuple(j.node.name for j in joins),
+                    residual_adds=tuple(j.node.name for j in residual_adds),
                     spans=() if self._piece(start.base) else self.spans(start.base),
                     parents=self._parents[number],
                 )

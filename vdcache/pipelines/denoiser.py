@@ -13,11 +13,11 @@ from torch import nn
 
 from vdcache.api import ModelRunner
 from vdcache.backends import Settings
-from vdcache.pipelines.foreign import places
 from vdcache.pipelines.override import Override, method_of
+from vdcache.pipelines.third_party import places
 from vdcache.runtime.session import Session
 
-__all__ = ["Denoiser", "CompiledCallWrapper", "CacheContextHook", "ForwardWrapper", "here"]
+__all__ = ["CacheContextHook", "CompiledCallWrapper", "Denoiser", "ForwardWrapper", "here"]
 
 
 class RunningLoop(Protocol):

@@ -11,13 +11,13 @@ from torch.utils import _pytree as pytree
 
 from vdcache.ir.errors import ConfigError
 from vdcache.pipelines.denoiser import Denoiser, here
-from vdcache.pipelines.foreign import boundary
 from vdcache.pipelines.override import Override
+from vdcache.pipelines.third_party import boundary
 
 if TYPE_CHECKING:
-    from vdcache.pipelines.applied import PipelineCache
+    from vdcache.pipelines.pipeline_cache import PipelineCache
 
-__all__ = ["LoopProgressBar", "ProgressBarHook", "DenoisingLoop"]
+__all__ = ["DenoisingLoop", "LoopProgressBar", "ProgressBarHook"]
 
 
 class DenoisingLoop:

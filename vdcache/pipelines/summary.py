@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vdcache.pipelines.applied import applied_to
+from vdcache.pipelines.pipeline_cache import applied_to
 from vdcache.report import WIDTH, summary_table
 from vdcache.runtime.session import Session
 

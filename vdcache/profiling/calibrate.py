@@ -22,16 +22,16 @@ from vdcache.methods import recipe as recipe_of
 from vdcache.profiling.errors import magnitudes
 from vdcache.profiling.loop import SamplingLoop
 from vdcache.profiling.schedule import progress
-from vdcache.profiling.watched import watch
+from vdcache.profiling.uncached_run import watch
 from vdcache.recipe import Recipe
 from vdcache.runtime.history import Record
-from vdcache.runtime.measures import MetricValue
+from vdcache.runtime.metrics import MetricValue
 from vdcache.runtime.policies import AdaCache, Auto, Codebook
 from vdcache.runtime.schedules import MagCache
-from vdcache.scheduling.autopilot import ORDER, cost_of_reuse
+from vdcache.scheduling.auto_calibrator import ORDER, cost_of_reuse
 from vdcache.scheduling.calibration import Calibration, keep
 from vdcache.scheduling.choose import Goal, choose
-from vdcache.scheduling.replay import MetricLog, MetricRecorder, replayed
+from vdcache.scheduling.metric_log import MetricLog, MetricRecorder, replayed
 
 __all__ = ["Expected", "Thresholds", "calibrate"]
 

@@ -17,7 +17,7 @@ from vdcache.ir.files import saved, text_of
 from vdcache.passes import Emit
 from vdcache.passes.base import Pass
 from vdcache.passes.mark_branches import TYPES
-from vdcache.profiling.watched import watch
+from vdcache.profiling.uncached_run import watch
 from vdcache.runtime.call import Emitted
 from vdcache.runtime.history import Record
 
@@ -167,7 +167,7 @@ def magnitudes(
             found[step].append(float((now / (earlier + 1e-8)).mean()))
         before[generation, lane] = now
 
-    steps, _ = _listen(model, run, prompts, (Emit(at="residual"),), inner, hear, "magnitudes")
+    steps, _ = _listen(model, run, prompts, (Emit(location="residual"),), inner, hear, "magnitudes")
     return (1.0, *(sum(found[s]) / len(found[s]) for s in range(1, steps)))
 
 
@@ -178,7 +178,7 @@ def _listen(
     passes: Sequence[Pass],
     inner: str,
     hear: Heard,
-    what: str,
+    caller: str,
 ) -> tuple[int, int]:
     """Run the model uncached, and hand every emitted value to `hear`: the steps of a generation, and the generations."""
     count = 0
@@ -192,13 +192,13 @@ def _listen(
                 count += 1
                 hear((record.generation, record.step, record.lane), f"{name}@{number_of}", value.detach())
 
-    watched = watch(model, run, prompts, what, passes=passes, inner=inner, listen=take)
+    watched = watch(model, run, prompts, caller, passes=passes, inner=inner, listen=take)
     if not count:
         raise ConfigError(
-            f"{what}: nothing can be measured in this model: {'; '.join(watched.reasons) or 'no branch was found'}"
+            f"{caller}: nothing can be measured in this model: {'; '.join(watched.reasons) or 'no branch was found'}"
         )
     if len(set(ends.values())) > 1:
         raise ConfigError(
-            f"{what}: the generations have {sorted(set(ends.values()))} steps; measure one number of steps at a time"
+            f"{caller}: the generations have {sorted(set(ends.values()))} steps; measure one number of steps at a time"
         )
     return next(iter(ends.values())), len(ends)

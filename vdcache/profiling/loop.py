@@ -18,14 +18,14 @@ from vdcache.backends import Settings
 from vdcache.ir.checks import check_model
 from vdcache.ir.errors import CacheStateError, ConfigError
 from vdcache.ir.files import text_of, write_aside
-from vdcache.profiling.watched import checked_prompts, until_forgotten
+from vdcache.profiling.uncached_run import checked_prompts, until_forgotten
 from vdcache.runtime.history import Record
 from vdcache.runtime.policies import Always, Policy
-from vdcache.scheduling.autopilot import cost_of_reuse
+from vdcache.scheduling.auto_calibrator import cost_of_reuse
 from vdcache.scheduling.calibration import CalibrationKey, key_of, time_of, weights_of
 from vdcache.scheduling.choose import ScheduleScores, psnr_of
 from vdcache.scheduling.schedule import Schedule
-from vdcache.scheduling.table import StepTableBuilder, StepTable
+from vdcache.scheduling.table import StepTable, StepTableBuilder
 
 __all__ = ["SamplingLoop"]
 
@@ -61,7 +61,7 @@ class SamplingLoop:
 
     Args:
         model, run, prompts: as `vdcache.profile` takes them.
-        what: the public function that asks, for messages.
+        caller: the public function that asks, for messages.
         inner: compiler.
         console: where the memory is said; None says nothing.
         path: a file that keeps what was measured, so that an interrupted search goes on where it was.
@@ -75,15 +75,15 @@ class SamplingLoop:
         model: Callable[..., Any],
         run: Callable[..., Any],
         prompts: Iterable[Any] | None,
-        what: str,
+        caller: str,
         *,
         inner: str = "eager",
         console: Console | None = None,
         path: str | Path | None = None,
     ) -> None:
-        check_model(model, what)
-        self._model, self._run, self._what, self._inner, self._console = original(model), run, what, inner, console
-        self._given = checked_prompts(prompts, what)
+        check_model(model, caller)
+        self._model, self._run, self._caller, self._inner, self._console = original(model), run, caller, inner, console
+        self._given = checked_prompts(prompts, caller)
         self._ways: dict[int, _Way] = {}
         self._full: dict[int, _Made] = {}  # uncached, by prompt
         self._heard: list[str] = []
@@ -120,7 +120,9 @@ class SamplingLoop:
                 self._measure(prompt)
                 self._keep()
         if len(sizes := {len(p) for p in self._products}) > 1:
-            raise ConfigError(f"{self._what}: the generations have {sorted(sizes)} steps; search one number of steps at a time")
+            raise ConfigError(
+                f"{self._caller}: the generations have {sorted(sizes)} steps; search one number of steps at a time"
+            )
         return StepTable(np.stack(self._products), self.held)
 
     def _measure(self, prompt: int) -> None:
@@ -140,7 +142,7 @@ class SamplingLoop:
             if not self._said and self._console is not None:
                 self._said = True
                 size = own.bytes / 2**20
-                self._console.print(f"{self._what} keeps {size:.1f} MiB a step and lane while a generation runs", style="dim")
+                self._console.print(f"{self._caller} keeps {size:.1f} MiB a step and lane while a generation runs", style="dim")
 
         way = self._way(1)
         way.fast.vdcache.recorder = record
@@ -151,13 +153,13 @@ class SamplingLoop:
         if not found:
             reasons = {why for g in way.fast.vdcache.graphs for r in g.refusals for why in r.reasons}
             why = "; ".join([*sorted(reasons), *self._heard]) or "no stream was found"
-            raise ConfigError(f"{self._what}: what the blocks add cannot be read: {why}")
+            raise ConfigError(f"{self._caller}: what the blocks add cannot be read: {why}")
         for own in found.values():
             self.held = max(self.held, own.bytes)
             try:
                 self._products.append(own.products())
             except ConfigError as error:
-                raise ConfigError(f"{self._what}: {error}") from error
+                raise ConfigError(f"{self._caller}: {error}") from error
         self.times = tuple(times[s] for s in sorted(times))
 
     # ---- running -----------------------------------------------------------------------------------------------------
@@ -174,10 +176,10 @@ class SamplingLoop:
         self._same_steps(made, schedule.steps)
         if made.end.shape != full.end.shape or any(a.shape != b.shape for a, b in zip(made.starts, full.starts)):
             raise CacheStateError(
-                f"{self._what}: run gives {tuple(full.end.shape)} once and {tuple(made.end.shape)} another time; seed it, keep its sizes"
+                f"{self._caller}: run gives {tuple(full.end.shape)} once and {tuple(made.end.shape)} another time; seed it, keep its sizes"
             )
         if any(psnr_of(a, b) < SEEDED for a, b in zip(made.starts, full.starts)):
-            raise CacheStateError(f"{self._what}: run gives another result for the same prompt each time: seed it")
+            raise CacheStateError(f"{self._caller}: run gives another result for the same prompt each time: seed it")
         return made.end
 
     def wanted(self, prompt: int) -> Tensor:
@@ -193,7 +195,7 @@ class SamplingLoop:
     def _same_steps(self, made: _Made, steps: int) -> None:
         if made.steps != steps:
             raise ConfigError(
-                f"{self._what}: run takes {made.steps} steps, and the table is of {steps} steps: measure one of this number"
+                f"{self._caller}: run takes {made.steps} steps, and the table is of {steps} steps: measure one of this number"
             )
 
     def _sample(self, way: _Way, policy: Policy, prompt: int, steps: int | None) -> _Made:
@@ -206,18 +208,18 @@ class SamplingLoop:
         end = made if isinstance(made, Tensor) else (self._now[-1] if self._now else None)
         if (not len(session.history) and not self._heard) or (end is None and not self._heard):
             raise CacheStateError(
-                f"{self._what}: run(model) did not call the model that it was given: use its argument, as in "
+                f"{self._caller}: run(model) did not call the model that it was given: use its argument, as in "
                 "`lambda model: sample(model)`"
             )
         if end is None:
-            raise ConfigError(f"{self._what}: what the blocks add cannot be read: {'; '.join(self._heard)}")
+            raise ConfigError(f"{self._caller}: what the blocks add cannot be read: {'; '.join(self._heard)}")
         count = 1 + max((r.step for r in session.history.generation()), default=-1)
         return _Made(end.detach().float().clone(), self._now[:2], count)
 
     def _way(self, order: int) -> _Way:
         if order not in self._ways:
             recipe = Schedule(2, (0,), order).recipe()  # its plans are those of every other
-            settings = Settings(recipe, inner=self._inner, hears=self._heard.append, takes=self._take)
+            settings = Settings(recipe, inner=self._inner, on_warning=self._heard.append, on_inputs=self._take)
             fast = compile_with(self._model, settings)
             self._ways[order] = _Way(fast, *until_forgotten(fast, self._model))
         return self._ways[order]
@@ -237,7 +239,7 @@ class SamplingLoop:
         known = self.key
         if known is not None and (known.model, known.sizes) != (key.model, key.sizes) and self._path is not None:
             raise ConfigError(
-                f"{self._what}: {self._path} was measured with another model or other sizes ({known.sizes}, now {key.sizes}); "
+                f"{self._caller}: {self._path} was measured with another model or other sizes ({known.sizes}, now {key.sizes}); "
                 "give another path, or delete it"
             )
         self.key = key
@@ -267,8 +269,8 @@ class SamplingLoop:
             self.times, self.held, self.reuse_cost = tuple(data["times"]), int(data["held"]), float(data["reuse_cost"])
             self.key = CalibrationKey(**{**data["key"], "times": tuple(data["key"]["times"])}) if data["key"] else None
         except (ValueError, TypeError, KeyError) as error:
-            raise ConfigError(f"{self._what}: {path} holds no search; give another path, or delete it") from error
+            raise ConfigError(f"{self._caller}: {path} holds no search; give another path, or delete it") from error
         if prompts != self._prompts_text:
-            raise ConfigError(f"{self._what}: {path} is of the prompts {prompts}; given are {self._prompts_text}")
+            raise ConfigError(f"{self._caller}: {path} is of the prompts {prompts}; given are {self._prompts_text}")
         if weights != self._weights:
-            raise ConfigError(f"{self._what}: {path} was measured with another model; give another path, or delete it")
+            raise ConfigError(f"{self._caller}: {path} was measured with another model; give another path, or delete it")

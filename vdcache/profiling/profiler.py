@@ -20,7 +20,7 @@ from vdcache.patterns import Attention, Grid
 from vdcache.patterns.attention import layout_of
 from vdcache.profiling.result import Profile, ProfiledAttention, check_threshold
 from vdcache.profiling.segment import Otsu, Segmenter, principal_picture
-from vdcache.profiling.watched import watch
+from vdcache.profiling.uncached_run import watch
 from vdcache.runtime.call import Emitted
 from vdcache.runtime.history import Record
 
@@ -170,12 +170,12 @@ class _Collector:
         found: list[ProfiledAttention] = []
         first = 0
         for at, (graph, values) in enumerate(emitted):
-            anatomy = graph.anatomy  # type: ignore[attr-defined]
+            analysis = graph.analysis  # type: ignore[attr-defined]
             if self.grid is None:
-                self.grid = anatomy.grid
-            number = {b.index: first + i for i, b in enumerate(anatomy.denoising_blocks())}
-            single = {b.index for b in anatomy.denoising_blocks("single")}
-            for branch, attention in anatomy.denoising_attentions():
+                self.grid = analysis.grid
+            number = {b.index: first + i for i, b in enumerate(analysis.denoising_blocks())}
+            single = {b.index for b in analysis.denoising_blocks("single")}
+            for branch, attention in analysis.denoising_attentions():
                 if attention.node in values:
                     of = "single" if branch.block in single else "double"
                     kind = "joint" if len(attention.spans) > 1 else attention.kind

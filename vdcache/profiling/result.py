@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from vdcache.ir.checks import number
 from vdcache.ir.errors import ConfigError
+from vdcache.renamed import with_current_fields
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -37,7 +38,7 @@ class ProfiledAttention:
     """
 
     block: int
-    of: str
+    block_kind: str
     kind: str
     layout: str
     form: str
@@ -78,7 +79,7 @@ class Profile:
     picture: Array
     token_threshold: float
     block_threshold: float | None = None
-    of: str = ""
+    block_kind: str = ""
 
     # ---- the lists -------------------------------------------------------------------------------------------------
 
@@ -131,16 +132,16 @@ class Profile:
         check_threshold(block_threshold)
         return replace(self, block_threshold=block_threshold)
 
-    def only(self, of: str) -> Profile:
+    def only(self, block_kind: str) -> Profile:
         """The profile of the "single" or the "double" blocks alone, counted from 0 among these.
 
         Raises:
             ConfigError: the model has no such block.
         """
-        chosen = [i for i, s in enumerate(self.sites) if s.of == of]
+        chosen = [i for i, s in enumerate(self.sites) if s.block_kind == block_kind]
         if not chosen:
-            kinds = " and ".join(sorted({s.of for s in self.sites}))
-            raise ConfigError(f"the profile has no block of kind {of!r}; it has {kinds}")
+            kinds = " and ".join(sorted({s.block_kind for s in self.sites}))
+            raise ConfigError(f"the profile has no block of kind {block_kind!r}; it has {kinds}")
         number = {b: i for i, b in enumerate(dict.fromkeys(self.sites[i].block for i in chosen))}
         return replace(
             self,
@@ -148,7 +149,7 @@ class Profile:
             scores=self.scores[..., chosen],
             shares=self.shares[..., chosen],
             received=self.received[chosen],
-            of=of,
+            block_kind=block_kind,
         )
 
     # ---- how sure they are -----------------------------------------------------------------------------------------
@@ -186,7 +187,7 @@ class Profile:
 
     def __repr__(self) -> str:
         return (
-            f"<Profile of {self.model}: {len(self.blocks)} {self.of} blocks, {self.scores.shape[1]} steps, {len(self.series)} series; "
+            f"<Profile of {self.model}: {len(self.blocks)} {self.block_kind} blocks, {self.scores.shape[1]} steps, {len(self.series)} series; "
             f"foreground {_ranges(self.foreground)}, background {_ranges(self.background)}>"
         ).replace("  ", " ")
 
@@ -203,7 +204,7 @@ class Profile:
 
         frames, height, width = self.grid
         table = Table(
-            title=f"{self.model}: {len(self.blocks)} {self.of + ' ' if self.of else ''}blocks, "
+            title=f"{self.model}: {len(self.blocks)} {self.block_kind + ' ' if self.block_kind else ''}blocks, "
             f"{frames} × {height} × {width} tokens, {self.scores.shape[1]} steps, {len(self.series)} series",
             title_justify="left",
             caption=f"foreground {_ranges(self.foreground)}\nbackground {_ranges(self.background)}\n"
@@ -289,6 +290,7 @@ class Profile:
             raise ConfigError(
                 f"this is no profile of version {_VERSION} (found version {version}); measure it again with vdcache.profile"
             )
+        data = with_current_fields("Profile", data)
         kinds = {f.name: f.type for f in fields(Profile)}
         values: dict[str, Any] = {}
         for name, kind in kinds.items():
@@ -296,7 +298,7 @@ class Profile:
             if kind == "Array":
                 value = np.array(value, dtype=bool if name == "mask" else float)
             elif name == "sites":
-                value = tuple(ProfiledAttention(**s) for s in value)
+                value = tuple(ProfiledAttention(**with_current_fields("ProfiledAttention", s)) for s in value)
             values[name] = tuple(value) if isinstance(value, list) else value
         return Profile(**values)
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, fx
 
-from vdcache.backends.kernels.choose import choose
+from vdcache.backends.kernels.autotune import autotune
 from vdcache.ir.checks import number, whole
 from vdcache.ir.errors import ConfigError
 from vdcache.ir.files import saved, text_of, write_aside
@@ -22,7 +22,7 @@ from vdcache.ir.ops import tensor_of
 from vdcache.ir.tiles import gather
 from vdcache.passes.tile_attention import AttentionOperands
 from vdcache.profiling.allocate import Allocation, dynamic, lagrangian
-from vdcache.profiling.replay import GraphReplay, ReplayRun, record
+from vdcache.profiling.graph_replay import GraphReplay, ReplayRun, record
 
 __all__ = ["MaskPlan", "search_masks"]
 
@@ -383,7 +383,7 @@ def _measured(place: AttentionOperands, option: str) -> dict[str, float]:
     bias = None if place.bias is None else tensor_of(place.bias)
     assert query is not None and key is not None and value is not None
     on = place.on(parse_mask(option))
-    found = choose(query, key, value, bias, on, place.scale)
+    found = autotune(query, key, value, bias, on, place.scale)
     if not found.seconds:  # too long to measure: by the weights that are left
         return {"dense": 1.0, "chosen": on.density}
     return {"dense": found.seconds["dense"], "chosen": found.seconds[found.lowering]}

@@ -17,7 +17,7 @@ from vdcache.ir.errors import ConfigError
 from vdcache.ir.files import saved, text_of
 from vdcache.ir.library import CHUNK
 from vdcache.passes.tile_attention import AttentionOperands
-from vdcache.profiling.replay import record
+from vdcache.profiling.graph_replay import record
 
 __all__ = ["TileReport", "tiles"]
 

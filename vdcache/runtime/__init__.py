@@ -1,4 +1,4 @@
-"""What drives the schedule: clock, policies, store, session, history. Knows nothing of graphs but their inputs."""
+"""What drives the schedule: step tracker, policies, store, session, history. Knows nothing of graphs but their inputs."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vdcache.runtime.clock import StepTracker, Reading, Tick
     from vdcache.runtime.history import History, Record
-    from vdcache.runtime.measures import MetricSpec, MetricValue
+    from vdcache.runtime.metrics import MetricSpec, MetricValue
     from vdcache.runtime.plan import RECOMPUTE, Plan
     from vdcache.runtime.policies import AdaCache, Always, Codebook, EveryN, MoReg, Policy
     from vdcache.runtime.probing import Bounds, EasyCache, Threshold
-    from vdcache.runtime.schedules import MagCache, PlanTable, SchedulePolicy, CombinedPolicy
+    from vdcache.runtime.schedules import CombinedPolicy, MagCache, PlanTable, SchedulePolicy
     from vdcache.runtime.session import Session
-    from vdcache.runtime.steps import TGateSteps, EveryNth, LinearIntervals, StepList
+    from vdcache.runtime.step_tracker import Reading, StepTracker, Tick
+    from vdcache.runtime.steps import EveryNth, LinearIntervals, StepList, TGateSteps
     from vdcache.runtime.store import Store
     from vdcache.runtime.windows import BroadcastWindow, TimestepWindow
 
@@ -23,7 +23,7 @@ _HOMES = {
     "Always": "vdcache.runtime.policies",
     "Bounds": "vdcache.runtime.probing",
     "BroadcastWindow": "vdcache.runtime.windows",
-    "StepTracker": "vdcache.runtime.clock",
+    "StepTracker": "vdcache.runtime.step_tracker",
     "Codebook": "vdcache.runtime.policies",
     "EasyCache": "vdcache.runtime.probing",
     "EveryN": "vdcache.runtime.policies",
@@ -31,22 +31,22 @@ _HOMES = {
     "EveryNth": "vdcache.runtime.steps",
     "History": "vdcache.runtime.history",
     "LinearIntervals": "vdcache.runtime.steps",
-    "MetricSpec": "vdcache.runtime.measures",
+    "MetricSpec": "vdcache.runtime.metrics",
     "StepList": "vdcache.runtime.steps",
     "MagCache": "vdcache.runtime.schedules",
-    "MetricValue": "vdcache.runtime.measures",
+    "MetricValue": "vdcache.runtime.metrics",
     "MoReg": "vdcache.runtime.policies",
     "Plan": "vdcache.runtime.plan",
     "PlanTable": "vdcache.runtime.schedules",
     "Policy": "vdcache.runtime.policies",
     "RECOMPUTE": "vdcache.runtime.plan",
-    "Reading": "vdcache.runtime.clock",
+    "Reading": "vdcache.runtime.step_tracker",
     "Record": "vdcache.runtime.history",
     "SchedulePolicy": "vdcache.runtime.schedules",
     "Session": "vdcache.runtime.session",
     "Store": "vdcache.runtime.store",
     "Threshold": "vdcache.runtime.probing",
-    "Tick": "vdcache.runtime.clock",
+    "Tick": "vdcache.runtime.step_tracker",
     "CombinedPolicy": "vdcache.runtime.schedules",
     "TimestepWindow": "vdcache.runtime.windows",
 }
@@ -57,17 +57,15 @@ __all__ = [
     "Always",
     "Bounds",
     "BroadcastWindow",
-    "StepTracker",
     "Codebook",
+    "CombinedPolicy",
     "EasyCache",
     "EveryN",
-    "TGateSteps",
     "EveryNth",
     "History",
     "LinearIntervals",
-    "MetricSpec",
-    "StepList",
     "MagCache",
+    "MetricSpec",
     "MetricValue",
     "MoReg",
     "Plan",
@@ -77,10 +75,12 @@ __all__ = [
     "Record",
     "SchedulePolicy",
     "Session",
+    "StepList",
+    "StepTracker",
     "Store",
+    "TGateSteps",
     "Threshold",
     "Tick",
-    "CombinedPolicy",
     "TimestepWindow",
 ]
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
-from vdcache.runtime.measures import MetricValue
+from vdcache.runtime.metrics import MetricValue
 from vdcache.runtime.plan import RECOMPUTE, Plan
 from vdcache.runtime.policies import AdaCache, Auto, Codebook, Deciding, Policy
 from vdcache.runtime.probing import Threshold
-from vdcache.runtime.schedules import PlanTable, CombinedPolicy
+from vdcache.runtime.schedules import CombinedPolicy, PlanTable
 from vdcache.runtime.windows import BroadcastWindow, TimestepWindow
 
 __all__ = ["best_plans", "lowest"]

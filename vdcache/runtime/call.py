@@ -10,20 +10,20 @@ from torch import Tensor
 
 from vdcache.runtime.device_time import DeviceTime
 from vdcache.runtime.history import Record
-from vdcache.runtime.measures import MetricSpec
+from vdcache.runtime.metrics import MetricSpec
 from vdcache.runtime.plan import Plan
 
 __all__ = [
+    "CallContext",
     "CallKey",
     "CompiledGraph",
     "Emitted",
     "LaneScope",
     "Listener",
     "ProbeResult",
-    "VariantInputs",
     "ProbeSpec",
     "Recorder",
-    "CallContext",
+    "VariantInputs",
 ]
 
 
@@ -58,7 +58,7 @@ class ProbeSpec:
     """
 
     layout: MetricSpec
-    since: str
+    reference_step: str
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class CompiledGraph(Protocol):
     @property
     def kind(self) -> Hashable: ...  # graphs of one kind compute the same for other sizes: one goes on where another left off
     @property
-    def clocks(self) -> tuple[int, ...]: ...
+    def timestep_inputs(self) -> tuple[int, ...]: ...
     @property
     def latent(self) -> int | None: ...
     @property

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from vdcache.errors import ConfigError
-from vdcache.runtime.measures import MetricValue
+from vdcache.runtime.metrics import MetricValue
 from vdcache.runtime.plan import RECOMPUTE, Plan
 
-__all__ = ["History", "Record", "any_computed", "by_generation", "record", "unheard"]
+__all__ = ["History", "Record", "any_computed", "by_generation", "record", "unused"]
 
 
 class Timer(Protocol):
@@ -31,7 +31,7 @@ class Record:
     Args:
         generation, step, lane: where in the run, each counted from 0; `lane` is a name where the user gave one. Before any step is known,
             generation and step are −1.
-        timestep: the clock's value (the largest one of a batch), None under explicit control.
+        timestep: the timestep (the largest one of a batch), None under explicit control.
         plan: what the step was meant to reuse.
         reused: slots that were really reused in this call.
         measures: what was observed at this step over all its lanes, filled in when the next step is planned.
@@ -212,7 +212,7 @@ def record() -> Iterator[History]:
 
 
 @contextlib.contextmanager
-def unheard() -> Iterator[None]:
+def unused() -> Iterator[None]:
     """Calls inside are vdcache's own, and nobody who is recording is told of them."""
     token = _recorders.set(())
     try:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from vdcache.runtime.weights_token import sample
 
-__all__ = ["LATENT", "RememberedInput", "Lane", "LaneTable", "LaneQuery", "compare"]
+__all__ = ["LATENT", "Lane", "LaneQuery", "LaneTable", "RememberedInput", "compare"]
 
 LATENT = object()  # stands for a latent among a call's inputs: it says nothing of the lane, and equals whatever was there
 MOST_LANES = 64  # of a generation; the one that was seen longest ago goes

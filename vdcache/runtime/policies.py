@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from vdcache.ir.checks import number
 from vdcache.ir.errors import ConfigError
-from vdcache.runtime.measures import MetricValue
+from vdcache.runtime.metrics import MetricValue
 from vdcache.runtime.plan import RECOMPUTE, Plan
 
 __all__ = ["AdaCache", "AdaState", "Always", "Auto", "Codebook", "Deciding", "EveryN", "MoReg", "Policy", "scaled"]
@@ -55,7 +55,7 @@ class Deciding(Policy, Protocol):
 
 @dataclass(frozen=True)
 class Always:
-    """Recompute every step: the untouched model, under the same clock and history."""
+    """Recompute every step: the untouched model, with the same step tracking and history."""
 
     def plans(self) -> tuple[Plan, ...]:
         return (RECOMPUTE,)

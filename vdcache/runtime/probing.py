@@ -12,7 +12,7 @@ from typing import Any
 
 from vdcache.ir.checks import number, whole
 from vdcache.ir.errors import ConfigError
-from vdcache.runtime.measures import MetricValue
+from vdcache.runtime.metrics import MetricValue
 from vdcache.runtime.plan import RECOMPUTE, Plan
 
 __all__ = ["Bounds", "EasyCache", "EasyState", "Threshold", "ThresholdState"]
@@ -24,8 +24,8 @@ class Bounds:
 
     Args:
         first, last: steps at either end that are always computed. `first` is at least 1.
-        in_a_row: longest run of reused steps; 0 for no limit.
-        in_all: most reused steps of a generation; 0 for no limit.
+        max_consecutive: longest run of reused steps; 0 for no limit.
+        max_total: most reused steps of a generation; 0 for no limit.
         mask: 1 for steps that are always computed, 0 for others; none past its end.
 
     Raises:
@@ -34,12 +34,12 @@ class Bounds:
 
     first: int = 1
     last: int = 1
-    in_a_row: int = 0
-    in_all: int = 0
+    max_consecutive: int = 0
+    max_total: int = 0
     mask: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("first", "last", "in_a_row", "in_all"):
+        for name in ("first", "last", "max_consecutive", "max_total"):
             whole(getattr(self, name), f"'{name}', a number of steps,", int(name == "first"))
         if wrong := [m for m in self.mask if m not in (0, 1)]:
             raise ConfigError(f"a mask of steps holds 1 (computed) and 0; got {wrong[0]!r}")
@@ -49,8 +49,8 @@ class Bounds:
         return (
             step < self.first
             or step >= num_steps - self.last
-            or bool(self.in_a_row and row >= self.in_a_row)
-            or bool(self.in_all and total >= self.in_all)
+            or bool(self.max_consecutive and row >= self.max_consecutive)
+            or bool(self.max_total and total >= self.max_total)
             or (step < len(self.mask) and self.mask[step] == 1)
         )
 

@@ -11,12 +11,12 @@ from typing import Any
 from vdcache.ir.checks import number, whole
 from vdcache.ir.dialect import group_of
 from vdcache.ir.errors import ConfigError
-from vdcache.runtime.measures import MetricValue
+from vdcache.runtime.metrics import MetricValue
 from vdcache.runtime.plan import RECOMPUTE, Plan
 from vdcache.runtime.policies import Deciding, Policy
 from vdcache.runtime.steps import StepList, Steps
 
-__all__ = ["MagCache", "PlanTable", "SchedulePolicy", "CombinedPolicy", "same_times", "scaled_to"]
+__all__ = ["CombinedPolicy", "MagCache", "PlanTable", "SchedulePolicy", "same_times", "scaled_to"]
 
 TURNS = ("alternate", "split", "together")
 
@@ -151,7 +151,7 @@ class MagCache:
         ratios: γ of every step, ‖r_t‖ / ‖r_{t−1}‖ of an uncached run, 1 first. For another number of steps the nearest ones are
         taken.
         threshold: largest error, inclusive.
-        in_a_row: most reused steps in a row (K).
+        max_consecutive: most reused steps in a row (K).
         retention: share of the run that is computed first, 0 to 1.
         group: the group of slots that is reused.
 
@@ -161,7 +161,7 @@ class MagCache:
 
     ratios: tuple[float, ...]
     threshold: float = 0.12
-    in_a_row: int = 4
+    max_consecutive: int = 4
     retention: float = 0.2
     group: str = "all"
 
@@ -173,7 +173,7 @@ class MagCache:
             )
         if not number(self.threshold, "threshold is a number") >= 0:
             raise ConfigError(f"threshold is at least 0; got {self.threshold}")
-        whole(self.in_a_row, "in_a_row, the most reused steps,", 1)
+        whole(self.max_consecutive, "max_consecutive, the most reused steps,", 1)
         if not 0 <= number(self.retention, "retention is a share") <= 1:
             raise ConfigError(f"retention is a share of the run, 0 to 1; got {self.retention}")
 
@@ -190,7 +190,7 @@ class MagCache:
             ratio *= own[step]
             error += abs(1 - ratio)
             row += 1
-            if step >= retained and error <= self.threshold and row <= self.in_a_row:
+            if step >= retained and error <= self.threshold and row <= self.max_consecutive:
                 plans.append(Plan.of([self.group]))
             else:
                 plans.append(RECOMPUTE)

@@ -1,4 +1,4 @@
-"""The state of one generation after another for one model: clock, policy state, cached tensors, history."""
+"""The state of one generation after another for one model: step tracker, policy state, cached tensors, history."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from vdcache.ir.checks import timestep as checked_timestep
 from vdcache.ir.dialect import group_of
 from vdcache.ir.errors import CacheStateError, ConfigError
 from vdcache.ir.sizes import updated_by
-from vdcache.runtime.call import CallKey, CompiledGraph, Emitted, LaneScope, Listener, ProbeResult, Recorder, CallContext
-from vdcache.runtime.clock import StepTracker, Reading, Tick
+from vdcache.runtime.call import CallContext, CallKey, CompiledGraph, Emitted, LaneScope, Listener, ProbeResult, Recorder
 from vdcache.runtime.device_time import DeviceTime
 from vdcache.runtime.history import History, Record, tell
-from vdcache.runtime.lane_table import LATENT, RememberedInput, Lane, LaneTable, LaneQuery, compare
-from vdcache.runtime.measures import MetricSpec, MetricValue, count_of, measured
-from vdcache.runtime.notices import SessionWarnings
+from vdcache.runtime.lane_table import LATENT, Lane, LaneQuery, LaneTable, RememberedInput, compare
+from vdcache.runtime.metrics import MetricSpec, MetricValue, count_of, measured
 from vdcache.runtime.plan import RECOMPUTE, Plan
 from vdcache.runtime.policies import Always, Policy
 from vdcache.runtime.read import read
+from vdcache.runtime.session_warnings import SessionWarnings
+from vdcache.runtime.step_tracker import Reading, StepTracker, Tick
 from vdcache.runtime.store import Store
 from vdcache.runtime.weights_token import WeightsToken
 
@@ -84,7 +84,7 @@ class Session:
             self.num_steps = step_count(self.num_steps)
             (self.prepare(self.num_steps) if self.prepare is not None else self.policy).start(self.num_steps)
         self._given_steps = self.num_steps
-        self._clock = StepTracker()
+        self._tracker = StepTracker()
         self._notices = SessionWarnings(self.name)
         self._state: Any = None
         self._plan, self._why = RECOMPUTE, ""
@@ -167,7 +167,7 @@ class Session:
         if num_steps is not None:
             self.num_steps = self._given_steps = step_count(num_steps)
         self._new_generation(said_by_caller=True)
-        self._clock.begin()
+        self._tracker.begin()
         self._explicit_step, self._explicit_lane, self._begun = False, None, True
 
     def step(self, timestep: float | Tensor | None = None) -> None:
@@ -195,7 +195,7 @@ class Session:
         self.store.drop()
         self._computed.clear()
         self._forget_lanes()
-        self._clock.begin()
+        self._tracker.begin()
         self._explicit_step, self._begun = False, False
 
     def lane(self, name: int | str) -> None:
@@ -221,7 +221,7 @@ class Session:
         """Forget every cached value, the policy's state and what was learnt; the history stays."""
         self._step, self._state = -1, None  # what ran so far teaches nothing
         self.num_steps = self._given_steps
-        self._clock = StepTracker()
+        self._tracker = StepTracker()
         self.begin()
 
     @property
@@ -319,7 +319,10 @@ class Session:
     # ---- what happens around a call --------------------------------------------------------------------------------
 
     def enter(
-        self, graph: CompiledGraph, inputs: Sequence[Any], look: Callable[[list[Tensor] | None], ProbeResult] = lambda previous: ProbeResult()
+        self,
+        graph: CompiledGraph,
+        inputs: Sequence[Any],
+        look: Callable[[list[Tensor] | None], ProbeResult] = lambda previous: ProbeResult(),
     ) -> CallContext:
         """Place a call in the run and say what it reuses.
 
@@ -338,7 +341,7 @@ class Session:
             self._in_forward += 1
         call = self._calls[who] = self._calls.get(who, -1) + 1
         own, new = self._own_lane(graph, who, inputs, call)
-        # A graph that runs before the clock belongs to no lane but its own: the last one is that of another forward.
+        # A graph that runs before the step is known belongs to no lane but its own: the last one is that of another forward.
         lane = (self._lane_name, self._lane_id, own.id) if follows else (None, -1, own.id)
         repeated = self._repeats(graph, who, call, lane, inputs) or self._repeated
         if repeated:
@@ -356,7 +359,7 @@ class Session:
             seen = look(earlier)
             if follows and self._undecided:
                 self._decide(graph, seen, comparable=earlier is not None)
-        plan, why = (graph.narrow(self._plan), self._why) if follows else (RECOMPUTE, "the graph runs before the clock")
+        plan, why = (graph.narrow(self._plan), self._why) if follows else (RECOMPUTE, "the graph runs before the step is known")
         if follows and self._undecided:
             plan, why = RECOMPUTE, "it runs before the policy can decide"
         pair, rows = None, None
@@ -444,7 +447,7 @@ class Session:
         if ticket.keep:
             names, values = [*saved, *observed], [*saved.values(), *observed.values()]
             for probe, value in zip(ticket.graph.probes, ticket.look.values, strict=True):
-                if probe.since == "step" or group_of(probe.layout.name) not in ticket.plan.reuse:
+                if probe.reference_step == "step" or group_of(probe.layout.name) not in ticket.plan.reuse:
                     names.append(probe.layout.name)
                     values.append(value)
             self.store.put(ticket.key, names, values, [*inputs, *results], ticket.rows)
@@ -554,7 +557,7 @@ class Session:
     # ---- where the call stands -------------------------------------------------------------------------------------
 
     def _place(self, graph: CompiledGraph, inputs: Sequence[Any], who: Hashable) -> bool:
-        """Advance the clock where this graph drives it. False for a graph that runs before the clock does."""
+        """Advance the step tracker if this graph drives it. False for a graph that runs before it."""
         self._placed, self._repeated = None, False
         if self._explicit_step:
             # A lane begins with a forward; where nobody watches those, with the step's first graph, which comes again with every lane.
@@ -568,12 +571,12 @@ class Session:
             return True
         if self._step < 0 or self._ticker is None:
             self._early.add(graph.family)
-            if not graph.clocks and getattr(graph, "slots", True):
+            if not graph.timestep_inputs and getattr(graph, "slots", True):
                 self._notices.no_clock(getattr(graph, "broken", ""))
         return graph.family not in self._early and self._step >= 0
 
     def _drives(self, graph: CompiledGraph) -> bool:
-        return bool(graph.clocks) and self._ticker in (None, graph.family)
+        return bool(graph.timestep_inputs) and self._ticker in (None, graph.family)
 
     def _begin_lane(self, graph: CompiledGraph, lane: Lane, new: bool, place: int) -> None:
         """The next graphs belong to this lane, until another one begins."""
@@ -597,7 +600,7 @@ class Session:
             lane = table.known(question)
             return lane is not None and self._repeats(graph, who, 0, (self._explicit_lane, lane.id, lane.id), inputs, latent)
 
-        tick = self._clock.tick(reading, repeated, last=self._last())
+        tick = self._tracker.tick(reading, repeated, last=self._last())
         self._timestep = tick.timestep
         if tick.new_generation and not self._begun:
             self._new_generation(mixed=tick.mixed)
@@ -612,7 +615,7 @@ class Session:
     def _read(
         self, graph: CompiledGraph, inputs: Sequence[Any], who: Hashable, question: LaneQuery
     ) -> tuple[Reading, bool | Tensor | None]:
-        """Read the clock, and on an accelerator everything else that this call may need, with one sync.
+        """Read the timestep, and on an accelerator everything else that this call may need, with one sync.
 
         Returns also whether the latent is that of the step's last call with the same conditioning, where that is known.
         """
@@ -620,7 +623,7 @@ class Session:
         coarse = False
         wanted: list[Tensor] = []
         places: list[int] = []
-        for position in graph.clocks:
+        for position in graph.timestep_inputs:
             value = inputs[position]
             keys.append(())
             if isinstance(value, Tensor):
@@ -751,7 +754,9 @@ class Session:
         kept = [i for i in (graph.told if self._unlearnt else latents) if self._origin(inputs[i]) is None]
         at = who, call, lane
         held = self._seen.get(at)
-        self._seen[at] = {i: RememberedInput(inputs[i]) for i in kept} | {i: RememberedInput(inputs[i], sampled=True) for i in moving}
+        self._seen[at] = {i: RememberedInput(inputs[i]) for i in kept} | {
+            i: RememberedInput(inputs[i], sampled=True) for i in moving
+        }
         if held is None:
             return False
         answers = {i: compare(held[i], inputs[i]) for i in (*latents, *moving) if i in held}

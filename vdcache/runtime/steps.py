@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from vdcache.ir.checks import number, whole, whole_numbers
 from vdcache.ir.errors import ConfigError
 
-__all__ = ["TGateSteps", "EveryNth", "LinearIntervals", "StepList", "Steps"]
+__all__ = ["EveryNth", "LinearIntervals", "StepList", "Steps", "TGateSteps"]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from vdcache.ir.checks import number, whole
 from vdcache.ir.errors import ConfigError
-from vdcache.runtime.measures import MetricValue
+from vdcache.runtime.metrics import MetricValue
 from vdcache.runtime.plan import RECOMPUTE, Plan
 
 __all__ = ["BroadcastWindow", "TimestepWindow"]

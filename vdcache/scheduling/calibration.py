@@ -170,7 +170,11 @@ class Calibration:
             data = json.loads(text_of(text))
             key = {**data.pop("key")}
             key["times"] = tuple(key["times"])
-            data["key"], data["goal"], data["schedule"] = CalibrationKey(**key), Goal(**data["goal"]), Schedule(**data["schedule"])
+            data["key"], data["goal"], data["schedule"] = (
+                CalibrationKey(**key),
+                Goal(**data["goal"]),
+                Schedule(**data["schedule"]),
+            )
             data["tried"] = tuple(Schedule(**s) for s in data["tried"])
             data["products"] = tuple(tuple(map(tuple, g)) for g in data["products"])
             return Calibration(**data, path=text if isinstance(text, Path) else None)
@@ -234,10 +238,10 @@ def as_real(value: Tensor) -> Tensor:
 
 
 def time_of(program: Any, inputs: Sequence[Any], timestep: float | None) -> float:
-    """The timestep of a call: of the session's clock, or read where the caller keeps the clock."""
+    """The timestep of a call: of the session's, or read where the caller announces the steps."""
     if timestep is not None:
         return timestep
-    value = next((inputs[i] for i in program.clocks), 0.0)
+    value = next((inputs[i] for i in program.timestep_inputs), 0.0)
     return max(read([value])[0][0]) if isinstance(value, Tensor) else float(value)
 
 

@@ -20,7 +20,7 @@ from vdcache.runtime.schedules import PlanTable
 from vdcache.scheduling.paths import cost_of, paths_up_to
 from vdcache.scheduling.table import ORDERS, StepTable
 
-__all__ = ["ORDERS", "Schedule", "candidates", "candidates_up_to", "trunk"]
+__all__ = ["ORDERS", "Schedule", "all_blocks", "candidates", "candidates_up_to"]
 
 EARLY = (1.0, 2.0, 5.0)  # how many times more an error of the first step counts than one of the last
 KEEP = 4  # lists of each objective, weighting and order: 24 of each order
@@ -28,7 +28,7 @@ KEEP = 4  # lists of each objective, weighting and order: 24 of each order
 
 @dataclass(frozen=True)
 class Schedule:
-    """The computed steps of a generation, known before it runs: no metric, no sync, nothing but the clock.
+    """The computed steps of a generation, known before it runs: no metric, no sync, nothing but the step number.
 
     Args:
         steps: of a generation.
@@ -62,7 +62,7 @@ class Schedule:
     def recipe(self, name: str = "") -> Recipe:
         """The schedule as a recipe: the stream's whole difference, predicted. Other numbers of steps are refused."""
         name = name or f"schedule-{len(self.computed)}-of-{self.steps}"
-        return Recipe(name, self.policy(), trunk(), predictor=Taylor(self.order) if self.order else LAST)
+        return Recipe(name, self.policy(), all_blocks(), predictor=Taylor(self.order) if self.order else LAST)
 
     @staticmethod
     def from_history(history: Iterable[Record], order: int = 0) -> Schedule:
@@ -125,7 +125,7 @@ class Schedule:
             raise ConfigError("this is no schedule: it was not written by Schedule.to_json") from error
 
 
-def trunk() -> tuple[Pass, ...]:
+def all_blocks() -> tuple[Pass, ...]:
     """The scope of every schedule: what all blocks add, as one difference of each stream."""
     return MarkBranches(), MergeSlots()
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vdcache.ir.errors import ConfigError
 
-__all__ = ["ORDERS", "StepTableBuilder", "StepTable", "no_order"]
+__all__ = ["ORDERS", "StepTable", "StepTableBuilder", "no_order"]
 
 ORDERS = (0, 1)  # orders above do worse than these: they amplify what the solver does between steps
 LIMIT = 256 * 2**20  # bytes that one generation's values may take

@@ -70,7 +70,7 @@ if TYPE_CHECKING:
     from vdcache.testing.graphs import captured, guarded, run_pass, run_variant, variant
     from vdcache.testing.models import Case, build, small_models
     from vdcache.testing.nets import WIDTH, Net, residual_nets
-    from vdcache.testing.recording import RecordingBackend, RecordedPass
+    from vdcache.testing.recording import RecordedPass, RecordingBackend
     from vdcache.testing.tiny import Reference, TinyDiT, latent, time_of
     from vdcache.testing.trying import Trial, Trials, try_recipe
 

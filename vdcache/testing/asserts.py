@@ -12,14 +12,14 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
-from vdcache.ir.dialect import group_of, guards
+from vdcache.ir.dialect import cache_guards, group_of
 from vdcache.ir.dump import dump
 from vdcache.ir.errors import ConfigError, ContractError
 from vdcache.ir.oracle import example_inputs, skipped, unskippable
 from vdcache.ir.parse import parse
 from vdcache.passes import Pass, Pipeline, Specialise
 from vdcache.passes.predictors import Predictor, StepInfo
-from vdcache.runtime.measures import MetricValue
+from vdcache.runtime.metrics import MetricValue
 from vdcache.runtime.plan import Plan
 from vdcache.runtime.policies import Deciding, Policy
 from vdcache.testing.graphs import Graph, graph_from, run_pass
@@ -125,11 +125,11 @@ def assert_skipped(graph: fx.GraphModule, *inputs: Any, groups: Iterable[str] | 
         inputs: random ones of the graph's types without any.
         groups: the groups of slots that are reused; all of them without.
 
-    A graph without a guard fails: there is nothing to show.
+    A graph without a cache guard fails: there is nothing to show.
 
     Returns the names of the operations that reuse leaves out; none where everything that is guarded is needed for something else too.
     """
-    chosen = [n for n in guards(graph.graph) if groups is None or group_of(str(n.args[1])) in set(groups)]
+    chosen = [n for n in cache_guards(graph.graph) if groups is None or group_of(str(n.args[1])) in set(groups)]
     assert chosen, "nothing is guarded" + ("" if groups is None else f" in the groups {', '.join(sorted(groups))}")
     want, got = unskippable(graph, *(inputs or example_inputs(graph)), groups=groups)
     for i, (a, b) in enumerate(zip(pytree.tree_leaves(want), pytree.tree_leaves(got), strict=True)):
@@ -237,9 +237,9 @@ def assert_predictor(predictor: Predictor, *, shape: Sequence[int] = (2, 3), ste
         kept: Sequence[Tensor] = [torch.zeros(tuple(shape))] * predictor.tensors
         for i in range(steps):
             fresh = torch.full(tuple(shape), float((i + 1) ** 2), dtype=dtype)
-            kept = predictor.keep(fresh, kept, _when(1 if i else 0, i, i))
+            kept = predictor.store(fresh, kept, _when(1 if i else 0, i, i))
             assert not isinstance(kept, Tensor), (
-                f"'keep' of {predictor} gives a tensor; it gives a sequence of them, (fresh,) for one"
+                f"'store' of {predictor} gives a tensor; it gives a sequence of them, (fresh,) for one"
             )
             assert len(kept) == predictor.tensors, f"{predictor} keeps {len(kept)} tensors and says {predictor.tensors}"
             assert all(k.shape == fresh.shape for k in kept), f"{predictor} keeps a tensor of another shape than the value's"
@@ -257,7 +257,7 @@ def assert_predictor(predictor: Predictor, *, shape: Sequence[int] = (2, 3), ste
 def _assert_traceable(predictor: Predictor, value: Tensor) -> None:
     """Compiled steps hold what a predictor does, not what it did once: it must not ask a tensor for its number."""
     sizes = ",".join(map(str, value.shape))
-    text = f"%0 = input() : f32[{sizes}]\n%1 = sin(%0)\n%2 = guard(%1, 'all/x')\nreturn (%2)"
+    text = f"%0 = input() : f32[{sizes}]\n%1 = sin(%0)\n%2 = cache_guard(%1, 'all/x')\nreturn (%2)"
     try:
         for reuse in ((), ("all",)):
             run_pass(Specialise(reuse=frozenset(reuse), predictor=predictor), text)

@@ -13,7 +13,7 @@ from vdcache.ir.dump import dump
 from vdcache.passes import Pass, Refusal
 from vdcache.passes.watching import PassRun, listening
 
-__all__ = ["RecordingBackend", "RecordedPass"]
+__all__ = ["RecordedPass", "RecordingBackend"]
 
 
 @dataclass(frozen=True)

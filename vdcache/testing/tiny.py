@@ -24,12 +24,12 @@ class TinyDiT(nn.Module):
         self.mlp = nn.ModuleList(nn.Sequential(nn.Linear(dim, 16), nn.GELU(), nn.Linear(16, dim)) for _ in range(blocks))
         self.eval().requires_grad_(False)
 
-    def waves(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
+    def sinusoids(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
         angles = timestep.float()[:, None] * torch.exp(-torch.arange(4, device=timestep.device))
         return torch.cat([angles.sin(), angles.cos()], -1).to(dtype)
 
     def forward(self, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
-        gates = self.time(self.waves(timestep, x.dtype))[:, None].chunk(2, -1)
+        gates = self.time(self.sinusoids(timestep, x.dtype))[:, None].chunk(2, -1)
         h = self.inp(x) + self.text(text).mean(1, keepdim=True)
         for qkv, mlp in zip(self.qkv, self.mlp, strict=True):
             q, k, v = qkv(h).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
@@ -39,7 +39,7 @@ class TinyDiT(nn.Module):
 
     def branches(self, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
         """What all branches together add to the stream: computed apart, for the reference cache."""
-        gates = self.time(self.waves(timestep, x.dtype))[:, None].chunk(2, -1)
+        gates = self.time(self.sinusoids(timestep, x.dtype))[:, None].chunk(2, -1)
         h = start = self.inp(x) + self.text(text).mean(1, keepdim=True)
         for qkv, mlp in zip(self.qkv, self.mlp, strict=True):
             q, k, v = qkv(h).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)

@@ -50,14 +50,14 @@ def test_keeps_the_residual():
         line.replace(f"%{number} =", f"%{number + 4} ="),
     ]
     slot = "all/s0.b0.self-attention.scaled_dot_product_attention"
-    assert f"guard(%{number + 4}, '{slot}', %{number + 3})" in got[number + 5]
+    assert f"cache_guard(%{number + 4}, '{slot}', %{number + 3})" in got[number + 5]
 
 
 def test_temporal_attention_sees_near_frames():
     graph, inputs = small_models()["latte"].graph() if "latte" in small_models() else pytest.skip("latte is diffusers'")
     before = Canonicalise().run(graph).graph
     result = run_pass(WindowAttention(frames=1), before)
-    sites = [a for a in vdcache.anatomy(before).attentions if a.layout == "temporal"]
+    sites = [a for a in vdcache.analyze(before).attentions if a.layout == "temporal"]
     assert result.rewrites == len(sites) > 0
     frames = sites[0].q_len
     text = dump(result.graph)
@@ -121,4 +121,4 @@ def test_in_a_real_compilation(vdcache_clean):
             compiled(**case.call(step, 6))
     stage = backend.stage("keep-window-residual")
     assert (stage.rewrites, stage.refusals) == (3, ())
-    assert "guard(" not in dump(stage.before) and dump(stage.after).count("guard(") == 3
+    assert "cache_guard(" not in dump(stage.before) and dump(stage.after).count("cache_guard(") == 3

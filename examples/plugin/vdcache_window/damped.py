@@ -31,10 +31,10 @@ class Damped:
         if not 0 <= self.damping <= 1:
             raise ConfigError(f"damping lies between 0 and 1, got {self.damping}")
 
-    def keep(self, fresh: Tensor, before: Sequence[Tensor], when: StepInfo) -> tuple[Tensor, Tensor]:
-        fresh = fresh.float()
-        change = (fresh - before[0]) / when.elapsed.clamp(min=1)
-        return fresh, torch.where(when.computed > 0, change, torch.zeros_like(change))
+    def store(self, new: Tensor, previous: Sequence[Tensor], step_info: StepInfo) -> tuple[Tensor, Tensor]:
+        new = new.float()
+        change = (new - previous[0]) / step_info.elapsed.clamp(min=1)
+        return new, torch.where(step_info.computed > 0, change, torch.zeros_like(change))
 
-    def predict(self, kept: Sequence[Tensor], when: StepInfo) -> Tensor:
-        return kept[0] + self.damping * when.elapsed * kept[1]
+    def predict(self, cached: Sequence[Tensor], step_info: StepInfo) -> Tensor:
+        return cached[0] + self.damping * step_info.elapsed * cached[1]

@@ -1,6 +1,6 @@
 """keep-window-residual: keep what full attention has besides attention in a window (DiTFastAttn, arXiv 2406.08552).
 
-    o = attention(q, k, v)   -->   w = attention(q, k, v, band);  o = guard(attention(q, k, v), slot, w)
+    o = attention(q, k, v)   -->   w = attention(q, k, v, band);  o = cache_guard(attention(q, k, v), slot, w)
 
 A computed step returns the full attention, bit for bit, and leaves `attention - w` behind. A reused one computes `w` of its own queries,
 keys and values, and adds what was left. So what depends on the step follows it, and what is far away is kept.
@@ -14,9 +14,9 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from vdcache import ConfigError, Fact, NoMatch, Pass, PassResult, Refusal, anatomy
+from vdcache import ConfigError, Fact, NoMatch, Pass, PassResult, Refusal, analyze
 from vdcache.ir.edit import call
-from vdcache.passes import put_guard
+from vdcache.passes import put_cache_guard
 from vdcache_window.sites import band, operands_of
 
 aten = torch.ops.aten
@@ -49,7 +49,7 @@ class KeepWindowResidual(Pass):
     def run(self, graph: fx.GraphModule) -> PassResult:
         nodes = {n.name: n for n in graph.graph.nodes}
         rewrites, refusals = 0, []
-        for branch, attention in anatomy(graph).denoising_attentions():
+        for branch, attention in analyze(graph).denoising_attentions():
             place = operands_of(nodes[attention.node], attention)
             if not isinstance(place, NoMatch) and place.tokens <= 2 * self.window + 1:
                 place = NoMatch(place.node.name, f"its {place.tokens} tokens all lie in a window of {self.window}")
@@ -60,8 +60,8 @@ class KeepWindowResidual(Pass):
             with graph.graph.inserting_before(full):
                 mask = band(graph.graph, place.tokens, self.window, str(self))
                 scale = {} if place.scale is None else {"scale": place.scale}
-                near = call(graph.graph, full.target, place.query, place.key, place.value, mask, made_by=str(self), **scale)
+                near = call(graph.graph, full.target, place.query, place.key, place.value, mask, provenance=str(self), **scale)
             slot = f"{self.group}/{branch.name}.{attention.node}"
-            put_guard(full, slot, self, base=near)
+            put_cache_guard(full, slot, self, base=near)
             rewrites += 1
         return PassResult(graph, rewrites, tuple(refusals))

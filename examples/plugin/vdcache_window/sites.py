@@ -46,11 +46,11 @@ def operands_of(node: fx.Node, attention: Attention) -> Operands | NoMatch:
     return Operands(node, query, key, value, given.get("scale"), attention.q_len)
 
 
-def band(graph: fx.Graph, tokens: int, window: int, made_by: str) -> fx.Node:
+def band(graph: fx.Graph, tokens: int, window: int, provenance: str) -> fx.Node:
     """A mask [tokens, tokens] that is True where two are at most `window` apart, at the graph's insertion point."""
 
     def op(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        return call(graph, target, *args, made_by=made_by, **kwargs)
+        return call(graph, target, *args, provenance=provenance, **kwargs)
 
     like = next(n for n in graph.nodes if n.op == "placeholder" and isinstance(n.meta.get("val"), torch.Tensor))
     ones = op(aten.new_ones.default, like, [tokens, tokens], dtype=torch.bool)

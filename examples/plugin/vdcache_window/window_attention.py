@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from torch import fx
 
-from vdcache import ConfigError, Fact, NoMatch, Pass, PassResult, Refusal, anatomy
+from vdcache import ConfigError, Fact, NoMatch, Pass, PassResult, Refusal, analyze
 from vdcache.patterns import Attention
 from vdcache_window.sites import Operands, band, operands_of
 
@@ -42,7 +42,7 @@ class WindowAttention(Pass):
     def run(self, graph: fx.GraphModule) -> PassResult:
         nodes = {n.name: n for n in graph.graph.nodes}
         rewrites, refusals = 0, []
-        for attention in anatomy(graph).attentions:
+        for attention in analyze(graph).attentions:
             place = self._place(nodes[attention.node], attention)
             if isinstance(place, NoMatch):
                 refusals.append(Refusal(place.node, (place.reason,)))

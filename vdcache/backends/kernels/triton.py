@@ -39,7 +39,9 @@ def available(device: torch.device) -> bool:
 
 
 @torch.no_grad()
-def triton_attention(query: Tensor, key: Tensor, value: Tensor, on: TileMask, scale: float | None, bias: Tensor | None) -> Tensor:
+def triton_attention(
+    query: Tensor, key: Tensor, value: Tensor, on: TileMask, scale: float | None, bias: Tensor | None
+) -> Tensor:
     """softmax(scale · Q Kᵀ + mask) V, without gradients; any strides are worked on as they are.
 
     A query that attends to something but not to everything, and whose keys the bias excludes one and all, gets 0, where

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vdcache.ir.errors import ConfigError
 from vdcache.runtime import registry
-from vdcache.runtime.history import Record, unheard
+from vdcache.runtime.history import Record, unused
 from vdcache.runtime.policies import Always, Policy
 from vdcache.runtime.session import Session
 from vdcache.scheduling.schedule import Schedule
@@ -313,7 +313,7 @@ class TrajectoryReplay:
         session = Session(policy, len(recording.steps), name="rerun")
         latents = [self._latents[0]]
         outputs: list[list[Tensor]] = []
-        with registry.using(session), unheard(), torch.no_grad():
+        with registry.using(session), unused(), torch.no_grad():
             session.begin(len(recording.steps))
             for step, calls in enumerate(recording.steps):
                 session.step()

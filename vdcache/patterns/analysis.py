@@ -1,4 +1,4 @@
-"""The anatomy of a graph: its streams, blocks and branches, its attentions, its conditioning, and what each costs."""
+"""The analysis of a graph: its streams, blocks and branches, its attentions, its conditioning, and what each costs."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torch import fx
 from vdcache.ir.capture import last_line, readable, signature
 from vdcache.ir.ops import CASTS, is_work, tensor_of
 from vdcache.patterns import blocks, conditioning, cost
-from vdcache.patterns.attention import AttentionMatch, describe, sites
-from vdcache.patterns.facts import GraphAnalysis, Attention, Block, Branch, Grid
+from vdcache.patterns.attention import AttentionMatch, attention_matches, describe
+from vdcache.patterns.facts import Attention, Block, Branch, GraphAnalysis, Grid
 from vdcache.patterns.index import Index
-from vdcache.patterns.residual import ResidualAdd, asked, find_joins
+from vdcache.patterns.residual import ResidualAdd, asked, find_residual_adds
 from vdcache.patterns.streams import Streams
 
-__all__ = ["anatomy", "forget", "stale"]
+__all__ = ["analyze", "forget", "stale"]
 
 aten = torch.ops.aten
 
 
-_CACHE = "vdcache.anatomy"
+_CACHE = "vdcache.analysis"
 
 
 def forget(graph: fx.GraphModule) -> None:
@@ -33,18 +33,18 @@ def forget(graph: fx.GraphModule) -> None:
 
 
 def stale(graph: fx.GraphModule) -> str:
-    """A node that the anatomy names and the graph no longer has, or that is no longer the attention that it was; "" for none."""
+    """A node that the analysis names and the graph no longer has, or that is no longer the attention that it was; "" for none."""
     if not isinstance(known := graph.meta.get(_CACHE), GraphAnalysis):
         return ""
     nodes = {n.name: n for n in graph.graph.nodes}
-    named = {name for b in known.branches for name in (b.join, b.base, b.source, *b.nodes)}
+    named = {name for b in known.branches for name in (b.residual_add, b.base, b.source, *b.nodes)}
     if gone := next((name for name in sorted(named) if name not in nodes), None):
         return gone
-    still = {s.node.name for s in sites(list(nodes.values()))}
+    still = {s.node.name for s in attention_matches(list(nodes.values()))}
     return next((a.node for a in known.attentions if a.node not in still), "")
 
 
-def anatomy(graph: fx.GraphModule) -> GraphAnalysis:
+def analyze(graph: fx.GraphModule) -> GraphAnalysis:
     """Everything the patterns find in a canonical graph.
 
     The answer names nodes and is kept in `graph.meta`: passes that only add dialect nodes leave it true.
@@ -53,28 +53,28 @@ def anatomy(graph: fx.GraphModule) -> GraphAnalysis:
         return known
     sig = signature(graph)
     given = conditioning.activations(graph.graph, sig)
-    clocks = conditioning.clocks(given)
+    timestep_inputs = conditioning.timestep_inputs(given)
     index = Index(graph.graph, given, asked(graph.graph))
-    joins, refusals = find_joins(index, index.mask_of(clocks))
-    latents = conditioning.latents(index, sig, [j.source for j in joins], clocks)
-    streams = Streams(index, joins, index.mask_of(latents), index.mask_of(clocks))
+    residual_adds, refusals = find_residual_adds(index, index.mask_of(timestep_inputs))
+    latents = conditioning.latents(index, sig, [j.source for j in residual_adds], timestep_inputs)
+    streams = Streams(index, residual_adds, index.mask_of(latents), index.mask_of(timestep_inputs))
     grid = conditioning.grid(index, latents[0] if latents else "", _latent_tokens(streams))
-    shapes = [blocks.shape_of(j) for j in joins]
-    held = cost.owners(graph.graph, _regions(joins), _kept(joins))
-    found = _branches(index, joins, shapes, held, streams, grid)
-    inside = {n for j in joins for n in j.inside}
-    loose = [s for s in sites(index.nodes) if s.node not in inside]
+    shapes = [blocks.shape_of(j) for j in residual_adds]
+    held = cost.owners(graph.graph, _regions(residual_adds), _kept(residual_adds))
+    found = _branches(index, residual_adds, shapes, held, streams, grid)
+    inside = {n for j in residual_adds for n in j.inside}
+    loose = [s for s in attention_matches(index.nodes) if s.node not in inside]
     apart = tuple(describe(index, s, s.query, set(), streams, grid) for s in loose)
     result = GraphAnalysis(
         branches=tuple(found),
-        clocks=clocks,
+        timestep_inputs=timestep_inputs,
         latent=latents[0] if latents else "",
         grid=grid,
         refusals=tuple(refusals),
         streams=streams.facts(),
         blocks=_blocks(found, shapes),
         attentions=(*dict.fromkeys(a for b in found for a in b.attentions), *apart),
-        conditioning=conditioning.dependence(index, latents, clocks, inside | {j.node for j in joins}),
+        conditioning=conditioning.dependence(index, latents, timestep_inputs, inside | {j.node for j in residual_adds}),
         latents=latents,
         flops=sum(map(cost.flops, index.nodes)),
         covered=sum(map(cost.flops, held)),
@@ -83,19 +83,19 @@ def anatomy(graph: fx.GraphModule) -> GraphAnalysis:
     return result
 
 
-def _regions(joins: Sequence[ResidualAdd]) -> list[tuple[fx.Node, ...]]:
+def _regions(residual_adds: Sequence[ResidualAdd]) -> list[tuple[fx.Node, ...]]:
     """What reusing a branch leaves out: its nodes, and the sum itself where gate and sum are one operation."""
-    return [(*j.inside, j.node) if j.contribution is None else j.inside for j in joins]
+    return [(*j.inside, j.node) if j.contribution is None else j.inside for j in residual_adds]
 
 
-def _kept(joins: Sequence[ResidualAdd]) -> list[fx.Node]:
+def _kept(residual_adds: Sequence[ResidualAdd]) -> list[fx.Node]:
     """What reusing still reads, though the sum that reads it now is left out."""
-    return [j.base for j in joins if j.contribution is None]
+    return [j.base for j in residual_adds if j.contribution is None]
 
 
-def _tokens(join: ResidualAdd) -> int | None:
-    """Tokens of the stream [B, N, C] at a join."""
-    value = tensor_of(join.node)
+def _tokens(residual_add: ResidualAdd) -> int | None:
+    """Tokens of the stream [B, N, C] at a residual add."""
+    value = tensor_of(residual_add.node)
     size = value.shape[1] if value is not None and value.ndim == 3 else None
     return size if isinstance(size, int) else None
 
@@ -112,7 +112,7 @@ def _latent_tokens(streams: Streams) -> int | None:
 
 def _branches(
     index: Index,
-    joins: Sequence[ResidualAdd],
+    residual_adds: Sequence[ResidualAdd],
     shapes: Sequence[str],
     owners: dict[fx.Node, tuple[int, ...]],
     streams: Streams,
@@ -121,45 +121,45 @@ def _branches(
     attentions: list[list[Attention]] = []
     kinds: list[str] = []
     held: list[list[AttentionMatch]] = []
-    found_sites = [sites(j.inside, _tokens(j)) for j in joins]
+    found_sites = [attention_matches(j.inside, _tokens(j)) for j in residual_adds]
     shared = Counter(s.node for own in found_sites for s in own)
-    for join, own_sites in zip(joins, found_sites, strict=True):
-        inside = set(join.inside)
+    for residual_add, own_sites in zip(residual_adds, found_sites, strict=True):
+        inside = set(residual_add.inside)
         # an attention that another branch added already only feeds this one, where it has one of its own
         alone = [s for s in own_sites if shared[s.node] == 1]
         held.append(alone or own_sites)
-        attentions.append([describe(index, s, join.source, inside, streams, grid) for s in held[-1]])
-        kinds.append(_kind(join, held[-1], attentions[-1]))
+        attentions.append([describe(index, s, residual_add.source, inside, streams, grid) for s in held[-1]])
+        kinds.append(_kind(residual_add, held[-1], attentions[-1]))
     numbers = blocks.segment(
-        shapes, kinds, [streams.of[j.node] for j in joins], [frozenset(s.node.name for s in own) for own in held]
+        shapes, kinds, [streams.of[j.node] for j in residual_adds], [frozenset(s.node.name for s in own) for own in held]
     )
-    costs = [0] * len(joins)
+    costs = [0] * len(residual_adds)
     for node, members in owners.items():
         if spent := cost.flops(node):
             for i in members:
                 costs[i] += spent // len(members)
     found = []
-    for i, join in enumerate(joins):
+    for i, residual_add in enumerate(residual_adds):
         own = [a for a in attentions[i] if a.kind != "cross"]
-        kept = join.contribution if join.contribution is not None else join.node
+        kept = residual_add.contribution if residual_add.contribution is not None else residual_add.node
         found.append(
             Branch(
                 kind=kinds[i],
-                stream=streams.of[join.node],
+                stream=streams.of[residual_add.node],
                 block=numbers[i],
                 layout=own[0].layout if own else "",
-                join=join.node.name,
-                base=join.base.name,
-                source=join.source.name,
-                contribution=join.contribution.name if join.contribution is not None else None,
-                pre_gate=_pre_gate(join),
-                nodes=tuple(n.name for n in join.inside),
+                residual_add=residual_add.node.name,
+                base=residual_add.base.name,
+                source=residual_add.source.name,
+                contribution=residual_add.contribution.name if residual_add.contribution is not None else None,
+                pre_gate=_pre_gate(residual_add),
+                nodes=tuple(n.name for n in residual_add.inside),
                 attentions=tuple(attentions[i]),
-                leaks=_leaks(join, set(join.inside)),
+                leaks=_leaks(residual_add, set(residual_add.inside)),
                 flops=costs[i],
                 bytes=cost.bytes_of(kept),
-                module=_module(join),
-                line=_line(join),
+                module=_module(residual_add),
+                line=_line(residual_add),
             )
         )
     return found
@@ -177,10 +177,10 @@ def _blocks(branches: Sequence[Branch], digests: Sequence[str]) -> tuple[Block, 
     return tuple(found)
 
 
-def _kind(join: ResidualAdd, own: Sequence[AttentionMatch], attentions: Sequence[Attention]) -> str:
+def _kind(residual_add: ResidualAdd, own: Sequence[AttentionMatch], attentions: Sequence[Attention]) -> str:
     if not own:
-        return "mlp" if _is_mlp(join) else "other"
-    if _has_parallel_mlp(join, {s.node.name for s in own}) or _goes_on_as_mlp(join, {s.node for s in own}):
+        return "mlp" if _is_mlp(residual_add) else "other"
+    if _has_parallel_mlp(residual_add, {s.node.name for s in own}) or _goes_on_as_mlp(residual_add, {s.node for s in own}):
         return "fused"
     kinds = {a.kind for a in attentions}
     if "joint" in kinds:
@@ -188,15 +188,15 @@ def _kind(join: ResidualAdd, own: Sequence[AttentionMatch], attentions: Sequence
     return "self-attention" if "self" in kinds else "cross-attention"
 
 
-def _is_mlp(join: ResidualAdd) -> bool:
+def _is_mlp(residual_add: ResidualAdd) -> bool:
     """Two layers or more, one after the other, and nothing but convolutions that mixes tokens."""
-    if any(_mixes_tokens(n) for n in join.inside):
+    if any(_mixes_tokens(n) for n in residual_add.inside):
         return False
     depth: dict[fx.Node, int] = {}
-    for node in join.inside:
+    for node in residual_add.inside:
         above = max((depth.get(p, 0) for p in node.all_input_nodes), default=0)
         depth[node] = above + is_work(node)
-    return depth[join.inside[-1]] + is_work(join.node) >= 2
+    return depth[residual_add.inside[-1]] + is_work(residual_add.node) >= 2
 
 
 _SCANS = {aten.cumsum.default, aten.cumprod.default, aten.logcumsumexp.default, aten.flip.default, aten.roll.default}
@@ -239,28 +239,28 @@ def _near_users(node: fx.Node) -> set[fx.Node]:
     return near
 
 
-def _has_parallel_mlp(join: ResidualAdd, sites: set[str]) -> bool:
+def _has_parallel_mlp(residual_add: ResidualAdd, attention_matches: set[str]) -> bool:
     """Whether work that avoids every attention meets the attention's result by concatenation or sum.
 
     Where the two meet in a product instead, the work is a gate on the attention, not an MLP beside it.
     """
     attended: set[fx.Node] = set()
     beside: set[fx.Node] = set()
-    for node in join.inside:
+    for node in residual_add.inside:
         parents = node.all_input_nodes
-        if node.name in sites or any(p in attended for p in parents):
+        if node.name in attention_matches or any(p in attended for p in parents):
             attended.add(node)
-            if node.name not in sites and any(p in beside for p in parents):
+            if node.name not in attention_matches and any(p in beside for p in parents):
                 return node.target in (aten.cat.default, aten.add.Tensor)
         elif is_work(node) or any(p in beside for p in parents):
             beside.add(node)
     return False
 
 
-def _goes_on_as_mlp(join: ResidualAdd, own: set[fx.Node]) -> bool:
+def _goes_on_as_mlp(residual_add: ResidualAdd, own: set[fx.Node]) -> bool:
     """Whether the attention's result goes through an MLP before it is added: three layers or more, its own projection the first."""
     depth: dict[fx.Node, int] = {}
-    for node in join.inside:
+    for node in residual_add.inside:
         if node in own:
             depth[node] = 0
         elif above := [depth[p] for p in node.all_input_nodes if p in depth]:
@@ -268,14 +268,14 @@ def _goes_on_as_mlp(join: ResidualAdd, own: set[fx.Node]) -> bool:
     return max(depth.values(), default=0) >= 3
 
 
-def _pre_gate(join: ResidualAdd) -> str | None:
+def _pre_gate(residual_add: ResidualAdd) -> str | None:
     """The value that the branch's last product multiplies by something that does not come from the stream."""
-    at = join.contribution
+    at = residual_add.contribution
     while at is not None and at.target in CASTS:
         at = at.args[0] if isinstance(at.args[0], fx.Node) else None
     if at is None or at.target is not aten.mul.Tensor:
         return None
-    inside = set(join.inside)
+    inside = set(residual_add.inside)
     values = [a for a in at.args if isinstance(a, fx.Node)]
     from_stream = [v for v in values if v in inside]
     if len(values) == 2 and len(from_stream) == 1 and tensor_of(from_stream[0]) is not None:
@@ -283,18 +283,18 @@ def _pre_gate(join: ResidualAdd) -> str | None:
     return None
 
 
-def _leaks(join: ResidualAdd, inside: set[fx.Node]) -> tuple[str, ...]:
+def _leaks(residual_add: ResidualAdd, inside: set[fx.Node]) -> tuple[str, ...]:
     return tuple(
         n.name
-        for n in join.inside
-        if n is not join.contribution and any(u not in inside and u is not join.node for u in n.users)
+        for n in residual_add.inside
+        if n is not residual_add.contribution and any(u not in inside and u is not residual_add.node for u in n.users)
     )
 
 
-def _module(join: ResidualAdd) -> str:
+def _module(residual_add: ResidualAdd) -> str:
     """The innermost module that the branch's work shares, from what the tracer left; "" where it left nothing."""
     stacks = []
-    for node in join.inside:
+    for node in residual_add.inside:
         if is_work(node) and (stack := node.meta.get("nn_module_stack")):
             stacks.append([str(path) for path, _ in stack.values()])
     if not stacks:
@@ -305,9 +305,9 @@ def _module(join: ResidualAdd) -> str:
     return readable(shared[-1]) if shared else ""
 
 
-def _line(join: ResidualAdd) -> str:
+def _line(residual_add: ResidualAdd) -> str:
     """`file:line` of the user's code that did the branch's last real work; "" where the tracer left nothing."""
-    for node in reversed(join.inside):
+    for node in reversed(residual_add.inside):
         if is_work(node) and isinstance(stack := node.meta.get("stack_trace"), str):
             return last_line(stack)
     return ""

@@ -114,10 +114,10 @@ class SessionWarnings:
         ran = "a graph with cacheable branches ran before any timestep was seen, so it is computed in full"
         if broken:
             # Once of a break, and once more where a call went wrong after that was said.
-            self._warn(f"no clock {broken.partition(' ')[0]}", f"{ran}. {broken}")
+            self._warn(f"no timestep {broken.partition(' ')[0]}", f"{ran}. {broken}")
             return
         self._warn(
-            "no clock",
+            "no timestep",
             f"{ran}. A timestep "
             "is a tensor that reaches a sine or cosine and then a layer (a Python float reaches none: pass a tensor). If the model embeds its "
             "time otherwise, say where each step begins with session.begin() and session.step().",

@@ -12,7 +12,7 @@ from torch import Tensor
 from vdcache.ir.dialect import group_of
 from vdcache.ir.errors import ConfigError
 from vdcache.runtime.call import ProbeSpec
-from vdcache.runtime.measures import MetricSpec, MetricValue, measured
+from vdcache.runtime.metrics import MetricSpec, MetricValue, measured
 from vdcache.runtime.plan import Plan
 from vdcache.runtime.policies import Deciding, Policy
 from vdcache.scheduling.table import LIMIT
@@ -59,10 +59,12 @@ class MetricRecorder:
         """Held now."""
         return sum(v.numel() * v.element_size() for own in self._held.values() for values in own.values() for v in values)
 
-    def add(self, lane: int | str, values: Mapping[str, Tensor], layouts: Sequence[MetricSpec], probes: Sequence[ProbeSpec]) -> None:
+    def add(
+        self, lane: int | str, values: Mapping[str, Tensor], layouts: Sequence[MetricSpec], probes: Sequence[ProbeSpec]
+    ) -> None:
         """Take what one call observed and probed."""
         known = {o.name: o for o in layouts} | {p.layout.name: p.layout for p in probes}
-        self._since |= {p.layout.name: p.since for p in probes}
+        self._since |= {p.layout.name: p.reference_step for p in probes}
         for name, layout in known.items():
             if name in values:
                 self._layouts[name] = layout

@@ -39,12 +39,12 @@ def watch(
     model: Callable[..., Any],
     run: Callable[..., Any],
     prompts: Iterable[Any] | None,
-    what: str,
+    caller: str,
     *,
     passes: Sequence[Pass] = (),
     inner: str = "eager",
     listen: Callable[..., None] | None = None,
-    takes: Callable[[Any, Sequence[Any]], None] | None = None,
+    on_inputs: Callable[[Any, Sequence[Any]], None] | None = None,
     prompt_is: Callable[[int], None] = lambda number: None,
     dynamic: bool | None = None,
     recipe: Recipe | None = None,
@@ -54,7 +54,7 @@ def watch(
 
     Args:
         model, run, prompts: as `vdcache.profile` takes them.
-        what: the public function that asks, for messages.
+        caller: the public function that asks, for messages.
         passes: put into the graph.
         listen: a listener of the session (record, emitted values, result).
         takes: is given every graph that is called, and its inputs.
@@ -67,13 +67,13 @@ def watch(
         ConfigError: no model, or prompts is no list or is empty.
         CacheStateError: `run` did not call the model.
     """
-    check_model(model, what)
-    prompts = checked_prompts(prompts, what)
+    check_model(model, caller)
+    prompts = checked_prompts(prompts, caller)
     heard: list[str] = []
     model = original(model)
-    made = recipe or Recipe(what, Always(), tuple(passes))
+    made = recipe or Recipe(caller, Always(), tuple(passes))
     session = Session(Always(), name=made.name) if recipe is not None else None
-    settings = Settings(made, inner=inner, hears=heard.append, takes=takes, session=session)
+    settings = Settings(made, inner=inner, on_warning=heard.append, on_inputs=on_inputs, session=session)
     watched = compile_with(model, settings, dynamic=dynamic)
     session = watched.vdcache
     session.recorder = recorder
@@ -95,14 +95,14 @@ def watch(
             session.listeners.remove(listen)
     if not len(session.history) and not heard:
         raise CacheStateError(
-            f"{what}: run(model) did not call the model that it was given: use its argument, as in `lambda model: sample(model)`"
+            f"{caller}: run(model) did not call the model that it was given: use its argument, as in `lambda model: sample(model)`"
         )
     refused = {why for graph in session.graphs for r in graph.refusals for why in r.reasons}  # type: ignore[attr-defined]
     name = type(model).__name__ if isinstance(model, torch.nn.Module) else getattr(model, "__name__", "model")
     return UncachedRun(session, name, tuple(sorted(refused) or dict.fromkeys(heard)))
 
 
-def checked_prompts(prompts: Any, what: str) -> list[Any] | None:
+def checked_prompts(prompts: Any, caller: str) -> list[Any] | None:
     """Prompts as a list.
 
     Raises:
@@ -111,7 +111,7 @@ def checked_prompts(prompts: Any, what: str) -> list[Any] | None:
     if isinstance(prompts, (str, bytes)) or (prompts is not None and not isinstance(prompts, Iterable)):
         raise ConfigError(f"prompts is a list of prompts; got {prompts!r}: give [{prompts!r}]")
     if prompts is not None and not (prompts := list(prompts)):
-        raise ConfigError(f"{what}: prompts is empty, so there is nothing to measure")
+        raise ConfigError(f"{caller}: prompts is empty, so there is nothing to measure")
     return prompts
 
 

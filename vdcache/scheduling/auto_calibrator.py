@@ -20,8 +20,8 @@ from vdcache.runtime.schedules import same_times
 from vdcache.runtime.session import Session
 from vdcache.scheduling.calibration import Calibration, CalibrationKey, find, keep, key_of, time_of
 from vdcache.scheduling.choose import Goal, ScheduleScores, choose
-from vdcache.scheduling.rerun import RecordedRun, TrajectoryReplay, TrajectoryReplays
-from vdcache.scheduling.table import StepTableBuilder, StepTable
+from vdcache.scheduling.table import StepTable, StepTableBuilder
+from vdcache.scheduling.trajectory_replay import RecordedRun, TrajectoryReplay, TrajectoryReplays
 
 __all__ = ["AutoCalibrator", "cost_of_reuse"]
 
@@ -62,9 +62,9 @@ class AutoCalibrator:
     """
 
     def __init__(
-        self, session: Session, goal: Goal, *, strict: bool, say: Callable[[str, str], None], tell: Callable[[str, str], None]
+        self, session: Session, goal: Goal, *, strict: bool, warn: Callable[[str, str], None], log: Callable[[str, str], None]
     ) -> None:
-        self._session, self._goal, self._strict, self._say, self._tell = session, goal, strict, say, tell
+        self._session, self._goal, self._strict, self._warn, self._log = session, goal, strict, warn, log
         self._generation: int | None = None
         self._now: _Run | None = None  # the generation that is recorded
         self._following: Calibration | None = None  # in this generation
@@ -112,7 +112,7 @@ class AutoCalibrator:
             if steps is None:
                 unknown = "no schedule is known for this model while nobody says how many steps there will be (num_steps)"
             size = (run.gathering.will_hold() + run.recording.bytes * (steps or 50)) / 2**20
-            self._tell(
+            self._log(
                 f"calibrating {self._key}",
                 f"vdcache: {unknown}: this generation is computed in full and keeps "
                 f"{size:.0f} MiB beside. When it ends, schedules are tried on it, once, for about the time of two generations; from then on the best "
@@ -133,7 +133,7 @@ class AutoCalibrator:
             else:
                 self._cut.add(self._key)
         elif run is not None and len(run.calls) < (steps or 0):
-            self._say(
+            self._warn(
                 f"short {self._key}",
                 f"vdcache: a generation that was to calibrate ended after {len(run.calls)} of {steps} steps, and taught nothing; the next "
                 f"one is tried. If this is its real number, pass num_steps={len(run.calls)}.",
@@ -174,7 +174,7 @@ class AutoCalibrator:
         if any(known is own for own in self._found):
             return
         self._found.append(known)
-        self._tell(
+        self._log(
             f"taken {known.key}",
             f"vdcache: taking the schedule that was found {_when(known.path)}for {known.goal}, which was kept for this model, number of steps, "
             f"size and timesteps:\n{known.schedule}\nSolvers that ask at the same timesteps share it. To calibrate anew, as for another solver, "
@@ -189,7 +189,7 @@ class AutoCalibrator:
             return
         self._following = None
         self._session.follow(Always())
-        self._say(
+        self._warn(
             f"other timesteps {left.key}",
             f"vdcache: the timesteps of this generation are not those of the calibration from step {step} on (another solver, "
             "or another shift): the rest is computed in full, and the next generation is calibrated where nothing fits it.",
@@ -216,7 +216,7 @@ class AutoCalibrator:
         except OSError as error:
             where = f"not kept for other processes: {error}"
         self._found.append(self.calibration)
-        self._tell(f"calibrated {key}", f"vdcache: calibrated in {self.calibration.seconds:.1f} s: {self.calibration}\n{where}")
+        self._log(f"calibrated {key}", f"vdcache: calibrated in {self.calibration.seconds:.1f} s: {self.calibration}\n{where}")
         self._say_if_nothing_is_reused(self.calibration)
 
     def _say_if_nothing_is_reused(self, found: Calibration) -> None:
@@ -225,7 +225,7 @@ class AutoCalibrator:
         if floor and steps > FEW_STEPS and len(found.schedule.computed) == steps:
             best = max((t.psnr for t in found.tried if t.psnr is not None), default=None)
             why = found.note or ("nothing was tried" if best is None else f"the best that was tried gives {best:.1f} dB")
-            self._say(
+            self._warn(
                 f"full {found.key}",
                 f"vdcache: no schedule of {steps} steps is known to keep {floor:g} dB, and every step is computed: {why}. With "
                 "speedup=… there is no such floor, and the best that is known is followed.",
@@ -250,11 +250,11 @@ class AutoCalibrator:
         """No schedule was found for what has this key; after trouble that may pass another generation is tried."""
         if isinstance(error, VdcacheError) and not isinstance(error, _Passing):
             self._hopeless.add(self._key)
-            self._say(f"hopeless {self._key}", f"vdcache: no schedule was found, and every step is computed: {_words(error)}")
+            self._warn(f"hopeless {self._key}", f"vdcache: no schedule was found, and every step is computed: {_words(error)}")
             return
         failed = self._tries.get(self._key, (0, 0))[0] + 1
         self._tries[self._key] = failed, (self._generation or 0) + 2 ** (failed - 1)
-        self._say(
+        self._warn(
             f"passing {self._key}",
             f"vdcache: a generation that was to calibrate taught nothing, because {_words(error)}. Until one does, every step is computed: the "
             "next one is tried, and after further trouble ever rarer ones.",

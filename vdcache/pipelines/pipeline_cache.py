@@ -15,11 +15,11 @@ from vdcache.api import ModelRunner, check_options
 from vdcache.backends import Settings
 from vdcache.ir.checks import is_pipeline
 from vdcache.ir.errors import CacheStateError, CaptureError, ConfigError, warn_once
-from vdcache.pipelines.denoiser import Denoiser, CompiledCallWrapper, CacheContextHook, ForwardWrapper
+from vdcache.pipelines.denoiser import CacheContextHook, CompiledCallWrapper, Denoiser, ForwardWrapper
 from vdcache.pipelines.experts import Experts
 from vdcache.pipelines.forecast import most_reused
-from vdcache.pipelines.foreign import cache_on, instead_of, is_encoder, layer_hooks, runs_loop
-from vdcache.pipelines.loop import ProgressBarHook, DenoisingLoop
+from vdcache.pipelines.loop import DenoisingLoop, ProgressBarHook
+from vdcache.pipelines.third_party import cache_on, instead_of, is_encoder, layer_hooks, runs_loop
 from vdcache.recipe import Recipe
 
 __all__ = ["PipelineCache", "applied_to", "apply", "remove"]

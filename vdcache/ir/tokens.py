@@ -15,6 +15,7 @@ import torch
 from vdcache.ir import dialect
 from vdcache.ir.dump import plain_overload
 from vdcache.ir.errors import ConfigError
+from vdcache.renamed import DIALECT, current
 
 __all__ = ["BINARY", "Line", "lines_of", "parts"]
 
@@ -134,6 +135,7 @@ class Line:
 
     def target(self, name: str) -> Any:
         """The operation of a name."""
+        name = current(DIALECT, name, "the function")
         if name in dialect.FUNCTIONS:
             return dialect.FUNCTIONS[name]
         if name == "getitem":

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from vdcache.ir.edit import live_nodes
+from vdcache.ir.edit import backward_slice
 from vdcache.ir.errors import ConfigError
 from vdcache.passes.tile_attention import AttentionOperands, place_of
-from vdcache.patterns import NoMatch, anatomy
+from vdcache.patterns import NoMatch, analyze
 from vdcache.patterns.cost import flops
-from vdcache.profiling.watched import watch
+from vdcache.profiling.uncached_run import watch
 from vdcache.scheduling.calibration import as_real
 
-__all__ = ["RecordedCall", "GraphReplay", "ReplayRun", "record"]
+__all__ = ["GraphReplay", "RecordedCall", "ReplayRun", "record"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class GraphReplay:
         self.order = list(graph.graph.nodes)
         self._at = {n: i for i, n in enumerate(self.order)}
         nodes = {n.name: n for n in self.order}
-        self.anatomy = found = anatomy(graph)
+        self.analysis = found = analyze(graph)
         self.places: dict[fx.Node, AttentionOperands] = {}
         self.modules: dict[fx.Node, str] = {}
         self.refused: list[NoMatch] = []
@@ -78,9 +78,9 @@ class GraphReplay:
                 + ("; ".join(sorted({r.reason for r in self.refused})) or "it has none among video tokens")
             )
         self.sites = sorted(self.places, key=self._at.__getitem__)
-        joins = [b.join for b in found if found.streams[b.stream].role in ("latent", "joint")]
-        self.end = nodes[joins[-1]]  # the final hidden states
-        self._needed = live_nodes([self.end])
+        residual_adds = [b.residual_add for b in found if found.streams[b.stream].role in ("latent", "joint")]
+        self.end = nodes[residual_adds[-1]]  # the final hidden states
+        self._needed = backward_slice([self.end])
         self.fixed = self._needed.difference(*map(self._depending, self.sites))  # what no site changes
         self._last = {p: i for i, n in enumerate(self.order) if n in self._needed for p in n.all_input_nodes}
 
@@ -197,7 +197,7 @@ def record(
     model: Callable[..., Any],
     run: Callable[..., Any],
     prompts: Iterable[Any] | None,
-    what: str,
+    caller: str,
     *,
     keep: int,
     seed: int = 0,
@@ -220,7 +220,7 @@ def record(
         prompt = number
 
     def take(program: Any, inputs: Sequence[Any]) -> None:
-        if not program.anatomy.denoising_attentions():
+        if not program.analysis.denoising_attentions():
             return
         own = kept[program][prompt]
         seen[program, prompt] += 1
@@ -231,10 +231,10 @@ def record(
         copy = tuple(v if i in fixed or not isinstance(v, Tensor) else v.detach().clone() for i, v in enumerate(inputs))
         own[place : place + 1] = [copy]
 
-    watched = watch(model, run, prompts, what, takes=take, prompt_is=now, dynamic=False)
+    watched = watch(model, run, prompts, caller, on_inputs=take, prompt_is=now, dynamic=False)
     if not kept:
         raise ConfigError(
-            f"{what}: no attention over video tokens is found in {watched.name}: "
+            f"{caller}: no attention over video tokens is found in {watched.name}: "
             + ("; ".join(watched.reasons) or "it has none on a residual stream in one graph")
         )
     calls = {p: sum(n for (q, _), n in seen.items() if q is p) for p in kept}

@@ -21,7 +21,7 @@ from vdcache.ir.errors import ConfigError
 from vdcache.ir.files import cache_folder, write_aside
 from vdcache.ir.tiles import LOWERINGS, TileMask
 
-__all__ = ["TuningResult", "choose", "measure"]
+__all__ = ["TuningResult", "autotune", "measure"]
 
 ENOUGH = 0.9  # of what the mask could save at most: no other lowering can be much faster
 LONGEST = 20e12  # FLOPs of one dense call beyond which nothing is measured on a CPU
@@ -54,7 +54,7 @@ class TuningResult:
         return self.speedup * self.density
 
 
-def choose(
+def autotune(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, on: TileMask, scale: float | None, *, again: bool = False
 ) -> TuningResult:
     """The fastest lowering for operands of this form; measured now if it is not known yet.
@@ -79,7 +79,9 @@ def choose(
     return found
 
 
-def _measured(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, on: TileMask, scale: float | None) -> TuningResult:
+def _measured(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, on: TileMask, scale: float | None
+) -> TuningResult:
     """`measure` on random tensors of this form, as many heads and samples of it as there is memory for."""
     batch, heads = query.shape[0], key.shape[1]
     whole = sum(t.numel() * t.element_size() for t in (query, key, value))
@@ -225,7 +227,9 @@ def _machine() -> str:
 def _choice(data: Any) -> TuningResult | None:
     """What the file holds, if it is a choice that can be made here."""
     try:
-        found = TuningResult(str(data["lowering"]), {str(k): float(v) for k, v in data["seconds"].items()}, float(data["density"]))
+        found = TuningResult(
+            str(data["lowering"]), {str(k): float(v) for k, v in data["seconds"].items()}, float(data["density"])
+        )
     except (TypeError, KeyError, ValueError, AttributeError):
         return None
     fits = set(data) == {"lowering", "seconds", "density"} and {"dense", found.lowering} <= found.seconds.keys()

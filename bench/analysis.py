@@ -17,7 +17,7 @@ import vdcache
 from bench.common import Bench, arguments, median
 from vdcache.ir.capture import parts
 from vdcache.passes import Canonicalise, Pipeline
-from vdcache.patterns import anatomy
+from vdcache.patterns import analyze
 
 DEPTHS = (8, 16, 32, 60, 64, 128)
 
@@ -33,7 +33,7 @@ def meta_wan(blocks: int) -> tuple[torch.nn.Module, tuple[Any, ...]]:
 def main() -> None:
     args = arguments(__doc__)
     pipeline = Pipeline((Canonicalise(),))
-    bench = Bench("anatomy", str(pipeline))
+    bench = Bench("analysis", str(pipeline))
     per_node: dict[int, float] = {}
     for blocks in DEPTHS:
         model, inputs = meta_wan(blocks)
@@ -50,22 +50,22 @@ def main() -> None:
             began = time.perf_counter()
             graph, _ = pipeline.run(part.captured.graph)
             middle = time.perf_counter()
-            found = anatomy(graph)
+            found = analyze(graph)
             alone.append(time.perf_counter() - middle)
             seconds.append(time.perf_counter() - began)
             gc.enable()
         assert found.count() == {"self-attention": blocks, "cross-attention": blocks, "mlp": blocks}
         per_node[blocks] = median(alone) / nodes
         bench.row(
-            f"canonicalise and anatomy, {blocks} blocks",
+            f"canonicalise and analysis, {blocks} blocks",
             median(seconds),
             "s",
             "<= 2" if blocks == 60 else None,
             nodes=nodes,
-            anatomy=median(alone),
+            analysis=median(alone),
             capture=capture,
         )
-    bench.row("anatomy a node, 128 blocks / 8 blocks", per_node[128] / per_node[8], "ratio", "<= 1.3")
+    bench.row("analysis a node, 128 blocks / 8 blocks", per_node[128] / per_node[8], "ratio", "<= 1.3")
     model, inputs = meta_wan(60)
     torch._dynamo.reset()
     began = time.perf_counter()

@@ -1,6 +1,6 @@
 """Which generation and step is this call? (DESIGN section 7)
 
-The clock sees what the graph sees: the values of its candidates (inputs with a path into a sinusoidal embedding), and whether a call
+The step tracker sees what the graph sees: the values of the timestep inputs (inputs with a path into a sinusoidal embedding), and whether a call
 repeats an earlier one of the same step with another latent. A new value is a new step; a jump back is a new generation; the same
 value is another lane, unless it repeats a call of this step with another latent. Windows and tiles do that at every timestep, the
 first among them; solvers of second order do it at every timestep but the first. So a generation whose first timestep is repeated
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = ["StepTracker", "Reading", "Tick"]
+__all__ = ["Reading", "StepTracker", "Tick"]
 
 MOST_ENDS = 64  # timesteps that are remembered
 Form = tuple[tuple[int, ...], object, object]  # shape, dtype, device
