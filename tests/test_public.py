@@ -92,8 +92,8 @@ Policy()
     observe(state, step, plan, measures)
 Predictor()
     tensors
-    keep(fresh, before, when)
-    predict(kept, when)""",
+    store(new, previous, step_info)
+    predict(cached, step_info)""",
     )
 
 
@@ -111,7 +111,7 @@ Branch(kind, stream, block, layout, residual_add, base, source, contribution, pr
     name
 Attention(node, kind, layout, heads, q_len, kv_len, head_dim, form=, spans=, grid=)
 Block(index, shape, branches, graph=)
-Stream(index, role, shape, dtype, inputs, start, residual adds, spans=, parents=, graph=)""",
+Stream(index, role, shape, dtype, inputs, start, residual_adds, spans=, parents=, graph=)""",
     )
 
 
@@ -149,7 +149,7 @@ run_pass(a_pass, graph)
 run_variant(graph, *args, extra=)
 variant(graph, reuse=, predictor=)
 RecordingBackend(recipe=, options)
-Stage(graph, a_pass, before, after, rewrites, refusals)
+RecordedPass(graph, a_pass, before, after, rewrites, refusals)
 Case(name, make, call, branches, graphs=, seen=)
 build(case, seed=)
 Trial(model, steps, computed=, identical=, flops=, error=, said=)

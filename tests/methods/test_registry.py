@@ -257,7 +257,7 @@ BAD = [
     *(("profilingdit", {"background": v}) for v in ((), None, 3, "012", (1.5,), (True,), (1, 1))),
     *(("profilingdit", {"background": (0,), "foreground": v}) for v in (3, None, "1", (0,), (1.5,))),
     *(("profilingdit", {"background": (0,), "when": v}) for v in ("often", 3, (), (3, 2), (-1, 2))),
-    *(("profilingdit", {"background": (0,), p: v}) for p in ("reuse", "span", "of") for v in ("all of it", None, 3)),
+    *(("profilingdit", {"background": (0,), p: v}) for p in ("reuse", "span", "block_kind") for v in ("all of it", None, 3)),
 ]
 
 
@@ -277,7 +277,7 @@ def test_good_numbers():
         methods.dbcache(1, 0, 0.1, warm_up=0, mask=[1, 0, 1], predictor=Taylor(1)),
         methods.dbcache(1, 0, 0.1, mask=(True, False)),
         methods.teacache(0.1, [1, 0]),
-        methods.seacache(at="input"),
+        methods.seacache(location="input"),
         methods.magcache(RATIOS, threshold=0, max_consecutive=1, retention=1),
         methods.l2c(SCORES, 0),
         methods.l2c(torch.tensor(SCORES)),

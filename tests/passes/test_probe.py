@@ -238,12 +238,12 @@ class NoTime(nn.Module):
 
 def test_places_that_do_not_exist():
     graph = trace(NoTime(), latent(0)).graph
-    assert "no layer depends on the timestep alone" in refused(graph, at="timestep")
+    assert "no layer depends on the timestep alone" in refused(graph, location="timestep")
     graph = trace(lambda x, w: x + torch.relu(x @ w), latent(0), latent(1, 4, 4)).graph
     for at in ("residual", "modulated"):
-        assert "no block attends over video tokens" in refused(graph, at=at)
+        assert "no block attends over video tokens" in refused(graph, location=at)
     graph = trace(lambda x, w: (x @ w).sum(), latent(0), latent(1, 4, 4)).graph
-    assert "no input was found that the model returns an update of" in refused(graph, at="input")
+    assert "no input was found that the model returns an update of" in refused(graph, location="input")
 
 
 def test_a_refused_probe_leaves_the_graph_as_it_was():
@@ -293,7 +293,7 @@ def test_the_text_of_a_probe_reads_back():
     for probe in (Probe(), Probe("input", 1, "cosine", "step", "wiener", "rear"), Probe(blocks=8), Probe(location="timestep")):
         pipeline = Pipeline((Canonicalise(), probe))
         assert Pipeline.parse(str(pipeline)) == pipeline
-    assert str(Probe(blocks=8, reference_step="step")) == "probe{blocks=8,since=step}"
+    assert str(Probe(blocks=8, reference_step="step")) == "probe{blocks=8,reference-step=step}"
 
 
 def test_a_graph_that_is_guarded_already():

@@ -146,7 +146,7 @@ def test_single_and_double_blocks_have_profiles_of_their_own():
     assert vdcache.profilingdit(single.with_threshold(1.0)).passes[0].of == "single"
     listed = vdcache.profilingdit(whole, block_kind="single")
     assert listed.passes == vdcache.profilingdit(single).passes
-    with pytest.raises(ConfigError, match="speaks of single blocks, and of='double'"):
+    with pytest.raises(ConfigError, match="speaks of single blocks, and block_kind='double'"):
         vdcache.profilingdit(single, block_kind="double")
     with pytest.raises(ConfigError, match="either a profile or lists"):
         vdcache.profilingdit(whole, [3])

@@ -240,7 +240,7 @@ NEVER = {
     "fbcache": fbcache(0.0),
     "dbcache": dbcache(1, 1, 0.0),
     "teacache": teacache(0.0),
-    "teacache timestep": teacache(0.0, at="timestep"),
+    "teacache timestep": teacache(0.0, location="timestep"),
     "easycache": easycache(0.0),
 }
 

@@ -70,9 +70,9 @@ KINDS = {
     "dbcache-limit": vdcache.dbcache(1, 0, 0.1, warm_up=1, limit=1.0),
     "teacache": vdcache.teacache(0.1),
     "teacache-polynomial": vdcache.teacache(0.1, (3.0, -1.0, 0.5, 0.01)),
-    "teacache-timestep": vdcache.teacache(0.1, at="timestep"),
+    "teacache-timestep": vdcache.teacache(0.1, location="timestep"),
     "seacache": vdcache.seacache(0.1),
-    "seacache-input": vdcache.seacache(0.1, at="input"),
+    "seacache-input": vdcache.seacache(0.1, location="input"),
     "easycache": vdcache.easycache(0.05, first=3),
 }
 

@@ -15,7 +15,7 @@ from vdcache.recipe import Recipe
 from vdcache.runtime.policies import Always, Auto
 from vdcache.runtime.session import Session
 from vdcache.scheduling.auto_calibrator import AutoCalibrator
-from vdcache.scheduling.autotune import Goal
+from vdcache.scheduling.choose import Goal
 
 __all__ = ["Settings"]
 

@@ -31,16 +31,16 @@ DISTANCES = ("l1", "l2", "cosine", "magnitude")
 REFERENCE_STEPS = ("step", "computed")
 
 
-def cache_guard(fresh: Tensor, slot: str, base: Tensor | None = None) -> Tensor:
-    """The value `fresh`, which may come from an earlier step instead.
+def cache_guard(new: Tensor, slot: str, base: Tensor | None = None) -> Tensor:
+    """The value `new`, which may come from an earlier step instead.
 
-    Without `base` the saved value is `fresh`. With it the saved value is `fresh - base`, and reuse gives
-    `base + saved` (a delta list). Recomputing returns `fresh` itself, bit for bit.
+    Without `base` the saved value is `new`. With it the saved value is `new - base`, and reuse gives
+    `base + saved` (a delta list). Recomputing returns `new` itself, bit for bit.
 
     Args:
         slot: "group/name"; a plan reuses whole groups.
     """
-    return fresh
+    return new
 
 
 def observe(value: Tensor, slot: str, distance: str, strides: tuple[int, ...] = (), frames: int = 0) -> Tensor:
@@ -77,7 +77,7 @@ def probe(value: Tensor, name: str, distance: str, reference_step: str) -> Tenso
     Args:
         name: "group/name"; its previous value is kept in the store under this name.
         distance: one of `DISTANCES`.
-        since: what it is compared with: its value at the "step" before, or at the last step that was "computed".
+        reference_step: what it is compared with: its value at the "step" before, or at the last step that was "computed".
     """
     return value
 

@@ -169,7 +169,7 @@ def _sea(given: _Given) -> Recipe:
     given.lose("there is no such limit here", "max_consecutive_cached")
     given.lose("the filter's exponent is that of the authors", "power_exp")
     given.lose("the latent is found by structure", "raw_vision_callback")
-    return seacache(float(given.threshold), at="input", first=max(1, given.retention_steps), last=given.cache_end_steps)
+    return seacache(float(given.threshold), location="input", first=max(1, given.retention_steps), last=given.cache_end_steps)
 
 
 def _dbcache(given: _Given) -> Recipe:

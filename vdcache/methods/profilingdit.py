@@ -49,7 +49,7 @@ def profilingdit(
         reuse: which blocks are reused between computed steps: "background", "foreground", or both in turn, "split" (foreground
             in the first half, background in the second) or "alternate" (ablations of the paper's table 3).
         span: "run" keeps one delta for a run of consecutive blocks, "block" one for each block.
-        of: the "single" or "double" blocks of an MMDiT alone, counted from 0 among these; empty for both.
+        block_kind: the "single" or "double" blocks of an MMDiT alone, counted from 0 among these; empty for both.
 
     Raises:
         ConfigError: an empty list, a block that is in both, an unknown word. A block that the model does not have is refused
@@ -65,7 +65,7 @@ def profilingdit(
             )
         if block_kind and background.block_kind not in ("", block_kind):
             raise ConfigError(
-                f"profilingdit: the profile speaks of {background.block_kind} blocks, and of={block_kind!r} was asked for"
+                f"profilingdit: the profile speaks of {background.block_kind} blocks, and block_kind={block_kind!r} was asked for"
             )
         chosen = background.only(block_kind) if block_kind and not background.block_kind else background
         lists, block_kind = {"background": chosen.background, "foreground": chosen.foreground}, chosen.block_kind

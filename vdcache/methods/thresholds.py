@@ -78,7 +78,7 @@ def teacache(
     threshold: float = 0.1,
     coefficients: str | Sequence[float] = (),
     *,
-    at: str = "",
+    location: str = "",
     first: int = 1,
     last: int = 1,
     name: str = "",
@@ -90,7 +90,7 @@ def teacache(
         threshold: reused below it.
         coefficients: of the polynomial, the highest power first, or the name of a model in `TEACACHE_COEFFICIENTS`; empty to
             add up the changes as they are. A polynomial means something for its own model alone.
-        at: "modulated", or "timestep" (the embedding) or "modulation" (what it is projected to), which the published scripts
+        location: "modulated", or "timestep" (the embedding) or "modulation" (what it is projected to), which the published scripts
             look at for Wan; empty for what belongs to the coefficients.
         first, last: steps that are always computed.
 
@@ -105,14 +105,14 @@ def teacache(
     coefficients = numbers(coefficients, "the coefficients of the polynomial")
     if model.endswith("-ret"):
         first, last = max(first, 5), 0
-    if not at:
-        at = "modulation" if model.endswith("-ret") else "timestep" if model.startswith("wan") else "modulated"
-    passes = (MarkBranches(), MergeSlots(), Probe(location=at, reference_step="step"))
+    if not location:
+        location = "modulation" if model.endswith("-ret") else "timestep" if model.startswith("wan") else "modulated"
+    passes = (MarkBranches(), MergeSlots(), Probe(location=location, reference_step="step"))
     policy = Threshold(threshold, True, tuple(coefficients), Bounds(first, last))
     return Recipe(name or "-".join(filter(None, ("teacache", model, f"{threshold:g}"))), policy, passes, "arXiv 2411.19108")
 
 
-def seacache(threshold: float = 0.2, *, at: str = "modulated", first: int = 1, last: int = 1, name: str = "") -> Recipe:
+def seacache(threshold: float = 0.2, *, location: str = "modulated", first: int = 1, last: int = 1, name: str = "") -> Recipe:
     """SeaCache (arXiv 2602.18993): as TeaCache without a polynomial, on a signal that a Wiener filter of the step's noise level
     has gone over.
 
@@ -121,9 +121,9 @@ def seacache(threshold: float = 0.2, *, at: str = "modulated", first: int = 1, l
 
     Args:
         threshold: reused below it.
-        at: "modulated" tokens of the first block, as the authors; "input" for the latent itself, as diffusers.
+        location: "modulated" tokens of the first block, as the authors; "input" for the latent itself, as diffusers.
     """
-    passes = (MarkBranches(), MergeSlots(), Probe(location=at, reference_step="step", filter="wiener"))
+    passes = (MarkBranches(), MergeSlots(), Probe(location=location, reference_step="step", filter="wiener"))
     policy = Threshold(threshold, True, bounds=Bounds(first, last))
     return Recipe(name or f"seacache-{threshold:g}", policy, passes, "arXiv 2602.18993")
 

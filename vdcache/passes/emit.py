@@ -25,7 +25,7 @@ class Emit(Pass):
     """Emit the values of branches in the blocks that attend over video tokens, or one value of the model.
 
     Args:
-        at: "branches", or "input", "output", "residual" (what all blocks add): `passes.values`.
+        location: "branches", or "input", "output", "residual" (what all blocks add): `passes.values`.
         kinds: which branches, empty for all.
         gate: "pre" or "post", as `mark-branches` has it.
 

@@ -40,9 +40,9 @@ class MarkBranches(Pass):
         start, stop: the same as a slice of these blocks, as Python's: start=1 leaves the first one out, stop=-2 the last two. A
             fraction is a share of the blocks: stop=0.5 is the first half.
         layouts: only branches whose attention runs over these ("spatial", "temporal", "full"); empty for all branches.
-        apart: every block and kind is a group of its own, "b3.mlp" or "b3.attention" (self, joint or fused), instead of
+        per_block: every block and kind is a group of its own, "b3.mlp" or "b3.attention" (self, joint or fused), instead of
         `group`: for tables of layers and steps.
-        of: count only the "single" or the "double" blocks of an MMDiT (`GraphAnalysis.denoising_blocks`); empty for both.
+        block_kind: count only the "single" or the "double" blocks of an MMDiT (`GraphAnalysis.denoising_blocks`); empty for both.
         expected_blocks: how many blocks there must be, where the list belongs to one model; 0 for any number.
 
     Raises:
@@ -69,14 +69,14 @@ class MarkBranches(Pass):
         if self.blocks is not None:
             object.__setattr__(self, "blocks", whole_numbers(self.blocks, f"{self.name}: blocks"))
         super().__post_init__()
-        whole(self.expected_blocks, f"{self.name}: out-of, the number of blocks that there must be,")
+        whole(self.expected_blocks, f"{self.name}: expected-blocks, the number of blocks that there must be,")
         if unknown := [k for k in self.kinds if k not in KINDS]:
             raise ConfigError(f"{self.name}: no branch kind {unknown[0]!r}; there are {', '.join(KINDS)}")
         if self.gate not in ("post", "pre"):
             raise ConfigError(f"{self.name}: gate must be 'post' or 'pre', got {self.gate!r}")
         if self.block_kind not in ("", "single", "double"):
             raise ConfigError(
-                f"{self.name}: of must be 'single' or 'double' (or empty for all blocks), got {self.block_kind!r}"
+                f"{self.name}: block-kind must be 'single' or 'double' (or empty for all blocks), got {self.block_kind!r}"
             )
         if unknown := [w for w in self.layouts if w not in LAYOUTS]:
             raise ConfigError(f"{self.name}: no attention layout {unknown[0]!r}; there are {', '.join(LAYOUTS)}")

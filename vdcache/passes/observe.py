@@ -40,7 +40,7 @@ class Observe(Pass):
         strides: frame distances of the motion score; empty for none. Needs a graph that shows its latent frames.
         frames: latent frames, 0 to read them off the graph.
         group: the group of slots that the observation is for: it is measured in the steps that compute the group.
-        within: the share of the blocks, (from, to) between 0 and 1, whose middle one is observed where `blocks` is empty.
+        block_range: the share of the blocks, (from, to) between 0 and 1, whose middle one is observed where `blocks` is empty.
 
     Raises:
         ConfigError: the branch does not exist.
@@ -71,7 +71,7 @@ class Observe(Pass):
         whole(self.frames, f"{self.name}: frames, the number of latent frames or 0 to read it off the graph,")
         if not 0 <= self.block_range[0] < self.block_range[1] <= 1:
             raise ConfigError(
-                f"{self.name}: within is a share of the blocks, from and to, between 0 and 1; got {self.block_range}"
+                f"{self.name}: block-range is a share of the blocks, from and to, between 0 and 1; got {self.block_range}"
             )
 
     def run(self, graph: fx.GraphModule) -> PassResult:

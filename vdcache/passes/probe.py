@@ -27,11 +27,11 @@ class Probe(Pass):
     """Probe one value.
 
     Args:
-        at: "input", "residual" (of the first `blocks` denoising blocks), "modulated", "timestep" or "modulation":
+        location: "input", "residual" (of the first `blocks` denoising blocks), "modulated", "timestep" or "modulation":
         `passes.values`.
         blocks: how many blocks the residual is of.
         distance: how the change is measured (`dialect.DISTANCES`).
-        since: compare with the "step" before, or with the last step that was "computed".
+        reference_step: compare with the "step" before, or with the last step that was "computed".
         filter: what is applied to the value first: "wiener" for the filter of SeaCache, which needs the grid of tokens; empty
         for nothing.
         group: the group of slots that the probe decides on.

@@ -53,7 +53,7 @@ class TileAttention(Pass):
     fixed_sizes: ClassVar[bool] = True
 
     masks: tuple[str, ...] = ("dense",)
-    attention_matches: tuple[str, ...] = ()
+    sites: tuple[str, ...] = ()
     grid: tuple[int, ...] = ()
     text: tuple[int, ...] = ()
 
@@ -73,7 +73,7 @@ class TileAttention(Pass):
         found = analyze(graph)
         nodes = {n.name: n for n in graph.graph.nodes}
         chosen = self._chosen(found)
-        asked = bool(self.attention_matches) or len(self.masks) > 1
+        asked = bool(self.sites) or len(self.masks) > 1
         rewrites, refusals, failed = 0, [], False
         for attention, text in chosen:
             masks = parse_masks(text)
@@ -102,11 +102,11 @@ class TileAttention(Pass):
     def _chosen(self, found: GraphAnalysis) -> list[tuple[Attention, str]]:
         """The attentions that are meant, each with the text of its masks."""
         there = [a for _, a in found.denoising_attentions()]
-        if self.attention_matches:
+        if self.sites:
             known = {a.node: a for a in found.attentions}
-            if missing := [s for s in self.attention_matches if s not in known]:
+            if missing := [s for s in self.sites if s not in known]:
                 raise ConfigError(f"{self.name}: no attention is called {missing[0]!r}; there are {', '.join(known) or 'none'}")
-            there = [known[s] for s in self.attention_matches]
+            there = [known[s] for s in self.sites]
         if len(self.masks) not in (1, len(there)):
             raise ConfigError(
                 f"{self.name}: {len(self.masks)} masks for {len(there)} attentions; give one for all, or one for each. For one a head "

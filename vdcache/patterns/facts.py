@@ -89,7 +89,7 @@ class Stream:
         dtype: of the first sum.
         inputs: the inputs that its start is computed from.
         start: the value that the first branch is added to.
-        joins: the sums, in order.
+        residual_adds: the sums, in order.
         spans: which tokens are which, where the stream starts as a concatenation.
         parents: streams whose tokens it goes on with: a concatenation of several, or parts of one.
         graph: which graph of the forward, counted from 0.

@@ -31,7 +31,7 @@ class ProfiledAttention:
 
     Args:
         block: counted from 0 among the blocks that attend over video tokens, over all graphs of the model.
-        of: "single" or "double": the kind of block (`GraphAnalysis.denoising_blocks`).
+        block_kind: "single" or "double": the kind of block (`GraphAnalysis.denoising_blocks`).
         kind, layout, form: as in `patterns.Attention`.
         module: where it stands in the user's model; for messages only.
         graph: in which graph of the forward, counted from 0: Dynamo makes several where the model breaks.
@@ -63,7 +63,7 @@ class Profile:
         mask: bool [T, H, W], foreground of the first series after two thirds of its steps.
         picture: float [T', H', W', 3], the principal components of its prediction there.
         token_threshold, block_threshold: as `vdcache.profile` was given them.
-        of: which blocks it speaks of: "single", "double" or all ("").
+        block_kind: which blocks it speaks of: "single", "double" or all ("").
     """
 
     model: str

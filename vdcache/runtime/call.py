@@ -54,7 +54,7 @@ class ProbeSpec:
 
     Args:
         layout: its name and distance.
-        since: compared with its value at the "step" before, or at the last "computed" one.
+        reference_step: compared with its value at the "step" before, or at the last "computed" one.
     """
 
     layout: MetricSpec
