@@ -119,7 +119,7 @@ class CompiledGraph(Protocol):
     @property
     def unobserved(self) -> tuple[str, ...]: ...  # why what the recipe observes is not seen in it
 
-    def weights(self, inputs: Sequence[Any]) -> Sequence[Tensor]:
+    def weights(self, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
         """The parameters and buffers among its inputs that it does not write into itself."""
 
     def narrow(self, plan: Plan) -> Plan:

@@ -450,7 +450,8 @@ class Session:
                 if probe.reference_step == "step" or group_of(probe.layout.name) not in ticket.plan.reuse:
                     names.append(probe.layout.name)
                     values.append(value)
-            self.store.put(ticket.key, names, values, [*inputs, *results], ticket.rows)
+            if names:
+                self.store.put(ticket.key, names, values, [*inputs, *results], ticket.rows)
             own = self._computed.setdefault(ticket.key, {})
             for group in ticket.needs.computes:
                 own[group] = (self._step, own.get(group, (0, 0))[1] + 1)

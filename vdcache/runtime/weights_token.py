@@ -1,12 +1,15 @@
 """Are these still the same weights? A number that changes when a weight does.
 
-Identity and version of every parameter and buffer tell, and cost some 0.1 µs each. A weight that was moved, as offloading does, is
+Identity and version of every parameter and buffer tell, and cost some 0.06 µs each. A weight that was moved, as offloading does, is
 another object of the same value: that is found out by a sample of its bits, and is no change. What is written through `.data`
 (as PEFT's merge does) shows in neither identity nor version; no value crosses generations, so it counts from the next one on.
 """
 
 from __future__ import annotations
 
+import ctypes
+import struct
+import sys
 import weakref
 from collections.abc import Hashable, Sequence
 from operator import attrgetter
@@ -38,6 +41,7 @@ class WeightsToken:
             weights: its parameters and buffers, always in the same order.
             now: the step. A graph whose like ran in this very step is another block, not the other one made anew.
         """
+        weights = tuple(weights)
         known = self._known.get(graph)
         if known is None:
             seen = _Weights(kind, weights)
@@ -62,10 +66,11 @@ class _Weights:
         before: the same ones earlier: what is another object now is compared with it.
     """
 
-    def __init__(self, kind: Hashable, weights: Sequence[Tensor], before: _Weights | None = None) -> None:
+    def __init__(self, kind: Hashable, weights: tuple[Tensor, ...], before: _Weights | None = None) -> None:
         self.kind = kind
         self.step: Hashable = None  # in which they were seen last
         self.ids, self.versions = list(map(id, weights)), _versions(weights)
+        self._identities = _identities(weights)
         self.alive = True
         self.differs = False
         self._refs = [weakref.ref(w, self._died) for w in weights]  # an id may be given to another object
@@ -88,8 +93,8 @@ class _Weights:
     def _died(self, _: Any) -> None:
         self.alive = False
 
-    def unchanged(self, weights: Sequence[Tensor]) -> bool:
-        return self.alive and list(map(id, weights)) == self.ids and _versions(weights) == self.versions
+    def unchanged(self, weights: tuple[Tensor, ...]) -> bool:
+        return self.alive and _identities(weights) == self._identities and _versions(weights) == self.versions
 
     def holds(self, other: _Weights) -> bool:
         """Whether another graph's weights are these, in whatever order: the same objects, or objects of the same value."""
@@ -97,6 +102,21 @@ class _Weights:
         if all(key in mine for key in zip(other.ids, other.versions, strict=True)):
             return True
         return set(_on_host(other._samples)) <= set(_on_host(self._samples))
+
+
+def _addresses(values: tuple[Any, ...]) -> bytes:
+    """The addresses of a tuple's items, copied as they lie in CPython's tuple: a hundredth of the time of asking each for its id."""
+    return ctypes.string_at(id(values) + tuple.__basicsize__, len(values) * _POINTER)
+
+
+def _ids(values: tuple[Any, ...]) -> bytes:
+    return struct.pack(f"{len(values)}P", *map(id, values))
+
+
+_POINTER = struct.calcsize("P")
+_probe = (object(), "", 1.5)
+# Seen on CPython 3.11; where a tuple is laid out otherwise its items are asked.
+_identities = _addresses if sys.implementation.name == "cpython" and _addresses(_probe) == _ids(_probe) else _ids
 
 
 def _versions(weights: Sequence[Tensor]) -> list[int | None]:
