@@ -45,6 +45,7 @@ bench: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m tests.support.words
 
 types: setup
 	$(BIN)/mypy

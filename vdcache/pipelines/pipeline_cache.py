@@ -313,7 +313,7 @@ class PipelineCache:
         return "another cache is enabled"
 
     def look_for_slots(self, denoiser: Denoiser) -> None:
-        """A recipe that does nothing for one of several denoisers is said once, by its name."""
+        """Warn once, by its name, of a denoiser for which the recipe does nothing."""
         recipe = denoiser.settings.recipe
         graphs = denoiser.session.graphs
         if denoiser.helper or len(recipe.policy.plans()) < 2 or any(getattr(g, "slots", ()) for g in graphs):
