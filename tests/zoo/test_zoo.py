@@ -244,3 +244,21 @@ def test_recipes_that_probe(name, recipe):
     (graph,) = compiled.vdcache.graphs
     assert len(compiled.vdcache.history.computed_steps()) < 10
     assert compiled.vdcache.store.peak_bytes == graph.cache_bytes()
+
+
+@pytest.mark.parametrize("name", ["wan", "flux2", "cogvideox"])
+@torch.no_grad()
+def test_graphs_for_many_sizes_show_the_same(name):
+    """Sizes that are symbols hide neither timestep nor latent, and are no timestep themselves. (Floats of the model are inputs there too.)"""
+    case, seen = ZOO[name], []
+    for dynamic in (False, True):
+        torch._dynamo.reset()
+        model = build(name)
+        compiled = vdcache.compile(model, "every-3", num_steps=STEPS, inner="eager", dynamic=dynamic)
+        for step in range(2):
+            compiled(**case.call(step, 6))
+        (graph,) = compiled.vdcache.graphs
+        found = graph.analysis
+        seen.append((len(found.timestep_inputs), len(found.latents), len(graph.latents), found.count()))
+        assert compiled.vdcache.history[-1].reused
+    assert seen[0] == seen[1]

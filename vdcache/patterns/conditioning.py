@@ -37,10 +37,13 @@ def timestep_inputs(candidates: Sequence[fx.Node]) -> tuple[str, ...]:
     as the timestep; only the running generation tells them apart, because they do not change (DESIGN section 5).
     """
     found = []
+    sizes = {str(s) for n in candidates if (v := tensor_of(n)) is not None for s in v.shape if isinstance(s, torch.SymInt)}
     for node in candidates:
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor) and value.ndim > 2:
             continue  # a timestep is one value, one a sample, or one a token
+        if isinstance(value, torch.SymInt) and str(value) in sizes:
+            continue  # tables of positions are made from it
         sinusoids = _sinusoids_of(node)
         if any(_feeds_a_layer(sinusoid) for sinusoid in sinusoids):
             found.append(node.name)
