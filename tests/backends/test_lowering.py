@@ -44,7 +44,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def measured(monkeypatch):
-    """What `choose` asks to be measured; the answers are made up."""
+    """What `autotune` asks to be measured; the answers are made up."""
     asked = []
 
     def answer(query, key, value, bias, on, scale):
@@ -408,7 +408,7 @@ def test_each_attention_is_measured_and_gets_its_own(monkeypatch):
         asked.append((query.shape, key.shape, value.shape, bias, on.density, scale))
         return TuningResult(("masked", "gather")[len(asked) - 1], {"dense": 2.0, "masked": 1.0, "gather": 1.0}, on.density)
 
-    monkeypatch.setattr(lowering, "choose", answer)
+    monkeypatch.setattr(lowering, "autotune", answer)
     graph = masked_graph(["frames:0", "window:1x1x1:1x2x3"])
     names = [n.name for n, _ in tile_sites(graph)]
     found = lower_tiles(graph)

@@ -215,7 +215,7 @@ BAD = [
     *(("dbcache", {"mask": v}) for v in ((2,), (-1,), ("1",), (0.5,), (math.nan,), 3, "101")),
     *(("dbcache", {"predictor": v}) for v in ("taylor", 1, None)),
     *(("teacache", {"coefficients": v}) for v in ("flus", 3, None, ("1",), (None,), (math.nan,), (math.inf,), (True,))),
-    *((f, {"at": v}) for f in ("teacache", "seacache") for v in ("outputs", 3)),
+    *((f, {"location": v}) for f in ("teacache", "seacache") for v in ("outputs", 3)),
     *((f, {"first": v}) for f in ("teacache", "seacache", "easycache") for v in (0, *NO_COUNT)),
     *((f, {"last": v}) for f in ("teacache", "seacache", "easycache") for v in NO_COUNT),
     *(("fora", {"n": v}) for v in (0, *NO_COUNT)),

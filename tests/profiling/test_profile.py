@@ -84,7 +84,7 @@ def test_scores_are_equation_6(two, threshold):
     assert got.block_scores == pytest.approx(dict(enumerate(want.mean((0, 1)))))
     assert got.over_steps == pytest.approx(dict(enumerate(want.mean(0).std(0))))
     assert got.over_series == pytest.approx(dict(enumerate(want.mean(1).std(0))))
-    assert {s.of for s in got.sites} == {"double" if two else "single"}
+    assert {s.block_kind for s in got.sites} == {"double" if two else "single"}
 
 
 def test_what_is_generated_is_what_the_model_generates():
@@ -140,10 +140,10 @@ def test_single_and_double_blocks_have_profiles_of_their_own():
     mask = torch.zeros(3, 6, 6, dtype=torch.bool)
     mask[:, 2:4, 2:4] = True
     whole = vdcache.profile(model, run, foreground=mask)
-    assert whole.blocks == (0, 1, 2, 3) and [s.of for s in whole.sites] == ["double", "double", "single", "single"]
+    assert whole.blocks == (0, 1, 2, 3) and [s.block_kind for s in whole.sites] == ["double", "double", "single", "single"]
     single = whole.only("single")
     assert single.blocks == (0, 1) and list(single.block_scores.values()) == list(whole.block_scores.values())[2:]
-    assert vdcache.profilingdit(single.with_threshold(1.0)).passes[0].of == "single"
+    assert vdcache.profilingdit(single.with_threshold(1.0)).passes[0].block_kind == "single"
     listed = vdcache.profilingdit(whole, block_kind="single")
     assert listed.passes == vdcache.profilingdit(single).passes
     with pytest.raises(ConfigError, match="speaks of single blocks, and block_kind='double'"):

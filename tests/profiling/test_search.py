@@ -310,7 +310,7 @@ def test_a_budget_of_time(recorded, monkeypatch):
         pair = seconds[str(on.mask)]
         return TuningResult("gather", {} if pair is None else {"dense": pair[0], "gather": pair[1]}, on.density)
 
-    monkeypatch.setattr(search, "choose", answer)
+    monkeypatch.setattr(search, "autotune", answer)
     plan = searched(budget=0.6)
     least = parse_mask("frames:0").density(*GRID, text=3)
     assert plan.seconds == ((2.0, pytest.approx(1.8), pytest.approx(1.0), pytest.approx(2 * least)),) * BLOCKS

@@ -220,7 +220,7 @@ def test_presets_round_trip(name):
         (lambda: profilingdit([1, 2], [2, 3]), "block 2 is in the foreground and in the background list"),
         (lambda: profilingdit([1], reuse="backgrund"), "reuse is background, foreground, split, alternate; got 'backgrund'"),
         (lambda: profilingdit([1, 1]), "names 1 twice"),
-        (lambda: profilingdit([1], block_kind="triple"), "of must be 'single' or 'double'"),
+        (lambda: profilingdit([1], block_kind="triple"), "block-kind must be 'single' or 'double'"),
         (lambda: profilingdit([1], span="all"), "span must be 'run' or 'block'"),
         (lambda: profilingdit([1], when=[]), "at least one step"),
         (lambda: profilingdit([1], when="every-3"), "the computed steps is a list of whole numbers; got 'every-3'"),

@@ -723,7 +723,7 @@ def test_no_memory_for_running_it_again_is_tried_again(goal, folder, monkeypatch
 
     model, fast = small(), made(small(), **goal)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vdcache.scheduling.trajectory_replay.Rerun.of", full)
+        patch.setattr("vdcache.scheduling.trajectory_replay.TrajectoryReplay.of", full)
         first, heard = said(generate, fast)
     assert torch.equal(first, generate(model)) and not kept(folder)
     assert any("taught nothing, because it cannot be run again: OutOfMemoryError: CUDA out of memory." in h for h in heard)
@@ -732,7 +732,7 @@ def test_no_memory_for_running_it_again_is_tried_again(goal, folder, monkeypatch
 
 
 def test_running_it_again_that_never_works_goes_by_the_table(folder, monkeypatch):
-    monkeypatch.setattr("vdcache.scheduling.trajectory_replay.Rerun.of", lambda self, policy: 1 / 0)
+    monkeypatch.setattr("vdcache.scheduling.trajectory_replay.TrajectoryReplay.of", lambda self, policy: 1 / 0)
     fast = made(small(), speedup=2.0)
     for seed in range(5):
         quiet(generate, fast, seed)

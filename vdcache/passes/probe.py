@@ -1,6 +1,6 @@
 """probe: mark the value whose change decides, within a step, whether the step is computed.
 
-    h = block_0(x); …   -->   h = block_0(x); probe(h − x, name, distance, since); …
+    h = block_0(x); …   -->   h = block_0(x); probe(h − x, name, distance, reference_step); …
 
 A probe is a side value, so the pass is bit-exact. The graph is split at it later (`split-at-probe`).
 """
@@ -56,7 +56,7 @@ class Probe(Pass):
         for what, value, known in (
             ("place", self.location, [p for p in PLACES if p != "output"]),
             ("distance", self.distance, dialect.DISTANCES),
-            ("since", self.reference_step, dialect.REFERENCE_STEPS),
+            ("reference step", self.reference_step, dialect.REFERENCE_STEPS),
             ("filter", self.filter, ("", *FILTERS)),
         ):
             if value not in known:
