@@ -5,6 +5,8 @@ Rows carry the commit that they were made at. `tests/bench/test_thorough.py` che
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import subprocess
 import time
 from collections import Counter
@@ -14,16 +16,18 @@ import torch
 from bench.common import Bench, arguments
 from tests.support.histories import histories
 
+SHARD = 50  # histories that one process plays before it says how they went
+
 
 def main() -> None:
     args = arguments(
         __doc__,
         lambda p: p.add_argument("--histories", type=int, default=3000),
         lambda p: p.add_argument("--first-seed", type=int, default=0),
+        lambda p: p.add_argument("--workers", type=int, default=os.cpu_count(), help="processes"),
     )
-    torch.set_num_threads(1)
     bench = Bench("thorough", "every-2 and every-3 on one model")
-    call_histories(bench, args.histories, args.first_seed)
+    call_histories(bench, args.histories, args.first_seed, args.workers)
     bench.write(args.json)
 
 
@@ -34,24 +38,39 @@ def commit() -> str:
     return made + ("+" if changed else "")
 
 
-def call_histories(bench: Bench, count: int, first_seed: int) -> None:
+def call_histories(bench: Bench, count: int, first_seed: int, workers: int) -> None:
     """Random histories of calls: nothing stale, and reuse in at least 95 % of the calls that may reuse, for each kind of move."""
     may: Counter[str] = Counter()
     did: Counter[str] = Counter()
     stale: list[str] = []
-    at, began = commit(), time.perf_counter()
-    for number, machine in enumerate(histories(count, first_seed), 1):
-        may += machine.may
-        did += machine.did
-        stale += machine.stale
-        if number % 100 == 0:
-            print(f"{number} of {count} histories, {len(stale)} stale values, {time.perf_counter() - began:.0f} s", flush=True)
+    at, began, played = commit(), time.perf_counter(), 0
+    shards = [(min(SHARD, count - n), first_seed + n) for n in range(0, count, SHARD)]
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        for number, own_may, own_did, own_stale in pool.imap_unordered(_play, shards):
+            may += own_may
+            did += own_did
+            stale += own_stale
+            played += number
+            print(f"{played} of {count} histories, {len(stale)} stale values, {time.perf_counter() - began:.0f} s", flush=True)
     bench.row(
         f"stale values in {count} random histories", len(stale), "values", "== 0", histories=count, commit=at, stale=stale[:20]
     )
     for kind in sorted(may):
         share = did[kind] / may[kind]
         bench.row(f"reuse where it may be: {kind}", share, "of calls", ">= 0.95", may=may[kind], did=did[kind], commit=at)
+
+
+def _play(shard: tuple[int, int]) -> tuple[int, Counter[str], Counter[str], list[str]]:
+    """Some histories in a process of their own: how many, in which calls something may be reused and was, what was stale."""
+    torch.set_num_threads(1)
+    may: Counter[str] = Counter()
+    did: Counter[str] = Counter()
+    stale: list[str] = []
+    for machine in histories(*shard):
+        may += machine.may
+        did += machine.did
+        stale += machine.stale
+    return shard[0], may, did, stale
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Names of the release before are still read, with a warning that says the new one."""
 
+import importlib
 import json
+import sys
 
 import pytest
 
@@ -68,3 +70,11 @@ def test_a_name_that_never_was():
         vdcache.Clock  # noqa: B018
     with pytest.raises(vdcache.ConfigError, match="unknown policy 'Never'"):
         vdcache.Recipe.from_json(json.dumps(json.loads(vdcache.fora(3).to_json()) | {"policy": {"kind": "Never"}}))
+
+
+def test_the_old_module_of_pipelines():
+    pytest.importorskip("diffusers")
+    sys.modules.pop("vdcache.pipelines.applied", None)
+    with pytest.warns(DeprecationWarning, match=r"vdcache\.pipelines\.applied is vdcache\.pipelines\.pipeline_cache"):
+        old = importlib.import_module("vdcache.pipelines.applied")
+    assert old.applied_to is importlib.import_module("vdcache.pipelines.pipeline_cache").applied_to
