@@ -16,7 +16,7 @@ import torch
 from bench.common import Bench, arguments
 from tests.support.histories import histories
 
-SHARD = 50  # histories that one process plays before it says how they went
+SHARD = 40  # histories that one process plays in a row: as many as share their compiled models
 
 
 def main() -> None:

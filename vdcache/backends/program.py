@@ -25,7 +25,7 @@ from vdcache.ir.edit import inputs as graph_inputs
 from vdcache.ir.errors import ConfigError
 from vdcache.ir.facts import Fact
 from vdcache.ir.ops import is_work, tensor_of
-from vdcache.ir.sizes import Bindings, size_hint, updated_by
+from vdcache.ir.sizes import Bindings, shape_hint, updated_by
 from vdcache.passes import (
     DeadCode,
     Observe,
@@ -168,9 +168,9 @@ class Program:
         self.activations = tuple(i for i in range(len(names)) if i not in timed)
         outputs = [tensor_of(n) for n in captured.graph.graph.output_node().all_input_nodes]
         # What only comes nearest of all inputs may be a prompt, whose exchange must be noticed.
-        results = [[size_hint(s) for s in o.shape] for o in outputs if o is not None]
+        results = [shape_hint(o) for o in outputs if o is not None]
         fed = {i: self.fakes[i] for i in map(names.index, self.analysis.latents)}
-        nearest = {i: [size_hint(s) for s in v.shape] for i, v in fed.items() if v is not None}
+        nearest = {i: shape_hint(v) for i, v in fed.items() if v is not None}
         self.latents = tuple(updated_by(nearest, results))
         self.whole = len(self.latents) == len(nearest) > 0
         written = {at for _, at in captured.signature.mutations}  # by the model itself: its state, which says nothing of a call

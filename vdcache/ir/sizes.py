@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["Bindings", "is_symbolic", "size_hint", "updated_by"]
+__all__ = ["Bindings", "is_symbolic", "shape_hint", "size_hint", "updated_by"]
 
 Key = TypeVar("Key")
 
@@ -26,6 +26,11 @@ def size_hint(value: Any) -> int:
         return value
     hint = getattr(getattr(value, "node", None), "hint", None)
     return hint if isinstance(hint, int) else 1
+
+
+def shape_hint(value: torch.Tensor) -> list[int]:
+    """The shape of a fake tensor as integers."""
+    return [size_hint(s) for s in value.shape]
 
 
 def updated_by(inputs: Mapping[Key, Sequence[int]], results: Sequence[Sequence[int]], *, nearest: bool = False) -> list[Key]:

@@ -12,7 +12,7 @@ from torch import fx
 from vdcache.ir.capture import Signature
 from vdcache.ir.edit import inputs
 from vdcache.ir.ops import is_work, tensor_inputs, tensor_of
-from vdcache.ir.sizes import size_hint, updated_by
+from vdcache.ir.sizes import shape_hint, updated_by
 from vdcache.patterns.facts import Conditioning, Grid
 from vdcache.patterns.index import Index
 
@@ -121,8 +121,8 @@ def latents(index: Index, sig: Signature, sources: Sequence[fx.Node], clock_name
         value = tensor_of(node)
         if value is None or node.name in clock_names or not value.is_floating_point() or value.ndim < 2 or not fed >> i & 1:
             continue
-        shapes[node.name] = [size_hint(s) for s in value.shape]
-    forms = [[size_hint(s) for s in v.shape] for v in outputs] or sorted(shapes.values(), key=math.prod)[-1:]
+        shapes[node.name] = shape_hint(value)
+    forms = [shape_hint(v) for v in outputs] or sorted(shapes.values(), key=math.prod)[-1:]
     return tuple(updated_by(shapes, forms, nearest=True))
 
 

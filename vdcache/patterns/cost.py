@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from vdcache.ir.ops import ATTENTION, tensor_of
-from vdcache.ir.sizes import size_hint
+from vdcache.ir.sizes import shape_hint, size_hint
 from vdcache.ir.tiles import TILE_ATTENTION, tables_of
 
 __all__ = ["bytes_of", "flops", "owners"]
@@ -34,7 +34,7 @@ _PRODUCTS = (aten.mm.default, aten.bmm.default, aten.matmul.default)
 
 
 def _numel(value: Tensor | None) -> int:
-    return math.prod(size_hint(s) for s in value.shape) if value is not None else 0
+    return math.prod(shape_hint(value)) if value is not None else 0
 
 
 def bytes_of(node: fx.Node) -> int:

@@ -66,7 +66,7 @@ class RememberedInput:
         return self._value if self._ref is None else self._ref()
 
     def is_same_object(self, value: Any) -> bool:
-        """Whether `value` is the very object, not written into since; equal numbers are the same, and `LATENT` is what it is given for."""
+        """Whether `value` is this object and was not written into since. Numbers are compared by value; `LATENT` matches anything."""
         if isinstance(value, Tensor):
             return self.object is value and self.version is not None and value._version == self.version
         return value is LATENT or (type(value) is type(self._value) and bool(value == self._value))

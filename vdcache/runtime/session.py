@@ -106,9 +106,8 @@ class Session:
         self._tables: dict[Hashable, LaneTable] = {}
         self._labels: dict[Hashable, int] = {}  # of each family, how many lanes it has in this generation
         self._shown: set[int] = set()  # numbers of the lanes of this step
-        self._seen: dict[
-            Hashable, dict[int, RememberedInput]
-        ] = {}  # of each call of this step, its latents and what moves with the timestep
+        # Of each call of this step: its latents and what moves with the timestep, by position.
+        self._seen: dict[Hashable, dict[int, RememberedInput]] = {}
         self._ambiguous: dict[tuple[int | str | None, int, int], int] = {}  # lanes, and the last step of several latents
         # What graphs returned lately, for which conditioning, in which family; and how often a lane had begun by then.
         self._made: dict[int, tuple[weakref.ref[Tensor], Hashable, Hashable, int]] = {}
@@ -130,9 +129,8 @@ class Session:
         self._in_forward: int | None = None  # graphs that ran in this forward of the model; None where nobody watches forwards
         # What this forward was given, by identity; None where nobody watches, or one graph is all.
         self._given: set[int] | None = None
-        self._results: list[tuple[int, ...]] | None = (
-            None  # shapes of what the last watched forward of a model in parts returned
-        )
+        # Shapes of what the last watched forward of a model in parts returned.
+        self._results: list[tuple[int, ...]] | None = None
         self._latents_of: dict[CompiledGraph, tuple[int, ...]] = {}  # what is updated with those
         self._calls: dict[Hashable, int] = {}  # how often each graph ran in the current lane
         self._lanes = 0  # how many lanes the current step has had under explicit control
@@ -573,7 +571,7 @@ class Session:
         if self._step < 0 or self._ticker is None:
             self._early.add(graph.family)
             if not graph.timestep_inputs and getattr(graph, "slots", True):
-                self._notices.no_clock(getattr(graph, "broken", ""))
+                self._notices.no_timestep(getattr(graph, "broken", ""))
         return graph.family not in self._early and self._step >= 0
 
     def _drives(self, graph: CompiledGraph) -> bool:
@@ -678,10 +676,8 @@ class Session:
 
         What an earlier graph of the same forward returned stands for that graph's own conditioning.
         """
-        values: list[Any] = [inputs[i] for i in graph.told]
-        for i in self._latents(graph, inputs):
-            if i in graph.told:
-                values[graph.told.index(i)] = LATENT
+        latents = self._latents(graph, inputs)
+        values: list[Any] = [LATENT if i in latents else inputs[i] for i in graph.told]
         if not self._moving and len(self._graphs) < 2:
             return values, frozenset()
         begins = self._in_forward == 0 or (self._drives(graph) and not self._explicit_step)

@@ -109,7 +109,7 @@ class SessionWarnings:
             "session.begin(steps), session.step() at each denoising step, and session.lane(name) before each call.",
         )
 
-    def no_clock(self, broken: str = "") -> None:
+    def no_timestep(self, broken: str = "") -> None:
         """Args: `broken` says why the forward has several graphs, where that is known."""
         ran = "a graph with cacheable branches ran before any timestep was seen, so it is computed in full"
         if broken:
