@@ -87,3 +87,27 @@ def test_more_elements_than_32_bits_count():
     large = [whole.as_strided((1, 1, on.tokens, 64), (0, 0, apart // 8 * 8, 1), 64 * i).copy_(x) for i, x in enumerate(small)]
     out, want = (triton_attention(*x, on, None, None) for x in (large, small))
     torch.testing.assert_close(out, want, rtol=0, atol=1e-2)  # the two may be tuned to other blocks
+
+
+@torch.no_grad()
+def test_a_gather_beside_another_stream_is_the_same_bit_for_bit(monkeypatch):
+    """What attends to everything runs on a side stream: inputs that are freed at once, memory that is reused, a captured graph."""
+    on = tiled("frames:2", (8, 30, 40), 0, 5)
+    made = [list(inputs(on.tokens, 64, 8, 1, False, torch.bfloat16)) for _ in range(2)]
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.compiler.is_compiling", lambda: True)  # everything on one stream
+        want = [gather(*x, on, None, None).clone() for x in made]
+    torch.cuda.synchronize()
+    for i in range(40):
+        out = gather(*(t.clone(memory_format=torch.preserve_format) for t in made[i % 2]), on, None, None)
+        torch.empty_like(out).fill_(float("nan"))  # memory that was just freed is written over
+        assert torch.equal(out, want[i % 2])
+    x = [t.clone(memory_format=torch.preserve_format) for t in made[0]]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = gather(*x, on, None, None)
+    for inputs_, wanted in zip(made, want, strict=True):
+        for mine, given in zip(x, inputs_, strict=True):
+            mine.copy_(given)
+        graph.replay()
+        assert torch.equal(out, wanted)
