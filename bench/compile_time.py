@@ -42,7 +42,7 @@ def main() -> None:
     args = arguments(__doc__, lambda p: p.add_argument("--rounds", type=int, default=3))
     import vdcache
 
-    bench = Bench("compile time", str(vdcache.adacache("fast").pipeline))
+    bench = Bench("compile time", str(vdcache.methods.adacache("fast").pipeline))
     plain, cached = [], []
     for _ in range(args.rounds):
         plain.append(once("plain"))

@@ -123,15 +123,15 @@ def made(on, heads: int, d: int, dtype=torch.bfloat16, kv: int | None = None) ->
 
 def few_configs() -> None:
     """Two configurations instead of ten: the rest spill or never win (compiled ahead of time), and each costs seconds."""
-    from vdcache.backends.kernels import block_sparse as bs
+    from vdcache.attention import block_sparse as bs
 
     if not bs.interpreted:
         bs.kernel.configs = [bs._config(128, 128, 8, 2), bs._config(128, 64, 8, 3)]
 
 
 def kernel_is_right() -> None:
-    from vdcache.backends.kernels.triton import available, triton_attention
-    from vdcache.ir.tiles import gather, tiled
+    from vdcache.attention.tiles import gather, tiled
+    from vdcache.attention.triton import available, triton_attention
 
     if not available(DEV):
         return row("correct", "triton", skipped="no CUDA")
@@ -229,7 +229,7 @@ TINY = [("tiny", 4, 6, 8, 3, 2, 64, (1,), {})]
 
 def attention() -> None:
     """Every lowering on the papers' shapes; first one mask of every shape, then the others."""
-    from vdcache.backends.kernels import autotune  # noqa: F401  (registers flex and triton)
+    from vdcache.attention import autotune  # noqa: F401  (registers flex and triton)
 
     shapes = TINY if ARGS.tiny else SHAPES
     rounds = [(shape, i) for i in range(4) for shape in shapes if i < len(shape[7])]
@@ -244,9 +244,9 @@ def attention() -> None:
 def attention_of(shape: tuple, k: int, first: bool) -> None:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    from vdcache.backends.kernels import block_sparse
-    from vdcache.backends.kernels.autotune import LOWERINGS, _can
-    from vdcache.ir.tiles import tiled
+    from vdcache.attention import block_sparse
+    from vdcache.attention.autotune import LOWERINGS, _can
+    from vdcache.attention.tiles import tiled
 
     name, f, r, c, text, heads, d, _, paper = shape
     on = tiled(f"frames:{k}", (f, r, c), 0, text)
@@ -350,7 +350,7 @@ def model() -> None:
     """Six blocks of Wan 14B's width at 480p × 81 frames: identity, what a step costs, what is skipped, memory, waits."""
     import vdcache
     from vdcache.passes import MarkBranches, MergeSlots
-    from vdcache.runtime import EveryN
+    from vdcache.policies import EveryN
 
     blocks, w, heads, grid = (2, 64, 2, (2, 8, 8)) if ARGS.tiny else (6, 5120, 40, (21, 60, 104))
     dtype = torch.float32 if ARGS.tiny else torch.bfloat16
@@ -370,8 +370,8 @@ def model() -> None:
             text,
         )
 
-    last = vdcache.Recipe("last", EveryN(2), vdcache.adacache("fast").passes)
-    taylor = vdcache.Recipe("taylor1", EveryN(2), (MarkBranches(), MergeSlots()), predictor=vdcache.Taylor(1))
+    last = vdcache.Recipe("last", EveryN(2), vdcache.methods.adacache("fast").passes)
+    taylor = vdcache.Recipe("taylor1", EveryN(2), (MarkBranches(), MergeSlots()), predictor=vdcache.predictors.Taylor(1))
     with torch.no_grad():
         same = vdcache.compile(net, last, num_steps=100, inner="eager")
         row("model", "computed step, eager: equal bit for bit", equal=bool(torch.equal(same(*call(0)), net(*call(0)))))

@@ -39,7 +39,7 @@ from vdcache.demo.judge import judge
 from vdcache.demo.run import CONDITIONS, calibrated_recipe
 from vdcache.demo.sampler import sample
 from vdcache.demo.weights import load_model
-from vdcache.runtime.plan import RECOMPUTE
+from vdcache.policies.plan import RECOMPUTE
 
 STEPS = 30
 LADDER = (5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 18, 20, 22, 25)
@@ -62,8 +62,8 @@ def entries(model: nn.Module) -> list[Entry]:
         return sample(model, [condition], steps=STEPS, seed=900)
 
     prompts = random_conditions(4, torch.Generator().manual_seed(11))
-    ratios = vdcache.magnitudes(model, run, prompts=prompts)
-    errors = vdcache.step_errors(model, run, prompts=prompts)
+    ratios = vdcache.calibration.magnitudes(model, run, prompts=prompts)
+    errors = vdcache.calibration.step_errors(model, run, prompts=prompts)
     profile = vdcache.profile(model, run, prompts=prompts)
     found: list[Entry] = []
 
@@ -74,47 +74,61 @@ def entries(model: nn.Module) -> list[Entry]:
     add("every-N", {f"{n}": named(f"every-{n}") for n in (2, 3, 4, 5)})
     books = {"slow": named("adacache-slow"), "calibrated": calibrated_recipe(), "fast": named("adacache-fast")}
     add("AdaCache", books | {"fast + MoReg": named("adacache-fast+moreg")})
-    add("FBCache", {f"{t:g}": vdcache.fbcache(t) for t in (0.06, 0.08, 0.12, 0.2)})
-    add("DBCache F1", {f"{t:g}": vdcache.dbcache(1, 0, t, warm_up=4) for t in (0.06, 0.08, 0.12, 0.2)})
+    add("FBCache", {f"{t:g}": vdcache.methods.fbcache(t) for t in (0.06, 0.08, 0.12, 0.2)})
+    add("DBCache F1", {f"{t:g}": vdcache.methods.dbcache(1, 0, t, warm_up=4) for t in (0.06, 0.08, 0.12, 0.2)})
     add(
         "DBCache F1 + Taylor 1",
-        {f"{t:g}": vdcache.dbcache(1, 0, t, warm_up=4, predictor=vdcache.Taylor(1)) for t in (0.06, 0.08, 0.12, 0.2)},
+        {
+            f"{t:g}": vdcache.methods.dbcache(1, 0, t, warm_up=4, predictor=vdcache.predictors.Taylor(1))
+            for t in (0.06, 0.08, 0.12, 0.2)
+        },
     )
-    add("TeaCache", {f"{t:g}": vdcache.teacache(t) for t in (0.08, 0.12, 0.2, 0.3)})
-    add("SeaCache", {f"{t:g}": vdcache.seacache(t) for t in (0.1, 0.2, 0.3, 0.5)})
-    add("EasyCache", {f"{t:g}": vdcache.easycache(t) for t in (0.025, 0.05, 0.1, 0.2)})
+    add("TeaCache", {f"{t:g}": vdcache.methods.teacache(t) for t in (0.08, 0.12, 0.2, 0.3)})
+    add("SeaCache", {f"{t:g}": vdcache.methods.seacache(t) for t in (0.1, 0.2, 0.3, 0.5)})
+    add("EasyCache", {f"{t:g}": vdcache.methods.easycache(t) for t in (0.025, 0.05, 0.1, 0.2)})
     add(
         "MagCache",
         {
-            f"{t:g}, {k}": vdcache.magcache(ratios, threshold=t, max_consecutive=k)
+            f"{t:g}, {k}": vdcache.methods.magcache(ratios, threshold=t, max_consecutive=k)
             for t, k in ((0.06, 2), (0.12, 3), (0.24, 4), (0.5, 6))
         },
     )
-    add("FORA", {f"{n}": vdcache.fora(n) for n in (2, 3, 4, 5)})
-    add("TaylorSeer 1", {f"{n}": vdcache.taylorseer(n, 1) for n in (2, 3, 4, 5)})
-    add("TaylorSeer 2", {f"{n}": vdcache.taylorseer(n, 2) for n in (2, 3, 4, 5)})
-    add("Δ-DiT", {f"{n}": vdcache.delta_dit(n) for n in (2, 3, 4, 5)})
-    add("T-GATE", {f"{n}": vdcache.tgate(n) for n in (20, 15, 10, 5)})
+    add("FORA", {f"{n}": vdcache.methods.fora(n) for n in (2, 3, 4, 5)})
+    add("TaylorSeer 1", {f"{n}": vdcache.methods.taylorseer(n, 1) for n in (2, 3, 4, 5)})
+    add("TaylorSeer 2", {f"{n}": vdcache.methods.taylorseer(n, 2) for n in (2, 3, 4, 5)})
+    add("Δ-DiT", {f"{n}": vdcache.methods.delta_dit(n) for n in (2, 3, 4, 5)})
+    add("T-GATE", {f"{n}": vdcache.methods.tgate(n) for n in (20, 15, 10, 5)})
     window = (0.0, 1000.0)
-    add("PAB", {f"{a}/{c}": vdcache.pab(a, 0, c, window=window) for a, c in ((2, 2), (2, 4), (3, 6), (5, 10))})
-    add("SmoothCache", {f"{a:g}": vdcache.smoothcache(errors.schedule(a)) for a in (0.1, 0.15, 0.25, 0.35)})
-    add("FasterCache", {name: vdcache.fastercache(name, predicted="second") for name in ("cogvideox", "latte", "open-sora")})
+    add("PAB", {f"{a}/{c}": vdcache.methods.pab(a, 0, c, window=window) for a, c in ((2, 2), (2, 4), (3, 6), (5, 10))})
+    add("SmoothCache", {f"{a:g}": vdcache.methods.smoothcache(errors.schedule(a)) for a in (0.1, 0.15, 0.25, 0.35)})
+    add(
+        "FasterCache",
+        {name: vdcache.methods.fastercache(name, predicted="second") for name in ("cogvideox", "latte", "open-sora")},
+    )
     lists = {
-        "even": vdcache.LinearIntervals(6, 12, 2, "even", of_steps=50),
-        "decreasing": vdcache.LinearIntervals(6, 12, 2, of_steps=50),
+        "even": vdcache.policies.LinearIntervals(6, 12, 2, "even", of_steps=50),
+        "decreasing": vdcache.policies.LinearIntervals(6, 12, 2, of_steps=50),
     }
-    add("ProfilingDiT", {name: vdcache.profilingdit(profile, when=when) for name, when in lists.items()}, (0, 1))
+    add("ProfilingDiT", {name: vdcache.methods.profilingdit(profile, when=when) for name, when in lists.items()}, (0, 1))
     # what no paper has, from the same parts: the delta of all blocks extrapolated, at steps that a probe or a schedule chooses
     all_blocks = (vdcache.passes.MarkBranches(), vdcache.passes.MergeSlots())
     own = {
         f"TeaCache {t:g}": vdcache.Recipe(
-            f"own-{t:g}", vdcache.teacache(t).policy, vdcache.teacache(t).passes, predictor=vdcache.Taylor(1)
+            f"own-{t:g}",
+            vdcache.methods.teacache(t).policy,
+            vdcache.methods.teacache(t).passes,
+            predictor=vdcache.predictors.Taylor(1),
         )
         for t in (0.08, 0.12, 0.2)
     }
     add(
         "all blocks + Taylor 1",
-        own | {"every 3": vdcache.Recipe("own-3", vdcache.fora(3).policy, all_blocks, predictor=vdcache.Taylor(1))},
+        own
+        | {
+            "every 3": vdcache.Recipe(
+                "own-3", vdcache.methods.fora(3).policy, all_blocks, predictor=vdcache.predictors.Taylor(1)
+            )
+        },
     )
     return found
 
@@ -281,18 +295,18 @@ def same_steps(bench: Bench, model: nn.Module) -> None:
     sea = {"at": "input"}
     pairs: list[tuple[Any, vdcache.Recipe]] = []
     for t in (0.06, 0.08, 0.12, 0.2):
-        pairs.append((peers.first_block(t), vdcache.fbcache(t)))
-        pairs.append((peers.dbcache(t), vdcache.dbcache(1, 0, t, warm_up=4)))
-        pairs.append((peers.dbcache(t, first=2), vdcache.dbcache(2, 0, t, warm_up=4)))
+        pairs.append((peers.first_block(t), vdcache.methods.fbcache(t)))
+        pairs.append((peers.dbcache(t), vdcache.methods.dbcache(1, 0, t, warm_up=4)))
+        pairs.append((peers.dbcache(t, first=2), vdcache.methods.dbcache(2, 0, t, warm_up=4)))
     for t, k, r in ((0.03, 1, 0.2), (0.06, 2, 0.2), (0.12, 3, 0.2), (0.3, 5, 0.1)):
-        pairs.append((peers.mag(t, k, r), vdcache.magcache(ratios, threshold=t, max_consecutive=k, retention=r)))
+        pairs.append((peers.mag(t, k, r), vdcache.methods.magcache(ratios, threshold=t, max_consecutive=k, retention=r)))
     for t, k in ((0.08, 2), (0.12, 2), (0.2, 2), (0.4, 4)):
-        own = vdcache.seacache(t, **sea)
-        bounds = vdcache.Bounds(1, 1, max_consecutive=k)
-        policy = vdcache.Threshold(t, accumulate=True, bounds=bounds)
-        pairs.append((peers.sea(t, k), vdcache.Recipe(own.name, policy, own.passes, predictor=vdcache.Taylor(1))))
+        own = vdcache.methods.seacache(t, **sea)
+        bounds = vdcache.policies.Bounds(1, 1, max_consecutive=k)
+        policy = vdcache.policies.Threshold(t, accumulate=True, bounds=bounds)
+        pairs.append((peers.sea(t, k), vdcache.Recipe(own.name, policy, own.passes, predictor=vdcache.predictors.Taylor(1))))
     for a, c, w in ((2, 2, (100, 800)), (2, 4, (50, 900)), (3, 6, (0, 950))):
-        pairs.append((peers.broadcast(a, c, w), vdcache.pab(a, 0, c, window=w)))
+        pairs.append((peers.broadcast(a, c, w), vdcache.methods.pab(a, 0, c, window=w)))
     for peer, recipe in pairs:
         theirs = layers_steps(peer)
         torch._dynamo.reset()

@@ -29,10 +29,10 @@ def main() -> None:
     moves = torch.cat([motion(v) for v in plain])
     most = set(moves.argsort(descending=True)[: len(conditions) // 2].tolist())
 
-    def run(factor: float, moreg: vdcache.MoReg | bool) -> tuple[float, list[float]]:
+    def run(factor: float, moreg: vdcache.policies.MoReg | bool) -> tuple[float, list[float]]:
         book = [(t * factor, r) for t, r in base.entries]
         torch._dynamo.reset()
-        fast = vdcache.compile(model, vdcache.adacache(book, moreg=moreg), num_steps=STEPS, inner="eager")
+        fast = vdcache.compile(model, vdcache.methods.adacache(book, moreg=moreg), num_steps=STEPS, inner="eager")
         computed, psnr = 0, []
         for i, c in enumerate(conditions):
             video = sample(fast, [c], steps=STEPS, seed=i)
@@ -42,13 +42,13 @@ def main() -> None:
 
     bench = Bench("moreg", str(calibrated_recipe().pipeline))
     # The published scale of the motion score belongs to another model: here it is the median score of this one, so that the factor is about 1.
-    probe = vdcache.compile(model, vdcache.adacache([(1e-9, 1)], moreg=True), num_steps=STEPS, inner="eager")
+    probe = vdcache.compile(model, vdcache.methods.adacache([(1e-9, 1)], moreg=True), num_steps=STEPS, inner="eager")
     for i, c in enumerate(conditions[:4]):
         sample(probe, [c], steps=STEPS, seed=i)
     scores = sorted(m.motion for r in probe.vdcache.history for m in r.measures if m.motion is not None)
     scale = scores[len(scores) // 2] if scores else 0.385
     bench.row("median motion score of the observed branch", scale, "", None, published=0.385)
-    for name, moreg in (("published scale", True), ("scale of this model", vdcache.MoReg(scale=scale))):
+    for name, moreg in (("published scale", True), ("scale of this model", vdcache.policies.MoReg(scale=scale))):
         steps, with_motion = run(1.0, moreg)
         low, high = 0.01, 30.0
         for _ in range(7):  # bisection on the thresholds without MoReg

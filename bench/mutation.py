@@ -52,7 +52,11 @@ def _match(what: str, old: str, new: str) -> Bug:
 
 
 def _runtime(what: str, file: str, old: str, new: str, *tests: str) -> Bug:
-    return Bug(what, f"runtime/{file}.py", old, new, tests or ("tests/runtime/test_clock.py", *MACHINE))
+    return Bug(what, f"runtime/{file}.py", old, new, tests or ("tests/runtime/test_step_tracker.py", *MACHINE))
+
+
+def _policy(what: str, file: str, old: str, new: str, *tests: str) -> Bug:
+    return Bug(what, f"policies/{file}.py", old, new, tests)
 
 
 RESIDUAL = ("tests/patterns/test_residual.py", "tests/passes/test_mark_branches.py")
@@ -265,7 +269,7 @@ BUGS = (
         "torch.where(when.computed > i - 1, 1 / when.elapsed",
         ("tests/runtime/test_predictors.py",),
     ),
-    _runtime(
+    _policy(
         "the change relative to now, not to before",
         "metrics",
         "        change = _ratio(root(first), root(second))",
@@ -275,40 +279,40 @@ BUGS = (
         "tests/backends/test_backend.py",
     ),
     # policies and schedules
-    _runtime(
-        "every-N one step late", "policies", "step % self.n == 0 or", "step % self.n == 1 or", "tests/runtime/test_policies.py"
+    _policy(
+        "every-N one step late", "base", "step % self.n == 0 or", "step % self.n == 1 or", "tests/policies/test_policies.py"
     ),
-    _runtime(
+    _policy(
         "the last step not computed",
-        "policies",
+        "base",
         "or step >= state - 1 else",
         "or step >= state else",
-        "tests/runtime/test_policies.py",
+        "tests/policies/test_policies.py",
     ),
-    _runtime(
+    _policy(
         "the rate passed by one step",
-        "policies",
+        "adacache",
         "else passed >= state.rate",
         "else passed > state.rate",
-        "tests/runtime/test_policies.py",
+        "tests/policies/test_policies.py",
     ),
-    _runtime("a change on the threshold", "policies", "if change < t)", "if change <= t)", "tests/runtime/test_policies.py"),
-    _runtime(
+    _policy("a change on the threshold", "adacache", "if change < t)", "if change <= t)", "tests/policies/test_policies.py"),
+    _policy(
         "one step fewer computed at the end",
-        "policies",
+        "adacache",
         "step >= state.num_steps - self.last:",
         "step > state.num_steps - self.last:",
-        "tests/runtime/test_policies.py",
+        "tests/policies/test_policies.py",
     ),
-    _runtime(
+    _policy(
         "the rate for the steps that really passed",
-        "policies",
+        "adacache",
         'k = state.rate if self.rule == "code" else elapsed',
         "k = elapsed",
-        "tests/runtime/test_policies.py",
+        "tests/policies/test_policies.py",
     ),
-    _runtime(
-        "intervals rounded down", "steps", "math.floor(exact + 0.5)", "math.floor(exact)", "tests/runtime/test_schedules.py"
+    _policy(
+        "intervals rounded down", "steps", "math.floor(exact + 0.5)", "math.floor(exact)", "tests/policies/test_scheduled.py"
     ),
     # clock
     _runtime(

@@ -21,7 +21,7 @@ from vdcache.ir.capture import capture
 from vdcache.ir.edit import copy_graph
 from vdcache.passes import DeadCode, Pipeline, Specialise, variant_io
 
-RECIPE = vdcache.adacache("fast")
+RECIPE = vdcache.methods.adacache("fast")
 DEPTHS = (8, 16, 32, 64)
 
 

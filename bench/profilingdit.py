@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import vdcache
 from bench.common import Bench, arguments, timed
+from vdcache.calibration.segment import Otsu, principal_picture
 from vdcache.demo.conditions import Condition, encode
 from vdcache.demo.data import draw, random_conditions
 from vdcache.demo.model import with_positions
@@ -30,13 +31,12 @@ from vdcache.demo.run import calibrated_recipe, quality
 from vdcache.demo.sampler import sample
 from vdcache.demo.weights import load_model
 from vdcache.ir import library
-from vdcache.profiling.segment import Otsu, principal_picture
 
 STEPS = 30
 WHEN = {
-    "stepwise": vdcache.LinearIntervals(6, 12, 2, "decreasing", of_steps=50),
-    "inverse": vdcache.LinearIntervals(6, 12, 2, "increasing", of_steps=50),
-    "average": vdcache.LinearIntervals(6, 12, 2, "even", of_steps=50),
+    "stepwise": vdcache.policies.LinearIntervals(6, 12, 2, "decreasing", of_steps=50),
+    "inverse": vdcache.policies.LinearIntervals(6, 12, 2, "increasing", of_steps=50),
+    "average": vdcache.policies.LinearIntervals(6, 12, 2, "even", of_steps=50),
 }
 
 
@@ -97,7 +97,7 @@ def main() -> None:
     )
     print(profile)
     profile.plot(args.picture)
-    bench.pipeline = str(vdcache.profilingdit(profile).pipeline)
+    bench.pipeline = str(vdcache.methods.profilingdit(profile).pipeline)
     masks(bench, model, profile)
     cost(bench, model)
     memory(bench)
@@ -112,16 +112,18 @@ def main() -> None:
 
 
 def tables(
-    bench: Bench, model: torch.nn.Module, profile: vdcache.Profile, conditions: Sequence[Condition], rounds: int
+    bench: Bench, model: torch.nn.Module, profile: vdcache.calibration.Profile, conditions: Sequence[Condition], rounds: int
 ) -> Tensor:
     recipes: dict[str, vdcache.Recipe] = {}
     for reuse, (name, when) in itertools.product(("foreground", "background"), WHEN.items()):
-        recipes[f"{reuse} reuse, {name}"] = vdcache.profilingdit(profile, when=when, reuse=reuse)
+        recipes[f"{reuse} reuse, {name}"] = vdcache.methods.profilingdit(profile, when=when, reuse=reuse)
     for reuse in ("split", "alternate"):
-        recipes[f"background + foreground ({reuse})"] = vdcache.profilingdit(profile, when=WHEN["stepwise"], reuse=reuse)
+        recipes[f"background + foreground ({reuse})"] = vdcache.methods.profilingdit(
+            profile, when=WHEN["stepwise"], reuse=reuse
+        )
     for name in ("stepwise", "average"):  # is it of use to compute the foreground's blocks in between?
-        recipes[f"every block reused, {name}"] = vdcache.profilingdit(profile.blocks, when=WHEN[name])
-    recipes["background reuse, stepwise, one delta a block"] = vdcache.profilingdit(
+        recipes[f"every block reused, {name}"] = vdcache.methods.profilingdit(profile.blocks, when=WHEN[name])
+    recipes["background reuse, stepwise, one delta a block"] = vdcache.methods.profilingdit(
         profile, when=WHEN["stepwise"], span="block"
     )
 
@@ -250,7 +252,9 @@ def _pair(plain: Way, way: Way, conditions: Sequence[Condition]) -> float:
 def all_blocks(steps: Sequence[int]) -> vdcache.Recipe:
     from vdcache.passes import MarkBranches, MergeSlots
 
-    return vdcache.Recipe("all-blocks", vdcache.SchedulePolicy(vdcache.StepList(tuple(steps))), (MarkBranches(), MergeSlots()))
+    return vdcache.Recipe(
+        "all-blocks", vdcache.policies.SchedulePolicy(vdcache.policies.StepList(tuple(steps))), (MarkBranches(), MergeSlots())
+    )
 
 
 def tea_steps(model: torch.nn.Module, conditions: Sequence[Condition], budget: int) -> list[int]:
@@ -282,7 +286,7 @@ def adacache_of(model: torch.nn.Module, conditions: Sequence[Condition], budget:
     found: list[tuple[float, vdcache.Recipe]] = []
     for _ in range(9):
         middle = (low * high) ** 0.5
-        recipe = vdcache.adacache([(t * middle, r) for t, r in entries])
+        recipe = vdcache.methods.adacache([(t * middle, r) for t, r in entries])
         way = Way(model, recipe, "eager")
         generate(way.run, conditions)
         found.append((abs(way.computed - budget), recipe))
@@ -296,12 +300,16 @@ def adacache_of(model: torch.nn.Module, conditions: Sequence[Condition], budget:
 
 
 def why(
-    bench: Bench, model: torch.nn.Module, profile: vdcache.Profile, conditions: Sequence[Condition], reference: Tensor
+    bench: Bench,
+    model: torch.nn.Module,
+    profile: vdcache.calibration.Profile,
+    conditions: Sequence[Condition],
+    reference: Tensor,
 ) -> None:
     """What reusing each block alone costs, against its R; and random lists as long as the background list."""
 
     def psnr(blocks: Sequence[int]) -> float:
-        way = Way(model, vdcache.profilingdit(blocks, when=WHEN["stepwise"]), "eager")
+        way = Way(model, vdcache.methods.profilingdit(blocks, when=WHEN["stepwise"]), "eager")
         return mean(psnr_of(generate(way.run, conditions), reference)[0])
 
     alone = {b: psnr([b]) for b in profile.blocks}
@@ -346,7 +354,7 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 @torch.no_grad()
-def masks(bench: Bench, model: torch.nn.Module, profile: vdcache.Profile) -> None:
+def masks(bench: Bench, model: torch.nn.Module, profile: vdcache.calibration.Profile) -> None:
     """IoU of the segmenter's mask with the truth: of drawn videos, noised; and of the colourful pixels of generated ones."""
     conditions = random_conditions(32, torch.Generator().manual_seed(3))
     video, truth = draw(conditions, torch.Generator().manual_seed(4))

@@ -37,13 +37,15 @@ REUSE = 0.00753  # FLOPs of a reused step over those of a computed one
 
 def even(count: int, order: int) -> vdcache.Recipe:
     steps = sorted({round(s) for s in np.linspace(0, STEPS - 1, count)})
-    predictor: Any = vdcache.Taylor(order) if order else vdcache.LastValue()
-    policy = vdcache.SchedulePolicy(vdcache.StepList(tuple(steps), of_steps=STEPS))
+    predictor: Any = vdcache.predictors.Taylor(order) if order else vdcache.predictors.LastValue()
+    policy = vdcache.policies.SchedulePolicy(vdcache.policies.StepList(tuple(steps), of_steps=STEPS))
     return vdcache.Recipe(f"even-{count}-{order}", policy, (MarkBranches(), MergeSlots()), predictor=predictor)
 
 
 def adacaches() -> list[vdcache.Recipe]:
-    between = vdcache.adacache([(0.08, 4), (0.16, 3), (0.24, 2), (0.32, 2), (0.4, 1), (1.0, 1)], name="adacache-between")
+    between = vdcache.methods.adacache(
+        [(0.08, 4), (0.16, 3), (0.24, 2), (0.32, 2), (0.4, 1), (1.0, 1)], name="adacache-between"
+    )
     return [calibrated_recipe(), *map(vdcache.methods.recipe, ("adacache-fast", "adacache-slow")), between]
 
 
@@ -108,7 +110,9 @@ def main() -> None:
             cached(recipe.name, "adacache", recipe)
         table = None
         if "searched" in args.kinds:
-            table = vdcache.step_table(model, lambda m, c, s=solver: generate(m, [c], solver=s, seed=77), prompts=for_search)
+            table = vdcache.calibration.step_table(
+                model, lambda m, c, s=solver: generate(m, [c], solver=s, seed=77), prompts=for_search
+            )
         for count in COUNTS:
             found, seconds = in_use(model, for_search, solver, count)
             bench.row(
@@ -161,12 +165,12 @@ def main() -> None:
     draw(bench.rows, args.picture)
 
 
-def in_use(model: Any, conditions: list[Any], solver: str, count: int) -> tuple[vdcache.Calibration, float]:
+def in_use(model: Any, conditions: list[Any], solver: str, count: int) -> tuple[vdcache.calibration.Calibration, float]:
     """What `vdcache-auto` finds in one generation of four videos, for so many computed steps; and what the search took, in seconds."""
     with tempfile.TemporaryDirectory() as folder:
         os.environ["VDCACHE_CACHE_DIR"] = folder  # else it would know the schedule already
         speedup = STEPS / (count + (STEPS - count) * REUSE) - 1e-3
-        way = vdcache.compile(model, vdcache.auto(speedup=speedup), num_steps=STEPS, dynamic=False)
+        way = vdcache.compile(model, vdcache.methods.auto(speedup=speedup), num_steps=STEPS, dynamic=False)
         seconds = []
         for _ in range(2):  # the second time everything is compiled
             generate(way, conditions, solver=solver, seed=77, begin=way.vdcache.begin)

@@ -12,8 +12,8 @@ import torch
 
 import vdcache
 from bench.common import Bench, arguments, median, timed, wan, wan_call
-from vdcache.recipe import Recipe
-from vdcache.runtime import EveryN
+from vdcache.methods.recipe import Recipe
+from vdcache.policies import EveryN
 
 ROUNDS = 15
 
@@ -27,7 +27,7 @@ def main() -> None:
     )
     torch._dynamo.reset()
     model = wan(args.blocks)
-    fast = vdcache.adacache("fast")
+    fast = vdcache.methods.adacache("fast")
     # AdaCache's passes under a fixed schedule: computed with observation, then reused, in turn.
     turn = Recipe("adacache-in-turn", EveryN(2), fast.passes)
     plain = torch.compile(model, backend=args.inner)
@@ -94,7 +94,8 @@ def main() -> None:
 
 def added_seconds(program: Any, session: Any, explicit: bool) -> float:
     """Host time of a reuse call around a variant that does nothing."""
-    from vdcache.runtime import Plan, registry
+    from vdcache.policies import Plan
+    from vdcache.runtime import registry
 
     inputs = [torch.zeros(v.shape, dtype=v.dtype) if isinstance(v, torch.Tensor) else v for v in program.fakes]
     part = program._part(Plan.of(["all"]))

@@ -23,7 +23,7 @@ from torch import Tensor
 import vdcache
 from bench.common import Bench, arguments, timed, wan
 from bench.profilingdit import generate, psnr_of
-from vdcache.backends.kernels.autotune import measure
+from vdcache.attention.autotune import measure
 from vdcache.demo.data import random_conditions
 from vdcache.demo.sampler import sample
 from vdcache.demo.weights import load_model
@@ -102,7 +102,7 @@ def one(
     bench: Bench, device: str, mask: str, grid: tuple[int, int, int], heads: int, dim: int, case: str, *, text: int = 0, batch: int = 1,
     dtype: torch.dtype = torch.float32, must: str | None = None, paper: float | None = None, every: bool = False,
 ) -> None:  # fmt: skip
-    on = vdcache.ir.tiles.tiled(mask, grid, text, 0)
+    on = vdcache.attention.tiles.tiled(mask, grid, text, 0)
     q, k, v = (
         torch.randn(batch, on.tokens, heads, dim, device=device, dtype=torch.float32).to(dtype).transpose(1, 2)
         for _ in range(3)
@@ -122,7 +122,7 @@ def one(
 
 
 def lowered(on: Any, name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    from vdcache.ir.tiles import LOWERINGS
+    from vdcache.attention.tiles import LOWERINGS
 
     return lambda q, k, v: LOWERINGS[name](q, k, v, on, None, None)
 
@@ -176,7 +176,7 @@ def layers(bench: Bench, videos: int) -> None:
     table = Path(".tiles-losses.json")
     table.unlink(missing_ok=True)
     common: dict[str, Any] = {"prompts": for_search, "timesteps": 4, "table": table}
-    first: list[vdcache.MaskPlan] = []
+    first: list[vdcache.calibration.MaskPlan] = []
     began = timed(lambda: first.append(vdcache.search_masks(model, run, options, budget=1.0, cost="weights", **common)))
     plan = first[0]
     bench.row("search: time for the table of 8 layers × 8 masks × 16 calls", began, "s", None, work=plan.work)
@@ -194,7 +194,7 @@ def layers(bench: Bench, videos: int) -> None:
     full = vdcache.explain(model, *example()).flops
     always = vdcache.methods.recipe("always")
     for k in range(7, -1, -1):
-        mask = vdcache.Frames(k)
+        mask = vdcache.masks.Frames(k)
         share = mask.density(8, 6, 6)
         quality_row(f"uniform frames:{k}", always.with_masks(mask), density=share, plan=[str(mask)] * 8)
         for objective in ("sum", "max"):
@@ -215,7 +215,7 @@ def layers(bench: Bench, videos: int) -> None:
         quality_row(
             f"{cached} + frames:4",
             vdcache.methods.recipe(cached).with_masks("frames:4"),
-            density=vdcache.Frames(4).density(8, 6, 6),
+            density=vdcache.masks.Frames(4).density(8, 6, 6),
         )
     table.unlink(missing_ok=True)
 

@@ -102,6 +102,6 @@ def test_a_whole_pipeline_is_told_of_apply(what):
     given = {"export": {"schedule": [0], "path": "p"}, "profile": {"run": 1}, "calibrate": {"run": 1}}
     given["search_schedule"] = {"run": 1, "speedup": 2.0}
     with pytest.raises(
-        vdcache.ConfigError, match=rf"{what} takes one model, and this Pipe is a whole pipeline: vdcache\.apply\("
+        vdcache.errors.ConfigError, match=rf"{what} takes one model, and this Pipe is a whole pipeline: vdcache\.apply\("
     ):
         getattr(vdcache, what)(Pipe(), **given.get(what, {}))

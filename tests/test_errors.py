@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import vdcache
-from tests.logs import informed
+from tests.support.logs import informed
 from vdcache.errors import inform_once, warn_once
 from vdcache.testing import TinyDiT, latent, time_of
 

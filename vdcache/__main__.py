@@ -1,5 +1,5 @@
 """`python -m vdcache` is the command `vdcache`."""
 
-from vdcache.cli import app
+from vdcache.cli.main import app
 
 app(prog_name="vdcache")

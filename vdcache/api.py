@@ -1,26 +1,27 @@
-"""`vdcache.compile`: torch.compile with this backend, and a handle on the session."""
+"""`vdcache.compile` and `torch.compile(model, backend="vdcache")`: what names recipes and compilers, and makes sessions for them."""
 
 from __future__ import annotations
 
 import difflib
-import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
-import torch
-from torch import nn
+from torch import fx
 
-from vdcache.backends import Backend, Settings
-from vdcache.backends.isolated import compile_isolated
-from vdcache.backends.verdict import Verdict
-from vdcache.ir.checks import check_model
-from vdcache.ir.errors import CaptureError, ConfigError, VdcacheError
-from vdcache.recipe import Recipe
-from vdcache.runtime import registry
+from vdcache.backends.dynamo import compile_graph
+from vdcache.backends.runner import compile_with
+from vdcache.backends.settings import Settings
+from vdcache.calibration.auto_calibrator import AutoCalibrator
+from vdcache.errors import ConfigError
+from vdcache.methods.recipe import Recipe
+from vdcache.methods.registry import for_goal
+from vdcache.policies.base import Always
 from vdcache.runtime.session import Session
+from vdcache.util.checks import check_model
 
-__all__ = ["ModelRunner", "check_options", "compile", "compile_with", "original"]
+__all__ = ["backend", "check_options", "compile", "session_of", "settings_of"]
 
 _TORCH_COMPILE = ("fullgraph", "dynamic", "mode")
 
@@ -75,100 +76,62 @@ def compile(
         "tiles": tiles,
         "pipeline": pipeline,
     }
-    settings = Settings.of(options)
+    settings = settings_of(options)
     return compile_with(model, settings, **torch_compile)
 
 
-def compile_with(model: Callable[..., Any], settings: Settings, **torch_compile: Any) -> Any:
-    """`compile` with settings that are made already."""
-    session = settings.new_session()
-    model = original(model)
-    runner = ModelRunner(model, settings, **torch_compile)
-    compiled = runner.compiled
-
-    def under_session(run: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(run)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            mine, claimed = session.claim(settings.new_session)
-            try:
-                return runner(mine, args, kwargs, run)
-            finally:
-                if claimed:
-                    mine.release()
-
-        return call
-
-    if isinstance(compiled, nn.Module):
-        # past OptimizedModule.__setattr__, which would write into the user's model
-        compiled.__dict__["forward"] = under_session(compiled.forward)
-        compiled.__dict__["vdcache"] = session
-        compiled.__dict__["vdcache_original"] = model
-        # A copy, also through a file, compiles anew: it shares neither a session nor a graph with this one.
-        compiled.__dict__["__reduce__"] = lambda: (_compile_again, (model, settings.anew(), torch_compile))
-        return compiled
-    call = under_session(compiled)
-    call.vdcache = session  # type: ignore[attr-defined]
-    call.vdcache_original = model  # type: ignore[attr-defined]
-    return call
-
-
-def _compile_again(model: nn.Module, settings: Settings, torch_compile: dict[str, Any]) -> Any:
-    """What copies and pickles of a compiled module are made by."""
-    return compile_with(model, settings, **torch_compile)
-
-
-class ModelRunner:
-    """A model or function under this backend, which runs under any session: it holds no state of a generation itself.
+def backend(
+    graph: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """The entry point `vdcache` of `torch_dynamo_backends`.
 
     Args:
-        model: what is compiled.
-        settings: recipe and compiler.
-        recompile_limit: how many graphs Dynamo may make of one forward before it gives up; its own limit without.
-        slots_are_told: somebody else says where no graph of the model has a slot.
-        torch_compile: `fullgraph`, `dynamic`, `mode` of torch.compile.
+        options: `recipe`, `num_steps`, `inner`, `strict`, `inductor` (`Settings`).
+        mode: as torch.compile's; "reduce-overhead" runs plain, because CUDA graphs are not tested yet.
+
+    Raises:
+        ConfigError: an option that does not exist or cannot be.
+        CaptureError: under `strict`, a graph that vdcache does not understand or that holds nothing to cache.
     """
+    return compile_graph(graph, example_inputs, settings_of(options), mode)
 
-    def __init__(
-        self,
-        model: Callable[..., Any],
-        settings: Settings,
-        *,
-        recompile_limit: int | None = None,
-        slots_are_told: bool = False,
-        **torch_compile: Any,
-    ) -> None:
-        self._but = ("slot", "probe") if slots_are_told else ()
-        self.settings = settings
-        self.verdict = Verdict(settings, model)
-        self._backend = Backend(settings, torch_compile.pop("mode", None), self.verdict)
-        if settings.recipe.fixed_sizes and torch_compile.get("dynamic") is None:
-            torch_compile["dynamic"] = False  # a mask is cut for sizes: where they are symbols it fits none
-        self.compiled: Any = compile_isolated(model, limit=recompile_limit, backend=self._backend, **torch_compile)
 
-    def __call__(
-        self, session: Session, args: Sequence[Any], kwargs: dict[str, Any], run: Callable[..., Any] | None = None
-    ) -> Any:
-        """One forward under a session.
+def settings_of(options: Mapping[str, Any] | None) -> Settings:
+    """Settings from the `options` of torch.compile; `pipeline` among them gives the recipe another scope.
 
-        Args:
-            run: the compiled callable, where it is not `compiled` itself.
-        """
-        if not self.verdict.settled:
-            self.verdict.runs()
-        try:
-            with registry.using(session):
-                result = session.watch(run or self.compiled, args, kwargs)
-        except torch._dynamo.exc.BackendCompilerFailed as error:
-            if isinstance(error.inner_exception, VdcacheError):
-                raise error.inner_exception from None  # what the user can catch and read
-            raise
-        except Exception as error:
-            self.verdict.failed(error)
-            raise
-        if not self._backend.called:
-            _never_called(self.settings, self.verdict.because())
-        self.verdict.judge(session.step_index >= 0, self._but)
-        return result
+    Raises:
+        ConfigError: an option or a recipe that does not exist or cannot be.
+    """
+    options = dict(options or {})
+    known = [*(f.name for f in fields(Settings) if f.compare), "speedup", "quality_db", "pipeline"]
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise ConfigError(
+                f"unknown option {name!r}{hint} There are {', '.join(known)}; Inductor's own go under 'inductor'."
+            )
+    inductor = options.pop("inductor", {}) or {}
+    chosen = for_goal(options.pop("recipe", None), options.pop("speedup", None), options.pop("quality_db", None))
+    if (passes := options.pop("pipeline", None)) is not None:
+        chosen = chosen.with_passes(passes)
+    return Settings(recipe=chosen, inductor=tuple(sorted(inductor.items())), make_session=session_of, **options)
+
+
+def session_of(settings: Settings) -> Session:
+    """A session that follows the recipe's policy, or that finds a schedule where the recipe has a goal."""
+    recipe = settings.recipe
+    if recipe.goal is None:
+        return Session(recipe.policy, settings.num_steps, name=recipe.name, prepare=settings.policy_for)
+    session = Session(Always(), settings.num_steps, name=recipe.name)
+    session.recorder = AutoCalibrator(
+        session, recipe.goal, strict=settings.strict, warn=settings.warn_once, log=settings.log_once
+    )
+    return session
 
 
 def check_options(given: Mapping[str, Any], function: Callable[..., Any], rest: str = "torch_compile") -> None:
@@ -184,22 +147,3 @@ def check_options(given: Mapping[str, Any], function: Callable[..., Any], rest: 
         if unknown[0] == "options":
             hint = "; what stands there is given directly: vdcache.compile(model, recipe=…, num_steps=…)."
         raise ConfigError(f"unknown argument {unknown[0]!r}{hint} There are {', '.join([*own, *_TORCH_COMPILE])}.")
-
-
-def original(model: Callable[..., Any]) -> Callable[..., Any]:
-    """The model that the user gave: compiling what was compiled before starts from there, and the new recipe alone acts."""
-    while (inner := getattr(model, "__dict__", {}).get("vdcache_original")) is not None:
-        model = inner
-    return model
-
-
-def _never_called(settings: Settings, because: str) -> None:
-    """Dynamo ran the model without asking the backend once."""
-    message = "vdcache: Dynamo compiled nothing of this model, so nothing is reused. " + (
-        because
-        or "Either torch.compile is disabled (TORCHDYNAMO_DISABLE, torch.compiler.disable), or this forward was compiled too often in this "
-        "process (torch._dynamo.config.recompile_limit; torch._dynamo.reset() forgets)."
-    )
-    if settings.strict:
-        raise CaptureError(message)
-    settings.warn_once("never called", message)

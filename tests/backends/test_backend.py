@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import vdcache
-from tests.logs import informed
+from tests.support.logs import informed
 from vdcache.runtime import registry
 from vdcache.testing import Reference, TinyDiT, latent, time_of
 
@@ -434,7 +434,7 @@ def test_explicit_control_wins_and_reads_nothing():
 
 def test_step_without_begin_is_an_error():
     compiled = vdcache.compile(TinyDiT(), "every-2", num_steps=4, inner="eager")
-    with pytest.raises(vdcache.CacheStateError, match=r"call session\.begin\(\) first"):
+    with pytest.raises(vdcache.errors.CacheStateError, match=r"call session\.begin\(\) first"):
         compiled.vdcache.step()
 
 
@@ -511,13 +511,13 @@ def test_bad_options_are_refused_before_anything_runs(options, message):
         compiled(latent(0), time_of(0), text())
     known = {k: v for k, v in options.items() if k != "recipee"}
     if known:
-        with pytest.raises(vdcache.ConfigError, match=message):
+        with pytest.raises(vdcache.errors.ConfigError, match=message):
             vdcache.compile(TinyDiT(), **known)
 
 
 @torch.no_grad()
 def test_observed_block_that_does_not_exist():
-    compiled = vdcache.compile(TinyDiT(), vdcache.adacache("fast", blocks=[7]), num_steps=30, inner="eager")
+    compiled = vdcache.compile(TinyDiT(), vdcache.methods.adacache("fast", blocks=[7]), num_steps=30, inner="eager")
     with pytest.raises(Exception, match="no block 7 to observe: 2 blocks"):
         compiled(latent(0), time_of(0), text())
 
@@ -525,7 +525,7 @@ def test_observed_block_that_does_not_exist():
 @torch.no_grad()
 def test_a_metric_that_is_no_number_recomputes_and_is_said_once():
     model = TinyDiT()
-    compiled = vdcache.compile(model, vdcache.adacache([(1e9, 5)]), num_steps=STEPS, inner="eager")
+    compiled = vdcache.compile(model, vdcache.methods.adacache([(1e9, 5)]), num_steps=STEPS, inner="eager")
     with pytest.warns(vdcache.VdcacheWarning, match="not a number") as said:
         for _step, _, x, t, words in generation():
             compiled(x * float("nan"), t, words)
@@ -538,11 +538,11 @@ def test_threshold_change_compiles_nothing():
     from torch._dynamo.utils import counters
 
     model = TinyDiT()
-    compiled = vdcache.compile(model, vdcache.adacache([(1e9, 3)]), num_steps=STEPS, inner="eager")
+    compiled = vdcache.compile(model, vdcache.methods.adacache([(1e9, 3)]), num_steps=STEPS, inner="eager")
     for _, _, x, t, words in generation():
         compiled(x, t, words)
     before = dict(counters["stats"])
-    compiled.vdcache.policy = vdcache.adacache([(1e9, 2)]).policy
+    compiled.vdcache.policy = vdcache.methods.adacache([(1e9, 2)]).policy
     compiled.vdcache.prepare = None
     for _, _, x, t, words in generation(1):
         compiled(x, t, words)
@@ -566,7 +566,7 @@ def test_weights_changed_between_generations_are_not_stale():
 @torch.no_grad()
 def test_store_is_empty_after_a_generation_and_knows_its_bytes():
     model = TinyDiT(blocks=6)
-    compiled = vdcache.compile(model, vdcache.adacache("fast"), num_steps=30, inner="eager")
+    compiled = vdcache.compile(model, vdcache.methods.adacache("fast"), num_steps=30, inner="eager")
     sizes = []
     for _step, _, x, t, words in generation(steps=30):
         compiled(x, t, words)
@@ -624,7 +624,7 @@ def test_dynamo_giving_up_is_said_once():
 )
 def test_wrong_arguments_fail_at_once_and_leave_the_class_alone(call, message):
     before = TinyDiT.__call__
-    with pytest.raises(vdcache.ConfigError, match=message):
+    with pytest.raises(vdcache.errors.ConfigError, match=message):
         call(TinyDiT())
     assert TinyDiT.__call__ is before
 
@@ -651,7 +651,7 @@ def test_a_model_that_dynamo_never_hands_over_is_said():
     model.forward = torch.compiler.disable(model.forward)
     with pytest.warns(vdcache.VdcacheWarning, match="Dynamo compiled nothing of this model"):
         vdcache.compile(model, "every-2", num_steps=4, inner="eager")(*args)
-    with pytest.raises(vdcache.CaptureError, match="Dynamo compiled nothing"):
+    with pytest.raises(vdcache.errors.CaptureError, match="Dynamo compiled nothing"):
         vdcache.compile(model, "every-2", num_steps=4, inner="eager", strict=True)(*args)
 
 
@@ -679,7 +679,7 @@ def test_a_recipe_that_never_hits_says_so_once():
                     compiled(latent(step), time_of(step), latent(9, 1, 3, 4))
         return [str(w.message) for w in heard if "reused nothing" in str(w.message)]
 
-    never = vdcache.adacache([(1e-9, 6), (1.0, 1)])
+    never = vdcache.methods.adacache([(1e-9, 6), (1.0, 1)])
     (said,) = run(vdcache.compile(TinyDiT(), never, num_steps=8, inner="eager"), 8)
     assert "'adacache-custom' reused nothing in a generation of 8 steps; what it observes changed by" in said
     (few,) = run(vdcache.compile(TinyDiT(), "every-2", num_steps=2, inner="eager"), 2)

@@ -39,7 +39,7 @@ def test_steps_follow_the_reference_and_computed_ones_equal_plain_inductor():
 def test_a_variant_compiled_late_is_right_at_four_sizes():
     """The reuse variant is first needed after Dynamo has returned, under symbols that it made, at a third size."""
     model = TinyDiT()
-    compiled = vdcache.compile(model, vdcache.adacache([(1e9, 2)]), num_steps=5, dynamic=True)
+    compiled = vdcache.compile(model, vdcache.methods.adacache([(1e9, 2)]), num_steps=5, dynamic=True)
     reused = 0
     for tokens in (6, 9, 12, 7):
         kept = None

@@ -13,17 +13,17 @@ import torch
 from hypothesis import given, settings
 
 import vdcache
-from tests.ir.test_tiles import bias_of, cases, noise, tensors
+from tests.attention.test_tiles import bias_of, cases, noise, tensors
 from tests.passes.test_block_lists import Stack, call
+from vdcache.attention import autotune as choosing
+from vdcache.attention import flex
+from vdcache.attention.autotune import TuningResult, autotune, measure
+from vdcache.attention.masks import Frames, Skip, Window
+from vdcache.attention.tiles import LOWERINGS, TILE_ATTENTION, gather, tiled
 from vdcache.backends import lowering
-from vdcache.backends.kernels import autotune as choosing
-from vdcache.backends.kernels import flex
-from vdcache.backends.kernels.autotune import TuningResult, autotune, measure
 from vdcache.backends.lowering import lower_tiles, tile_sites
 from vdcache.ir.capture import trace
 from vdcache.ir.edit import copy_graph
-from vdcache.ir.masks import Frames, Skip, Window
-from vdcache.ir.tiles import LOWERINGS, TILE_ATTENTION, gather, tiled
 from vdcache.passes import Canonicalise, Pipeline, TileAttention
 
 aten = torch.ops.aten

@@ -103,7 +103,7 @@ def test_a_model_without_a_slot_is_said_once(kind):
     assert "vdcache steps aside, the model runs as plain torch.compile" in said and "finds no slot in this model" in said
     assert ("Dynamo breaks the forward into several graphs: Skip inlining" in said) == (kind is Bare)
     torch._dynamo.reset()
-    with pytest.raises(vdcache.CaptureError, match="finds no slot in this model"):
+    with pytest.raises(vdcache.errors.CaptureError, match="finds no slot in this model"):
         generation(compiled(Model(), strict=True))
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import vdcache
-from vdcache.cli import app
+from vdcache.cli.main import app
 from vdcache.demo.conditions import Condition, encode
 from vdcache.demo.data import all_conditions, draw, random_conditions
 from vdcache.demo.fixed import schedule
@@ -113,7 +113,7 @@ def test_training_teaches_something():
 
 def test_the_demo_writes_what_it_says(tmp_path):
     torch._dynamo.reset()
-    recipes = ["every-2", vdcache.adacache([(0.4, 3), (1.0, 1)], moreg=True, name="adacache-test")]
+    recipes = ["every-2", vdcache.methods.adacache([(0.4, 3), (1.0, 1)], moreg=True, name="adacache-test")]
     conditions = [Condition(), Condition(speed="still")]
     log = io.StringIO()
     rows = run_demo(

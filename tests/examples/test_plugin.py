@@ -44,7 +44,7 @@ def test_it_is_listed_and_found_by_name(installed):
     code, out, err = python(
         installed,
         "-c",
-        "from vdcache.cli import app\n"
+        "from vdcache.cli.main import app\n"
         "for words in (['passes'], ['recipes'], ['recipes', 'window-residual-3']): app(words, standalone_mode=False)\n",
     )
     assert code == 0, err

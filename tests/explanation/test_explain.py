@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 
 import vdcache
 from tests.zoo import ZOO, build
-from vdcache.cli import app
+from vdcache.cli.main import app
+from vdcache.errors import CaptureError, ConfigError
 from vdcache.explanation.target import load
-from vdcache.ir.errors import CaptureError, ConfigError
 from vdcache.testing import TinyDiT, latent, time_of
 
 
@@ -171,12 +171,12 @@ def test_recipes_slots_variants_and_bound():
 )
 def test_what_the_goal_of_the_default_recipe_means(goal, computed, text):
     model, args, _ = tiny()
-    report = vdcache.explain(model, *args, recipe=vdcache.auto(**goal), num_steps=10)
+    report = vdcache.explain(model, *args, recipe=vdcache.methods.auto(**goal), num_steps=10)
     assert sum(not plan for plan in report.schedule) == computed and report.goal == text
     assert report.bound >= goal.get("speedup", 2.0)
     shown = " ".join(str(report).split())
     assert f"goal {text}: {computed} of 10 steps computed, {report.bound:.2f}× at most" in shown and "1.00×" not in shown
-    few = vdcache.explain(model, *args, recipe=vdcache.auto(speedup=9.0), num_steps=2)
+    few = vdcache.explain(model, *args, recipe=vdcache.methods.auto(speedup=9.0), num_steps=2)
     assert few.bound == 1 and few.schedule == ((), ())
 
 

@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 
 import vdcache
 from tests.exporting.packages import SCHEDULE, STEPS, by_hand, call, inputs, loop, model
-from vdcache.cli import app
+from vdcache.calibration.calibration import CalibrationKey
+from vdcache.cli.main import app
 from vdcache.exporting.fixed import recipe_of
 from vdcache.exporting.manifest import Manifest
-from vdcache.scheduling.calibration import CalibrationKey
-from vdcache.scheduling.choose import Goal
+from vdcache.policies.goal import Goal
 from vdcache.testing import TinyDiT
 
 
@@ -73,7 +73,7 @@ def export(tmp_path, **changed):
     ],
 )
 def test_refusals(tmp_path, changed, message):
-    with pytest.raises(vdcache.ConfigError, match=message):
+    with pytest.raises(vdcache.errors.ConfigError, match=message):
         export(tmp_path, **changed)
     assert not list(tmp_path.iterdir())
 
@@ -87,26 +87,26 @@ def test_an_export_that_goes_well_warns_of_nothing(tmp_path, format):
 
 
 def test_a_table_for_another_number_of_steps():
-    planned = vdcache.Recipe("table", vdcache.PlanTable(((), ("all",), ())))
+    planned = vdcache.Recipe("table", vdcache.policies.PlanTable(((), ("all",), ())))
     assert recipe_of(planned)[1] == 3
-    with pytest.raises(vdcache.ConfigError, match="the table of plans is for 3 steps, and the generation has 5"):
+    with pytest.raises(vdcache.errors.ConfigError, match="the table of plans is for 3 steps, and the generation has 5"):
         vdcache.export(model(), call(), schedule=planned, num_steps=5, path="nowhere")
 
 
 def test_a_step_that_reuses_what_was_never_computed(tmp_path):
-    class Late(vdcache.Always):
+    class Late(vdcache.policies.Always):
         def plans(self):
             return (vdcache.Plan(), vdcache.Plan.of(["all"]))
 
         def plan(self, state, step, times=()):
             return vdcache.Plan.of(["all"])
 
-    with pytest.raises(vdcache.ConfigError, match=r"step 0 reuses all/run\.0, which no step before it has computed"):
+    with pytest.raises(vdcache.errors.ConfigError, match=r"step 0 reuses all/run\.0, which no step before it has computed"):
         export(tmp_path, schedule=vdcache.Recipe("late", Late()), num_steps=3)
 
 
 def test_a_model_without_anything_to_reuse(tmp_path):
-    with pytest.raises(vdcache.ConfigError, match="finds nothing to reuse in this model"):
+    with pytest.raises(vdcache.errors.ConfigError, match="finds nothing to reuse in this model"):
         export(tmp_path, model=nn.Linear(4, 4), args=call()[:1])
 
 
@@ -114,7 +114,7 @@ def test_a_model_without_weights(tmp_path):
     kind = type(model())
     with torch.device("meta"):
         bare, args = kind(), tuple(torch.empty(v.shape) for v in call())
-    with pytest.raises(vdcache.ConfigError, match="TinyDiT is on the meta device, so it has no weights to export"):
+    with pytest.raises(vdcache.errors.ConfigError, match="TinyDiT is on the meta device, so it has no weights to export"):
         export(tmp_path, model=bare, args=args)
 
 
@@ -161,7 +161,7 @@ def lacking_loop(model, noise, text):
     ids=["calls", "draws", "shape", "waste", "arguments"],
 )
 def test_loops_that_are_refused(tmp_path, around, message):
-    with pytest.raises(vdcache.ConfigError, match=message):
+    with pytest.raises(vdcache.errors.ConfigError, match=message):
         export(tmp_path, loop=around, inputs=inputs())
     assert not list(tmp_path.iterdir())
 
@@ -177,21 +177,21 @@ def test_a_model_that_writes_into_itself(tmp_path):
             self.calls += 1
             return self.inner(x, timestep, text) + self.calls
 
-    with pytest.raises(vdcache.ConfigError, match="Counting writes into its inputs or buffers"):
+    with pytest.raises(vdcache.errors.ConfigError, match="Counting writes into its inputs or buffers"):
         export(tmp_path, model=Counting())
 
 
 def test_schedules_from_files_and_lists(tmp_path):
     SCHEDULE.to_json(tmp_path / "schedule.json")
     SCHEDULE.recipe().to_json(tmp_path / "recipe.json")
-    found = vdcache.Calibration(CalibrationKey("m", STEPS, ""), Goal(speedup=2.0), SCHEDULE)
+    found = vdcache.calibration.Calibration(CalibrationKey("m", STEPS, ""), Goal(speedup=2.0), SCHEDULE)
     found.to_json(tmp_path / "found.json")
     files = [tmp_path / f"{name}.json" for name in ("schedule", "recipe", "found")]
     for given in (SCHEDULE, found, str(files[0]), *files):
         recipe, steps = recipe_of(given)
         assert (recipe, steps) == (SCHEDULE.recipe(), STEPS)
     assert recipe_of([0, 2, 3], 6)[0].policy == SCHEDULE.recipe().policy
-    with pytest.raises(vdcache.ConfigError, match="there is no file 'gone\\.json'"):
+    with pytest.raises(vdcache.errors.ConfigError, match="there is no file 'gone\\.json'"):
         recipe_of("gone.json")
 
 

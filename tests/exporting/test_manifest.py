@@ -193,7 +193,7 @@ class Blocked:
 
 sys.meta_path.insert(0, Blocked())
 if sys.argv[2:]:
-    from vdcache.cli import app
+    from vdcache.cli.main import app
 
     app(["run", sys.argv[1], "--out", sys.argv[2]])
 import numpy as np

@@ -33,7 +33,11 @@ def test_published_architectures(name, tmp_path):
     assert manifest.files["weights.bin"].bytes <= 1.05 * own + 64 * len(list(found.parameters())) + 4096
 
 
-TAYLOR = vdcache.Recipe("taylor-2", vdcache.SchedulePolicy(vdcache.StepList((0, 1, 2, 4, 7))), predictor=vdcache.Taylor(2))
+TAYLOR = vdcache.Recipe(
+    "taylor-2",
+    vdcache.policies.SchedulePolicy(vdcache.policies.StepList((0, 1, 2, 4, 7))),
+    predictor=vdcache.predictors.Taylor(2),
+)
 
 
 @pytest.mark.parametrize(
@@ -75,10 +79,10 @@ def test_arguments_in_another_order_and_a_predictor_of_ones_own(tmp_path):
     found = TinyDiT(blocks=2, dim=16)
     x, timestep, text = call()
     swapped = {"text": text, "timestep": timestep, "x": x}
-    halfway = vdcache.Blended(lambda values, when: 0.5 * (values[0] + values[1]), 2)
-    recipe = vdcache.Recipe("mine", vdcache.SchedulePolicy(vdcache.StepList((0, 1, 3))), predictor=halfway)
+    halfway = vdcache.predictors.Blended(lambda values, when: 0.5 * (values[0] + values[1]), 2)
+    recipe = vdcache.Recipe("mine", vdcache.policies.SchedulePolicy(vdcache.policies.StepList((0, 1, 3))), predictor=halfway)
     vdcache.export(found, (), swapped, schedule=recipe, num_steps=6, path=tmp_path / "mine")
-    with pytest.raises(vdcache.ConfigError, match="could not keep its recipe"):
+    with pytest.raises(vdcache.errors.ConfigError, match="could not keep its recipe"):
         vdcache.verify(tmp_path / "mine", found, (), swapped)
     assert vdcache.verify(tmp_path / "mine", found, (), swapped, recipe=recipe).largest < 1e-5
 
@@ -132,7 +136,7 @@ def test_a_model_in_half_precision(tmp_path):
     )
     assert not vdcache.verify(tmp_path / "half", found, args, tolerance=1e-5).ok
     with pytest.raises(
-        vdcache.ConfigError, match=r"is torch\.bfloat16, which numpy does not have: export the model in float32"
+        vdcache.errors.ConfigError, match=r"is torch\.bfloat16, which numpy does not have: export the model in float32"
     ):
         vdcache.export(found.bfloat16(), tuple(v.bfloat16() for v in args), schedule=[0], num_steps=2, path=tmp_path / "brain")
 
@@ -153,10 +157,10 @@ def test_torchs_own_formats(format, tmp_path):
     from vdcache.exporting.to_torch import TorchRunner
     from vdcache.runtime_onnx import OnnxRunner
 
-    with pytest.raises(vdcache.ConfigError, match=f"of kind '{format}', and OnnxRunner runs onnx"):
+    with pytest.raises(vdcache.errors.ConfigError, match=f"of kind '{format}', and OnnxRunner runs onnx"):
         OnnxRunner(path)
     (path / "weights.safetensors").write_bytes(b"short")
-    with pytest.raises(vdcache.ConfigError, match=r"weights\.safetensors is truncated"):
+    with pytest.raises(vdcache.errors.ConfigError, match=r"weights\.safetensors is truncated"):
         TorchRunner(path)
 
 
@@ -182,7 +186,7 @@ def test_a_loop_that_updates_its_input_in_place(form, tmp_path):
         result = vdcache.verify(path, model(), call(), loop=loop, inputs=given)
         assert result.ok and result.psnr > 100
     assert all(torch.equal(given[n], before[n]) for n in given)
-    with pytest.raises(vdcache.ConfigError, match="the loop returns 2 tensors, and the package 1"):
+    with pytest.raises(vdcache.errors.ConfigError, match="the loop returns 2 tensors, and the package 1"):
         vdcache.verify(path, model(), call(), loop=lambda *a, **k: (pure(*a, **k), given["noise"]), inputs=given)
 
 
@@ -203,7 +207,9 @@ class Rotary(TinyDiT):
 def test_complex_rotary_tables(given, tmp_path):
     found = Rotary(blocks=2, dim=16)
     args = (*call(), found.table.clone()) if given else call()
-    with pytest.raises(vdcache.CaptureError, match=r"complex numbers \('table'\), which ONNX does not have: .*format='pt2'"):
+    with pytest.raises(
+        vdcache.errors.CaptureError, match=r"complex numbers \('table'\), which ONNX does not have: .*format='pt2'"
+    ):
         vdcache.export(found, args, schedule=[0, 2], num_steps=4, path=tmp_path / "onnx")
     assert not (tmp_path / "onnx").exists()
     vdcache.export(found, args, schedule=[0, 2], num_steps=4, path=tmp_path / "pt2", format="pt2")

@@ -242,7 +242,7 @@ def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch):
 
 def test_a_package_is_replaced_only_when_asked_and_only_by_a_whole_one(copy):
     before = json.loads((copy / "manifest.json").read_text())
-    with pytest.raises(vdcache.ConfigError, match="is there already; overwrite=True replaces it"):
+    with pytest.raises(vdcache.errors.ConfigError, match="is there already; overwrite=True replaces it"):
         exported(copy)
 
     def stop(doing):
@@ -253,5 +253,5 @@ def test_a_package_is_replaced_only_when_asked_and_only_by_a_whole_one(copy):
         exported(copy, overwrite=True, on_progress=stop)
     assert json.loads((copy / "manifest.json").read_text()) == before
     (copy / "manifest.json").unlink()
-    with pytest.raises(vdcache.ConfigError, match="and it is no package"):
+    with pytest.raises(vdcache.errors.ConfigError, match="and it is no package"):
         exported(copy, overwrite=True)

@@ -38,7 +38,7 @@ def test_steps_follow_the_reference(inner):
 @torch.no_grad()
 def test_a_reuse_call_never_waits_under_explicit_control_and_once_through_the_bare_door():
     model = TinyDiT().cuda()
-    compiled = vdcache.compile(model, vdcache.adacache([(1e9, 3)]), num_steps=9, inner="eager")
+    compiled = vdcache.compile(model, vdcache.methods.adacache([(1e9, 3)]), num_steps=9, inner="eager")
     session = compiled.vdcache
     x, words = latent(0).cuda(), latent(9, 1, 3, 4).cuda()
     session.begin(9)
@@ -73,7 +73,10 @@ def test_predictions_take_their_times_from_the_host(inner):
 
     model = Drift(1).cuda()
     recipe = vdcache.Recipe(
-        "line", vdcache.SchedulePolicy(vdcache.StepList((1, 3))), (MarkBranches(), MergeSlots()), predictor=vdcache.Taylor(1)
+        "line",
+        vdcache.policies.SchedulePolicy(vdcache.policies.StepList((1, 3))),
+        (MarkBranches(), MergeSlots()),
+        predictor=vdcache.predictors.Taylor(1),
     )
     compiled = vdcache.compile(model, recipe, num_steps=6, inner=inner)
     for step in range(6):
@@ -97,7 +100,7 @@ def test_profiles_and_block_lists():
     there = vdcache.profile(model, generate, foreground=mask)
     here = vdcache.profile(Stack(True), lambda m: [m(*call(step)) for step in range(STEPS)], foreground=mask)
     assert abs(there.scores - here.scores).mean() < 0.05  # a token at the threshold may fall to the other side
-    compiled = vdcache.compile(model, vdcache.profilingdit([1, 2, 4], when=[0, 3]), num_steps=STEPS, inner="eager")
+    compiled = vdcache.compile(model, vdcache.methods.profilingdit([1, 2, 4], when=[0, 3]), num_steps=STEPS, inner="eager")
     hand = ByHand(model)
     for step in range(STEPS):
         args = [t.cuda() for t in call(step)]

@@ -7,8 +7,8 @@ import os
 import pytest
 import torch
 
-from vdcache.backends.kernels.triton import available, triton_attention
-from vdcache.ir.tiles import _like, gather, tiled
+from vdcache.attention.tiles import _like, gather, tiled
+from vdcache.attention.triton import available, triton_attention
 
 CUDA = torch.device("cuda")
 pytestmark = [
@@ -22,7 +22,7 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def few_configurations(monkeypatch):
     """Two instead of ten: each takes seconds to compile, for every head dimension and kind of bias."""
-    from vdcache.backends.kernels import block_sparse
+    from vdcache.attention import block_sparse
 
     keep = [
         c

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from vdcache.ir import CaptureError, capture, dump, exported, trace
+from vdcache.errors import CaptureError
+from vdcache.ir import capture, dump, exported, trace
 from vdcache.testing import TinyDiT, latent, time_of
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 
-from vdcache.ir import ConfigError, ContractError, Fact, cache_guard, check, dump, observe, trace
+from vdcache.errors import ConfigError, ContractError
+from vdcache.ir import Fact, cache_guard, check, dump, observe, trace
 from vdcache.ir.edit import call
 from vdcache.ir.facts import FACTS, holding
 

@@ -5,7 +5,8 @@ import torch
 from expecttest import assert_expected_inline
 from hypothesis import given, settings
 
-from vdcache.ir import ConfigError, cache_guard, dump, parse, trace
+from vdcache.errors import ConfigError
+from vdcache.ir import cache_guard, dump, parse, trace
 from vdcache.ir.dialect import observe, probe
 from vdcache.ir.graph_files import load_graph, save_graph
 from vdcache.passes import Canonicalise, DeadCode, Emit, MarkBranches, MergeSlots, Observe, Pipeline, Specialise, TileAttention

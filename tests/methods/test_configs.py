@@ -12,7 +12,7 @@ import torch
 
 import vdcache
 from vdcache import Recipe
-from vdcache.runtime.schedules import CombinedPolicy
+from vdcache.policies.scheduled import CombinedPolicy
 
 pytest.importorskip("diffusers")
 
@@ -34,14 +34,14 @@ def quiet(config: Any) -> Recipe:
     """What carries over in full says nothing."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        return Recipe.from_config(config)
+        return vdcache.methods.from_config(config)
 
 
 def test_first_block_cache():
     from diffusers import FirstBlockCacheConfig
 
     recipe = quiet(FirstBlockCacheConfig(threshold=0.2))
-    assert str(recipe) == str(vdcache.fbcache(0.2))
+    assert str(recipe) == str(vdcache.methods.fbcache(0.2))
 
 
 def test_magcache_computes_the_steps_that_diffusers_computes():
@@ -67,10 +67,10 @@ def test_magcache_computes_the_steps_that_diffusers_computes():
 def test_magcache_that_calibrates_or_has_no_ratios():
     from diffusers import MagCacheConfig
 
-    with pytest.raises(vdcache.ConfigError, match=r"vdcache\.magnitudes"):
-        Recipe.from_config(MagCacheConfig(calibrate=True))
-    with pytest.raises(vdcache.ConfigError, match="no mag_ratios"):
-        Recipe.from_config(
+    with pytest.raises(vdcache.errors.ConfigError, match=r"vdcache\.calibration\.magnitudes"):
+        vdcache.methods.from_config(MagCacheConfig(calibrate=True))
+    with pytest.raises(vdcache.errors.ConfigError, match="no mag_ratios"):
+        vdcache.methods.from_config(
             made(threshold=0.1, max_skip_steps=3, retention_ratio=0.2, num_inference_steps=28, mag_ratios=None, calibrate=False)
         )
 
@@ -94,7 +94,7 @@ def test_taylorseer_computes_the_steps_that_diffusers_computes(n, first, order):
     want = [s for s in range(30) if hook._measure_should_compute()[0]]
     recipe = quiet(config)
     assert computed(recipe, 30) == want
-    assert recipe.predictor == vdcache.Taylor(order)
+    assert recipe.predictor == vdcache.predictors.Taylor(order)
 
 
 def test_taylorseer_says_what_it_cannot_carry_over():
@@ -102,7 +102,7 @@ def test_taylorseer_says_what_it_cannot_carry_over():
 
     config = TaylorSeerCacheConfig(disable_cache_after_step=40, cache_identifiers=["blocks.*attn"])
     with pytest.warns(vdcache.VdcacheWarning, match=r"disable_cache_after_step.*cache_identifiers \(branches are found"):
-        Recipe.from_config(config)
+        vdcache.methods.from_config(config)
     assert "merge-slots" in str(quiet(TaylorSeerCacheConfig(use_lite_mode=True)).pipeline)
 
 
@@ -120,10 +120,10 @@ def test_pyramid_attention_broadcast():
     times = [1000 * (1 - s / 20) for s in range(20)]
     assert computed(recipe, 20, "spatial") == [s for s in range(20) if not (s % 2 and 100 < times[s] < 800)]
     assert computed(recipe, 20, "cross") == [s for s in range(20) if not (s % 4 and 200 < times[s] < 900)]
-    with pytest.raises(vdcache.ConfigError, match="reuses nothing"):
-        Recipe.from_config(PyramidAttentionBroadcastConfig())
+    with pytest.raises(vdcache.errors.ConfigError, match="reuses nothing"):
+        vdcache.methods.from_config(PyramidAttentionBroadcastConfig())
     with pytest.warns(vdcache.VdcacheWarning, match="spatial_attention_block_identifiers"):
-        Recipe.from_config(
+        vdcache.methods.from_config(
             PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=2, spatial_attention_block_identifiers=("own",))
         )
 
@@ -138,7 +138,7 @@ def test_fastercache():
     times = [1000 * (1 - s / 20) for s in range(20)]
     assert computed(recipe, 20, "lane") == [s for s in range(20) if not (s % 5 and times[s] < 641)]
     with pytest.warns(vdcache.VdcacheWarning, match="attention_weight_callback"):
-        Recipe.from_config(FasterCacheConfig(attention_weight_callback=lambda module: 0.3))
+        vdcache.methods.from_config(FasterCacheConfig(attention_weight_callback=lambda module: 0.3))
 
 
 def test_seacache():
@@ -147,7 +147,7 @@ def test_seacache():
     recipe = quiet(SeaCacheConfig(threshold=0.3, retention_steps=3))
     assert recipe.policy.bounds.first == 3
     with pytest.warns(vdcache.VdcacheWarning, match="power_exp"):
-        Recipe.from_config(SeaCacheConfig(power_exp=2.0))
+        vdcache.methods.from_config(SeaCacheConfig(power_exp=2.0))
 
 
 def test_dbcache():
@@ -159,9 +159,9 @@ def test_dbcache():
         max_warmup_steps=4,
         max_continuous_cached_steps=3,
     )
-    assert str(quiet(config)) == str(vdcache.dbcache(2, 1, 0.12, warm_up=4, max_consecutive=3))
+    assert str(quiet(config)) == str(vdcache.methods.dbcache(2, 1, 0.12, warm_up=4, max_consecutive=3))
     with pytest.warns(vdcache.VdcacheWarning, match=r"enable_separate_cfg.*force_refresh_step_hint"):
-        Recipe.from_config(cache_dit.DBCacheConfig(enable_separate_cfg=True, force_refresh_step_hint=9))
+        vdcache.methods.from_config(cache_dit.DBCacheConfig(enable_separate_cfg=True, force_refresh_step_hint=9))
 
 
 @pytest.mark.parametrize("policy", ["dynamic", "static"])
@@ -184,14 +184,14 @@ def test_dbcache_with_a_mask_of_steps(policy):
 
 
 def test_no_configuration():
-    with pytest.raises(vdcache.ConfigError, match="takes a cache configuration of diffusers or cache-dit; got dict"):
-        Recipe.from_config({"threshold": 0.1})
-    with pytest.raises(vdcache.ConfigError, match="is no cache configuration that vdcache knows: it has length"):
-        Recipe.from_config(made(length=3))
+    with pytest.raises(vdcache.errors.ConfigError, match="takes a cache configuration of diffusers or cache-dit; got dict"):
+        vdcache.methods.from_config({"threshold": 0.1})
+    with pytest.raises(vdcache.errors.ConfigError, match="is no cache configuration that vdcache knows: it has length"):
+        vdcache.methods.from_config(made(length=3))
     from diffusers import FirstBlockCacheConfig
 
-    with pytest.raises(vdcache.ConfigError, match="not the class"):
-        Recipe.from_config(FirstBlockCacheConfig)
+    with pytest.raises(vdcache.errors.ConfigError, match="not the class"):
+        vdcache.methods.from_config(FirstBlockCacheConfig)
     config = made(cache_type="DBPrune", Fn_compute_blocks=1, Bn_compute_blocks=0, residual_diff_threshold=0.3)
-    with pytest.raises(vdcache.ConfigError, match="DBPrune"):
-        Recipe.from_config(config)
+    with pytest.raises(vdcache.errors.ConfigError, match="DBPrune"):
+        vdcache.methods.from_config(config)

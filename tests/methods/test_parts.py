@@ -36,41 +36,43 @@ class Forgotten:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ((vdcache.Always, (MarkBranches(),)), "for a policy, a class; give a value"),
+        ((vdcache.policies.Always, (MarkBranches(),)), "for a policy, a class; give a value"),
         ((3, (MarkBranches(),)), "has 3 for a policy"),
-        ((vdcache.Always(), (MarkBranches(), MergeSlots)), "MergeSlots is a class: give a value of it"),
+        ((vdcache.policies.Always(), (MarkBranches(), MergeSlots)), "MergeSlots is a class: give a value of it"),
         (
-            (vdcache.Always(), (Forgotten(),)),
+            (vdcache.policies.Always(), (Forgotten(),)),
             r"Forgotten does not subclass vdcache\.Pass: write class Forgotten\(vdcache\.Pass\)",
         ),
-        ((vdcache.Always(), Forgotten), r"Forgotten does not subclass vdcache\.Pass"),
+        ((vdcache.policies.Always(), Forgotten), r"Forgotten does not subclass vdcache\.Pass"),
         ((Forgotten(), (MarkBranches(),)), "which has no plans, start, plan, observe; give a value"),
     ],
 )
 def test_what_is_no_part_is_refused(given, message):
-    with pytest.raises(vdcache.ConfigError, match=message):
+    with pytest.raises(vdcache.errors.ConfigError, match=message):
         vdcache.Recipe("x", *given)
-    assert vdcache.Recipe("x", vdcache.Always(), MarkBranches()).passes == (MarkBranches(),)
+    assert vdcache.Recipe("x", vdcache.policies.Always(), MarkBranches()).passes == (MarkBranches(),)
 
 
 def test_a_misspelt_option_in_a_file_is_named():
-    data = json.loads(vdcache.Recipe("x", vdcache.SchedulePolicy(vdcache.StepList((0, 1)))).to_json())
+    data = json.loads(vdcache.Recipe("x", vdcache.policies.SchedulePolicy(vdcache.policies.StepList((0, 1)))).to_json())
     data["policy"]["nope"] = 3
-    with pytest.raises(vdcache.ConfigError, match=r"SchedulePolicy cannot be made of .*nope"):
+    with pytest.raises(vdcache.errors.ConfigError, match=r"SchedulePolicy cannot be made of .*nope"):
         vdcache.Recipe.from_json(json.dumps(data))
 
 
 def package(monkeypatch, *points):
-    from vdcache.ir import plugins
+    from vdcache.util import plugins
 
     monkeypatch.setattr(plugins, "_loaded", lambda group, path: points if group == "vdcache.recipes" else ())
     monkeypatch.setattr(plugins, "_said", set())
 
 
 def test_two_packages_with_one_name(monkeypatch):
-    from vdcache.ir.plugins import Plugin
+    from vdcache.util.plugins import Plugin
 
-    first, second = (Plugin("calm-D", f"{p} 1.0", lambda d: vdcache.Recipe("calm", vdcache.Always())) for p in ("one", "two"))
+    first, second = (
+        Plugin("calm-D", f"{p} 1.0", lambda d: vdcache.Recipe("calm", vdcache.policies.Always())) for p in ("one", "two")
+    )
     package(monkeypatch, first, second)
     with pytest.warns(
         vdcache.VdcacheWarning, match=r"passes over 'calm-D' of two 1.0 .*: that of one 1.0 has the same name and is taken"
@@ -79,8 +81,8 @@ def test_two_packages_with_one_name(monkeypatch):
 
 
 def test_a_recipe_that_cannot_be_made_names_its_package(monkeypatch):
-    from vdcache.ir.plugins import Plugin
+    from vdcache.util.plugins import Plugin
 
-    package(monkeypatch, Plugin("calm-D", "one 1.0", lambda: vdcache.Recipe("calm", vdcache.Always())))
-    with pytest.raises(vdcache.ConfigError, match=r"'calm-D' of one 1.0 could not be made of \[0.5\]: TypeError"):
+    package(monkeypatch, Plugin("calm-D", "one 1.0", lambda: vdcache.Recipe("calm", vdcache.policies.Always())))
+    with pytest.raises(vdcache.errors.ConfigError, match=r"'calm-D' of one 1.0 could not be made of \[0.5\]: TypeError"):
         recipe("calm-0.5")

@@ -14,13 +14,15 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import vdcache
-from vdcache import ConfigError, Recipe, Taylor, methods
-from vdcache.cli import app
+from vdcache import Recipe, methods
+from vdcache.cli.main import app
+from vdcache.errors import ConfigError
 from vdcache.methods import MAGCACHE_RATIOS, PAB, PROFILINGDIT_LISTS, TEACACHE_COEFFICIENTS, describe, recipe, recipes
 from vdcache.methods.attention import FASTERCACHE
 from vdcache.methods.registry import NAMES
 from vdcache.passes import Pipeline
-from vdcache.runtime import Codebook, EveryN, Policy, StepList
+from vdcache.policies import Codebook, EveryN, Policy, StepList
+from vdcache.predictors import Taylor
 from vdcache.testing import TinyDiT
 
 OF_MODELS = {"teacache": TEACACHE_COEFFICIENTS, "magcache": MAGCACHE_RATIOS, "pab": PAB, "fastercache": FASTERCACHE}
@@ -82,7 +84,7 @@ def test_every_name_and_family_is_described(name):
     made = named.make(*named.example) if name == named.name else recipe(name)
     assert found.name == made.name and found.source == made.source
     assert len(found.scope) == max(1, len(made.passes)) and all(": " in s or not made.passes for s in found.scope)
-    assert found.policy == str(made.policy) and found.predictor == str(made.predictor)
+    assert found.policy == str(made.goal or made.policy) and found.predictor == str(made.predictor)
     assert found.plans == tuple(map(str, made.policy.plans()))
     assert found.probes == any(p.name == "probe" for p in made.passes)
 
@@ -359,7 +361,7 @@ def test_a_curve_for_other_steps_is_said_once(steps, how):
             vdcache.compile(TinyDiT(), name, num_steps=steps, inner="eager")
         (text,) = [str(w.message) for w in said]
         assert f"'{name}': its curve of magnitudes was measured at 50 steps and is {how}" in text
-    beside = vdcache.CombinedPolicy((recipe("magcache-flux").policy, EveryN(2, "other")))
+    beside = vdcache.policies.CombinedPolicy((recipe("magcache-flux").policy, EveryN(2, "other")))
     with pytest.warns(vdcache.VdcacheWarning, match="measured at 28 steps and is stretched to 50"):
         vdcache.compile(TinyDiT(), vdcache.Recipe("beside", beside), num_steps=50, inner="eager")
 
@@ -368,4 +370,4 @@ def test_a_curve_for_these_steps_is_taken_as_it_is():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         vdcache.compile(TinyDiT(), "magcache-wan2.1-t2v-1.3b", num_steps=50, inner="eager")
-        vdcache.compile(TinyDiT(), vdcache.magcache([1.0] * 7), num_steps=7, inner="eager")
+        vdcache.compile(TinyDiT(), vdcache.methods.magcache([1.0] * 7), num_steps=7, inner="eager")

@@ -9,9 +9,10 @@ from torch import nn
 
 import vdcache
 from tests.zoo import ZOO, build
-from vdcache import ConfigError, profilingdit
+from vdcache.errors import ConfigError
 from vdcache.ir.capture import trace
 from vdcache.ir.dialect import cache_guards
+from vdcache.methods import profilingdit
 from vdcache.passes import Canonicalise, MarkBranches, MergeSlots, Pipeline
 from vdcache.patterns import analyze
 from vdcache.testing import TinyDiT, assert_skipped, guarded, latent, time_of
@@ -106,7 +107,7 @@ lists = st.sets(st.integers(0, BLOCKS - 1), min_size=1, max_size=BLOCKS)
 def test_random_block_lists_against_deltas_by_hand(blocks, two, span, steps):
     torch._dynamo.reset()
     model = MODELS[two]
-    when = vdcache.StepList(tuple(sorted(steps)))
+    when = vdcache.policies.StepList(tuple(sorted(steps)))
     compiled = vdcache.compile(
         model, profilingdit(sorted(blocks), when=when, span=span), num_steps=STEPS, inner="eager", strict=True
     )
@@ -145,7 +146,7 @@ def test_two_lists_in_turn(one, other, two, reuse):
     if not other:
         return
     torch._dynamo.reset()
-    model, when = MODELS[two], vdcache.StepList((1, 3))
+    model, when = MODELS[two], vdcache.policies.StepList((1, 3))
     made = profilingdit(sorted(one), sorted(other), when=when, reuse=reuse)
     compiled = vdcache.compile(model, made, num_steps=STEPS, inner="eager", strict=True)
     hand = ByHand(model)
@@ -161,10 +162,10 @@ def test_two_clocks_drive_four_variants():
     """Slots of two groups with intervals of their own: what a step computes of one group is kept, whatever the other does."""
     torch._dynamo.reset()
     model = MODELS[True]
-    policy = vdcache.CombinedPolicy(
+    policy = vdcache.policies.CombinedPolicy(
         (
-            vdcache.SchedulePolicy(vdcache.StepList((0, 4)), ("front",)),
-            vdcache.SchedulePolicy(vdcache.StepList((0, 2, 3)), ("rear",)),
+            vdcache.policies.SchedulePolicy(vdcache.policies.StepList((0, 4)), ("front",)),
+            vdcache.policies.SchedulePolicy(vdcache.policies.StepList((0, 2, 3)), ("rear",)),
         )
     )
     scope = (
@@ -188,10 +189,10 @@ def test_two_clocks_drive_four_variants():
 @torch.no_grad()
 def test_groups_that_a_graph_lacks_make_no_variant():
     torch._dynamo.reset()
-    policy = vdcache.CombinedPolicy(
+    policy = vdcache.policies.CombinedPolicy(
         (
-            vdcache.SchedulePolicy(vdcache.StepList((0, 2)), ("here",)),
-            vdcache.SchedulePolicy(vdcache.StepList((0,)), ("nowhere",)),
+            vdcache.policies.SchedulePolicy(vdcache.policies.StepList((0, 2)), ("here",)),
+            vdcache.policies.SchedulePolicy(vdcache.policies.StepList((0,)), ("nowhere",)),
         )
     )
     compiled = vdcache.compile(
@@ -212,7 +213,7 @@ def test_adacache_on_background_blocks_alone():
 
     model = MODELS[False]
     scope = (MarkBranches(blocks=(1, 2, 4)), MergeSlots(), Observe(blocks=(0,)))
-    policy = vdcache.adacache([(1e9, 2)]).policy
+    policy = vdcache.methods.adacache([(1e9, 2)]).policy
     compiled = vdcache.compile(model, vdcache.Recipe("ada", policy, scope), num_steps=STEPS, inner="eager", strict=True)
     for step in range(STEPS):
         compiled(*call(step))

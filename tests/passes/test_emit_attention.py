@@ -9,12 +9,13 @@ from torch.utils._pytree import tree_leaves
 
 import vdcache
 from tests.zoo import ZOO, build
-from vdcache.ir import ConfigError, dump, library
+from vdcache.errors import ConfigError
+from vdcache.ir import dump, library
 from vdcache.ir.capture import trace
 from vdcache.ir.dialect import emissions
+from vdcache.methods.recipe import Recipe
 from vdcache.passes import Canonicalise, EmitAttention, Pipeline
-from vdcache.recipe import Recipe
-from vdcache.runtime import Always
+from vdcache.policies import Always
 from vdcache.testing import TinyDiT
 
 B, FRAMES, SIDE, DIM, HEADS = 2, 3, 2, 8, 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.published_rules import sea_filter
+from tests.support.published_rules import sea_filter
 from tests.zoo import ZOO, graph_of
 from vdcache.ir import dialect
 from vdcache.ir.capture import trace

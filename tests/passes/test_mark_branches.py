@@ -5,7 +5,8 @@ import torch
 from expecttest import assert_expected_inline
 from hypothesis import example, given, settings
 
-from vdcache.ir import ConfigError, dump, trace
+from vdcache.errors import ConfigError
+from vdcache.ir import dump, trace
 from vdcache.ir.dialect import cache_guards
 from vdcache.passes import Canonicalise, MarkBranches, Pipeline
 from vdcache.testing import WIDTH, Net, assert_reaches, assert_skipped, guarded, residual_nets

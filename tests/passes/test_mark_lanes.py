@@ -7,11 +7,12 @@ import torch
 
 import vdcache
 from tests.zoo import ZOO, build
-from vdcache import ConfigError, Recipe
+from vdcache import Recipe
+from vdcache.errors import ConfigError
 from vdcache.ir.ops import is_work
 from vdcache.passes import MarkLanes
 from vdcache.passes.predictors import Frequencies, StepInfo
-from vdcache.runtime import EveryNth, Plan, SchedulePolicy
+from vdcache.policies import EveryNth, Plan, SchedulePolicy
 from vdcache.testing import TinyDiT, latent, time_of
 
 STEPS = 7
@@ -135,13 +136,13 @@ def test_what_mixes_a_batch_is_refused():
             return out - out.mean(0, keepdim=True)
 
     fast = vdcache.compile(Mixing(blocks=1), recipe(mode="batch"), num_steps=STEPS, inner="eager", strict=True)
-    with pytest.raises(vdcache.CaptureError, match="mixes the samples of a batch"):
+    with pytest.raises(vdcache.errors.CaptureError, match="mixes the samples of a batch"):
         fast(both(latent(0)), both(time_of(0)), texts())
 
 
 def test_an_odd_batch_is_no_two_lanes():
     fast = vdcache.compile(TinyDiT(blocks=1), recipe(mode="batch"), num_steps=STEPS, inner="eager", strict=True)
-    with pytest.raises(vdcache.CaptureError, match="a batch of two lanes is even, and this one is 1"):
+    with pytest.raises(vdcache.errors.CaptureError, match="a batch of two lanes is even, and this one is 1"):
         fast(latent(0), time_of(0), latent(1, 1, 3, 4))
 
 
@@ -151,7 +152,7 @@ def test_attention_and_lane_together():
 
     torch.manual_seed(0)
     model = DemoDiT(DemoConfig(num_layers=2)).eval().requires_grad_(False)
-    made = vdcache.fastercache("open-sora", predicted="second")
+    made = vdcache.methods.fastercache("open-sora", predicted="second")
     fast = vdcache.compile(model, made, num_steps=30, inner="eager")
     seen = set()
     for step in range(30):

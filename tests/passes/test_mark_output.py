@@ -7,7 +7,8 @@ import torch
 from expecttest import assert_expected_inline
 
 from tests.zoo import ZOO, build, graph_of
-from vdcache.ir import ConfigError, dialect, dump
+from vdcache.errors import ConfigError
+from vdcache.ir import dialect, dump
 from vdcache.ir.capture import trace
 from vdcache.passes import Canonicalise, DeadCode, MarkOutput, Pipeline, Specialise, variant_io
 from vdcache.testing import TinyDiT, latent, run_variant, time_of, values_of

@@ -4,7 +4,8 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 
-from vdcache.ir import ConfigError, dump
+from vdcache.errors import ConfigError
+from vdcache.ir import dump
 from vdcache.passes import DeadCode, MergeSlots, Observe, Pipeline, Specialise, variant_io
 from vdcache.testing import TinyDiT, assert_bit_identical, guarded, latent, parse, run_variant, time_of
 

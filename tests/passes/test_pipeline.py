@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import vdcache
-from vdcache.ir import ConfigError, ContractError, Fact, trace
+from vdcache.errors import ConfigError, ContractError
+from vdcache.ir import Fact, trace
+from vdcache.methods.recipe import Recipe
 from vdcache.methods.registry import NAMES
 from vdcache.passes import (
     Canonicalise,
@@ -22,8 +24,7 @@ from vdcache.passes import (
     put_cache_guard,
 )
 from vdcache.passes.predictors import LAST, Blended, ByGroup, Extrapolated, Frequencies, Scaled, Taylor
-from vdcache.recipe import Recipe
-from vdcache.runtime.policies import EveryN
+from vdcache.policies.base import EveryN
 from vdcache.testing import TinyDiT, run_pass, try_recipe
 
 PASSES = (

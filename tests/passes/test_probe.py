@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from tests.zoo import ZOO, build, graph_of
-from vdcache.ir import ConfigError, dialect, dump
+from vdcache.errors import ConfigError
+from vdcache.ir import dialect, dump
 from vdcache.ir.capture import trace
 from vdcache.passes import Canonicalise, MarkBranches, MergeSlots, Pipeline, Probe
 from vdcache.passes.values import PLACES

@@ -9,7 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from vdcache import ConfigError, Fact, Pipeline, Rewrite, analyze
+from vdcache import Pipeline, Rewrite, analyze
+from vdcache.errors import ConfigError
+from vdcache.ir import Fact
 from vdcache.passes import Canonicalise
 from vdcache.testing import (
     WIDTH,

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._pytree import tree_leaves
 
-from vdcache.ir import CaptureError, ConfigError, dialect, dump, trace
+from vdcache.errors import CaptureError, ConfigError
+from vdcache.ir import dialect, dump, trace
 from vdcache.ir.edit import inputs
 from vdcache.ir.ops import SLICES, VIEWS, tensor_of
 from vdcache.passes import Canonicalise, MarkBranches, MergeSlots, Pipeline, SplitAtProbe, head_io

@@ -12,21 +12,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vdcache
-from tests.ir.test_masks import written_out
-from tests.ir.test_tiles import bias_of, by_hand
+from tests.attention.test_masks import written_out
+from tests.attention.test_tiles import bias_of, by_hand
 from tests.passes.test_block_lists import Stack, call
 from tests.zoo import ZOO, build, graph_of
-from vdcache import Always, CaptureError, ConfigError, Recipe
+from vdcache import Recipe
+from vdcache.attention.masks import Dense, Frames, Skip, Stripes, Window, masks_text, parse_mask
 from vdcache.backends.lowering import tile_sites
+from vdcache.errors import CaptureError, ConfigError
 from vdcache.ir import dump
 from vdcache.ir.capture import trace
 from vdcache.ir.edit import copy_graph
-from vdcache.ir.masks import Dense, Frames, Skip, Stripes, Window, masks_text, parse_mask
 from vdcache.methods import recipe
 from vdcache.passes import Canonicalise, MarkBranches, MergeSlots, Pipeline, TileAttention
 from vdcache.passes.tile_attention import places
 from vdcache.patterns import Grid, analyze
 from vdcache.patterns.cost import flops
+from vdcache.policies import Always
 from vdcache.testing import TinyDiT, assert_skipped, captured, latent, time_of
 
 SITE = "scaled_dot_product_attention"

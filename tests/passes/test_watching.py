@@ -60,16 +60,16 @@ def test_verify_holds_whoever_runs_the_pipeline():
     own = type("Own", (Lies,), {"__module__": "vdcache.passes.own"})()
     Pipeline((own,)).run(parse(TEXT))
     said = "reports no rewrites, but the graph has changed"
-    with pytest.raises(vdcache.ContractError, match=said):
+    with pytest.raises(vdcache.errors.ContractError, match=said):
         Pipeline((Lies(),)).run(parse(TEXT))
-    with vdcache.debug("verify"), pytest.raises(vdcache.ContractError, match=said):
+    with vdcache.debug("verify"), pytest.raises(vdcache.errors.ContractError, match=said):
         Pipeline((own,)).run(parse(TEXT))
 
 
 def test_files_of_every_graph_and_of_a_failure(tmp_path):
     with vdcache.debug(f"dump:{tmp_path}"):
         PIPELINE.run(parse(TEXT))
-        with pytest.raises(vdcache.ContractError, match=r"'fails' failed at test_watching\.py:34: KeyError") as error:
+        with pytest.raises(vdcache.errors.ContractError, match=r"'fails' failed at test_watching\.py:34: KeyError") as error:
             Pipeline((Canonicalise(), Fails())).run(parse(TEXT))
     good, bad = sorted(p for p in tmp_path.iterdir())
     assert sorted(p.name for p in good.iterdir()) == [
@@ -91,11 +91,11 @@ def test_the_environment_says_the_same(monkeypatch):
     assert current() == Debug(timing=True, dump="graphs")
     monkeypatch.setenv("VDCACHE_DEBUG", "chnaged")
     with pytest.raises(
-        vdcache.ConfigError, match="has no word 'chnaged'; there are changed, refusals, timing, verify, dump:DIR"
+        vdcache.errors.ConfigError, match="has no word 'chnaged'; there are changed, refusals, timing, verify, dump:DIR"
     ):
         PIPELINE.run(parse(TEXT))
     for wrong in ("dump", "verify:x"):
-        with pytest.raises(vdcache.ConfigError, match="has no word"), vdcache.debug(wrong):
+        with pytest.raises(vdcache.errors.ConfigError, match="has no word"), vdcache.debug(wrong):
             pass
 
 
@@ -108,7 +108,7 @@ def test_a_pass_that_fails_breaks_no_model(strict):
     call = (latent(0), time_of(0), latent(1))
     with torch.no_grad():
         if strict:
-            with pytest.raises(vdcache.ContractError, match=r"'fails' failed at test_watching\.py:34: KeyError"):
+            with pytest.raises(vdcache.errors.ContractError, match=r"'fails' failed at test_watching\.py:34: KeyError"):
                 compiled(*call)
         else:
             with pytest.warns(vdcache.VdcacheWarning, match=r"'fails' failed at test_watching\.py:34: KeyError"):
@@ -130,9 +130,9 @@ def test_a_pipeline_may_be_given_by_value_or_as_text():
                 compiled(latent(step), time_of(step), latent(9))
         assert [s.rpartition(".")[2] for s in history[-1].reused] == ["mlp", "mlp"]
     for wrong, message in (("nope", "no pass is called 'nope'"), (["mlp"], "a pipeline is made of passes, and got 'mlp'")):
-        with pytest.raises(vdcache.ConfigError, match=message):
+        with pytest.raises(vdcache.errors.ConfigError, match=message):
             vdcache.compile(TinyDiT(), "every-2", pipeline=wrong)
-    with pytest.raises(vdcache.ContractError, match="'merge-slots' requires guarded"):
+    with pytest.raises(vdcache.errors.ContractError, match="'merge-slots' requires guarded"):
         vdcache.compile(TinyDiT(), "every-2", pipeline="merge-slots")
 
 

@@ -7,9 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vdcache import ConfigError, ContractError, Match, NoMatch, Pattern
+from vdcache import Pattern
+from vdcache.errors import ConfigError, ContractError
 from vdcache.ir import dump
 from vdcache.ir.dump import numbers
+from vdcache.patterns import Match, NoMatch
 from vdcache.testing import WIDTH, parse, residual_nets, small_models, trace
 
 MLP = Pattern("""

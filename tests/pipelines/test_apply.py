@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 import vdcache
-from tests.logs import informed
 from tests.pipelines.modes import Stop, cached, computed, due, stopping
 from tests.pipelines.tiny import generator, made, sample, text
+from tests.support.logs import informed
 from tests.zoo import build
 from vdcache.pipelines.denoiser import ForwardWrapper, here
 from vdcache.pipelines.pipeline_cache import applied_to
@@ -121,7 +121,7 @@ def test_saving_and_loading(tmp_path):
     loaded = CogVideoXPipeline.from_pretrained(tmp_path, tokenizer=None, text_encoder=None, vae=None)
     loaded.set_progress_bar_config(disable=True)
     assert torch.equal(sample(loaded, NAME, 3), plain)
-    with pytest.raises(vdcache.ConfigError, match="not applied"):
+    with pytest.raises(vdcache.errors.ConfigError, match="not applied"):
         vdcache.remove(loaded)
 
 
@@ -341,7 +341,7 @@ def test_without_a_recipe_the_steps_are_found_on_the_pipeline(monkeypatch, tmp_p
     vdcache.apply(pipe, inner="eager", speedup=1.5)  # as another process would
     assert torch.equal(sample(pipe, NAME, 8, seed=1), cached)
     vdcache.remove(pipe)
-    with pytest.raises(vdcache.ConfigError, match="a goal stands there"):
+    with pytest.raises(vdcache.errors.ConfigError, match="a goal stands there"):
         vdcache.apply(pipe, {"transformer": "vdcache-auto"}, speedup=2.0)
 
 
@@ -371,14 +371,14 @@ def test_few_steps_leave_little_to_skip(pipe, steps, message):
 
 
 def test_a_schedule_for_another_number_of_steps_computes_everything_and_says_so():
-    table = vdcache.Recipe("table", vdcache.PlanTable(((), ("all",), ())))
+    table = vdcache.Recipe("table", vdcache.policies.PlanTable(((), ("all",), ())))
     pipe = cached(made(NAME), table)
     with pytest.warns(vdcache.VdcacheWarning, match="transformer: 'table' cannot be followed for 5 steps.*is for 3 steps"):
         got = sample(pipe, NAME, 5)
     assert torch.equal(got, sample(made(NAME), NAME, 5))
     assert not torch.equal(sample(pipe, NAME, 3), sample(made(NAME), NAME, 3))
     strict = cached(made(NAME), table, strict=True)
-    with pytest.raises(vdcache.ConfigError, match="is for 3 steps"):
+    with pytest.raises(vdcache.errors.ConfigError, match="is for 3 steps"):
         sample(strict, NAME, 5)
 
 
@@ -386,7 +386,7 @@ def test_a_schedule_for_another_number_of_steps_computes_everything_and_says_so(
 
 
 def refused(match, *args, **kwargs):
-    with pytest.raises(vdcache.ConfigError, match=match):
+    with pytest.raises(vdcache.errors.ConfigError, match=match):
         vdcache.apply(*args, **kwargs)
 
 
@@ -432,9 +432,9 @@ def test_twice(pipe):
 def test_removed_twice():
     pipe = cached(made(NAME))
     vdcache.remove(pipe)
-    with pytest.raises(vdcache.ConfigError, match=r"not applied to this CogVideoXPipeline; vdcache\.apply"):
+    with pytest.raises(vdcache.errors.ConfigError, match=r"not applied to this CogVideoXPipeline; vdcache\.apply"):
         vdcache.remove(pipe)
-    with pytest.raises(vdcache.ConfigError, match="not applied"):
+    with pytest.raises(vdcache.errors.ConfigError, match="not applied"):
         vdcache.summary(pipe)
 
 
@@ -492,10 +492,10 @@ def test_a_recipe_that_finds_no_slot_in_one_of_two_transformers(strict):
     pipe = made("Wan 2.2")
     short = _wan(num_layers=1).eval().requires_grad_(False)
     pipe.transformer_2 = short
-    recipe = vdcache.dbcache(2, 0, 0.5, warm_up=1)
+    recipe = vdcache.methods.dbcache(2, 0, 0.5, warm_up=1)
     cached(pipe, recipe, strict=strict)
     if strict:
-        with pytest.raises(vdcache.CaptureError, match=r"no slot|nothing to probe"):
+        with pytest.raises(vdcache.errors.CaptureError, match=r"no slot|nothing to probe"):
             sample(pipe, "Wan 2.2", 12)
         return
     with pytest.warns(
@@ -515,7 +515,7 @@ def test_running_in_two_threads_is_refused():
         def call():
             try:
                 sample(pipe, NAME, 3)
-            except vdcache.CacheStateError as error:
+            except vdcache.errors.CacheStateError as error:
                 errors.append(str(error))
 
         if not errors:

@@ -14,7 +14,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import vdcache
-from vdcache.cli import app
+from vdcache.cli.main import app
 
 pytest.importorskip("torchmetrics")
 iio = pytest.importorskip("imageio.v3")
@@ -209,7 +209,7 @@ def test_json_pictures_and_the_command(tmp_path):
 )
 def test_what_is_refused(make, message, tmp_path):
     one, other = make(tmp_path)
-    with pytest.raises(vdcache.ConfigError, match=message):
+    with pytest.raises(vdcache.errors.ConfigError, match=message):
         vdcache.compare(one, other)
 
 

@@ -257,7 +257,7 @@ def test_threads_that_call_one_model_at_once_have_sessions_of_their_own():
             if reused_of(history) != [1, 3, 5]:
                 wrong.append(number)
 
-    def reused_of(history: vdcache.History) -> list[int]:
+    def reused_of(history: vdcache.runtime.History) -> list[int]:
         return sorted(r.step for r in history.generation() if r.reused)
 
     compiled(latent(0), time_of(0), prompt(1))

@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 import vdcache
-from vdcache import ConfigError, Extrapolated, LastValue, Recipe, Scaled, Taylor
+from vdcache import Recipe
+from vdcache.errors import ConfigError
 from vdcache.ir.dump import dump
 from vdcache.passes import MarkBranches, MergeSlots, variant_io
 from vdcache.passes.predictors import StepInfo
-from vdcache.runtime import CombinedPolicy, SchedulePolicy, StepList
+from vdcache.policies import CombinedPolicy, SchedulePolicy, StepList
+from vdcache.predictors import Extrapolated, LastValue, Scaled, Taylor
 from vdcache.testing import TinyDiT, latent, time_of
 from vdcache.testing.graphs import guarded, run_variant, variant
 
@@ -378,7 +380,7 @@ def test_types_with_room_are_not_clamped(kind):
 
 
 @pytest.mark.parametrize(
-    "recipe", ["every-3", "taylorseer-3-1", "fbcache-9", "teacache-0.5", vdcache.adacache([(1e9, 5)])], ids=str
+    "recipe", ["every-3", "taylorseer-3-1", "fbcache-9", "teacache-0.5", vdcache.methods.adacache([(1e9, 5)])], ids=str
 )
 @pytest.mark.parametrize("first", [0, 6, 15])
 @torch.no_grad()

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from vdcache import ConfigError, compile
-from vdcache.runtime.policies import EveryN
+from vdcache import compile
+from vdcache.errors import ConfigError
+from vdcache.policies.base import EveryN
 from vdcache.runtime.session import Session
 from vdcache.testing import TinyDiT
 

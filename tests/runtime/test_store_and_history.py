@@ -8,11 +8,12 @@ import torch
 from rich.console import Console
 
 import vdcache
-from vdcache.report import timeline
-from vdcache.runtime import History, Plan, Record, Store
+from vdcache.policies import Plan
+from vdcache.policies.metrics import MetricSpec, measured
+from vdcache.policies.plan import RECOMPUTE
+from vdcache.runtime import History, Record, Store
 from vdcache.runtime.history import any_computed
-from vdcache.runtime.metrics import MetricSpec, measured
-from vdcache.runtime.plan import RECOMPUTE
+from vdcache.runtime.summary import timeline
 from vdcache.testing import TinyDiT, latent, time_of
 
 
@@ -78,7 +79,7 @@ def test_a_closed_gate_is_no_change():
 @torch.no_grad()
 def ran():
     torch._dynamo.reset()
-    model = vdcache.compile(TinyDiT(), vdcache.adacache([(1e9, 3)]), num_steps=8, inner="eager")
+    model = vdcache.compile(TinyDiT(), vdcache.methods.adacache([(1e9, 3)]), num_steps=8, inner="eager")
     for step in range(8):
         for lane in range(2):
             model(latent(step), time_of(step), latent(lane, 1, 3, 4))
@@ -166,7 +167,7 @@ def test_a_column_that_says_nothing_is_left_out():
 
 
 def test_parts_that_are_reused_apart_are_named():
-    halves = vdcache.profilingdit([0], [1], reuse="alternate", when=[0, 2, 4])
+    halves = vdcache.methods.profilingdit([0], [1], reuse="alternate", when=[0, 2, 4])
     model = vdcache.compile(TinyDiT(), halves, num_steps=5, inner="eager")
     with torch.no_grad():
         for step in range(5):

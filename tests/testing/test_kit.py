@@ -40,7 +40,7 @@ class ReluToSin(vdcache.Pass):
     def run(self, graph):
         found = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.relu.default)
         if self.says:
-            return vdcache.PassResult(graph, 0, tuple(vdcache.Refusal(n.name, (self.says,)) for n in found))
+            return vdcache.PassResult(graph, 0, tuple(vdcache.passes.Refusal(n.name, (self.says,)) for n in found))
         for node in found:
             node.target = torch.ops.aten.sin.default
         return vdcache.PassResult(graph, len(found))
@@ -151,7 +151,7 @@ def test_assert_policy():
         assert_policy(Fixed({0: vdcache.Plan.of(["all"])}))
     with pytest.raises(AssertionError, match=r"returns reuse\{some\}, which plans\(\) does not list"):
         assert_policy(Fixed({1: vdcache.Plan.of(["some"])}))
-    with pytest.raises(vdcache.ConfigError, match="leaves step 1 to 'decide'"):
+    with pytest.raises(vdcache.errors.ConfigError, match="leaves step 1 to 'decide'"):
         assert_policy(Fixed({1: None}))
 
 
@@ -169,7 +169,7 @@ class Divides:
 
 
 def test_assert_predictor():
-    taylor = assert_predictor(vdcache.Taylor(1), steps=3)
+    taylor = assert_predictor(vdcache.predictors.Taylor(1), steps=3)
     assert [float(x[0, 0]) for x in taylor] == [1.0, 4 + 3.0, 9 + 5.0]
     with pytest.raises(AssertionError, match="keeps no number after 1 computed steps"):
         assert_predictor(Divides())

@@ -8,8 +8,8 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 
 from vdcache import analyze
+from vdcache.errors import CaptureError, ContractError
 from vdcache.ir import cache_guards
-from vdcache.ir.errors import CaptureError, ContractError
 from vdcache.passes import (
     Canonicalise,
     DeadCode,

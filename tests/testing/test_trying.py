@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 import vdcache
-from vdcache.cli import app
+from vdcache.cli.main import app
 from vdcache.passes import MarkBranches, MergeSlots
 from vdcache.testing import Case, TinyDiT, small_models, try_recipe
 
@@ -40,7 +40,7 @@ class Halve(vdcache.Rewrite):
 
 def test_a_pass_that_changes_computed_steps_is_seen():
     scope = (Halve(), MarkBranches(), MergeSlots())
-    recipe = vdcache.Recipe("halved", vdcache.Always(), scope)
+    recipe = vdcache.Recipe("halved", vdcache.policies.Always(), scope)
     (trial,) = try_recipe(recipe, ["tiny"], steps=3)
     assert not trial.identical and "NO" in str(try_recipe(recipe, ["tiny"], steps=2))
 
@@ -59,13 +59,13 @@ def test_a_model_that_fails_is_a_row():
 
 def test_a_method_that_is_none_is_a_row_that_says_why():
     scope = (MarkBranches(group="a"),)
-    policy = vdcache.SchedulePolicy(vdcache.StepList((0, 2)), ("b",))
+    policy = vdcache.policies.SchedulePolicy(vdcache.policies.StepList((0, 2)), ("b",))
     (trial,) = try_recipe(vdcache.Recipe("wrong", policy, scope), ["tiny"], steps=4)
     assert "never reuses what it guards" in trial.said and not trial.identical
 
 
 def test_names_that_are_none():
-    with pytest.raises(vdcache.ConfigError, match="there is no small model 'tini'; there are tiny, demo"):
+    with pytest.raises(vdcache.errors.ConfigError, match="there is no small model 'tini'; there are tiny, demo"):
         try_recipe("every-2", ["tini"])
 
 

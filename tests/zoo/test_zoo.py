@@ -215,7 +215,7 @@ def test_other_recipes(name, recipe):
     """Before the gate, along differences, and some blocks alone: computed steps stay bit-exact, others skip what they promise."""
     torch._dynamo.reset()
     model, case = build(name), ZOO[name]
-    chosen = vdcache.profilingdit([0, 2], when=[0, 3]) if recipe == "blocks" else recipe
+    chosen = vdcache.methods.profilingdit([0, 2], when=[0, 3]) if recipe == "blocks" else recipe
     compiled = vdcache.compile(model, chosen, num_steps=STEPS, inner="eager", strict=True)
     for step in range(STEPS):
         out, want = value(compiled(**case.call(step, 6))), value(model(**case.call(step, 6)))

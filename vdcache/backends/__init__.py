@@ -1,6 +1,6 @@
 """From a guarded graph to something that runs."""
 
-from vdcache.backends.dynamo import Backend, backend
+from vdcache.backends.dynamo import Backend
 from vdcache.backends.settings import Settings
 
-__all__ = ["Backend", "Settings", "backend"]
+__all__ = ["Backend", "Settings"]

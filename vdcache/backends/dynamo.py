@@ -1,8 +1,8 @@
-"""The torch.compile backend: `torch.compile(model, backend="vdcache", options={…})`."""
+"""One graph of Dynamo's, brought under its session or compiled plainly."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,33 +13,13 @@ from vdcache.backends.inductor import compile_now, frame_of_backend_call
 from vdcache.backends.program import Program
 from vdcache.backends.settings import Settings
 from vdcache.backends.verdict import Verdict, breaks_since
+from vdcache.errors import CaptureError, ConfigError, VdcacheError
 from vdcache.ir.capture import capture
-from vdcache.ir.errors import CaptureError, ConfigError, VdcacheError
 from vdcache.ir.ops import ATTENTION, is_work
 from vdcache.passes import TileAttention
-from vdcache.runtime.policies import Deciding
+from vdcache.policies.base import Deciding
 
-__all__ = ["Backend", "backend"]
-
-
-def backend(
-    graph: fx.GraphModule,
-    example_inputs: Sequence[Any],
-    *,
-    options: Mapping[str, Any] | None = None,
-    mode: str | None = None,
-) -> Callable[..., Any]:
-    """The entry point `vdcache` of `torch_dynamo_backends`.
-
-    Args:
-        options: `recipe`, `num_steps`, `inner`, `strict`, `inductor` (`Settings`).
-        mode: as torch.compile's; "reduce-overhead" runs plain, because CUDA graphs are not tested yet.
-
-    Raises:
-        ConfigError: an option that does not exist or cannot be.
-        CaptureError: under `strict`, a graph that vdcache does not understand or that holds nothing to cache.
-    """
-    return compile_graph(graph, example_inputs, Settings.of(options), mode)
+__all__ = ["Backend", "compile_graph"]
 
 
 class Backend:

@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from vdcache.backends.kernels.autotune import TuningResult, autotune
+from vdcache.attention.autotune import TuningResult, autotune
+from vdcache.attention.masks import Skip
+from vdcache.attention.tiles import TILE_ATTENTION, TileMask, gather, tables_of
 from vdcache.ir.edit import inline
-from vdcache.ir.masks import Skip
 from vdcache.ir.ops import tensor_of
-from vdcache.ir.tiles import TILE_ATTENTION, TileMask, gather, tables_of
 
 __all__ = ["lower_tiles", "tile_sites"]
 

@@ -11,21 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from vdcache.attention.autotune import TuningResult
 from vdcache.backends.eager import run_eagerly
 from vdcache.backends.inductor import Compiled, Context, compile_now, no_autocast
-from vdcache.backends.kernels.autotune import TuningResult
 from vdcache.backends.lowering import lower_tiles, tile_sites
 from vdcache.backends.settings import Settings
 from vdcache.backends.verdict import Verdict, breaks_since
+from vdcache.errors import ConfigError
 from vdcache.ir import dialect
 from vdcache.ir.capture import Captured
-from vdcache.ir.dialect import group_of
 from vdcache.ir.edit import copy_graph
 from vdcache.ir.edit import inputs as graph_inputs
-from vdcache.ir.errors import ConfigError
 from vdcache.ir.facts import Fact
 from vdcache.ir.ops import is_work, tensor_of
-from vdcache.ir.sizes import Bindings, shape_hint, updated_by
 from vdcache.passes import (
     DeadCode,
     Observe,
@@ -42,11 +40,13 @@ from vdcache.passes.canonicalise import Canonicalise
 from vdcache.passes.mark_lanes import halve_lanes, lanes_io
 from vdcache.patterns import GraphAnalysis, analyze
 from vdcache.patterns.cost import flops
+from vdcache.policies.metrics import MetricSpec
+from vdcache.policies.plan import RECOMPUTE, Plan
 from vdcache.runtime import registry
 from vdcache.runtime.call import LaneScope, ProbeResult, ProbeSpec, VariantInputs
-from vdcache.runtime.metrics import MetricSpec
-from vdcache.runtime.plan import RECOMPUTE, Plan
 from vdcache.runtime.session import Session
+from vdcache.util.sizes import Bindings, shape_hint, updated_by
+from vdcache.util.slots import group_of
 
 __all__ = ["LazyVariant", "Program"]
 
@@ -202,9 +202,9 @@ class Program:
         self.slots = tuple(str(n.args[1]) for n in dialect.cache_guards(self._body.graph))
         self.emits = tuple(str(n.args[1]) for n in dialect.emissions(self._body.graph))
         self._groups = frozenset(map(group_of, self.slots))
-        self.plans = tuple(dict.fromkeys(self.narrow(p) for p in settings.recipe.policy.plans()))
+        self.plans = tuple(dict.fromkeys(self.narrow(p) for p in settings.recipe.plans()))
         self._graphs: dict[Plan, tuple[fx.GraphModule, VariantIO]] = {}
-        if self.slots and not any(self.plans) and (wanted := {g for p in settings.recipe.policy.plans() for g in p.reuse}):
+        if self.slots and not any(self.plans) and (wanted := {g for p in settings.recipe.plans() for g in p.reuse}):
             raise ConfigError(
                 f"the recipe '{settings.recipe.name}' never reuses what it guards: its policy reuses {', '.join(sorted(wanted))}, its slots "
                 f"belong to {', '.join(sorted(self._groups))}; give both the same group"

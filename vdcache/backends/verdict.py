@@ -10,8 +10,8 @@ from typing import Any
 
 from vdcache.backends.inductor import graph_breaks, modes_in_force
 from vdcache.backends.settings import Settings
+from vdcache.errors import CaptureError
 from vdcache.ir.capture import first_line
-from vdcache.ir.errors import CaptureError
 
 __all__ = ["Verdict", "breaks_since"]
 

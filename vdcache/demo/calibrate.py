@@ -34,7 +34,7 @@ def calibrate(
     chosen = [int(r) for r in rates.split(",")]
     model = load_model(weights)
     # A codebook whose only rate is 1 recomputes every step, and so observes the uncached model.
-    watch = vdcache.compile(model, vdcache.adacache([(1.0, 1)], name="watch"), num_steps=steps, inner="eager")
+    watch = vdcache.compile(model, vdcache.methods.adacache([(1.0, 1)], name="watch"), num_steps=steps, inner="eager")
     conditions = random_conditions(prompts, torch.Generator().manual_seed(2024))
     changes: list[float] = []
     for i, condition in enumerate(track(conditions, "observing", console=Console())):

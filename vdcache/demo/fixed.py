@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vdcache.calibration.schedule import Schedule
 from vdcache.demo.conditions import Condition, encode, unconditional
 from vdcache.demo.data import FRAMES, SIZE
 from vdcache.demo.model import DemoDiT, with_positions
@@ -17,8 +18,7 @@ from vdcache.demo.sampler import denoiser
 from vdcache.demo.weights import load_model
 from vdcache.exporting.exporter import export
 from vdcache.exporting.running import PackageRunner
-from vdcache.runtime.steps import StepList
-from vdcache.scheduling.schedule import Schedule
+from vdcache.policies.steps import StepList
 
 __all__ = ["Velocity", "generation", "packaged", "schedule"]
 

@@ -24,9 +24,9 @@ from vdcache.demo.judge import motion
 from vdcache.demo.progress import Stages
 from vdcache.demo.sampler import sample
 from vdcache.demo.weights import load_model
-from vdcache.recipe import Recipe
-from vdcache.report import timeline
+from vdcache.methods.recipe import Recipe
 from vdcache.runtime.history import Record
+from vdcache.runtime.summary import timeline
 
 __all__ = ["CONDITIONS", "STATIC", "Row", "calibrated_recipe", "run_demo"]
 
@@ -62,7 +62,7 @@ class Row:
 def calibrated_recipe() -> Recipe:
     """AdaCache with the codebook that `python -m vdcache.demo.calibrate` measured on the shipped model, for 30 steps."""
     data = json.loads((resources.files("vdcache.demo") / "codebook.json").read_text())
-    return vdcache.adacache([(t, r) for t, r in data["entries"]], name="adacache-calibrated")
+    return vdcache.methods.adacache([(t, r) for t, r in data["entries"]], name="adacache-calibrated")
 
 
 def default_recipes() -> list[str | Recipe]:

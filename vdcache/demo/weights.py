@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from vdcache.demo.model import DemoDiT
-from vdcache.ir.errors import ConfigError
+from vdcache.errors import ConfigError
 
 __all__ = ["load_model", "weights_path"]
 

@@ -9,24 +9,24 @@ from jinja2 import Environment, StrictUndefined
 
 import vdcache
 from vdcache.explanation import picture
-from vdcache.explanation.report import GraphFacts, Report
+from vdcache.explanation.data import GraphFacts, ReportData
 from vdcache.explanation.tree import amount, reasons, size, where
 from vdcache.patterns import Block, Branch
 
 __all__ = ["fragment", "page"]
 
 
-def page(report: Report) -> str:
+def page(report: ReportData) -> str:
     """A whole HTML document."""
     return _render("page.html.j2", report)
 
 
-def fragment(report: Report) -> str:
+def fragment(report: ReportData) -> str:
     """What a notebook shows: the same without the document around it."""
     return _render("report.html.j2", report)
 
 
-def _render(template: str, report: Report) -> str:
+def _render(template: str, report: ReportData) -> str:
     files = resources.files("vdcache.explanation")
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, loader=_Files(files)
@@ -58,7 +58,7 @@ def _Files(files: Any) -> Any:
     return FunctionLoader(lambda name: (files / name).read_text())
 
 
-def _graph(report: Report, graph: GraphFacts) -> dict[str, Any]:
+def _graph(report: ReportData, graph: GraphFacts) -> dict[str, Any]:
     """What the template needs of one graph."""
     from markupsafe import Markup
 

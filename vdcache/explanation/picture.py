@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-from vdcache.explanation.report import Report, Slot
+from vdcache.explanation.data import ReportData, Slot
 from vdcache.explanation.tree import amount, size, where
 from vdcache.patterns import Attention, Branch, GraphAnalysis, Stream
 
@@ -232,6 +232,6 @@ def attention_tile(a: Attention) -> str:
     return "".join([*parts, "</svg>"])
 
 
-def legend(report: Report) -> list[tuple[str, str]]:
+def legend(report: ReportData) -> list[tuple[str, str]]:
     """The kinds that occur, with their colours."""
     return [(kind, colour) for kind, colour in KIND_COLOURS.items() if kind in report.count()]

@@ -10,21 +10,20 @@ from torch import fx, nn
 
 from vdcache.backends.program import Program
 from vdcache.backends.settings import Settings
+from vdcache.errors import CaptureError, ConfigError, VdcacheError
 from vdcache.explanation.report import GraphFacts, Report, Slot, VariantCost
 from vdcache.ir import dialect
 from vdcache.ir.capture import Captured, CapturedForward, CapturedPart, parts
-from vdcache.ir.checks import check_model
-from vdcache.ir.errors import CaptureError, ConfigError, VdcacheError
 from vdcache.ir.exported import exported
 from vdcache.ir.ops import tensor_of, unviewed
 from vdcache.methods import recipe as named
+from vdcache.methods.recipe import Recipe
 from vdcache.passes import Canonicalise, MergeSlots, Pipeline
 from vdcache.patterns import Branch, GraphAnalysis, NoMatch, analyze, cost
-from vdcache.recipe import Recipe
-from vdcache.runtime.bound import best_plans
-from vdcache.runtime.plan import Plan
-from vdcache.runtime.policies import Auto
-from vdcache.scheduling.choose import Goal
+from vdcache.policies.goal import Goal
+from vdcache.policies.plan import Plan
+from vdcache.policies.simulate import best_plans
+from vdcache.util.checks import check_model
 
 __all__ = ["explain"]
 
@@ -163,8 +162,8 @@ def _with_recipe(report: Report, captured: list[Captured], numbers: list[int], r
             nodes += times * sum(n.op == "call_function" for n in variant)
         variants.append(VariantCost(tuple(sorted(plan.reuse)), costs, nodes))
     schedule, goal = tuple(tuple(sorted(plan.reuse)) for plan in best_plans(recipe.policy, steps)), ""
-    if isinstance(auto := recipe.policy, Auto):
-        schedule, goal = _meant(Goal.of(auto), steps, variants), str(Goal.of(auto))
+    if recipe.goal is not None:
+        schedule, goal = _meant(recipe.goal, steps, variants), str(recipe.goal)
     nothing = ""
     masks = tuple(program.masks for _, program in programs if program.masks)
     if not after and not masks and recipe.passes:

@@ -1,224 +1,21 @@
-"""The report: frozen data about every graph of one forward, and what a recipe would do to it."""
+"""The report of `vdcache.explain`, as it prints and shows itself."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from vdcache.patterns import KINDS, Attention, Block, Branch, Conditioning, GraphAnalysis, NoMatch, Stream
-
-if TYPE_CHECKING:
-    import networkx
+from vdcache.explanation.data import GraphFacts, ReportData, Slot, VariantCost
+from vdcache.explanation.page import fragment, page
+from vdcache.explanation.tree import plain, tree
 
 __all__ = ["GraphFacts", "Report", "Slot", "VariantCost"]
 
 
-@dataclass(frozen=True)
-class GraphFacts:
-    """One graph of the forward. Dynamo makes several where the model breaks.
-
-    Args:
-        index: counted from 0 in the order in which they run.
-        analysis: what was found in it; None where it could not be read (`problem` says why).
-        nodes: how many operations.
-        line: the source line that it begins with.
-        ends, ends_at: why it ends before the function does, and where; "" where it does not.
-        again: how many further times the same graph runs in one forward.
-    """
-
-    index: int
-    analysis: GraphAnalysis | None
-    nodes: int = 0
-    line: str = ""
-    ends: str = ""
-    ends_at: str = ""
-    problem: str = ""
-    again: int = 0
-
-
-@dataclass(frozen=True)
-class Slot:
-    """A value that a recipe keeps from one step to the next.
-
-    Args:
-        name: "group/name"; a plan reuses whole groups.
-        branches: names of the branches that it stands for.
-        stream: the stream that they belong to.
-        merged: whether it keeps the difference of the stream over a run of branches, not one contribution.
-        shape, dtype, bytes: of the value of one lane; None where a size is a symbol.
-        node: the node of the graph that it keeps.
-        graph: which graph, counted from 0.
-    """
-
-    name: str
-    branches: tuple[str, ...]
-    stream: int
-    merged: bool
-    shape: tuple[int | None, ...]
-    dtype: str
-    bytes: int
-    node: str
-    graph: int = 0
-
-
-@dataclass(frozen=True)
-class VariantCost:
-    """One compiled graph for each plan, over all graphs of the forward.
-
-    Args:
-        reuse: the groups that are reused; empty for recomputing everything.
-        flops: what one call costs.
-        nodes: operations left.
-    """
-
-    reuse: tuple[str, ...]
-    flops: int
-    nodes: int
-
-    @property
-    def name(self) -> str:
-        return f"reuse {', '.join(self.reuse)}" if self.reuse else "recompute all"
-
-
 @dataclass(frozen=True, repr=False)
-class Report:
-    """What `vdcache.explain` found. Prints as a tree, shows itself in notebooks, writes itself as a page.
-
-    Args:
-        model: class or function name; for messages only.
-        graphs: every graph of one forward.
-        breaks: Dynamo's reasons for breaking the model into several graphs.
-        recipe: name of the recipe that was asked about, "" for none.
-        slots_before, slots: with a recipe, its slots before and after merging.
-        cache_bytes: bytes kept for one lane, known before the first run; None where sizes are symbols.
-        variants: with a recipe, every compiled graph.
-        steps: denoising steps that `schedule` is for.
-        schedule: the plan of each step in the best of cases: the fewest computed steps that the recipe can take.
-        goal: of a recipe that finds its steps on the model itself, in words; `schedule` then has as many computed steps as the goal
-            means, which need not be the first ones. "" for others.
-        nothing: with a recipe that finds no slot, why.
-        recipe_refusals: what the passes of the recipe left alone, with reasons.
-        masks: with a recipe that has masks, in words what they are on, a line a graph.
-    """
-
-    model: str
-    graphs: tuple[GraphFacts, ...]
-    breaks: tuple[str, ...] = ()
-    recipe: str = ""
-    slots_before: tuple[Slot, ...] = field(default=(), repr=False)
-    slots: tuple[Slot, ...] = ()
-    cache_bytes: int | None = 0
-    variants: tuple[VariantCost, ...] = ()
-    steps: int = 0
-    schedule: tuple[tuple[str, ...], ...] = field(default=(), repr=False)
-    goal: str = ""
-    nothing: str = ""
-    recipe_refusals: tuple[NoMatch, ...] = field(default=(), repr=False)
-    masks: tuple[str, ...] = ()
-
-    def __repr__(self) -> str:
-        asked = f", recipe '{self.recipe}'" if self.recipe else ""
-        return f"<Report on {self.model}: {len(self.graphs)} graph{'s' * (len(self.graphs) != 1)}, {len(self.branches)} branches{asked}; print it>"
-
-    def _of(self, name: str) -> Iterable[Any]:
-        for graph in self.graphs:
-            if graph.analysis is not None:
-                yield from getattr(graph.analysis, name)
-
-    @cached_property
-    def branches(self) -> tuple[Branch, ...]:
-        return tuple(self._of("branches"))
-
-    @cached_property
-    def attentions(self) -> tuple[Attention, ...]:
-        return tuple(self._of("attentions"))
-
-    @cached_property
-    def blocks(self) -> tuple[Block, ...]:
-        return tuple(self._of("blocks"))
-
-    @cached_property
-    def streams(self) -> tuple[Stream, ...]:
-        return tuple(self._of("streams"))
-
-    @cached_property
-    def refusals(self) -> tuple[NoMatch, ...]:
-        """Every candidate that is no branch, with the reason."""
-        return tuple(self._of("refusals"))
-
-    @cached_property
-    def conditioning(self) -> Conditioning:
-        """Conditioning of all graphs; node names of graphs after the first are prefixed with their number."""
-        timestep_inputs: dict[str, None] = {}
-        parts: dict[str, list[str]] = {"timestep": [], "text": [], "constant": []}
-        for graph in self.graphs:
-            if graph.analysis is None:
-                continue
-            found = graph.analysis.conditioning
-            timestep_inputs.update(dict.fromkeys(found.timestep_inputs))
-            for name, nodes in parts.items():
-                nodes += [f"{graph.index}:{n}" if graph.index else n for n in getattr(found, name)]
-        return Conditioning(tuple(timestep_inputs), *(tuple(parts[n]) for n in ("timestep", "text", "constant")))
-
-    @cached_property
-    def flops(self) -> int:
-        """FLOPs of one forward: matrix products, convolutions and attention."""
-        return sum(g.analysis.flops * (1 + g.again) for g in self.graphs if g.analysis is not None)
-
-    @cached_property
-    def coverage(self) -> float:
-        """Share of the FLOPs that a step which reuses every branch leaves out, 0 to 1."""
-        covered = sum(g.analysis.covered * (1 + g.again) for g in self.graphs if g.analysis is not None)
-        return covered / self.flops if self.flops else 0.0
-
-    @property
-    def bound(self) -> float | None:
-        """The most that the recipe can save over `steps` steps: plain FLOPs by the FLOPs of `schedule`. None without a recipe."""
-        costs = {v.reuse: v.flops for v in self.variants}
-        if not self.schedule or not costs:
-            return None
-        spent = sum(costs.get(plan, costs[()]) for plan in self.schedule)
-        return self.steps * self.flops / spent if spent else None
-
-    def count(self) -> dict[str, int]:
-        """How many branches of each kind one forward goes through; a graph that runs several times counts as often."""
-        found: dict[str, int] = {}
-        for branch in self.branches:
-            found[branch.kind] = found.get(branch.kind, 0) + 1 + self.graphs[branch.graph].again
-        return {k: found[k] for k in KINDS if k in found}
-
-    def to_networkx(self) -> networkx.DiGraph:
-        """The branches as a graph: one node a branch with all its facts as attributes, and for each stream a start and an end;
-        edges follow the streams.
-
-        Raises:
-            ImportError: networkx is not installed.
-        """
-        import networkx
-
-        graph = networkx.DiGraph(model=self.model)
-        last: dict[tuple[int, int], str] = {}
-        for stream in self.streams:
-            start = f"g{stream.graph}.s{stream.index}.start"
-            graph.add_node(start, kind="start", stream=stream.index, role=stream.role, graph=stream.graph)
-            last[stream.graph, stream.index] = start
-        for branch in self.branches:
-            name = f"g{branch.graph}.{branch.residual_add}"
-            facts = {
-                k: getattr(branch, k)
-                for k in ("kind", "stream", "block", "layout", "flops", "bytes", "module", "line", "graph")
-            }
-            graph.add_node(name, label=branch.name, **facts)
-            graph.add_edge(last[branch.graph, branch.stream], name)
-            last[branch.graph, branch.stream] = name
-        for (number, index), name in last.items():
-            end = f"g{number}.s{index}.end"
-            graph.add_node(end, kind="end", stream=index, graph=number)
-            graph.add_edge(name, end)
-        return graph
+class Report(ReportData):
+    """What `vdcache.explain` found. Prints as a tree, shows itself in notebooks, writes itself as a page."""
 
     def to_html(self, path: str | Path | None = None) -> str:
         """The report as one page that needs nothing else; written to `path` where one is given.
@@ -226,24 +23,16 @@ class Report:
         Raises:
             ImportError: jinja2 is not installed.
         """
-        from vdcache.explanation.page import page
-
         text = page(self)
         if path is not None:
             Path(path).write_text(text, encoding="utf-8")
         return text
 
     def _repr_html_(self) -> str:
-        from vdcache.explanation.page import fragment
-
         return fragment(self)
 
     def __rich__(self) -> Any:
-        from vdcache.explanation.tree import tree
-
         return tree(self)
 
     def __str__(self) -> str:
-        from vdcache.explanation.tree import plain
-
         return plain(self)

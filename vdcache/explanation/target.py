@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vdcache.ir.errors import ConfigError
+from vdcache.errors import ConfigError
 
 __all__ = ["load", "load_with_loop"]
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 from rich.tree import Tree
 
-from vdcache.explanation.report import Report
+from vdcache.explanation.data import ReportData
 from vdcache.patterns import Attention, Block, Branch, GraphAnalysis, NoMatch, Stream
 
 __all__ = ["amount", "plain", "reasons", "size", "tree", "where"]
@@ -35,14 +35,14 @@ def size(n: float | None) -> str:
     return f"{n:.0f} B"
 
 
-def plain(report: Report) -> str:
+def plain(report: ReportData) -> str:
     """The tree without colours."""
     console = Console(file=io.StringIO(), width=118, color_system=None)
     console.print(tree(report))
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
-def tree(report: Report) -> Tree:
+def tree(report: ReportData) -> Tree:
     counts = ", ".join(f"{n} {kind}" for kind, n in report.count().items()) or "no residual branch"
     many = f" in {len(report.graphs)} graphs" if len(report.graphs) > 1 else ""
     root = Tree(
@@ -153,7 +153,7 @@ def _attention(a: Attention) -> str:
     return f"{lengths} × {a.head_dim}, {a.form}" if a.head_dim else f"{lengths}, {a.form}"
 
 
-def _recipe(at: Tree, report: Report) -> None:
+def _recipe(at: Tree, report: ReportData) -> None:
     if report.nothing:
         at.add(_line("nothing to cache", "red", report.nothing))
         return

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vdcache.api import original
+from vdcache.backends.runner import original
 from vdcache.errors import ConfigError
-from vdcache.ir.checks import check_model
+from vdcache.util.checks import check_model
 
 __all__ = ["check_call", "check_loop"]
 

@@ -19,7 +19,7 @@ from vdcache.exporting.arguments import check_call, check_loop
 from vdcache.exporting.fixed import ExportedFiles, fixed
 from vdcache.exporting.loops import traced_loop
 from vdcache.exporting.manifest import FILE, FORMS, KINDS, Manifest, facts_of
-from vdcache.recipe import Recipe
+from vdcache.methods.recipe import Recipe
 
 __all__ = ["INPUTS", "export"]
 

@@ -11,25 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from vdcache.api import original
 from vdcache.backends.lowering import lower_tiles, tile_sites
 from vdcache.backends.program import Program
+from vdcache.backends.runner import original
 from vdcache.backends.settings import Settings
+from vdcache.calibration.calibration import Calibration
+from vdcache.calibration.schedule import Schedule
 from vdcache.errors import ConfigError
 from vdcache.exporting.manifest import Cache, Graph, LoopSpec, ScheduledStep, Value
 from vdcache.ir import dialect
 from vdcache.ir.edit import copy_graph, outputs, set_outputs
 from vdcache.ir.edit import inputs as graph_inputs
 from vdcache.ir.exported import ExportedModel, whole
-from vdcache.ir.files import text_of
-from vdcache.ir.sizes import is_symbolic
 from vdcache.methods import recipe as named
+from vdcache.methods.recipe import Recipe
 from vdcache.passes.predictors import StepInfo
-from vdcache.recipe import Recipe
-from vdcache.runtime.plan import Plan
-from vdcache.runtime.policies import Auto
-from vdcache.scheduling.calibration import Calibration
-from vdcache.scheduling.schedule import Schedule
+from vdcache.policies.plan import Plan
+from vdcache.util.files import text_of
+from vdcache.util.sizes import is_symbolic
 
 __all__ = ["PLAN", "ExportedFiles", "Fixed", "FixedVariant", "fixed", "recipe_of", "unused", "value_of"]
 
@@ -224,13 +223,7 @@ def _plans(program: Program, recipe: Recipe, steps: int) -> list[Plan]:
         ConfigError: the policy looks at what the run computes.
     """
     graph = program.guarded.graph
-    if (
-        isinstance(recipe.policy, Auto)
-        or program.probes
-        or dialect.observations(graph)
-        or program.lanes is not None
-        or program.emits
-    ):
+    if recipe.goal is not None or program.probes or dialect.observations(graph) or program.lanes is not None or program.emits:
         raise ConfigError(
             f"'{recipe.name}' decides while it runs what to reuse, and a fixed graph cannot: give a schedule (vdcache.calibrate and vdcache.search_schedule find "
             "one for this model), a list of computed steps, or a recipe that depend on the step number alone, as every-3"

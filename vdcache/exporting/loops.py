@@ -14,7 +14,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
-from vdcache.api import original
+from vdcache.backends.runner import original
 from vdcache.errors import ConfigError
 from vdcache.exporting.fixed import Fixed, unused, value_of
 from vdcache.exporting.manifest import LoopCall, LoopSpec

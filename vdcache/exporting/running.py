@@ -13,8 +13,8 @@ import numpy as np
 
 from vdcache.errors import CacheStateError, ConfigError
 from vdcache.exporting.manifest import Graph, Manifest, ScheduledStep, Value
+from vdcache.policies.plan import Plan
 from vdcache.runtime.history import History, Record
-from vdcache.runtime.plan import Plan
 
 __all__ = ["PackageRunner"]
 

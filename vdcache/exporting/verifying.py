@@ -13,12 +13,13 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from vdcache.api import compile, original
+from vdcache.api import compile
+from vdcache.backends.runner import original
 from vdcache.errors import ConfigError
 from vdcache.exporting.arguments import check_call, check_loop
 from vdcache.exporting.manifest import Manifest
 from vdcache.exporting.running import PackageRunner
-from vdcache.recipe import Recipe
+from vdcache.methods.recipe import Recipe
 
 if TYPE_CHECKING:
     from rich.console import Group

@@ -28,9 +28,9 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
 
+from vdcache.errors import CaptureError
 from vdcache.ir.composites import whole_composites
 from vdcache.ir.edit import backward_slice, copy_graph, outputs, set_outputs
-from vdcache.ir.errors import CaptureError
 from vdcache.ir.ops import is_work, tensor_of
 from vdcache.ir.subclasses import TensorSubclasses
 

@@ -17,7 +17,6 @@ __all__ = [
     "cache_guards",
     "emissions",
     "emit",
-    "group_of",
     "is_dialect",
     "is_dialect_function",
     "observations",
@@ -116,8 +115,3 @@ def probes(graph: fx.Graph) -> list[fx.Node]:
 def emissions(graph: fx.Graph) -> list[fx.Node]:
     """The emit nodes of a graph, in order."""
     return graph.find_nodes(op="call_function", target=emit)
-
-
-def group_of(slot: str) -> str:
-    """The group of a slot: what a plan names."""
-    return slot.partition("/")[0]

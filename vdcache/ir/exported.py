@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vdcache.errors import CaptureError, VdcacheError
 from vdcache.ir.capture import Captured, Signature, first_line
-from vdcache.ir.errors import CaptureError, VdcacheError
 
 __all__ = ["ExportedModel", "exported", "whole"]
 

@@ -10,8 +10,8 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+from vdcache.errors import ConfigError, ContractError
 from vdcache.ir import dialect
-from vdcache.ir.errors import ConfigError, ContractError
 
 __all__ = ["FACTS", "Fact", "check", "holding"]
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import fx
 
+from vdcache.errors import ConfigError
 from vdcache.ir.dump import SHOWN, attribute, dump
-from vdcache.ir.errors import ConfigError
 from vdcache.ir.parse import parse
 
 __all__ = ["Saved", "load_graph", "read_graph", "save_graph"]

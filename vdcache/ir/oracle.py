@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from vdcache.ir import dialect
 from vdcache.ir.edit import inputs
+from vdcache.util.slots import group_of
 
 __all__ = ["PoisonInterpreter", "example_inputs", "record_slots", "skipped", "unskippable", "values_of"]
 
@@ -64,7 +65,7 @@ def skipped(graph: fx.Graph, groups: Iterable[str] | None = None) -> set[fx.Node
     while todo:
         node = todo.pop()
         parents = list(node.all_input_nodes)
-        if node.target is dialect.cache_guard and (chosen is None or dialect.group_of(str(node.args[1])) in chosen):
+        if node.target is dialect.cache_guard and (chosen is None or group_of(str(node.args[1])) in chosen):
             parents = [node.args[2]] if len(node.args) > 2 else []  # type: ignore[list-item]
         for parent in parents:
             if parent not in live:
@@ -77,7 +78,7 @@ def unskippable(graph: fx.GraphModule, *args: Any, groups: Iterable[str] | None 
     """What the graph returns, and what it returns when everything that reuse leaves out is poisoned."""
     chosen = None if groups is None else set(groups)
     kept = record_slots(graph, *args)
-    kept = {slot: v for slot, v in kept.items() if chosen is None or dialect.group_of(slot) in chosen}
+    kept = {slot: v for slot, v in kept.items() if chosen is None or group_of(slot) in chosen}
     dead = {n.name for n in skipped(graph.graph, chosen)}
     graph.recompile()  # a pass that ran by itself has changed the nodes alone
     with torch.no_grad():

@@ -17,9 +17,9 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx
 
+from vdcache.errors import ConfigError
 from vdcache.ir.capture import Signature
 from vdcache.ir.dump import DTYPES, Symbols, type_of
-from vdcache.ir.errors import ConfigError
 from vdcache.ir.fakes import Fakes
 from vdcache.ir.tokens import BINARY, Line, lines_of, parts
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
+from vdcache.errors import ConfigError
 from vdcache.ir import dialect
 from vdcache.ir.dump import plain_overload
-from vdcache.ir.errors import ConfigError
-from vdcache.renamed import DIALECT, current
+from vdcache.util.renamed import DIALECT, current
 
 __all__ = ["BINARY", "Line", "lines_of", "parts"]
 

@@ -3,6 +3,7 @@
 from vdcache.methods.adacache import ADACACHE_CODEBOOKS, adacache
 from vdcache.methods.attention import fastercache, pab, tgate
 from vdcache.methods.auto import auto
+from vdcache.methods.configs import from_config
 from vdcache.methods.constants import MAGCACHE_RATIOS, PAB, TEACACHE_COEFFICIENTS
 from vdcache.methods.profilingdit import PROFILINGDIT_LISTS, profilingdit
 from vdcache.methods.registry import describe, for_goal, recipe, recipes
@@ -25,6 +26,7 @@ __all__ = [
     "fbcache",
     "for_goal",
     "fora",
+    "from_config",
     "l2c",
     "magcache",
     "pab",

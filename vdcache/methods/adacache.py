@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from vdcache.ir.checks import whole, whole_numbers
-from vdcache.ir.errors import ConfigError
+from vdcache.errors import ConfigError
+from vdcache.methods.recipe import Recipe
 from vdcache.passes import MarkBranches, MergeSlots, Observe, Pass
-from vdcache.recipe import Recipe
-from vdcache.runtime.policies import AdaCache, Codebook, MoReg
-from vdcache.runtime.schedules import CombinedPolicy
+from vdcache.policies.adacache import AdaCache, Codebook, MoReg
+from vdcache.policies.scheduled import CombinedPolicy
+from vdcache.util.checks import whole, whole_numbers
 
 __all__ = ["ADACACHE_CODEBOOKS", "adacache"]
 
@@ -65,7 +65,7 @@ def adacache(
         whole(value, f"'{what}' of AdaCache", least)
     blocks = whole_numbers(blocks, "the observed blocks")
     if not isinstance(moreg, (bool, MoReg)):
-        raise ConfigError(f"moreg is True, False or a vdcache.MoReg; got {moreg!r}")
+        raise ConfigError(f"moreg is True, False or a vdcache.policies.MoReg; got {moreg!r}")
     if not isinstance(codebook, (str, Codebook, Mapping, Sequence)):
         raise ConfigError(f"codebook is 'fast', 'slow' or (threshold, rate) entries; got {codebook!r}")
     books: tuple[tuple[int, Codebook], ...] = ()

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from vdcache.ir.checks import numbers, whole
-from vdcache.ir.errors import ConfigError
+from vdcache.errors import ConfigError
 from vdcache.methods.constants import PAB
+from vdcache.methods.recipe import Recipe
 from vdcache.passes import MarkBranches, MarkLanes, Pass
 from vdcache.passes.mark_branches import TYPES
 from vdcache.passes.predictors import ByGroup, Extrapolated, Frequencies
-from vdcache.recipe import Recipe
-from vdcache.runtime.policies import Policy
-from vdcache.runtime.schedules import CombinedPolicy, SchedulePolicy
-from vdcache.runtime.steps import EveryNth, StepList, TGateSteps
-from vdcache.runtime.windows import BroadcastWindow, TimestepWindow
+from vdcache.policies.base import Policy
+from vdcache.policies.scheduled import CombinedPolicy, SchedulePolicy
+from vdcache.policies.steps import EveryNth, StepList, TGateSteps
+from vdcache.policies.windows import BroadcastWindow, TimestepWindow
+from vdcache.util.checks import numbers, whole
 
 __all__ = ["fastercache", "pab", "tgate"]
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from vdcache.ir.errors import ConfigError
+from vdcache.errors import ConfigError
+from vdcache.methods.recipe import Recipe
 from vdcache.passes import MarkBranches, MergeSlots
 from vdcache.passes.predictors import Taylor
-from vdcache.recipe import Recipe
-from vdcache.runtime.policies import Auto
-from vdcache.scheduling.choose import Goal
+from vdcache.policies.base import Always
+from vdcache.policies.goal import Goal
 
 __all__ = ["auto"]
 
@@ -29,7 +29,6 @@ def auto(speedup: float | None = None, quality_db: float | None = None) -> Recip
     """
     if speedup is not None and quality_db is not None:
         raise ConfigError("speedup and quality_db are one or the other: a faster generation is a worse one")
-    policy = Auto(2.0, floor_db=FLOOR) if speedup is quality_db is None else Auto(speedup, quality_db)
-    Goal.of(policy)  # refuses what it cannot be
+    goal = Goal(speedup=2.0, floor_db=FLOOR) if speedup is quality_db is None else Goal(speedup=speedup, quality_db=quality_db)
     source = "arXiv 2503.06923 (the predictor); the steps are searched"
-    return Recipe("vdcache-auto", policy, (MarkBranches(), MergeSlots()), source, predictor=Taylor(1))
+    return Recipe("vdcache-auto", Always(), (MarkBranches(), MergeSlots()), source, predictor=Taylor(1), goal=goal)

@@ -6,18 +6,18 @@ from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from vdcache.ir.errors import ConfigError, warn
+from vdcache.errors import ConfigError, warn
 from vdcache.methods.attention import pab
+from vdcache.methods.recipe import Recipe
 from vdcache.methods.schedules import magcache
 from vdcache.methods.thresholds import dbcache, fbcache, seacache
 from vdcache.passes import MarkBranches, MarkLanes, MergeSlots, Pass
 from vdcache.passes.mark_branches import TYPES
 from vdcache.passes.predictors import ByGroup, Extrapolated, Frequencies, Taylor
-from vdcache.recipe import Recipe
-from vdcache.runtime.policies import Policy
-from vdcache.runtime.schedules import CombinedPolicy, SchedulePolicy
-from vdcache.runtime.steps import EveryNth, StepList
-from vdcache.runtime.windows import TimestepWindow
+from vdcache.policies.base import Policy
+from vdcache.policies.scheduled import CombinedPolicy, SchedulePolicy
+from vdcache.policies.steps import EveryNth, StepList
+from vdcache.policies.windows import TimestepWindow
 
 __all__ = ["from_config"]
 
@@ -88,10 +88,12 @@ def _first_block(given: _Given) -> Recipe:
 
 def _magcache(given: _Given) -> Recipe:
     if given.calibrate:
-        raise ConfigError("calibrate=True measures and caches nothing; vdcache.magnitudes(model, run) measures the ratios")
+        raise ConfigError(
+            "calibrate=True measures and caches nothing; vdcache.calibration.magnitudes(model, run) measures the ratios"
+        )
     if given.mag_ratios is None:
         raise ConfigError(
-            "this MagCacheConfig has no mag_ratios; vdcache.magcache(vdcache.magnitudes(model, run)) measures them"
+            "this MagCacheConfig has no mag_ratios; vdcache.methods.magcache(vdcache.calibration.magnitudes(model, run)) measures them"
         )
     ratios = [float(r) for r in given.mag_ratios]
     return magcache(
@@ -102,7 +104,7 @@ def _magcache(given: _Given) -> Recipe:
 def _taylor(given: _Given) -> Recipe:
     n, first = given.cache_interval, given.disable_cache_before_step
     given.lose(
-        "the number of steps is not known before the run; vdcache.EveryNth(n, last=…) counts from the end",
+        "the number of steps is not known before the run; vdcache.policies.EveryNth(n, last=…) counts from the end",
         "disable_cache_after_step",
     )
     given.lose("differences are kept in float32", "taylor_factors_dtype")
@@ -134,7 +136,7 @@ def _faster(given: _Given) -> Recipe:
     given.lose("arguments are found by structure", "_unconditional_conditional_input_kwargs_identifiers")
     given.lose("the layout of the latent is found by structure", "tensor_format")
     given.lose(
-        "weights apply in all steps; vdcache.fastercache has them by step",
+        "weights apply in all steps; vdcache.methods.fastercache has them by step",
         "attention_weight_callback",
         "low_frequency_weight_callback",
         "high_frequency_weight_callback",

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, is_dataclass
 from typing import Any
 
-from vdcache.ir.masks import MASKS
-from vdcache.ir.plugins import plugins
+from vdcache.attention.masks import MASKS
+from vdcache.methods.recipe import KINDS
 from vdcache.passes.catalogue import first_sentence
 from vdcache.passes.predictors import PREDICTORS
-from vdcache.recipe import KINDS
+from vdcache.util.plugins import plugins
 
 __all__ = ["Component", "parts"]
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
-from vdcache.ir.checks import whole_numbers
-from vdcache.ir.errors import ConfigError
+from vdcache.errors import ConfigError
+from vdcache.methods.recipe import Recipe
 from vdcache.passes import MarkBranches, MergeSlots
-from vdcache.recipe import Recipe
-from vdcache.runtime.schedules import CombinedPolicy, SchedulePolicy
-from vdcache.runtime.steps import LinearIntervals, StepList
+from vdcache.policies.scheduled import CombinedPolicy, SchedulePolicy
+from vdcache.policies.steps import LinearIntervals, StepList
+from vdcache.util.checks import whole_numbers
 
 __all__ = ["PROFILINGDIT_LISTS", "profilingdit", "profilingdit_hunyuanvideo", "profilingdit_wan"]
 

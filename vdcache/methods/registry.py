@@ -8,19 +8,19 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from vdcache.ir.errors import ConfigError
-from vdcache.ir.plugins import Plugin, plugins
+from vdcache.errors import ConfigError
 from vdcache.methods.adacache import adacache
 from vdcache.methods.attention import FASTERCACHE, fastercache, pab_of, tgate
 from vdcache.methods.auto import auto
 from vdcache.methods.constants import MAGCACHE_LIMITS, MAGCACHE_RATIOS, PAB, TEACACHE_COEFFICIENTS
 from vdcache.methods.profilingdit import profilingdit_hunyuanvideo, profilingdit_wan
+from vdcache.methods.recipe import Recipe
 from vdcache.methods.schedules import delta_dit, fora, magcache, taylorseer
 from vdcache.methods.thresholds import dbcache, easycache, fbcache, seacache, teacache
 from vdcache.passes import TileAttention
 from vdcache.passes.base import Pass
-from vdcache.recipe import Recipe
-from vdcache.runtime.policies import Always, Auto, EveryN
+from vdcache.policies.base import Always, EveryN
+from vdcache.util.plugins import Plugin, plugins
 
 __all__ = ["RecipeFamily", "describe", "families", "for_goal", "recipe", "recipes"]
 
@@ -232,10 +232,10 @@ NAMES = (
     _TILES,
 )
 _NEEDS = {
-    "profilingdit": "the lists of one model's blocks: recipe = vdcache.profilingdit(vdcache.profile(model, run))",
-    "magcache": "the magnitudes of one model: recipe = vdcache.magcache(vdcache.magnitudes(model, run))",
-    "smoothcache": "a schedule from a calibration: recipe = vdcache.smoothcache(vdcache.step_errors(model, run).schedule(alpha))",
-    "l2c": "a trained table of layers: recipe = vdcache.l2c(path_or_scores)",
+    "profilingdit": "the lists of one model's blocks: recipe = vdcache.methods.profilingdit(vdcache.profile(model, run))",
+    "magcache": "the magnitudes of one model: recipe = vdcache.methods.magcache(vdcache.calibration.magnitudes(model, run))",
+    "smoothcache": "a schedule from a calibration: recipe = vdcache.methods.smoothcache(vdcache.calibration.step_errors(model, run).schedule(alpha))",
+    "l2c": "a trained table of layers: recipe = vdcache.methods.l2c(path_or_scores)",
 }
 
 
@@ -332,11 +332,11 @@ def for_goal(chosen: str | Recipe | None, speedup: float | None, quality_db: flo
     found = recipe(chosen)
     if speedup is None and quality_db is None:
         return found
-    if not isinstance(found.policy, Auto):
+    if found.goal is None:
         raise ConfigError(
             f"speedup and quality_db are what vdcache-auto is to reach; '{found.name}' goes by its own numbers: leave out one or the other"
         )
-    return replace(found, policy=auto(speedup=speedup, quality_db=quality_db).policy)
+    return replace(found, goal=auto(speedup=speedup, quality_db=quality_db).goal)
 
 
 @dataclass(frozen=True)
@@ -369,14 +369,14 @@ def describe(name: str) -> RecipeDescription:
         made = recipe(name)
         cached = name.partition("+")[2] if _TILES.match(name.partition("+")[0]) is not None else ""
         named = next(n for n in families() if n.match(cached or name) is not None)
-    plans = tuple(map(str, made.policy.plans()))
+    plans = tuple(map(str, made.plans()))
     scope = tuple(_sentence(p) for p in made.passes) or ("nothing is guarded",)
     probes = any(p.name == "probe" for p in made.passes)
     return RecipeDescription(
         made.name,
         named.summary,
         scope,
-        str(made.policy),
+        str(made.goal or made.policy),
         str(made.predictor),
         plans,
         probes,

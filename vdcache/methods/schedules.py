@@ -7,14 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vdcache.ir.checks import number, numbers, whole, whole_numbers
-from vdcache.ir.errors import ConfigError
+from vdcache.errors import ConfigError
+from vdcache.methods.recipe import Recipe
 from vdcache.passes import MarkBranches, MergeSlots
 from vdcache.passes.mark_branches import TYPES
 from vdcache.passes.predictors import Taylor
-from vdcache.recipe import Recipe
-from vdcache.runtime.schedules import CombinedPolicy, MagCache, PlanTable, SchedulePolicy
-from vdcache.runtime.steps import EveryNth, LinearIntervals, StepList
+from vdcache.policies.scheduled import CombinedPolicy, MagCache, PlanTable, SchedulePolicy
+from vdcache.policies.steps import EveryNth, LinearIntervals, StepList
+from vdcache.util.checks import number, numbers, whole, whole_numbers
 
 __all__ = ["delta_dit", "fora", "l2c", "magcache", "smoothcache", "taylorseer"]
 
@@ -89,7 +89,7 @@ def smoothcache(schedule: Mapping[str, Sequence[int]] | str | Path, *, name: str
     Args:
         schedule: {"attn": [1, 0, …], "cross": […], "mlp": […]}, 1 for computed, an entry for every step; or the path of such a
             JSON file. The names that the published files have for them (attn1, attn2, ff) are understood.
-            `vdcache.step_errors(model, run).schedule(alpha)` makes one.
+            `vdcache.calibration.step_errors(model, run).schedule(alpha)` makes one.
 
     Raises:
         ConfigError: no such schedule, lists of unequal length, a first step that is not computed.
@@ -186,7 +186,7 @@ def magcache(
     """MagCache (arXiv 2506.09045): reuse all blocks while the magnitude of what it adds is known to change little.
 
     Args:
-        ratios: of every step, from `vdcache.magnitudes(model, run)` or `MAGCACHE_RATIOS`.
+        ratios: of every step, from `vdcache.calibration.magnitudes(model, run)` or `MAGCACHE_RATIOS`.
         threshold, max_consecutive, retention: `MagCache`.
     """
     policy = MagCache(numbers(ratios, "the ratios of magnitudes"), threshold, max_consecutive, retention)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from vdcache.ir.checks import numbers, whole, whole_numbers
-from vdcache.ir.errors import ConfigError
+from vdcache.errors import ConfigError
 from vdcache.methods.constants import TEACACHE_COEFFICIENTS
+from vdcache.methods.recipe import Recipe
 from vdcache.passes import MarkBranches, MarkOutput, MergeSlots, Observe, Probe
 from vdcache.passes.predictors import LAST, Predictor
-from vdcache.recipe import Recipe
-from vdcache.runtime.probing import Bounds, EasyCache, Threshold
+from vdcache.policies.thresholds import Bounds, EasyCache, Threshold
+from vdcache.util.checks import numbers, whole, whole_numbers
 
 __all__ = ["dbcache", "easycache", "fbcache", "seacache", "teacache"]
 
@@ -59,7 +59,7 @@ def dbcache(
     whole(back, "back, the number of blocks at the end that always run,")
     whole(warm_up, "warm_up, the number of steps that are computed first,")
     if not isinstance(predictor, Predictor):
-        raise ConfigError(f"predictor is a vdcache.Predictor such as vdcache.Taylor(1); got {predictor!r}")
+        raise ConfigError(f"predictor is a vdcache.Predictor such as vdcache.predictors.Taylor(1); got {predictor!r}")
     passes = (
         MarkBranches(start=front, stop=-back if back else None),
         MergeSlots(),

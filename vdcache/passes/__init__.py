@@ -1,7 +1,8 @@
 """Rewrites of a graph, one a file, and the order in which they run."""
 
-from vdcache.passes.base import Pass, PassRecord, PassResult, Pipeline, Refusal, put_cache_guard
+from vdcache.passes.base import Pass, PassRecord, PassResult, Refusal, put_cache_guard
 from vdcache.passes.canonicalise import Canonicalise
+from vdcache.passes.catalogue import PASSES
 from vdcache.passes.dead_code import DeadCode
 from vdcache.passes.emit import Emit
 from vdcache.passes.emit_attention import EmitAttention
@@ -10,30 +11,12 @@ from vdcache.passes.mark_lanes import MarkLanes
 from vdcache.passes.mark_output import MarkOutput
 from vdcache.passes.merge_slots import MergeSlots
 from vdcache.passes.observe import Observe
+from vdcache.passes.pipeline import Pipeline
 from vdcache.passes.probe import Probe
 from vdcache.passes.rewrite import Rewrite
 from vdcache.passes.specialise import Specialise, VariantIO, variant_io
 from vdcache.passes.split_at_probe import HeadIO, SplitAtProbe, head_io
 from vdcache.passes.tile_attention import TileAttention
-
-PASSES: dict[str, type[Pass]] = {
-    p.name: p
-    for p in (
-        Canonicalise,
-        TileAttention,
-        MarkBranches,
-        MarkLanes,
-        MarkOutput,
-        MergeSlots,
-        Observe,
-        Probe,
-        Emit,
-        EmitAttention,
-        SplitAtProbe,
-        Specialise,
-        DeadCode,
-    )
-}
 
 __all__ = [
     "PASSES",

@@ -8,10 +8,24 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from vdcache.ir.facts import Fact
-from vdcache.ir.plugins import Plugin, plugins
 from vdcache.passes.base import Pass, option_text
+from vdcache.passes.canonicalise import Canonicalise
+from vdcache.passes.dead_code import DeadCode
+from vdcache.passes.emit import Emit
+from vdcache.passes.emit_attention import EmitAttention
+from vdcache.passes.mark_branches import MarkBranches
+from vdcache.passes.mark_lanes import MarkLanes
+from vdcache.passes.mark_output import MarkOutput
+from vdcache.passes.merge_slots import MergeSlots
+from vdcache.passes.observe import Observe
+from vdcache.passes.probe import Probe
+from vdcache.passes.specialise import Specialise
+from vdcache.passes.split_at_probe import SplitAtProbe
+from vdcache.passes.tile_attention import TileAttention
+from vdcache.util.plugins import Plugin, plugins
 
 __all__ = [
+    "PASSES",
     "Entry",
     "Option",
     "catalogue",
@@ -23,6 +37,27 @@ __all__ = [
     "page",
     "readable",
 ]
+
+
+# In the order in which they usually run.
+PASSES: dict[str, type[Pass]] = {
+    p.name: p
+    for p in (
+        Canonicalise,
+        TileAttention,
+        MarkBranches,
+        MarkLanes,
+        MarkOutput,
+        MergeSlots,
+        Observe,
+        Probe,
+        Emit,
+        EmitAttention,
+        SplitAtProbe,
+        Specialise,
+        DeadCode,
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -84,8 +119,6 @@ def catalogue() -> tuple[Entry, ...]:
 
 
 def _all() -> dict[str, tuple[type[Pass], str]]:
-    from vdcache.passes import PASSES
-
     found = {name: (kind, "vdcache") for name, kind in PASSES.items()}
     for plugin in plugins("vdcache.passes", _why_not):
         found.setdefault(plugin.value.name, (plugin.value, plugin.origin))
@@ -93,8 +126,6 @@ def _all() -> dict[str, tuple[type[Pass], str]]:
 
 
 def _why_not(plugin: Plugin) -> str:
-    from vdcache.passes import PASSES
-
     kind = plugin.value
     if not (isinstance(kind, type) and issubclass(kind, Pass)) or inspect.isabstract(kind):
         return f"{kind!r} is no class of passes: it does not subclass vdcache.Pass with its own 'run'"

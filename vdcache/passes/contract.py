@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import fx
 
+from vdcache.errors import ConfigError, ContractError
 from vdcache.ir.dump import dump
-from vdcache.ir.errors import ConfigError, ContractError
 from vdcache.ir.facts import Fact, check, holding
 from vdcache.patterns.analysis import stale
 

@@ -12,8 +12,8 @@ from typing import ClassVar
 
 from torch import fx
 
+from vdcache.errors import ConfigError
 from vdcache.ir import dialect
-from vdcache.ir.errors import ConfigError
 from vdcache.ir.facts import Fact
 from vdcache.passes.base import Pass, PassResult, Refusal, copy_meta
 from vdcache.passes.values import VALUES, find

@@ -17,13 +17,13 @@ import torch
 from torch import fx
 
 from vdcache.ir import dialect, library
-from vdcache.ir.checks import video_grid
 from vdcache.ir.edit import call
 from vdcache.ir.facts import Fact
 from vdcache.ir.ops import ATTENTION, tensor_of
 from vdcache.passes.base import Pass, PassResult, Refusal, copy_meta
 from vdcache.patterns import Attention, Branch, GraphAnalysis, Grid, NoMatch, analyze
 from vdcache.patterns.attention import AttentionMatch, attention_matches, axes_of, layout_of, operands, video_span
+from vdcache.util.checks import video_grid
 
 aten = torch.ops.aten
 

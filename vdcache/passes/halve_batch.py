@@ -17,8 +17,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx
 
+from vdcache.errors import CaptureError
 from vdcache.ir.edit import backward_slice, call, evaluate
-from vdcache.ir.errors import CaptureError
 from vdcache.ir.ops import is_effectful, tensor_of
 
 __all__ = ["halve"]

@@ -14,13 +14,13 @@ from typing import ClassVar
 
 from torch import fx
 
+from vdcache.errors import ConfigError
 from vdcache.ir import dialect
-from vdcache.ir.checks import group_name, whole, whole_numbers
-from vdcache.ir.errors import ConfigError
 from vdcache.ir.facts import Fact
 from vdcache.ir.ops import same_type
 from vdcache.passes.base import Pass, PassResult, Refusal, copy_meta
 from vdcache.patterns import ATTENDS, KINDS, Branch, GraphAnalysis, analyze
+from vdcache.util.checks import group_name, whole, whole_numbers
 
 # Branches by what they do, whatever their block is made of.
 TYPES = {"attn": ATTENDS, "cross": ("cross-attention",), "mlp": ("mlp",)}

@@ -15,17 +15,17 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+from vdcache.errors import CaptureError, ConfigError
 from vdcache.ir import dialect
 from vdcache.ir.capture import signature
-from vdcache.ir.checks import group_name
 from vdcache.ir.edit import add_input, call, copy_graph, inputs, outputs, set_output, set_outputs
-from vdcache.ir.errors import CaptureError, ConfigError
 from vdcache.ir.facts import Fact
 from vdcache.ir.ops import is_effectful, tensor_of
 from vdcache.passes.base import Pass, PassResult, Refusal, copy_meta, drop_dead_code
 from vdcache.passes.halve_batch import halve
 from vdcache.passes.values import output
 from vdcache.patterns import NoMatch, analyze
+from vdcache.util.checks import group_name
 
 __all__ = ["LanesIO", "MarkLanes", "halve_lanes", "lanes_io"]
 

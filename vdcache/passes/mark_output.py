@@ -13,15 +13,15 @@ from typing import ClassVar
 
 from torch import fx
 
+from vdcache.errors import ConfigError
 from vdcache.ir import dialect
-from vdcache.ir.checks import group_name
 from vdcache.ir.edit import set_output
-from vdcache.ir.errors import ConfigError
 from vdcache.ir.facts import Fact
 from vdcache.ir.ops import same_type
 from vdcache.passes.base import Pass, PassResult, Refusal, copy_meta
 from vdcache.passes.values import find, output
 from vdcache.patterns import NoMatch, analyze
+from vdcache.util.checks import group_name
 
 
 @dataclass(frozen=True)

@@ -18,16 +18,16 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+from vdcache.errors import ConfigError
 from vdcache.ir import dialect
 from vdcache.ir.capture import signature
-from vdcache.ir.checks import group_name
-from vdcache.ir.dialect import group_of
 from vdcache.ir.edit import call, inputs, outputs
-from vdcache.ir.errors import ConfigError
 from vdcache.ir.facts import Fact
 from vdcache.ir.ops import CASTS, VIEWS, same_type
 from vdcache.passes.base import Pass, PassResult, Refusal, copy_meta
 from vdcache.patterns import analyze
+from vdcache.util.checks import group_name
+from vdcache.util.slots import group_of
 
 aten = torch.ops.aten
 

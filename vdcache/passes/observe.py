@@ -16,14 +16,14 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+from vdcache.errors import ConfigError
 from vdcache.ir import dialect
-from vdcache.ir.checks import group_name, whole
 from vdcache.ir.edit import call
-from vdcache.ir.errors import ConfigError
 from vdcache.ir.facts import Fact
 from vdcache.passes.base import Pass, PassResult, Refusal, copy_meta
 from vdcache.passes.values import VALUES, find
 from vdcache.patterns import ATTENDS, KINDS, Branch, GraphAnalysis, NoMatch, analyze
+from vdcache.util.checks import group_name, whole
 
 aten = torch.ops.aten
 

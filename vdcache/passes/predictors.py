@@ -15,10 +15,10 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from vdcache.ir.checks import number
-from vdcache.ir.errors import ConfigError
-from vdcache.ir.plugins import plugins
+from vdcache.errors import ConfigError
 from vdcache.passes.filters import sinusoids
+from vdcache.util.checks import number
+from vdcache.util.plugins import plugins
 
 __all__ = [
     "LAST",

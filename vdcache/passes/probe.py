@@ -12,14 +12,14 @@ from typing import ClassVar
 
 from torch import fx
 
+from vdcache.errors import ConfigError
 from vdcache.ir import dialect
-from vdcache.ir.checks import group_name
-from vdcache.ir.errors import ConfigError
 from vdcache.ir.facts import Fact
 from vdcache.passes.base import Pass, PassResult, Refusal, copy_meta
 from vdcache.passes.filters import FILTERS, filtered
 from vdcache.passes.values import PLACES, find
 from vdcache.patterns import NoMatch
+from vdcache.util.checks import group_name
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 
 from torch import fx
 
+from vdcache.errors import ConfigError, ContractError
 from vdcache.ir.dump import name_of_op, type_of
 from vdcache.ir.edit import call
-from vdcache.ir.errors import ConfigError, ContractError
 from vdcache.ir.ops import is_effectful, same_type
 from vdcache.ir.tokens import Line, lines_of
 from vdcache.passes.base import Pass, PassResult, Refusal

@@ -18,17 +18,17 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from vdcache.errors import ContractError
 from vdcache.ir import dialect
 from vdcache.ir.capture import signature
-from vdcache.ir.dialect import group_of
 from vdcache.ir.edit import add_input, backward_slice, call, evaluate, inline, inputs, laid_out, outputs, set_outputs
-from vdcache.ir.errors import ContractError
 from vdcache.ir.facts import Fact
 from vdcache.ir.ops import CASTS, VIEWS, is_effectful, is_work
 from vdcache.passes.base import Pass, PassResult, drop_dead_code
 from vdcache.passes.predictors import LAST, ByGroup, LastValue, Predictor, StepInfo, predictor_of, read_predictor
 from vdcache.passes.sums import sums_of
 from vdcache.patterns.analysis import forget
+from vdcache.util.slots import group_of
 
 __all__ = ["Specialise", "VariantIO", "contiguous", "variant_io"]
 

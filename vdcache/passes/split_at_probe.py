@@ -17,10 +17,10 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+from vdcache.errors import CaptureError, ConfigError
 from vdcache.ir import dialect
 from vdcache.ir.capture import signature
 from vdcache.ir.edit import add_input, backward_slice, call, outputs, set_outputs
-from vdcache.ir.errors import CaptureError, ConfigError
 from vdcache.ir.facts import Fact
 from vdcache.ir.ops import SLICES, VIEWS, is_effectful, tensor_of
 from vdcache.passes.base import Pass, PassResult, Refusal, drop_dead_code

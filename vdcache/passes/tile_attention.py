@@ -15,17 +15,17 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from vdcache.ir.checks import video_grid, whole_numbers
+from vdcache.attention.masks import AttentionMask, Dense, masks_text, parse_masks
+from vdcache.attention.tiles import TILE_ATTENTION, TileMask, tiled
+from vdcache.errors import ConfigError
 from vdcache.ir.edit import call, laid_out
-from vdcache.ir.errors import ConfigError
 from vdcache.ir.facts import Fact
-from vdcache.ir.masks import AttentionMask, Dense, masks_text, parse_masks
 from vdcache.ir.ops import ATTENTION, tensor_of
-from vdcache.ir.tiles import TILE_ATTENTION, TileMask, tiled
 from vdcache.passes.base import Pass, PassResult, Refusal
 from vdcache.patterns import Attention, GraphAnalysis, Grid, NoMatch, analyze
 from vdcache.patterns.analysis import forget
 from vdcache.patterns.attention import video_span
+from vdcache.util.checks import video_grid, whole_numbers
 
 __all__ = ["AttentionOperands", "TileAttention", "places"]
 

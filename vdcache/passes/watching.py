@@ -16,16 +16,16 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import fx
 
+from vdcache.errors import ConfigError
 from vdcache.ir.dump import dump, numbers
-from vdcache.ir.errors import ConfigError
+from vdcache.ir.edit import copy_graph
 from vdcache.ir.graph_files import save_graph
-
-if TYPE_CHECKING:
-    from vdcache.passes.base import Pass, PassRecord
+from vdcache.passes.base import Pass, PassRecord
+from vdcache.passes.catalogue import readable
 
 __all__ = ["WORDS", "Debug", "PassRun", "current", "debug", "listening", "refusals_text"]
 
@@ -144,8 +144,6 @@ class PipelineObserver:
             save_graph(self._folder / "00_before.txt", graph, comment=f"before {text}")
 
     def before(self, graph: fx.GraphModule) -> None:
-        from vdcache.ir.edit import copy_graph
-
         text = dump(graph) if self._writes or self._folder is not None else ""
         self._before = text, copy_graph(graph) if self._listeners or self._folder is not None else None
 
@@ -164,8 +162,6 @@ class PipelineObserver:
         if self._folder is not None:
             save_graph(self._folder / f"{index + 1:02d}_{a_pass.name}.txt", graph, comment=f"after {step.text}")
         if self._listeners:
-            from vdcache.ir.edit import copy_graph
-
             seen = PassRun(a_pass, copied, copy_graph(graph), step)
             for listener in self._listeners:
                 listener(seen)
@@ -174,8 +170,6 @@ class PipelineObserver:
         """Write what reproduces the failure, where files are asked for."""
         if self._folder is None:
             return
-        from vdcache.passes.catalogue import readable
-
         path = self._folder / f"failed_{a_pass.name}.txt"
         save_graph(path, self._before[1], comment=f"{type(error).__name__}: {error}", pipeline=readable(a_pass))
         error.add_note(f"to see it again: vdcache opt {path}")

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from vdcache.attention.tiles import TILE_ATTENTION
 from vdcache.ir.ops import ATTENTION, CASTS, VIEWS, is_work, tensor_inputs, tensor_of, unviewed
-from vdcache.ir.tiles import TILE_ATTENTION
 from vdcache.patterns.facts import Attention, Grid, NoMatch, Span
 from vdcache.patterns.index import Index
 from vdcache.patterns.streams import Streams

@@ -12,9 +12,9 @@ from torch import fx
 from vdcache.ir.capture import Signature
 from vdcache.ir.edit import inputs
 from vdcache.ir.ops import is_work, tensor_inputs, tensor_of
-from vdcache.ir.sizes import shape_hint, updated_by
 from vdcache.patterns.facts import Conditioning, Grid
 from vdcache.patterns.index import Index
+from vdcache.util.sizes import shape_hint, updated_by
 
 __all__ = ["activations", "dependence", "grid", "latents", "timestep_inputs"]
 

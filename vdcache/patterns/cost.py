@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from vdcache.attention.tiles import TILE_ATTENTION, tables_of
 from vdcache.ir.ops import ATTENTION, tensor_of
-from vdcache.ir.sizes import shape_hint, size_hint
-from vdcache.ir.tiles import TILE_ATTENTION, tables_of
+from vdcache.util.sizes import shape_hint, size_hint
 
 __all__ = ["bytes_of", "flops", "owners"]
 

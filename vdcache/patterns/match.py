@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from vdcache.errors import ConfigError, ContractError
 from vdcache.ir.capture import signature
 from vdcache.ir.dump import name_of_op
-from vdcache.ir.errors import ConfigError, ContractError
 from vdcache.ir.ops import CASTS, VIEWS
 from vdcache.ir.tokens import Line, lines_of
 from vdcache.patterns.facts import NoMatch

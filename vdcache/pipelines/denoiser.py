@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from vdcache.api import ModelRunner
 from vdcache.backends import Settings
+from vdcache.backends.runner import ModelRunner
 from vdcache.pipelines.override import Override, method_of
 from vdcache.pipelines.third_party import places
 from vdcache.runtime.session import Session

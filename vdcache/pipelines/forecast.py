@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from vdcache.runtime.bound import best_plans
-from vdcache.runtime.policies import Policy
+from vdcache.policies.base import Policy
+from vdcache.policies.simulate import best_plans
 
 __all__ = ["most_reused"]
 

@@ -4,20 +4,37 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from vdcache.ir.errors import ConfigError
+from vdcache.errors import ConfigError
 from vdcache.pipelines.denoiser import Denoiser, here
+from vdcache.pipelines.experts import Experts
 from vdcache.pipelines.override import Override
 from vdcache.pipelines.third_party import boundary
 
-if TYPE_CHECKING:
-    from vdcache.pipelines.pipeline_cache import PipelineCache
+__all__ = ["DenoisingLoop", "LoopOwner", "LoopProgressBar", "ProgressBarHook"]
 
-__all__ = ["DenoisingLoop", "LoopProgressBar", "ProgressBarHook"]
+
+class LoopOwner(Protocol):
+    """Whose loop it is: the pipeline with its denoisers, and who speaks to the user."""
+
+    @property
+    def pipe(self) -> Any: ...
+
+    denoisers: dict[str, Denoiser]
+    experts: Experts
+
+    def schedulers(self) -> list[Any]: ...
+    def denoiser(self, module: nn.Module) -> Denoiser | None: ...
+    def begin(self, total: int | None, iterable: Any) -> DenoisingLoop: ...
+    def for_copy(self, pipe: Any) -> LoopOwner: ...
+    def say(self, message: str, key: str | None = None) -> None: ...
+    def say_how_little(self, denoiser: Denoiser, steps: int) -> None: ...
+    def look_for_slots(self, denoiser: Denoiser) -> None: ...
+    def foreign_cache(self, denoiser: Denoiser) -> str: ...
 
 
 class DenoisingLoop:
@@ -32,7 +49,7 @@ class DenoisingLoop:
         times: what it loops over, where it says so.
     """
 
-    def __init__(self, applied: PipelineCache, total: int | None, times: Any = None) -> None:
+    def __init__(self, applied: LoopOwner, total: int | None, times: Any = None) -> None:
         self.applied = applied
         self.thread = threading.get_ident()
         self.lane_names: dict[int, str] = {}
@@ -194,7 +211,7 @@ class ProgressBarHook(Override):
 
     __slots__ = ("applied",)
 
-    def __init__(self, pipe: Any, applied: PipelineCache) -> None:
+    def __init__(self, pipe: Any, applied: LoopOwner) -> None:
         super().__init__(pipe, "progress_bar", pipe.__dict__.get("progress_bar"))
         self.applied = applied
 

@@ -7,20 +7,21 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
-from vdcache.api import ModelRunner, check_options
+from vdcache.api import check_options, settings_of
 from vdcache.backends import Settings
-from vdcache.ir.checks import is_pipeline
-from vdcache.ir.errors import CacheStateError, CaptureError, ConfigError, warn_once
+from vdcache.backends.runner import ModelRunner
+from vdcache.errors import CacheStateError, CaptureError, ConfigError, warn_once
+from vdcache.methods.recipe import Recipe
 from vdcache.pipelines.denoiser import CacheContextHook, CompiledCallWrapper, Denoiser, ForwardWrapper
 from vdcache.pipelines.experts import Experts
 from vdcache.pipelines.forecast import most_reused
 from vdcache.pipelines.loop import DenoisingLoop, ProgressBarHook
 from vdcache.pipelines.third_party import cache_on, instead_of, is_encoder, layer_hooks, runs_loop
-from vdcache.recipe import Recipe
+from vdcache.util.checks import is_pipeline
 
 __all__ = ["PipelineCache", "applied_to", "apply", "remove"]
 
@@ -67,9 +68,9 @@ def apply(
         ConfigError: no pipeline, nothing in it that could be a denoiser, a cache of somebody else's, an unknown recipe.
     """
     _check_pipeline(pipe)
-    if (known := _bars(pipe)) is not None:
+    if _bars(pipe) is not None:
         raise ConfigError(
-            f"vdcache is applied to this pipeline already, with {known.applied.recipe_names}; for another recipe call vdcache.remove(pipe) first"
+            f"vdcache is applied to this pipeline already, with {applied_to(pipe).recipe_names}; for another recipe call vdcache.remove(pipe) first"
         )
     check_options(torch_compile, apply)
     options = {"inner": inner, "strict": strict, "inductor": inductor, "tiles": tiles}
@@ -77,11 +78,11 @@ def apply(
     if isinstance(recipe, Mapping):
         if speedup is not None or quality_db is not None:
             raise ConfigError(
-                "with a recipe for each component a goal stands there: {'transformer': vdcache.auto(speedup=2.0)}"
+                "with a recipe for each component a goal stands there: {'transformer': vdcache.methods.auto(speedup=2.0)}"
             )
-        settings: Settings | dict[str, Settings] = {n: Settings.of({"recipe": r, **options}) for n, r in recipe.items()}
+        settings: Settings | dict[str, Settings] = {n: settings_of({"recipe": r, **options}) for n, r in recipe.items()}
     else:
-        settings = Settings.of({"recipe": recipe, **goal, **options})
+        settings = settings_of({"recipe": recipe, **goal, **options})
     applied = PipelineCache(pipe, settings, torch_compile)
     applied.check()
     applied.scan()
@@ -113,7 +114,7 @@ def applied_to(pipe: Any) -> PipelineCache:
     """
     if (bars := _bars(pipe)) is None:
         raise ConfigError(f"vdcache is not applied to this {type(pipe).__name__}; vdcache.apply(pipe, recipe) does that")
-    return bars.applied
+    return cast(PipelineCache, bars.applied)
 
 
 def _bars(pipe: Any) -> ProgressBarHook | None:
@@ -316,7 +317,7 @@ class PipelineCache:
         """Warn once, by its name, of a denoiser for which the recipe does nothing."""
         recipe = denoiser.settings.recipe
         graphs = denoiser.session.graphs
-        if denoiser.helper or len(recipe.policy.plans()) < 2 or any(getattr(g, "slots", ()) for g in graphs):
+        if denoiser.helper or len(recipe.plans()) < 2 or any(getattr(g, "slots", ()) for g in graphs):
             return
         others = [
             n

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from vdcache.pipelines.pipeline_cache import applied_to
-from vdcache.report import WIDTH, summary_table
 from vdcache.runtime.session import Session
+from vdcache.runtime.summary import WIDTH, summary_table
 
 __all__ = ["summary"]
 

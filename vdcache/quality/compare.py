@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vdcache.ir.errors import ConfigError
+from vdcache.errors import ConfigError
+from vdcache.quality import picture
 from vdcache.quality.frames import frames_of, readable
+from vdcache.quality.scores import Scores
 
 __all__ = ["Comparison", "compare"]
 
@@ -20,56 +21,11 @@ SSIM_WINDOW = 11
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """How far a candidate is from a reference.
-
-    Args:
-        frames, height, width: of both.
-        psnr: in dB, over all frames at once; infinite where they are equal.
-        ssim: mean over frames, −1 to 1; None where frames are smaller than its window of 11.
-        lpips: mean over frames, 0 for equal; None with the reason in `notes`.
-        largest: the largest difference of two values, on the scale of `data_range`.
-        data_range: what the scale spans: 1 for pictures.
-        psnr_frames, ssim_frames, lpips_frames: each frame's.
-        worst: the frame of the lowest PSNR.
-        notes: what was left out, and why.
-    """
-
-    frames: int
-    height: int
-    width: int
-    psnr: float
-    ssim: float | None
-    lpips: float | None
-    largest: float
-    data_range: float
-    psnr_frames: tuple[float, ...]
-    ssim_frames: tuple[float, ...] = ()
-    lpips_frames: tuple[float, ...] = ()
-    worst: int = 0
-    notes: tuple[str, ...] = ()
-    reference: Tensor | None = field(default=None, repr=False, compare=False)
-    candidate: Tensor | None = field(default=None, repr=False, compare=False)
-
-    @property
-    def identical(self) -> bool:
-        """Whether every value is the same."""
-        return self.largest == 0
-
-    def rows(self) -> dict[str, Any]:
-        """Plain numbers. An infinite PSNR is None, and `identical` says why."""
-        plain = {k: v for k, v in asdict(_bare(self)).items() if k not in ("reference", "candidate")}
-        plain["psnr"] = _finite(self.psnr)
-        plain["psnr_frames"] = [_finite(p) for p in self.psnr_frames]
-        return {"identical": self.identical, **plain}
-
-    def to_json(self, path: str | Path) -> None:
-        Path(path).write_text(json.dumps(self.rows(), indent=1))
+class Comparison(Scores):
+    """How far a candidate is from a reference. Prints itself, and draws the worst frame and the curve over frames."""
 
     def __rich__(self) -> Any:
-        from vdcache.quality.picture import table
-
-        return table(self)
+        return picture.table(self)
 
     def __str__(self) -> str:
         ssim = "" if self.ssim is None else f", SSIM {self.ssim:.4f}"
@@ -78,15 +34,11 @@ class Comparison:
 
     def picture(self, path: str | Path) -> None:
         """The worst frame: reference, candidate, and their difference made visible."""
-        from vdcache.quality.picture import side_by_side
-
-        side_by_side(self, path)
+        picture.side_by_side(self, path)
 
     def curve(self, path: str | Path | None = None) -> Any:
         """PSNR and SSIM over frames; the matplotlib figure, also written to `path`."""
-        from vdcache.quality.picture import curve
-
-        return curve(self, path)
+        return picture.curve(self, path)
 
 
 def compare(reference: Any, candidate: Any, *, layout: str = "", lpips: bool = True) -> Comparison:
@@ -195,13 +147,3 @@ def _lpips(one: Tensor, other: Tensor, notes: list[str]) -> tuple[float, ...]:
         float(learned_perceptual_image_patch_similarity(b[None], a[None], net_type="alex", normalize=True))
         for a, b in zip(one, other.clamp(0, 1), strict=True)
     )
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _bare(of: Comparison) -> Comparison:
-    from dataclasses import replace
-
-    return replace(of, reference=None, candidate=None)

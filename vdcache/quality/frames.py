@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vdcache.ir.errors import ConfigError
+from vdcache.errors import ConfigError
 
 __all__ = ["PICTURES", "TENSORS", "frames_of", "readable"]
 

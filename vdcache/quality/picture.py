@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from vdcache.quality.compare import Comparison
+from vdcache.quality.scores import Scores
 
 __all__ = ["curve", "side_by_side", "table"]
 
 GAP = 4  # pixels between pictures
 
 
-def table(of: Comparison) -> Any:
+def table(of: Scores) -> Any:
     """A rich table: overall, and the range over frames."""
     from rich.table import Table
     from rich.text import Text
@@ -41,7 +40,7 @@ def table(of: Comparison) -> Any:
     return result
 
 
-def side_by_side(of: Comparison, path: str | Path) -> None:
+def side_by_side(of: Scores, path: str | Path) -> None:
     """The worst frame of both, and the difference, scaled so that the largest one is white."""
     import imageio.v3 as iio
 
@@ -66,7 +65,7 @@ def _rgb(frame: Tensor) -> Tensor:
     return (frame.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
 
 
-def curve(of: Comparison, path: str | Path | None = None) -> Any:
+def curve(of: Scores, path: str | Path | None = None) -> Any:
     """PSNR and SSIM over frames."""
     import matplotlib
 

@@ -8,10 +8,10 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from vdcache.policies.metrics import MetricSpec
+from vdcache.policies.plan import Plan
 from vdcache.runtime.device_time import DeviceTime
 from vdcache.runtime.history import Record
-from vdcache.runtime.metrics import MetricSpec
-from vdcache.runtime.plan import Plan
 
 __all__ = [
     "CallContext",

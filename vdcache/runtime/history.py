@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from vdcache.errors import ConfigError
-from vdcache.runtime.metrics import MetricValue
-from vdcache.runtime.plan import RECOMPUTE, Plan
+from vdcache.policies.metrics import MetricValue
+from vdcache.policies.plan import RECOMPUTE, Plan
 
 __all__ = ["History", "Record", "any_computed", "by_generation", "record", "unused"]
 

@@ -14,23 +14,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vdcache.ir.checks import step_count
-from vdcache.ir.checks import timestep as checked_timestep
-from vdcache.ir.dialect import group_of
-from vdcache.ir.errors import CacheStateError, ConfigError
-from vdcache.ir.sizes import updated_by
+from vdcache.errors import CacheStateError, ConfigError
+from vdcache.policies.base import Always, Policy
+from vdcache.policies.metrics import MetricSpec, MetricValue, count_of, measured
+from vdcache.policies.plan import RECOMPUTE, Plan
 from vdcache.runtime.call import CallContext, CallKey, CompiledGraph, Emitted, LaneScope, Listener, ProbeResult, Recorder
 from vdcache.runtime.device_time import DeviceTime
 from vdcache.runtime.history import History, Record, tell
 from vdcache.runtime.lane_table import LATENT, Lane, LaneQuery, LaneTable, RememberedInput, compare
-from vdcache.runtime.metrics import MetricSpec, MetricValue, count_of, measured
-from vdcache.runtime.plan import RECOMPUTE, Plan
-from vdcache.runtime.policies import Always, Policy
 from vdcache.runtime.read import read
 from vdcache.runtime.session_warnings import SessionWarnings
 from vdcache.runtime.step_tracker import Reading, StepTracker, Tick
 from vdcache.runtime.store import Store
+from vdcache.runtime.summary import summary_table
 from vdcache.runtime.weights_token import WeightsToken
+from vdcache.util.checks import step_count
+from vdcache.util.checks import timestep as checked_timestep
+from vdcache.util.sizes import updated_by
+from vdcache.util.slots import group_of
 
 __all__ = ["Session"]
 
@@ -544,8 +545,6 @@ class Session:
 
     def summary(self, generation: int = -1) -> Any:
         """A rich table of one generation, the last one by default: print it with `rich.print`."""
-        from vdcache.report import summary_table
-
         return summary_table(self, generation)
 
     @property

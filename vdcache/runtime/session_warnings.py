@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from vdcache.ir.errors import inform_once, warn_once
+from vdcache.errors import inform_once, warn_once
+from vdcache.policies.plan import Plan
 from vdcache.runtime.history import Record
-from vdcache.runtime.plan import Plan
 
 __all__ = ["SessionWarnings"]
 

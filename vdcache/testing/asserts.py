@@ -12,17 +12,18 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
-from vdcache.ir.dialect import cache_guards, group_of
+from vdcache.errors import ConfigError, ContractError
+from vdcache.ir.dialect import cache_guards
 from vdcache.ir.dump import dump
-from vdcache.ir.errors import ConfigError, ContractError
 from vdcache.ir.oracle import example_inputs, skipped, unskippable
 from vdcache.ir.parse import parse
 from vdcache.passes import Pass, Pipeline, Specialise
 from vdcache.passes.predictors import Predictor, StepInfo
-from vdcache.runtime.metrics import MetricValue
-from vdcache.runtime.plan import Plan
-from vdcache.runtime.policies import Deciding, Policy
+from vdcache.policies.base import Deciding, Policy
+from vdcache.policies.metrics import MetricValue
+from vdcache.policies.plan import Plan
 from vdcache.testing.graphs import Graph, graph_from, run_pass
+from vdcache.util.slots import group_of
 
 __all__ = [
     "assert_bit_identical",

@@ -8,16 +8,32 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from vdcache.errors import ConfigError
 from vdcache.ir.capture import capture, trace
+from vdcache.ir.dump import dump
 from vdcache.ir.edit import inputs
-from vdcache.ir.errors import ConfigError
 from vdcache.ir.facts import Fact
+from vdcache.ir.oracle import PoisonInterpreter, example_inputs, record_slots, values_of
 from vdcache.ir.parse import parse
 from vdcache.passes import Canonicalise, DeadCode, MarkBranches, Pass, PassResult, Pipeline, Specialise, variant_io
 from vdcache.passes.base import passes_of
 from vdcache.passes.predictors import LAST, Predictor
 
-__all__ = ["captured", "graph_from", "guarded", "run_pass", "run_variant", "variant"]
+__all__ = [
+    "PoisonInterpreter",
+    "captured",
+    "dump",
+    "example_inputs",
+    "graph_from",
+    "guarded",
+    "parse",
+    "record_slots",
+    "run_pass",
+    "run_variant",
+    "trace",
+    "values_of",
+    "variant",
+]
 
 Graph = str | fx.GraphModule
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vdcache.demo.model import DemoConfig, DemoDiT
+from vdcache.testing.graphs import captured
 from vdcache.testing.tiny import TinyDiT, latent, time_of
 
 __all__ = ["Case", "build", "noise", "register", "small_models", "text", "value", "when"]
@@ -46,8 +48,6 @@ class Case:
 
     def graph(self, step: int = 3, tokens: int = 6) -> tuple[Any, list[Any]]:
         """The graph that torch.compile sees of one call, in vdcache's form, and its inputs."""
-        from vdcache.testing.graphs import captured
-
         return captured(self.build(), **self.call(step, tokens))
 
 
@@ -92,7 +92,6 @@ def small_models() -> dict[str, Case]:
 
 
 def _register_own() -> None:
-    from vdcache.demo.model import DemoConfig, DemoDiT
 
     config = DemoConfig(
         patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, text_dim=16, freq_dim=16, ffn_dim=32, num_layers=3

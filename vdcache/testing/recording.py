@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import fx
 
-from vdcache.backends import Backend, Settings
+from vdcache.api import settings_of
+from vdcache.backends import Backend
 from vdcache.ir.dump import dump
 from vdcache.passes import Pass, Refusal
 from vdcache.passes.watching import PassRun, listening
@@ -45,7 +46,7 @@ class RecordingBackend(Backend):
     """
 
     def __init__(self, recipe: Any = None, **options: Any) -> None:
-        super().__init__(Settings.of({"inner": "eager", "strict": True, **options, "recipe": recipe}))
+        super().__init__(settings_of({"inner": "eager", "strict": True, **options, "recipe": recipe}))
         self.stages: list[RecordedPass] = []
         self._graphs = 0
 

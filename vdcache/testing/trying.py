@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 import vdcache
-from vdcache.ir.checks import step_count, whole
-from vdcache.ir.errors import VdcacheWarning
-from vdcache.recipe import Recipe
-from vdcache.runtime.plan import RECOMPUTE
+from vdcache.errors import VdcacheWarning
+from vdcache.methods.recipe import Recipe
+from vdcache.policies.plan import RECOMPUTE
 from vdcache.testing.models import Case, small_models, value
+from vdcache.util.checks import step_count, whole
 
 __all__ = ["Trial", "Trials", "try_recipe"]
 
@@ -92,7 +92,7 @@ def try_recipe(
     else:
         names = list(models)
         if wrong := [n for n in names if n not in there]:
-            raise vdcache.ConfigError(f"there is no small model {wrong[0]!r}; there are {', '.join(there)}")
+            raise vdcache.errors.ConfigError(f"there is no small model {wrong[0]!r}; there are {', '.join(there)}")
         cases = {name: there[name] for name in names}
     trials = []
     for i, (name, case) in enumerate(cases.items(), start=1):

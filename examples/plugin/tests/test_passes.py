@@ -92,7 +92,7 @@ def test_nothing_to_do_is_no_rewrite():
 
 def test_options_are_checked():
     for kind in (WindowAttention, KeepWindowResidual):
-        with pytest.raises(vdcache.ConfigError, match="at least 1, got 0"):
+        with pytest.raises(vdcache.errors.ConfigError, match="at least 1, got 0"):
             kind(0)
 
 

@@ -27,9 +27,9 @@ def test_a_damped_line():
 
 
 def test_options_are_checked():
-    with pytest.raises(vdcache.ConfigError, match="at least 1 step"):
+    with pytest.raises(vdcache.errors.ConfigError, match="at least 1 step"):
         Doubling(0)
-    with pytest.raises(vdcache.ConfigError, match="between 0 and 1"):
+    with pytest.raises(vdcache.errors.ConfigError, match="between 0 and 1"):
         Damped(2.0)
 
 

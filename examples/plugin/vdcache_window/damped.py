@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vdcache import ConfigError
+from vdcache.errors import ConfigError
 from vdcache.passes.predictors import StepInfo
 
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vdcache import ConfigError, Plan
+from vdcache import Plan
+from vdcache.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,12 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from vdcache import ConfigError, Fact, NoMatch, Pass, PassResult, Refusal, analyze
+from vdcache import Pass, PassResult, analyze
+from vdcache.errors import ConfigError
+from vdcache.ir import Fact
 from vdcache.ir.edit import call
-from vdcache.passes import put_cache_guard
+from vdcache.passes import Refusal, put_cache_guard
+from vdcache.patterns import NoMatch
 from vdcache_window.sites import band, operands_of
 
 aten = torch.ops.aten

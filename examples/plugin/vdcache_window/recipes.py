@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from vdcache import Always, Recipe
+from vdcache import Recipe
+from vdcache.policies import Always
 from vdcache_window.damped import Damped
 from vdcache_window.doubling import Doubling
 from vdcache_window.keep_window_residual import KeepWindowResidual

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from vdcache import NoMatch
 from vdcache.ir.edit import call
-from vdcache.patterns import Attention
+from vdcache.patterns import Attention, NoMatch
 
 aten = torch.ops.aten
 

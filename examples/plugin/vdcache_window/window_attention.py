@@ -13,8 +13,11 @@ from typing import ClassVar
 
 from torch import fx
 
-from vdcache import ConfigError, Fact, NoMatch, Pass, PassResult, Refusal, analyze
-from vdcache.patterns import Attention
+from vdcache import Pass, PassResult, analyze
+from vdcache.errors import ConfigError
+from vdcache.ir import Fact
+from vdcache.passes import Refusal
+from vdcache.patterns import Attention, NoMatch
 from vdcache_window.sites import Operands, band, operands_of
 
 

@@ -1,0 +1,256 @@
+"""What a calibration found, and where it is kept: one file for each model, solver, number of steps, size and goal."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import vdcache
+from vdcache.calibration import calibration_figure
+from vdcache.calibration.choose import ScheduleScores
+from vdcache.calibration.schedule import Schedule, candidates_up_to
+from vdcache.calibration.tables import StepTable
+from vdcache.errors import ConfigError
+from vdcache.policies.goal import Goal
+from vdcache.policies.scheduled import same_times
+from vdcache.runtime.read import read
+from vdcache.util.checks import number, whole
+from vdcache.util.files import cache_folder, saved, text_of, write_aside
+
+__all__ = ["Calibration", "CalibrationKey", "as_real", "find", "folder", "keep", "key_of", "time_of", "weights_of"]
+
+
+@dataclass(frozen=True)
+class CalibrationKey:
+    """What a calibration holds for.
+
+    Args:
+        model: a digest of the graph, the forms of its parameters and some of their numbers.
+        steps: of a generation.
+        sizes: shapes and types of what the model is given.
+        times: timesteps of the generation; empty where they are not known.
+
+    Raises:
+        ConfigError: timesteps that are none, or not one a step.
+    """
+
+    model: str
+    steps: int
+    sizes: str
+    times: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        whole(self.steps, "the number of steps that a calibration is for")
+        object.__setattr__(self, "times", tuple(number(t, "a timestep is a number") for t in self.times))
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A schedule, what it was chosen for, and what was measured on the way.
+
+    Args:
+        key: what it holds for.
+        goal: what was asked.
+        schedule: what was chosen; its `psnr` is over the generations of the calibration.
+        products: of `StepTable`.
+        tried: every schedule that was run, with its mean PSNR; not all were run on every prompt.
+        reuse_cost: of a reused step, as a share of a computed one, by FLOPs.
+        seconds: what the search took, after the uncached generations.
+        note: what could not be done.
+        versions: of vdcache and torch.
+        path: the file that it is kept in, where it was read from one or written to one; deleting it makes vdcache calibrate anew.
+    """
+
+    key: CalibrationKey
+    goal: Goal
+    schedule: Schedule
+    products: tuple[tuple[tuple[float, ...], ...], ...] = field(default=(), repr=False)
+    tried: tuple[Schedule, ...] = ()
+    reuse_cost: float = 0.0
+    seconds: float = 0.0
+    note: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    path: Path | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        number(self.seconds, "the seconds of a calibration are a number")
+        if not 0 <= number(self.reuse_cost, "the cost of a reused step is a share") <= 1 or not isinstance(self.note, str):
+            raise ConfigError(
+                f"a calibration has a cost of reuse from 0 to 1 and a note; got {self.reuse_cost} and {self.note!r}"
+            )
+        if self.key.steps != self.schedule.steps or len(self.key.times) not in (0, self.key.steps):
+            raise ConfigError(
+                f"a calibration for {self.key.steps} steps has a schedule of as many and a timestep for each, or none; got "
+                f"{self.schedule.steps} and {len(self.key.times)}"
+            )
+
+    @staticmethod
+    def of(
+        key: CalibrationKey,
+        goal: Goal,
+        schedule: Schedule,
+        table: StepTable,
+        scored: ScheduleScores,
+        *,
+        reuse_cost: float,
+        began: float,
+        note: str = "",
+    ) -> Calibration:
+        """What a search found that began at `time.perf_counter() == began`."""
+        return Calibration(
+            key=key,
+            goal=goal,
+            schedule=schedule,
+            products=tuple(tuple(map(tuple, g)) for g in table.products.tolist()),
+            tried=_tried(scored, table.steps),
+            reuse_cost=reuse_cost,
+            seconds=time.perf_counter() - began,
+            note=note,
+            versions={"vdcache": vdcache.__version__, "torch": torch.__version__},
+        )
+
+    @property
+    def table(self) -> StepTable:
+        """The measured table of steps."""
+        return StepTable(np.array(self.products))
+
+    @property
+    def speedup(self) -> float:
+        """Of a generation, by FLOPs of the model."""
+        n, m = self.schedule.steps, len(self.schedule.computed)
+        return n / (m + (n - m) * self.reuse_cost)
+
+    def front(self) -> list[tuple[int, float]]:
+        """For every number of computed steps the least predicted error, in dB below the value that is predicted."""
+        n = self.schedule.steps
+        ranked = candidates_up_to(self.table, max(1, n - 1), [self.schedule.order])
+        found = [(c, own[0].error / max(1, n - c)) for c, own in enumerate(ranked, start=1)]
+        return [(c, -20 * float(np.log10(max(e, 1e-9)))) for c, e in found]
+
+    def __str__(self) -> str:
+        s = self.schedule
+        lines = [f"{s}", f"for {self.goal}: {self.speedup:.2f}× by FLOPs; {self.key.steps} steps of {self.key.sizes}"]
+        if self.tried:
+            lines.append(f"{len(self.tried)} schedules were run in {self.seconds:.0f} s")
+        if self.note:
+            lines.append(self.note)
+        return "\n".join(lines)
+
+    def draw(self, path: str | Path | None = None) -> Any:
+        """A picture: the error of each step predicted from each other, the chosen steps, quality against computed steps.
+
+        Args:
+            path: where it goes; its ending names the format. Without, the matplotlib figure is returned.
+        """
+        return calibration_figure.draw(self, path)
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """The calibration as JSON text, also written to `path`."""
+        plain = asdict(self)
+        del plain["path"]  # which it may be copied from
+        return saved(json.dumps(plain, indent=None), path)
+
+    @staticmethod
+    def from_json(text: str | Path) -> Calibration:
+        """What `to_json` wrote: text, or the path of a file.
+
+        Raises:
+            ConfigError: something else.
+        """
+        try:
+            data = json.loads(text_of(text))
+            key = {**data.pop("key")}
+            key["times"] = tuple(key["times"])
+            data["key"], data["goal"], data["schedule"] = (
+                CalibrationKey(**key),
+                Goal(**data["goal"]),
+                Schedule(**data["schedule"]),
+            )
+            data["tried"] = tuple(Schedule(**s) for s in data["tried"])
+            data["products"] = tuple(tuple(map(tuple, g)) for g in data["products"])
+            return Calibration(**data, path=text if isinstance(text, Path) else None)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ConfigError("this is no calibration: it was not written by Calibration.to_json") from error
+
+
+def folder() -> Path:
+    """Where calibrations are kept."""
+    return cache_folder() / "schedules"
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _stem(key: CalibrationKey, goal: Goal) -> str:
+    return f"{key.model}-{key.steps}-{_digest(key.sizes, str(goal))}"
+
+
+def keep(found: Calibration) -> Path:
+    """Write a calibration where `find` looks; one for other timesteps stays beside it."""
+    path = folder() / f"{_stem(found.key, found.goal)}-{_digest([f'{t:.4g}' for t in found.key.times])}.json"
+    write_aside(path, found.to_json())
+    return path
+
+
+def find(key: CalibrationKey, goal: Goal) -> Calibration | None:
+    """The newest calibration for this model, number of steps, sizes and goal, whose timesteps begin as those of `key`."""
+    known = []
+    for path in folder().glob(f"{_stem(key, goal)}-*.json"):
+        try:
+            one, when = Calibration.from_json(path), path.stat().st_mtime
+        except (ConfigError, OSError):
+            continue  # of another version, or half gone: it is measured again
+        same = replace(one.key, times=()) == replace(key, times=()) and one.goal == goal
+        if same and same_times(one.key.times, key.times):
+            known.append((when, one))
+    return max(known, key=lambda k: k[0])[1] if known else None
+
+
+def key_of(program: Any, inputs: Sequence[Any], steps: int) -> CalibrationKey:
+    """What a calibration of this graph, with these parameters and sizes, holds for; the timesteps come later."""
+    given = (inputs[i] for i in program.activations if isinstance(inputs[i], Tensor))
+    sizes = " ".join(f"{'×'.join(map(str, v.shape))}:{str(v.dtype).removeprefix('torch.')}" for v in given)
+    params = [inputs[i] for i in program.static if isinstance(inputs[i], Tensor)]
+    return CalibrationKey(_digest(program.structure, weights_of(params)), steps, sizes)
+
+
+def weights_of(params: Iterable[Tensor]) -> str:
+    """A digest of parameters: the form of each, its first number and its last."""
+    params = [p.detach() for p in params]
+    some = [p[(at,) * p.dim()] for p in params if p.numel() and not p.is_meta for at in (0, -1)]
+    numbers, _ = read([as_real(s).float() for s in some])
+    return _digest([(tuple(p.shape), str(p.dtype)) for p in params], numbers)
+
+
+def as_real(value: Tensor) -> Tensor:
+    """Complex numbers (rotary tables) as both their parts; others as they are."""
+    return torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
+
+
+def time_of(program: Any, inputs: Sequence[Any], timestep: float | None) -> float:
+    """The timestep of a call: of the session's, or read where the caller announces the steps."""
+    if timestep is not None:
+        return timestep
+    value = next((inputs[i] for i in program.timestep_inputs), 0.0)
+    return max(read([value])[0][0]) if isinstance(value, Tensor) else float(value)
+
+
+def _tried(scored: ScheduleScores, steps: int) -> tuple[Schedule, ...]:
+    """Every schedule that was run, with its mean PSNR."""
+    by: dict[tuple[tuple[int, ...], int], list[float]] = {}
+    for (computed, order, _), psnr in scored.known.items():
+        by.setdefault((computed, order), []).append(psnr)
+    return tuple(
+        Schedule(steps, computed, order, psnr=float(np.mean(v)) if np.isfinite(v).all() else None)
+        for (computed, order), v in by.items()
+    )

@@ -1,0 +1,204 @@
+"""From a table of steps to one schedule: candidates are run, the better ones on more prompts, within a budget of generations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+from vdcache.calibration.schedule import ORDERS, Schedule, candidates, candidates_up_to
+from vdcache.calibration.tables import StepTable
+from vdcache.errors import CacheStateError, ConfigError
+from vdcache.policies.goal import Goal
+
+__all__ = ["BUDGET", "MOST", "Runs", "ScheduleScores", "choose", "psnr_of"]
+
+MOST = 20  # candidates of one number of computed steps that are run
+BUDGET = 2.0  # generations a prompt for running candidates, after the uncached one
+LOSSLESS = 150.0  # dB
+TRUSTED = 0.1  # relative error of the blocks' sum, mean over reused steps, that is taken unseen
+
+
+class Runs(Protocol):
+    """Generations that can be run under a schedule, over and over, each with its own start."""
+
+    @property
+    def prompts(self) -> int: ...
+
+    def of(self, schedule: Schedule, prompt: int) -> Tensor:
+        """What the generation ends with."""
+
+    def wanted(self, prompt: int) -> Tensor:
+        """What it ends with when every step is computed."""
+
+
+@dataclass
+class ScheduleScores:
+    """What was run so far: the PSNR of every schedule on every prompt that it was tried on. Handed in again, it is not run again.
+
+    Args:
+        known: by computed steps, order and prompt.
+        tick: told what is being run, for progress bars.
+        keep: told after every run.
+    """
+
+    known: dict[tuple[tuple[int, ...], int, int], float] = field(default_factory=dict)
+    tick: Callable[[str], None] = lambda text: None
+    keep: Callable[[ScheduleScores], None] = lambda scored: None
+
+    def psnr(self, runs: Runs, schedule: Schedule, prompt: int) -> float:
+        key = schedule.computed, schedule.order, prompt
+        if key not in self.known:
+            self.tick(f"{len(schedule.computed)} of {schedule.steps} steps, order {schedule.order}, prompt {prompt + 1}")
+            self.known[key] = psnr_of(runs.of(schedule, prompt), runs.wanted(prompt))
+            self.keep(self)
+        return self.known[key]
+
+
+def choose(
+    table: StepTable,
+    runs: Runs | None,
+    goal: Goal,
+    *,
+    orders: Sequence[int] = ORDERS,
+    tries: int | None = None,
+    reuse_cost: float = 0.0,
+    scored: ScheduleScores | None = None,
+) -> Schedule:
+    """The best schedule that is known of: by the table, and by running its best candidates.
+
+    The candidates run on the first prompt, the better half of them on the next, and so on, so that all runs together take at most
+    `BUDGET` generations a prompt.
+
+    Args:
+        runs: None to go by the table alone.
+        tries: how many candidates are run; None for as many as the budget allows, at most `MOST`; 0 for none.
+
+    Raises:
+        ConfigError: a goal that cannot be reached, with the best that can.
+    """
+    scored = scored or ScheduleScores()
+    if goal.quality_db is None:
+        count = goal.count(table.steps, reuse_cost)
+        found = candidates(table, count, orders)
+        if count == table.steps or (not goal.floor_db and (runs is None or tries == 0)):
+            return found[0]
+        if runs is None:
+            return _trusted(table, count, orders)
+        budget = BUDGET * runs.prompts
+        if not goal.floor_db:
+            best = _nearest(runs, found, scored, tries, budget)
+            if best.psnr == -math.inf:
+                raise ConfigError(f"every schedule of {count} of {table.steps} steps that was tried gives what is not a number")
+            return best
+        if (_nearest(runs, found, scored, 1, budget).psnr or 0) >= goal.floor_db:
+            return _nearest(runs, found, scored, tries, budget)
+        try:
+            return _fewest(table, runs, goal.floor_db, orders, scored, tries, above=count)
+        except ConfigError:  # few steps leave little to skip
+            return Schedule(table.steps, tuple(range(table.steps)), orders[-1], psnr=LOSSLESS)
+    if runs is None or tries == 0:
+        raise ConfigError(f"whether a schedule keeps {goal.quality_db:g} dB is only known by running it")
+    return _fewest(table, runs, goal.quality_db, orders, scored, tries)
+
+
+def _trusted(table: StepTable, count: int, orders: Sequence[int]) -> Schedule:
+    """Nothing can be run: at least so many computed steps that what is reused is predicted well."""
+    for ranked in candidates_up_to(table, table.steps, orders)[count - 1 :]:
+        best = ranked[0]
+        if best.error <= TRUSTED * (table.steps - len(best.computed)):
+            return best
+    raise AssertionError("computing every step has no error")
+
+
+def _nearest(runs: Runs, tried: Sequence[Schedule], scored: ScheduleScores, tries: int | None, budget: float) -> Schedule:
+    """The candidate whose results are nearest to the uncached ones."""
+    share = len(tried[0].computed) / tried[0].steps
+
+    def rounds(first: int) -> list[int]:
+        return [max(1, -(-first // 2**p)) for p in range(runs.prompts)]
+
+    fits = [n for n in range(1, MOST + 1) if sum(rounds(n)) * share <= budget]
+    first = max([1, *fits]) if tries is None else tries
+    left = list(tried[:first])
+    for prompt, many in enumerate(rounds(len(left))):
+        left = left[:many]
+        scores = {one: [scored.psnr(runs, one, p) for p in range(prompt + 1)] for one in left}
+        left.sort(key=lambda one: -float(np.mean(scores[one])))
+    return replace(left[0], psnr=float(np.mean(scores[left[0]])))
+
+
+def _fewest(
+    table: StepTable,
+    runs: Runs,
+    quality: float,
+    orders: Sequence[int],
+    scored: ScheduleScores,
+    tries: int | None,
+    above: int = 0,
+) -> Schedule:
+    """The fewest computed steps that reach a quality: found on the first prompt, then seen on all.
+
+    How good a number of steps will be is told from those that were run: PSNR falls by 20 log10 of the predicted error.
+    """
+    steps, many = table.steps, tries or 1
+    ranked = dict(enumerate(candidates_up_to(table, max(1, steps - 1), orders), start=1))
+    left = BUDGET * runs.prompts - sum(len(c) / steps for c, _, _ in scored.known)
+    seen: dict[int, Schedule] = {}
+    low, high = above, steps  # what is known to fail, and to be good enough
+
+    def cost(count: int, prompts: int) -> float:
+        return prompts * many * count / steps
+
+    middle = (low + high) // 2
+    while high - low > 1:
+        if tries is None and cost(middle, 1) + cost(max(middle, high % steps), runs.prompts - 1) > left:
+            break
+        left -= cost(middle, 1)
+        seen[middle] = near = _nearest(_First(runs), ranked[middle], scored, many, math.inf)
+        good = (near.psnr or 0) >= quality
+        low, high = (low, middle) if good else (middle, high)
+        shift = (near.psnr or 0) + 20 * math.log10(max(near.error, 1e-12))
+        guessed = [c for c in range(low + 1, high) if shift - 20 * math.log10(max(ranked[c][0].error, 1e-12)) >= quality]
+        middle = min(guessed, default=high - 1)
+    while high < steps:  # the first prompt may be an easy one
+        seen[high] = _nearest(runs, ranked[high], scored, many, math.inf)
+        if (seen[high].psnr or 0) >= quality:
+            return seen[high]
+        left -= cost(high, runs.prompts - 1)
+        high += 1
+        if tries is None and cost(high, runs.prompts) > left:
+            break
+    best = max(seen.values(), key=lambda s: -math.inf if s.psnr is None else s.psnr, default=None)
+    reached = f"{best.psnr:.1f} dB with {len(best.computed)} of {steps} steps" if best is not None else "nothing"
+    untried = "" if low >= steps - 1 or high < steps else f" (more than {max(low, above)} computed steps were not tried)"
+    raise ConfigError(f"no schedule of {steps} steps reaches {quality:g} dB; the best reached is {reached}{untried}")
+
+
+class _First:
+    """The first prompt alone."""
+
+    def __init__(self, runs: Runs) -> None:
+        self.of, self.wanted = runs.of, runs.wanted
+        self.prompts = 1
+
+
+def psnr_of(a: Tensor, b: Tensor) -> float:
+    """In dB of the range of `b`; −∞ where it is not a number, at most 150.
+
+    Raises:
+        CacheStateError: tensors of different shapes.
+    """
+    if a.shape != b.shape:
+        raise CacheStateError(
+            f"a generation ends with {tuple(a.shape)} once and {tuple(b.shape)} another time; seed it, keep its sizes"
+        )
+    a, b = a.float(), b.float()
+    error, peak = float((a - b).square().mean()), float(b.max() - b.min())
+    if not error < math.inf:  # NaN as well
+        return -math.inf
+    return min(LOSSLESS, 10 * math.log10(max(peak * peak, 1e-30) / error)) if error > 0 else LOSSLESS

@@ -1,0 +1,167 @@
+"""A schedule: the computed steps of a generation, known before it runs; and which ones a table of steps speaks for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path as File
+
+import numpy as np
+
+from vdcache.calibration.paths import cost_of, paths_up_to
+from vdcache.calibration.tables import ORDERS, StepTable
+from vdcache.errors import ConfigError
+from vdcache.methods.recipe import Recipe
+from vdcache.passes import MarkBranches, MergeSlots, Pass
+from vdcache.passes.predictors import LAST, Taylor
+from vdcache.policies.scheduled import PlanTable
+from vdcache.runtime.history import Record, any_computed, by_generation
+from vdcache.util.checks import number, whole, whole_numbers
+from vdcache.util.files import saved, text_of
+
+__all__ = ["ORDERS", "Schedule", "all_blocks", "candidates", "candidates_up_to"]
+
+EARLY = (1.0, 2.0, 5.0)  # how many times more an error of the first step counts than one of the last
+KEEP = 4  # lists of each objective, weighting and order: 24 of each order
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The computed steps of a generation, known before it runs: no metric, no sync, nothing but the step number.
+
+    Args:
+        steps: of a generation.
+        computed: which are computed; the others are predicted.
+        order: of the Taylor expansion that predicts them; 0 for the last value.
+        error: relative error of the predicted values, summed over the skipped steps.
+        psnr: of the final latents against the uncached ones, in dB of their range, where it was measured; over the prompts of the search.
+    """
+
+    steps: int
+    computed: tuple[int, ...]
+    order: int = 1
+    error: float = 0.0
+    psnr: float | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "computed", whole_numbers(self.computed, "the computed steps of a schedule"))
+        whole(self.steps, "the number of steps of a schedule", 1)
+        whole(self.order, "the order of a schedule's predictor")
+        number(self.error, "the error of a schedule is a number")
+        number(0.0 if self.psnr is None else self.psnr, "the PSNR of a schedule is a number or None")
+        if not self.computed or self.computed[0] != 0 or list(self.computed) != sorted(set(self.computed)):
+            raise ConfigError(f"a schedule computes step 0, and its steps ascend; got {list(self.computed)}")
+        if self.computed[-1] >= self.steps:
+            raise ConfigError(f"a schedule of {self.steps} steps has no step {self.computed[-1]} (counted from 0)")
+
+    def policy(self, times: Sequence[float] = ()) -> PlanTable:
+        """The schedule as a policy; `times` are the timesteps that it holds for, as `PlanTable` takes them."""
+        return PlanTable(tuple(() if s in self.computed else ("all",) for s in range(self.steps)), tuple(times))
+
+    def recipe(self, name: str = "") -> Recipe:
+        """The schedule as a recipe: the stream's whole difference, predicted. Other numbers of steps are refused."""
+        name = name or f"schedule-{len(self.computed)}-of-{self.steps}"
+        return Recipe(name, self.policy(), all_blocks(), predictor=Taylor(self.order) if self.order else LAST)
+
+    @staticmethod
+    def from_history(history: Iterable[Record], order: int = 0) -> Schedule:
+        """What an adaptive recipe did, as a schedule: a step is computed if it was in at least half of the generations.
+
+        Args:
+            history: of a session, or of `vdcache.record`, over one generation or more.
+            order: of the predictor that the schedule is to have; the caching recipes that adapt have 0.
+
+        Raises:
+            ConfigError: no generation, generations of unequal length, or a recipe that reuses parts of the model apart
+                (`Recipe.following` fixes those).
+        """
+        records = [*history]
+        if apart := {p for r in records for p in r.plan.reuse} - {"all"}:
+            raise ConfigError(
+                f"this history reuses {', '.join(sorted(apart))} apart, and a schedule has one plan for all blocks; recipe.following(history) keeps "
+                "them apart"
+            )
+        generations = by_generation(records, "a schedule")
+        computed = [{s for s, own in g.items() if any_computed(own)} for g in generations]
+        steps = len(generations[0])
+        wanted = (s for s in range(steps) if 2 * sum(s in g for g in computed) >= len(computed))
+        return Schedule(steps, tuple(sorted({0, *wanted})), order)
+
+    def diff(self, other: Schedule) -> str:
+        """Both schedules, one under the other, and where they differ.
+
+        Raises:
+            ConfigError: they are for different numbers of steps.
+        """
+        if self.steps != other.steps:
+            raise ConfigError(f"schedules of {self.steps} and {other.steps} steps cannot be compared step by step")
+        marks = "".join("^" if (s in self.computed) != (s in other.computed) else " " for s in range(self.steps))
+        return f"{self._row()}\n{other._row()}\n{marks.rstrip()}".rstrip()
+
+    def _row(self) -> str:
+        return "".join("█" if s in self.computed else "·" for s in range(self.steps))
+
+    def __str__(self) -> str:
+        text = f"{self._row()}  {len(self.computed)} of {self.steps} steps, order {self.order}"
+        if self.error and len(self.computed) < self.steps:
+            text += f", blocks off by {self.error / (self.steps - len(self.computed)):.1%} in a reused step (predicted)"
+        return text if self.psnr is None else f"{text}, result at {self.psnr:.1f} dB (measured)"
+
+    def to_json(self, path: str | File | None = None) -> str:
+        """The schedule as JSON text, also written to `path`."""
+        return saved(json.dumps(asdict(self)), path)
+
+    @staticmethod
+    def from_json(text: str | File) -> Schedule:
+        """What `to_json` wrote: text, or the path of a file.
+
+        Raises:
+            ConfigError: something else.
+        """
+        try:
+            return Schedule(**json.loads(text_of(text)))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ConfigError("this is no schedule: it was not written by Schedule.to_json") from error
+
+
+def all_blocks() -> tuple[Pass, ...]:
+    """The scope of every schedule: what all blocks add, as one difference of each stream."""
+    return MarkBranches(), MergeSlots()
+
+
+def candidates(table: StepTable, computed: int, orders: Sequence[int] = ORDERS) -> list[Schedule]:
+    """The lists that the table speaks for, best first: of every order, objective and weighting in turn.
+
+    Raises:
+        ConfigError: more computed steps than there are, or another order.
+    """
+    return candidates_up_to(table, computed, orders)[-1]
+
+
+def candidates_up_to(table: StepTable, computed: int, orders: Sequence[int] = ORDERS) -> list[list[Schedule]]:
+    """As `candidates`, for 1, 2 … `computed` computed steps."""
+    if not np.isfinite(table.products).all():
+        raise ConfigError(
+            "the table of steps holds what is not a number: the model gave NaN or infinity in the run that it was measured in"
+        )
+    if computed > table.steps:
+        raise ConfigError(f"{computed} computed steps were asked for, and a generation has {table.steps}")
+    ranked: list[list[list[tuple[float, Schedule]]]] = [[] for _ in range(computed)]
+    for order in orders:
+        errors = np.nan_to_num(table.errors(order))
+        for early in EARLY:
+            weights = np.linspace(early, 1.0, table.steps)
+            for objective in ("sum", "max"):
+                found = paths_up_to(errors * (weights / weights.mean()), computed, objective=objective, keep=KEEP)
+                for own, paths in zip(ranked, found, strict=True):
+                    sums = [(cost_of(errors, p.steps), p.steps) for p in paths]
+                    own.append([(cost, Schedule(table.steps, steps, order, cost)) for cost, steps in sums])
+    return [_in_turn(rows, count) for count, rows in enumerate(ranked, start=1)]
+
+
+def _in_turn(rows: list[list[tuple[float, Schedule]]], computed: int) -> list[Schedule]:
+    # An order that predicts worse everywhere comes last; lists that are found in several ways come once.
+    rows.sort(key=lambda row: row[0][0])
+    found = [row[i][1] for i in range(KEEP) for row in rows if i < len(row)]
+    return list(dict.fromkeys(found[:1] if computed == 1 else found))  # of one step every order knows the last value alone

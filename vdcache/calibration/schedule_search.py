@@ -1,0 +1,119 @@
+"""Which steps to compute on this model, with this solver and number of steps: found from one uncached run a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from vdcache.calibration.choose import choose
+from vdcache.calibration.loop import SamplingLoop
+from vdcache.calibration.schedule import ORDERS, Schedule
+from vdcache.calibration.tables import StepTable, no_order
+from vdcache.errors import ConfigError
+from vdcache.policies.goal import Goal
+from vdcache.util.checks import whole, whole_numbers
+
+__all__ = ["search_schedule", "step_table"]
+
+
+def step_table(
+    model: Callable[..., Any],
+    run: Callable[..., Any],
+    *,
+    prompts: Iterable[Any] | None = None,
+    inner: str = "eager",
+    console: Console | None = None,
+) -> StepTable:
+    """Run the model uncached, and relate what all blocks add at every step to every other step.
+
+    One generation's values are held at a time, a sample of tokens of large ones: at most 256 MiB for two lanes.
+
+    Args:
+        model, run, prompts: as `vdcache.profile` takes them.
+        inner: compiler.
+        console: where the memory is said.
+
+    Raises:
+        ConfigError: the value cannot be read, or generations of unequal length.
+        CacheStateError: `run` did not call the model.
+    """
+    loop = SamplingLoop(model, run, prompts, "step_table", inner=inner, console=console)
+    try:
+        return loop.table()
+    finally:
+        loop.forget()
+
+
+def search_schedule(
+    model: Callable[..., Any],
+    run: Callable[..., Any],
+    computed: int | None = None,
+    *,
+    speedup: float | None = None,
+    quality_db: float | None = None,
+    prompts: Iterable[Any] | None = None,
+    orders: Sequence[int] = ORDERS,
+    tries: int | None = None,
+    table: StepTable | None = None,
+    inner: str = "inductor",
+    path: str | Path | None = None,
+    console: Console | None = None,
+) -> Schedule:
+    """The best list of computed steps for this model, solver and number of steps.
+
+        schedule = vdcache.search_schedule(model, lambda m, p: sample(m, p), 11, prompts=["a cat", "a dog"])
+        fast = vdcache.compile(model, schedule.recipe(), num_steps=30)
+
+    One uncached generation of every prompt shows how well each step's value is predicted from any computed ones. Dynamic programming finds the lists with the
+    least error, added up and at its largest, with early steps weighing as much as late ones and more. The best of each, at most 20, are run on the
+    first prompt, the better half of them on the next, and so on; the one whose results are nearest to the uncached ones is
+    returned. All this costs at most three uncached generations a prompt (a quality takes what it takes).
+
+    Args:
+        model, run, prompts: as `vdcache.profile` takes them. `run` must give the same result for the same prompt: seed it. If it
+            returns a tensor, that is compared, else the latents that the last step is given.
+        computed: how many steps may be computed; or
+        speedup: how many times fewer computed steps than the generation has, at least 1; or
+        quality_db: the least PSNR of the final latents to the uncached ones: the fewest steps that reach it, with `tries` lists
+            (1 without) of each number of steps that is looked at.
+        orders: of the predictor, of 0 and 1.
+        tries: how many lists are run on the first prompt; None for as many as the three generations allow, 0 takes the first one
+            as predicted.
+        table: of `step_table`, to search for several numbers of computed steps with one calibration.
+        inner: compiler of the runs.
+        path: a file that keeps what was measured: an interrupted search goes on where it was, and gives the same.
+        console: where the progress is shown.
+
+    Raises:
+        ConfigError: more computed steps than the generation has, an order that does not exist, a value that cannot be read, a quality
+            that no schedule reaches (with the best that one does).
+        CacheStateError: `run` did not call the model, or gives another result each time.
+    """
+    goal = Goal(computed, speedup, quality_db)
+    if tries is not None:
+        whole(tries, "tries, the lists that are run,", int(quality_db is not None))
+    orders = whole_numbers(orders, "orders")
+    if not orders:
+        raise ConfigError("orders is empty; give 0, 1 or both")
+    if wrong := set(orders) - set(ORDERS):
+        raise ConfigError(no_order(min(wrong)))
+    console = console or Console(stderr=True)
+    loop = SamplingLoop(model, run, prompts, "search_schedule", inner=inner, console=console, path=path)
+    try:
+        with progress(console, loop):
+            table = table or loop.table()
+            return choose(table, loop, goal, orders=orders, tries=tries, scored=loop.scored)
+    finally:
+        loop.forget()
+
+
+def progress(console: Console, loop: SamplingLoop) -> Progress:
+    """Says what is being run, for as long as it is entered."""
+    shown = Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True)
+    bar = shown.add_task("uncached", total=None)
+    loop.scored.tick = lambda text: shown.update(bar, description=text)
+    return shown
