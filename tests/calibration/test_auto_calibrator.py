@@ -853,7 +853,7 @@ def test_every_generation_is_plain_or_follows_its_own_schedule(pair, tmp_path, e
     models, both = pair
     for fast in both:
         session = fast.vdcache
-        session.num_steps = session._given_steps = None
+        session.num_steps = None
         session.recorder = AutoCalibrator(
             session, Goal(speedup=2.0, floor_db=30.0), strict=False, warn=lambda key, text: None, log=lambda key, text: None
         )

@@ -56,7 +56,7 @@ def test_a_timestep_is_a_number(timestep):
 def test_timesteps_as_schedulers_have_them(timestep):
     session = begun()
     session.step(timestep)
-    assert session._timesteps == [500.0] and type(session._timesteps[0]) is float
+    assert session._planner.timesteps == [500.0] and type(session._planner.timesteps[0]) is float
 
 
 @pytest.mark.parametrize("lane", [None, 1.5, ["cond"]], ids=repr)

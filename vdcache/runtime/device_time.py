@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["DeviceTime"]
+from vdcache.runtime.history import Record
+
+__all__ = ["DeviceTime", "RunningRecords"]
 
 
 class DeviceTime:
@@ -44,3 +47,15 @@ class DeviceTime:
         """Between the two events; waits for the second one."""
         self._end.synchronize()
         return self._begin.elapsed_time(self._end) / 1e3
+
+
+class RunningRecords:
+    """Records of calls that a device may still be working on, oldest first: their seconds are read when it is done with them."""
+
+    def __init__(self) -> None:
+        self._running: deque[Record] = deque()
+
+    def add(self, record: Record) -> None:
+        self._running.append(record)
+        while self._running and self._running[0].settle():
+            self._running.popleft()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["read"]
+__all__ = ["DeviceReads", "read"]
 
 
 def read(values: Sequence[Tensor]) -> tuple[list[list[float]], int]:
@@ -29,3 +29,21 @@ def read(values: Sequence[Tensor]) -> tuple[list[list[float]], int]:
             found[i] = flat[at : at + values[i].numel()]
             at += values[i].numel()
     return found, len(by_device)
+
+
+class DeviceReads:
+    """What one session reads of devices; `syncs` counts the waits of the current call."""
+
+    def __init__(self) -> None:
+        self.syncs = 0
+
+    def read(self, values: Sequence[Tensor]) -> list[list[float]]:
+        """The numbers of some tensors, flattened."""
+        numbers, syncs = read(values)
+        self.syncs += syncs
+        return numbers
+
+    @staticmethod
+    def waits(values: Sequence[Tensor]) -> bool:
+        """Whether reading any of these waits for a device."""
+        return any(v.device.type != "cpu" for v in values)

@@ -32,6 +32,11 @@ class WeightsToken:
         self.value = 0
         self._known: dict[object, _Weights] = {}
 
+    def looked_at(self, graph: object, now: Hashable) -> bool:
+        """Whether a graph's weights were looked at in this step."""
+        known = self._known.get(graph)
+        return known is not None and known.step == now
+
     def check(self, graph: object, kind: Hashable, weights: Sequence[Tensor], now: Hashable = None) -> int:
         """The token, after a look at what a graph receives. Waits for no device unless a weight is another object than before.
 

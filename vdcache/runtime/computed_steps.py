@@ -1,0 +1,86 @@
+"""When was each cached value computed? What is older than the step that computed it last must not be reused."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable, Iterable
+
+from vdcache.policies.plan import Plan
+from vdcache.runtime.call import CallKey
+from vdcache.runtime.store import Store
+
+__all__ = ["ComputedSteps"]
+
+LaneKey = tuple[int | str | None, int, int]
+
+
+class ComputedSteps:
+    """The last computed step of every group of a call, within one generation; what is dropped here is dropped in the store.
+
+    Args:
+        store: holds the values.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._computed: dict[CallKey, dict[str, tuple[int, int]]] = {}  # of each lane: group -> last computed step, how many
+        # Graph, call and group -> the last step that was planned to compute it.
+        self._due: dict[tuple[Hashable, int, str], int] = {}
+        self._ambiguous: dict[LaneKey, int] = {}  # lanes, and the last step of several latents
+
+    def computed(self, key: CallKey, groups: Iterable[str], step: int, planned: Plan) -> None:
+        """A call has computed these groups.
+
+        Args:
+            planned: of the step; what it does not reuse is computed by every lane of it.
+        """
+        own = self._computed.setdefault(key, {})
+        for group in groups:
+            own[group] = (step, own.get(group, (0, 0))[1] + 1)
+            if group not in planned.reuse:
+                self._due[key.graph, key.call, group] = step
+
+    def at(self, key: CallKey, step: int) -> bool:
+        """Whether this very call computed something in this step."""
+        return any(last == step for last, _ in self._computed.get(key, {}).values())
+
+    def elapsed(self, key: CallKey, group: str, step: int) -> tuple[int, int, int]:
+        """Steps since a group was last computed, how often it was in this generation (1 and 0 where it never was), and the step."""
+        last, count = self._computed.get(key, {}).get(group, (step - 1, 0))
+        return step - last, count, step
+
+    def is_stale(self, key: CallKey, plan: Plan, step: int) -> bool:
+        """Whether the model was computed at a later step than this lane last was, as where guidance was off in between."""
+        own = self._computed.get(key, {})
+        return any(own.get(g, (step, 0))[0] < self._due.get((key.graph, key.call, g), -1) for g in plan.reuse)
+
+    def had_several_latents(self, lane: LaneKey, step: int) -> None:
+        self._ambiguous[lane] = step
+
+    def is_ambiguous(self, key: CallKey, plan: Plan) -> bool:
+        """Whether the lane was last computed in a step in which it had several latents, so that nobody knows whose values are kept."""
+        if not self._ambiguous or (several := self._ambiguous.get(key.lane)) is None:
+            return False
+        own = self._computed.get(key, {})
+        return any(own.get(g, (-1, 0))[0] <= several for g in plan.reuse)
+
+    def drop(self, key: CallKey) -> None:
+        self._store.drop(key)
+        self._computed.pop(key, None)
+
+    def drop_lanes(self, ids: Collection[int]) -> None:
+        """Everything of the lanes with these ids."""
+        gone = set(ids)
+        for key in [k for k in self._computed if gone & set(k.lane[1:])]:
+            self.drop(key)
+        self._ambiguous = {lane: step for lane, step in self._ambiguous.items() if not gone & set(lane[1:])}
+
+    def drop_values(self) -> None:
+        """Every value, as where a call raised or a weight changed."""
+        self._store.drop()
+        self._computed.clear()
+
+    def clear(self) -> None:
+        """A generation is over."""
+        self.drop_values()
+        self._due.clear()
+        self._ambiguous.clear()

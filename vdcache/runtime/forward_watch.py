@@ -1,0 +1,138 @@
+"""One forward of the model as it runs: which graphs took part, what it was given, what they made, what it returned.
+
+So latents are told from prompts (the loop updates a latent by what the forward returns), and what a model makes itself between two
+graphs from what it is given.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Hashable, Iterable, Iterator, Sequence, Set
+from typing import Any
+
+from torch import Tensor
+
+from vdcache.runtime.call import CompiledGraph
+from vdcache.runtime.lane_table import LATENT
+from vdcache.util.sizes import updated_by
+
+__all__ = ["ForwardWatch"]
+
+MOST_MADE = 256  # results of graphs that are remembered
+
+
+class ForwardWatch:
+    """What a session knows of the forward that runs now, and of the one before."""
+
+    def __init__(self) -> None:
+        self.graphs: dict[CompiledGraph, None] = {}  # that have run under this session
+        self.entered = 0  # how many calls of graphs have come through
+        self.ran: int | None = None  # graphs that ran in this forward; None where nobody watches forwards
+        # What this forward was given, by identity; None where nobody watches, or one graph is all.
+        self._given: set[int] | None = None
+        # Shapes of what the last watched forward of a model in parts returned.
+        self._results: list[tuple[int, ...]] | None = None
+        self._latents_of: dict[CompiledGraph, tuple[int, ...]] = {}  # what is updated with those
+        # What graphs returned lately, for which conditioning, in which family; and how often a lane had begun by then.
+        self._made: dict[int, tuple[weakref.ref[Tensor], Hashable, Hashable, int]] = {}
+        self._moving: dict[int, tuple[weakref.ref[Tensor], Hashable]] = {}  # what the caller says moves with the timestep
+        self._lanes_begun = 0
+
+    def begin(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        """A forward begins that is watched to its end."""
+        self.ran = 0
+        self._given = {id(x) for x in _tensors((*args, *kwargs.values()))} if len(self.graphs) != 1 else None
+
+    def end(self) -> None:
+        """The forward is over, however it ended."""
+        self.ran = self._given = None
+
+    def returned(self, result: Any) -> None:
+        """What the forward returned."""
+        if self._results is None or len(self.graphs) > 1 or not all(graph.whole for graph in self.graphs):
+            results = [tuple(x.shape) for x in _tensors((result,))]
+            if results != self._results:
+                self._results, self._latents_of = results, {}
+
+    def lane_begins(self) -> None:
+        self._lanes_begun += 1
+
+    def step_begins(self) -> None:
+        self._moving.clear()
+
+    def moves(self, value: Tensor, name: Hashable) -> None:
+        """The caller says that a value depends on the timestep, and what it is."""
+        self._moving[id(value)] = weakref.ref(value), name
+
+    def made(self, graph: CompiledGraph, origin: tuple[Hashable, ...], results: Sequence[Any]) -> None:
+        """What a graph returned, and for which call."""
+        if len(results) < 2 and self._given is None and len(self.graphs) < 2:
+            return  # it is the model's result
+        for number, result in enumerate(results):
+            if isinstance(result, Tensor):
+                self._made[id(result)] = weakref.ref(result), (*origin, number), graph.family, self._lanes_begun
+        while len(self._made) > MOST_MADE:
+            del self._made[next(iter(self._made))]
+
+    def origin(self, value: Any) -> tuple[Hashable, Hashable] | None:
+        """Where an earlier graph of this lane has made a value, and that graph's family; None where none has."""
+        made = self._made.get(id(value))
+        return (made[1], made[2]) if made is not None and made[0]() is value and made[3] == self._lanes_begun else None
+
+    @property
+    def unlearnt(self) -> bool:
+        """In the first forward that is watched."""
+        return self._results is None and self.ran is not None
+
+    def latents(self, graph: CompiledGraph, inputs: Sequence[Any]) -> tuple[int, ...]:
+        """What the denoising loop updates. A part of a model cannot tell by its own results; the whole model's can.
+
+        Before the first watched forward is over nobody knows whether a graph is the whole: then everything is taken for conditioning.
+        """
+        if self.unlearnt:
+            return ()
+        if self._results is None or (graph.whole and len(self.graphs) == 1):
+            return graph.latents
+        if (found := self._latents_of.get(graph)) is None:
+            given = {i: v for i in graph.told if isinstance(v := inputs[i], Tensor) and v.is_floating_point() and v.ndim > 1}
+            outer = {i: v.shape for i, v in given.items() if self._given is None or id(v) in self._given}
+            found = self._latents_of[graph] = tuple(updated_by(outer, self._results))
+        return found
+
+    def conditioning(
+        self, graph: CompiledGraph, inputs: Sequence[Any], begins: bool, early: Set[Hashable]
+    ) -> tuple[list[Any], frozenset[int]]:
+        """The conditioning of a call, with `LATENT` in the place of latents, and which of it the forward itself has made.
+
+        What an earlier graph of the same forward returned stands for that graph's own conditioning.
+
+        Args:
+            begins: whether a lane begins with this graph, so that what earlier graphs made is of another one.
+            early: families of graphs that run before the step is known.
+        """
+        latents = self.latents(graph, inputs)
+        values: list[Any] = [LATENT if i in latents else inputs[i] for i in graph.told]
+        if not self._moving and len(self.graphs) < 2:
+            return values, frozenset()
+        inside: set[int] = set()
+        for at, value in enumerate(values):
+            if (told := self._moving.get(id(value))) is not None and told[0]() is value:
+                values[at] = told[1]
+                continue
+            made = self.origin(value)
+            if made is not None and (not begins or made[1] in early):
+                values[at] = made[0]
+            elif self._given is not None and isinstance(value, Tensor) and value.numel() > 1 and id(value) not in self._given:
+                inside.add(at)  # one number may be a setting of the model, which Dynamo hands over as a tensor
+        return values, frozenset(inside)
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among values, in lists, tuples and dicts too."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+        elif isinstance(value, dict):
+            yield from _tensors(value.values())
