@@ -202,6 +202,7 @@ class Program:
         self.slots = tuple(str(n.args[1]) for n in dialect.cache_guards(self._body.graph))
         self.emits = tuple(str(n.args[1]) for n in dialect.emissions(self._body.graph))
         self._groups = frozenset(map(group_of, self.slots))
+        self._narrowed: dict[Plan, Plan] = {}
         self.plans = tuple(dict.fromkeys(self.narrow(p) for p in settings.recipe.plans()))
         self._graphs: dict[Plan, tuple[fx.GraphModule, VariantIO]] = {}
         if self.slots and not any(self.plans) and (wanted := {g for p in settings.recipe.plans() for g in p.reuse}):
@@ -254,7 +255,9 @@ class Program:
 
     def narrow(self, plan: Plan) -> Plan:
         """What of a plan concerns this graph: groups without a slot in it make no variant of their own."""
-        return Plan(plan.reuse & self._groups)
+        if (found := self._narrowed.get(plan)) is None:
+            found = self._narrowed[plan] = Plan(plan.reuse & self._groups)
+        return found
 
     def _read_by_some_plan(self) -> tuple[str, ...]:
         """The slots whose values are worth keeping."""
@@ -326,13 +329,12 @@ class Program:
 
     def needs(self, plan: Plan) -> VariantInputs:
         """What the plan's variant takes besides the model's inputs."""
-        if plan not in self._needs_of:
+        if (found := self._needs_of.get(plan)) is None:
             io = self._specialised(plan)[1]
             layouts = tuple(MetricSpec(slot, d, strides, self._frames[slot]) for slot, d, strides in io.measures)
-            self._needs_of[plan] = VariantInputs(
-                io.reads, io.before, layouts, io.times, tuple(self._groups - plan.reuse), io.reused
-            )
-        return self._needs_of[plan]
+            computes = tuple(self._groups - plan.reuse)
+            found = self._needs_of[plan] = VariantInputs(io.reads, io.before, layouts, io.times, computes, io.reused)
+        return found
 
     def slots_kept(self, plan: Plan) -> tuple[str, ...]:
         """What the plan's variant returns after the model's results, by the name under which it is kept."""
@@ -385,10 +387,10 @@ class Program:
         return len(self.plans) + (self._head is not None)
 
     def _part(self, plan: Plan) -> LazyVariant:
-        if plan not in self._parts:
+        if (found := self._parts.get(plan)) is None:
             graph, io = self._specialised(plan)
-            self._parts[plan] = LazyVariant(graph, io.added_values, self, self._carried)
-        return self._parts[plan]
+            found = self._parts[plan] = LazyVariant(graph, io.added_values, self, self._carried)
+        return found
 
     # ---- running -------------------------------------------------------------------------------------------------
 
@@ -445,7 +447,7 @@ class Program:
         if io.emits:
             session.emit(self, dict(zip(io.emits, rest[len(io.saves) + len(io.previous) :], strict=False)))
         # A policy that measured or probed what is no number computes the next step by itself, and says why.
-        if ticket.keep and not io.measures and _finite(ticket.look.values) and not _finite(saved.values()):
+        if ticket.keep and saved and not io.measures and _finite(ticket.look.values) and not _finite(saved.values()):
             ticket.keep = False
             self.settings.warn_once(
                 "not finite",

@@ -22,6 +22,9 @@ class Plan:
     def of(groups: Iterable[str]) -> Plan:
         return Plan(frozenset(groups))
 
+    def __hash__(self) -> int:
+        return hash(self.reuse)  # which a frozenset knows; plans are looked up several times a call
+
     def __bool__(self) -> bool:
         """Whether anything is reused."""
         return bool(self.reuse)

@@ -303,7 +303,7 @@ class Session:
         Args:
             look: runs the graph's head, given the previous values of its probes; called once, where the graph has probes.
         """
-        began, on_device = time.perf_counter(), DeviceTime.of([inputs[i] for i in (*graph.latents[:1], *graph.activations[:1])])
+        began, on_device = time.perf_counter(), DeviceTime.of(inputs[i] for i in (*graph.latents[:1], *graph.activations[:1]))
         planner, lanes, forward = self._planner, self._lanes, self._forward
         forward.entered += 1
         self._reads.syncs = 0
@@ -348,8 +348,9 @@ class Session:
             elif scope.group in plan.reuse and scope.mode == "batch":
                 rows = scope.rows
         reads: list[Tensor] = []
+        needs = graph.needs(plan)
         if plan:
-            found = self.store.get(key, graph.needs(plan).reads)
+            found = self.store.get(key, needs.reads)
             if changed:
                 plan, why = RECOMPUTE, "the weights changed"
             elif repeated or (found is not None and self._computed.is_ambiguous(key, plan)):
@@ -362,7 +363,8 @@ class Session:
                 reads = found
         elif follows and planner.now.plan:
             why = "the graph has nothing to reuse"
-        needs = graph.needs(plan)
+        if not plan:
+            needs = graph.needs(plan)
         before = self.store.get(key, needs.before) if needs.before else None
         previous = self.store.get(key, [layout.name for layout in needs.layouts]) if needs.layouts else None
         if not plan and not again and rows is None:
