@@ -424,8 +424,8 @@ BUGS = (
     _runtime(
         "a value of another shape of latent",
         "session",
-        "key = CallKey(who, call, lane, self._weights.value, _forms(inputs, graph.activations))",
-        "key = CallKey(who, call, lane, self._weights.value, ())",
+        "key = CallKey(who, number, lane, self._weights.value, _forms(inputs, graph.activations))",
+        "key = CallKey(who, number, lane, self._weights.value, ())",
     ),
     _runtime(
         "a value of other weights",
@@ -457,8 +457,8 @@ BUGS = (
     Bug(
         "a variant for groups that the graph has not",
         "backends/program.py",
-        "return Plan(plan.reuse & self._groups)",
-        "return plan",
+        "found = self._narrowed[plan] = Plan(plan.reuse & self._groups)",
+        "found = self._narrowed[plan] = plan",
         ("tests/backends/test_backend.py", "tests/passes/test_block_lists.py"),
     ),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -51,15 +52,8 @@ def compile_graph(
     """
     if mode is not None:
         settings = _with_mode(settings, mode)
-    if mode in ("reduce-overhead", "max-autotune"):
-        return _plain(graph, example_inputs, settings, f"mode={mode!r} uses CUDA graphs, which vdcache does not support yet")
-    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in example_inputs):
-        return _plain(
-            graph,
-            example_inputs,
-            settings,
-            "gradients are enabled, and cached values have none; sample under torch.no_grad() or torch.inference_mode()",
-        )
+    if why := _why_plain(example_inputs, mode):
+        return _plain(graph, example_inputs, settings, why)
     family, frame, split = frame_of_backend_call()
     resumes = frame.startswith("torch_dynamo_resume_in")
     try:
@@ -71,37 +65,97 @@ def compile_graph(
         if settings.strict:
             raise
         return _plain(graph, example_inputs, settings, str(error))
-    whole = split is None and not resumes
-    size = sum(map(is_work, program.guarded.graph.nodes))
+    found = _Found(graph, example_inputs, settings, program, verdict, whole=split is None and not resumes)
     if verdict is not None:
         verdict.ends = verdict.ends or split or ""
         for what in (w for w, there in (("slot", program.slots), ("probe", program.probes), ("mask", program.tiled)) if there):
             verdict.has(what)
-    if whole and program.slots and not program.probes and isinstance(settings.recipe.policy, Deciding):
-        return _nothing_found(program, graph, example_inputs, settings, verdict, size)
-    if not program.tiled and (reasons := _no_mask(program, whole)):
-        message = f"the masks of '{settings.recipe.name}' are on no attention of this graph: {reasons}"
-        if verdict is not None:
-            verdict.lacks("mask", size, message)
-        elif settings.strict:
-            raise CaptureError(message)
-        else:
-            settings.warn_once("no mask", f"vdcache: {message}")
-    wanted = any(not isinstance(p, TileAttention) for p in program.settings.recipe.passes)
-    if wanted and not program.slots and not program.emits:
-        # One with a timestep input may be part of a model that breaks further out: then it is this graph that tells the time.
-        if (whole and not program.timestep_inputs) or (whole and settings.strict and verdict is None):
-            return _nothing_found(program, graph, example_inputs, settings, verdict, size)
-        if verdict is not None:
-            verdict.lacks("slot", size, _nothing(program, settings, "model"))
-        elif whole:
-            settings.warn_once("timestep alone", _nothing(program, settings))
-        nested = split == "" and not resumes  # a function that the model calls, and that nothing goes on from
-        if not whole and (not size or (nested and not program.timestep_inputs)):
-            return _inner(graph, example_inputs, settings)
+    if found.whole and program.slots and not program.probes and isinstance(settings.recipe.policy, Deciding):
+        return found.nothing()
+    if not program.tiled:
+        found.say_no_mask()
+    wanted = any(not isinstance(p, TileAttention) for p in settings.recipe.passes)
+    nested = split == "" and not resumes  # a function that the model calls, and that nothing goes on from
+    if wanted and not program.slots and not program.emits and (run := found.without_slot(nested)) is not None:
+        return run
     program.compile_first(captured.wrapped.flat(example_inputs))
     settings.programs.append(program)
     return program if not captured.wrapped else lambda *inputs: program(*captured.wrapped.flat(inputs))
+
+
+def _why_plain(example_inputs: Sequence[Any], mode: str | None) -> str:
+    """Why a graph is compiled as without vdcache, before anything is looked at; "" where it is not."""
+    if mode in ("reduce-overhead", "max-autotune"):
+        return f"mode={mode!r} uses CUDA graphs, which vdcache does not support yet"
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in example_inputs):
+        return "gradients are enabled, and cached values have none; sample under torch.no_grad() or torch.inference_mode()"
+    return ""
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A graph that was understood, and what to say and do where the recipe has nothing to do in it.
+
+    Args:
+        whole: it is a forward of its own, which Dynamo has not broken.
+    """
+
+    graph: fx.GraphModule
+    example_inputs: Sequence[Any]
+    settings: Settings
+    program: Program
+    verdict: Verdict | None
+    whole: bool
+
+    @property
+    def size(self) -> int:
+        """Operations that do work."""
+        return sum(map(is_work, self.program.guarded.graph.nodes))
+
+    def say_no_mask(self) -> None:
+        """Where the recipe has masks, say that none is in this graph."""
+        if not (reasons := _no_mask(self.program, self.whole)):
+            return
+        message = f"the masks of '{self.settings.recipe.name}' are on no attention of this graph: {reasons}"
+        if self.verdict is not None:
+            self.verdict.lacks("mask", self.size, message)
+        elif self.settings.strict:
+            raise CaptureError(message)
+        else:
+            self.settings.warn_once("no mask", f"vdcache: {message}")
+
+    def without_slot(self, nested: bool) -> Callable[..., Any] | None:
+        """What runs in the place of a graph without a slot; None where it is brought under its session all the same.
+
+        Args:
+            nested: it is a function that the model calls, and that nothing goes on from.
+        """
+        program, settings, verdict = self.program, self.settings, self.verdict
+        # One with a timestep input may be part of a model that breaks further out: then it is this graph that tells the time.
+        if (self.whole and not program.timestep_inputs) or (self.whole and settings.strict and verdict is None):
+            return self.nothing()
+        if verdict is not None:
+            verdict.lacks("slot", self.size, _nothing(program, settings, "model"))
+        elif self.whole:
+            settings.warn_once("timestep alone", _nothing(program, settings))
+        if not self.whole and (not self.size or (nested and not program.timestep_inputs)):
+            return _inner(self.graph, self.example_inputs, settings)
+        return None
+
+    def nothing(self) -> Callable[..., Any]:
+        """The recipe finds nothing to do: say so, and compile plainly."""
+        program, settings = self.program, self.settings
+        if self.verdict is not None:
+            self.verdict.lacks("probe" if program.slots else "slot", self.size, _nothing(program, settings, "model"))
+            return _inner(self.graph, self.example_inputs, settings)
+        message = _nothing(program, settings)
+        if settings.strict:
+            raise CaptureError(message)
+        if broken := next(iter(breaks_since({})), ""):
+            message += (
+                f"\nOther graphs may be cached, if it is the model's forward that Dynamo has broken in this process: {broken}"
+            )
+        return _plain(self.graph, self.example_inputs, settings, message)
 
 
 def _no_mask(program: Program, whole: bool) -> str:
@@ -120,27 +174,6 @@ def _no_mask(program: Program, whole: bool) -> str:
             else ["it does not show whose tokens attend: no residual stream runs through it, as where Dynamo splits a block"]
         )
     return "; ".join(reasons)
-
-
-def _nothing_found(
-    program: Program,
-    graph: fx.GraphModule,
-    example_inputs: Sequence[Any],
-    settings: Settings,
-    verdict: Verdict | None,
-    size: int,
-) -> Callable[..., Any]:
-    if verdict is not None:
-        verdict.lacks("probe" if program.slots else "slot", size, _nothing(program, settings, "model"))
-        return _inner(graph, example_inputs, settings)
-    message = _nothing(program, settings)
-    if settings.strict:
-        raise CaptureError(message)
-    if broken := next(iter(breaks_since({})), ""):
-        message += (
-            f"\nOther graphs may be cached, if it is the model's forward that Dynamo has broken in this process: {broken}"
-        )
-    return _plain(graph, example_inputs, settings, message)
 
 
 def _nothing(program: Program, settings: Settings, where: str = "graph") -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,6 +36,44 @@ __all__ = ["Session"]
 
 NOTHING_STORED = "nothing is stored for this lane"
 SEVERAL_LATENTS = "this step had several latents of one conditioning"
+
+
+@dataclass(slots=True)
+class _Call:
+    """Which call this is.
+
+    Args:
+        key: what its cached values belong to.
+        follows: the step is known when it runs.
+        is_new: no call before had its conditioning.
+        is_repeated: the step had such a call already, with another latent.
+        weights_changed: since the step before.
+    """
+
+    key: CallKey
+    follows: bool
+    is_new: bool
+    is_repeated: bool
+    weights_changed: bool
+
+
+@dataclass(slots=True)
+class _Choice:
+    """What a call does.
+
+    Args:
+        plan: what it reuses.
+        why: why not more.
+        reads: the cached values that it takes.
+        pair: what the step's first lane returned, where this one is predicted from it.
+        rows: first row and number of rows of the batch that is computed; None for all.
+    """
+
+    plan: Plan
+    why: str
+    reads: list[Tensor] = field(default_factory=list)
+    pair: Tensor | None = None
+    rows: tuple[int, int] | None = None
 
 
 class _Turn:
@@ -304,28 +343,10 @@ class Session:
             look: runs the graph's head, given the previous values of its probes; called once, where the graph has probes.
         """
         began, on_device = time.perf_counter(), DeviceTime.of(inputs[i] for i in (*graph.latents[:1], *graph.activations[:1]))
-        planner, lanes, forward = self._planner, self._lanes, self._forward
-        forward.entered += 1
+        planner = self._planner
         self._reads.syncs = 0
-        # One graph may serve several blocks (regional compilation) or be called again with the same weights. Within a forward they
-        # are told apart by their order, because offloading puts other objects in the place of weights.
-        watched = forward.ran is not None
-        who = (graph.kind, 0 if watched else next((id(inputs[i]) for i in graph.static), 0))
-        follows = self._place(graph, inputs, who)
-        if forward.ran is not None:
-            forward.ran += 1
-        call = lanes.next_call(who)
-        own, new = self._placement.own_lane(graph, who, inputs, call)
-        lane = lanes.key(own, follows)
-        repeated = lanes.repeats(graph, who, call, lane, inputs) or self._placement.repeated
-        if repeated:
-            self._computed.had_several_latents(lane, planner.step)
-            if follows and planner.step > 0 and planner.skips and planner.num_steps is not None:
-                self._notices.several_latents()
-        changed = self._look_at_weights(graph, inputs)
-        key = CallKey(who, call, lane, self._weights.value, _forms(inputs, graph.activations))
-        if repeated:
-            self._computed.drop(key)  # of the other latent
+        call = self._identify(graph, inputs)
+        key, follows = call.key, call.follows
         again = self._computed.at(key, planner.step)
         seen = ProbeResult()
         if graph.probes:
@@ -333,38 +354,9 @@ class Session:
             seen = look(earlier)
             if follows and planner.now.undecided:
                 planner.decide(graph, seen, comparable=earlier is not None)
-        plan, why = (
-            (graph.narrow(planner.now.plan), planner.now.why)
-            if follows
-            else (RECOMPUTE, "the graph runs before the step is known")
-        )
-        if follows and planner.now.undecided:
-            plan, why = RECOMPUTE, "it runs before the policy can decide"
-        pair, rows = None, None
-        if (scope := graph.lanes) is not None:
-            pair = self._pair.first(scope, who, call)
-            if scope.group in plan.reuse and (reason := self._pair.why_not(scope, graph, inputs, pair)) is not None:
-                plan, why = Plan(plan.reuse - {scope.group}), reason
-            elif scope.group in plan.reuse and scope.mode == "batch":
-                rows = scope.rows
-        reads: list[Tensor] = []
+        chosen = self._choose(graph, inputs, call)
+        plan, rows = chosen.plan, chosen.rows
         needs = graph.needs(plan)
-        if plan:
-            found = self.store.get(key, needs.reads)
-            if changed:
-                plan, why = RECOMPUTE, "the weights changed"
-            elif repeated or (found is not None and self._computed.is_ambiguous(key, plan)):
-                plan, why = RECOMPUTE, SEVERAL_LATENTS
-            elif found is None:
-                plan, why = RECOMPUTE, "its conditioning is new" if new else NOTHING_STORED
-            elif self._computed.is_stale(key, plan, planner.step):
-                plan, why = RECOMPUTE, "this lane sat out the last computed step"
-            else:
-                reads = found
-        elif follows and planner.now.plan:
-            why = "the graph has nothing to reuse"
-        if not plan:
-            needs = graph.needs(plan)
         before = self.store.get(key, needs.before) if needs.before else None
         previous = self.store.get(key, [layout.name for layout in needs.layouts]) if needs.layouts else None
         if not plan and not again and rows is None:
@@ -374,19 +366,92 @@ class Session:
         record = Record(
             generation=planner.generation,
             step=planner.step,
-            lane=lanes.lane,
+            lane=self._lanes.lane,
             timestep=planner.timestep,
             plan=planner.now.plan if follows else RECOMPUTE,
             reused=needs.slots,
-            why=why,
+            why=chosen.why,
             syncs=self._reads.syncs,
             probe=planner.now.probe or (),
         )
         times = [torch.tensor(float(n)) for group in needs.times for n in self._computed.elapsed(key, group, planner.step)]
         keep = follows and planner.num_steps is not None and not planner.is_last and not again
         return CallContext(
-            graph, plan, key, needs, reads, before, previous, times, record, began, seen, pair, rows, keep, on_device, again
+            graph,
+            plan,
+            key,
+            needs,
+            chosen.reads,
+            before,
+            previous,
+            times,
+            record,
+            began,
+            seen,
+            chosen.pair,
+            rows,
+            keep,
+            on_device,
+            again,
         )
+
+    def _identify(self, graph: CompiledGraph, inputs: Sequence[Any]) -> _Call:
+        """Which call is this, and what do its cached values belong to?"""
+        planner, lanes, forward = self._planner, self._lanes, self._forward
+        forward.entered += 1
+        # One graph may serve several blocks (regional compilation) or be called again with the same weights. Within a forward they
+        # are told apart by their order, because offloading puts other objects in the place of weights.
+        watched = forward.ran is not None
+        who = (graph.kind, 0 if watched else next((id(inputs[i]) for i in graph.static), 0))
+        follows = self._place(graph, inputs, who)
+        if forward.ran is not None:
+            forward.ran += 1
+        number = lanes.next_call(who)
+        own, new = self._placement.own_lane(graph, who, inputs, number)
+        lane = lanes.key(own, follows)
+        repeated = lanes.repeats(graph, who, number, lane, inputs) or self._placement.repeated
+        changed = self._look_at_weights(graph, inputs)
+        key = CallKey(who, number, lane, self._weights.value, _forms(inputs, graph.activations))
+        if repeated:
+            self._computed.had_several_latents(lane, planner.step)
+            self._computed.drop(key)  # of the other latent
+            if follows and planner.step > 0 and planner.skips and planner.num_steps is not None:
+                self._notices.several_latents()
+        return _Call(key, follows, new, repeated, changed)
+
+    def _choose(self, graph: CompiledGraph, inputs: Sequence[Any], call: _Call) -> _Choice:
+        """What a call reuses of the step's plan."""
+        now, key = self._planner.now, call.key
+        chosen = _Choice(RECOMPUTE, "")
+        if (scope := graph.lanes) is not None:
+            chosen.pair = self._pair.first(scope, key.graph, key.call)
+        if not call.follows:
+            chosen.why = "the graph runs before the step is known"
+            return chosen
+        if now.undecided:
+            chosen.why = "it runs before the policy can decide"
+            return chosen
+        plan, chosen.why = graph.narrow(now.plan), now.why
+        if scope is not None and scope.group in plan.reuse:
+            if (reason := self._pair.why_not(scope, graph, inputs, chosen.pair)) is not None:
+                plan, chosen.why = Plan(plan.reuse - {scope.group}), reason
+            elif scope.mode == "batch":
+                chosen.rows = scope.rows
+        if not plan:
+            chosen.why = "the graph has nothing to reuse" if now.plan else chosen.why
+            return chosen
+        found = self.store.get(key, graph.needs(plan).reads)
+        if call.weights_changed:
+            chosen.why = "the weights changed"
+        elif call.is_repeated or (found is not None and self._computed.is_ambiguous(key, plan)):
+            chosen.why = SEVERAL_LATENTS
+        elif found is None:
+            chosen.why = "its conditioning is new" if call.is_new else NOTHING_STORED
+        elif self._computed.is_stale(key, plan, self._planner.step):
+            chosen.why = "this lane sat out the last computed step"
+        else:
+            chosen.plan, chosen.reads = plan, found
+        return chosen
 
     def leave(
         self,
