@@ -168,6 +168,15 @@ def test_the_api_reference_shows_every_public_name():
         assert not missing
 
 
+def test_the_page_of_the_command_line_names_every_command():
+    from typer.main import get_command
+
+    from vdcache.cli.main import app
+
+    named = re.findall(r"^\| `vdcache (\w+)` \|", (ROOT / "docs" / "api" / "command_line.md").read_text(), re.MULTILINE)
+    assert sorted(named) == sorted(get_command(app).commands)
+
+
 if __name__ == "__main__":
     page = ROOT / "docs" / "ir.md"
     before, _, rest = page.read_text().partition("<!-- fields -->\n")
