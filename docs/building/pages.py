@@ -8,6 +8,7 @@ from pathlib import Path
 from posixpath import dirname, join, normpath, relpath
 from typing import Any
 
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[2]
@@ -24,6 +25,7 @@ LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)")
 FENCE = re.compile(r"^(```\w+) no-run$", re.MULTILINE)
 SECTION = re.compile(r"^# -+ (.+?) -+$", re.MULTILINE)
 SHIM = re.compile(r'<script src="https://unpkg\.com/iframe-worker/shim"></script>')
+FROM_NETWORK = re.compile(r"<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=[\"']?(?:https?:)?//[^>]*>")
 WORKER = "assets/javascripts/search_worker.js"
 
 
@@ -44,7 +46,7 @@ def site_link(link: str, source: str, page: str) -> str:
     """A link of a file in the repository, as a link of the page that shows the file."""
     target = normpath(join(dirname(source), link))
     if target not in MADE and not target.startswith("docs/"):
-        raise ValueError(f"{source} links to {link}, which is not on the site: name its page in {Path(__file__).name}")
+        raise PluginError(f"{source} links to {link}, which is not on the site: name its page in {Path(__file__).name}")
     return relpath(MADE.get(target, target.removeprefix("docs/")), dirname(page) or ".")
 
 
@@ -80,13 +82,20 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def on_post_page(output: str, *, page: Any, **_: Any) -> str:
-    """Load the site's own replacement."""
-    return SHIM.sub(f'<script src="{relpath(WORKER, dirname(page.url) or ".")}"></script>', output)
+    """Load the site's own replacement, and nothing from the network."""
+    output = SHIM.sub(f'<script src="{relpath(WORKER, dirname(page.url) or ".")}"></script>', output)
+    return checked(output, page.url)
 
 
-def on_post_template(output: str, **_: Any) -> str:
+def on_post_template(output: str, *, template_name: str, **_: Any) -> str:
     """The page for links that lead nowhere searches nothing."""
-    return SHIM.sub("", output)
+    return checked(SHIM.sub("", output), template_name)
+
+
+def checked(output: str, name: str) -> str:
+    if found := FROM_NETWORK.search(output):
+        raise PluginError(f"{name} would load {found[0]} from the network")
+    return output
 
 
 def on_post_build(config: Any) -> None:
