@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DOCS := .venv-docs
 
-.PHONY: setup browser demo test thorough bench gpu lint types check
+.PHONY: setup browser demo test thorough bench gpu docs lint types check
 
 setup: $(READY)
 
@@ -41,6 +42,17 @@ bench: setup
 	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev,bench]'
 	for question in steps compile_time passes analysis coverage demo moreg profilingdit solvers peers methods tiles schedules export mutation; do \
 	  $(BIN)/python -m bench.$$question --json bench/results/$$question.json || exit 1; done
+
+# The documentation as a site in site/, which opens from the disk: site/index.html. vdcache is read, not imported, so this
+# environment holds the extra `docs` alone: no torch, and not vdcache itself.
+docs: $(DOCS)/.ready
+	NO_MKDOCS_2_WARNING=1 PATH="$(CURDIR)/$(DOCS)/bin:$$PATH" $(DOCS)/bin/mkdocs build --quiet --strict
+
+$(DOCS)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install --quiet -c constraints.txt \
+	  $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
+	touch $@
 
 lint: setup
 	$(BIN)/ruff check .

@@ -17,7 +17,7 @@ from torch import fx, nn
 torch.manual_seed(0)
 
 # ---- 1. A model ------------------------------------------------------------------------------------------------------
-# The least that is a diffusion transformer: tokens, a timestep that becomes waves and then gates, and blocks that add to a stream.
+# The smallest diffusion transformer: tokens; a timestep that becomes a sinusoidal embedding and then gates; blocks that add to a stream.
 
 
 class Block(nn.Module):
@@ -130,8 +130,8 @@ print(f"3. {len(found)} residual branches")
 # A cache guard is an identity. It names a value (a slot) that a later step MAY take from an earlier one; the graph still computes what it did.
 
 
-def cache_guard(fresh: torch.Tensor, slot: str) -> torch.Tensor:
-    return fresh
+def cache_guard(new: torch.Tensor, slot: str) -> torch.Tensor:
+    return new
 
 
 def copy_of(graph: fx.GraphModule) -> fx.GraphModule:
@@ -160,19 +160,20 @@ print(f"4. marked; one slot is '{slots[0]}'")
 
 
 # ---- 5. The oracle: may this really be skipped? ----------------------------------------------------------------------
-# Replay what the slots held, with NaN in the place of everything that only they need. If the output stays, nothing leaked.
+# Run the graph with the recorded values of the slots, and NaN in the place of everything that only the slots need.
+# If the output stays the same, nothing that was skipped is needed.
 
 
 class Poison(fx.Interpreter):
-    def __init__(self, graph, kept, dead):
+    def __init__(self, graph, cached, dead):
         super().__init__(graph)
-        self.kept, self.dead = kept, dead
+        self.cached, self.dead = cached, dead
 
     def run_node(self, n):
         if n.target is cache_guard:
-            if self.kept.get(n.args[1]) is not None:
-                return self.kept[n.args[1]]
-            self.kept[n.args[1]] = self.env[n.args[0]]
+            if self.cached.get(n.args[1]) is not None:
+                return self.cached[n.args[1]]
+            self.cached[n.args[1]] = self.env[n.args[0]]
         result = super().run_node(n)
         return (
             result * torch.nan if n in self.dead and isinstance(result, torch.Tensor) and result.is_floating_point() else result
@@ -188,16 +189,16 @@ def needed_when_reusing(graph: fx.GraphModule) -> set[fx.Node]:
     return live
 
 
-kept: dict = {}
-want = Poison(marked, kept, set()).run(*inputs)[0]  # the first run records
+cached: dict = {}
+want = Poison(marked, cached, set()).run(*inputs)[0]  # the first run records
 dead = {n for n in marked.graph.nodes if n.op != "placeholder"} - needed_when_reusing(marked)
-assert torch.equal(Poison(marked, kept, dead).run(*inputs)[0], want)
+assert torch.equal(Poison(marked, cached, dead).run(*inputs)[0], want)
 print(f"5. {len(dead)} nodes may be left out")
 
 
 # ---- 6. Specialise: one static graph for each plan -------------------------------------------------------------------
 # A plan says which slots are reused. Reused: the cache guard becomes an input, and what only it needed is dead code. Computed: the value
-# becomes an output as well, to be kept. No graph decides anything when it runs, so each can be compiled whole.
+# becomes an output as well, to be cached. No graph decides anything when it runs, so each can be compiled as a whole.
 
 
 def specialise(graph: fx.GraphModule, reuse: bool) -> fx.GraphModule:
@@ -207,7 +208,7 @@ def specialise(graph: fx.GraphModule, reuse: bool) -> fx.GraphModule:
     for mark in [n for n in graph.graph.nodes if n.target is cache_guard]:
         if reuse:
             with graph.graph.inserting_after(last):
-                last = graph.graph.placeholder(f"kept_{mark.name}")
+                last = graph.graph.placeholder(f"cached_{mark.name}")
             mark.replace_all_uses_with(last)
         else:
             saved.append(mark.args[0])
@@ -236,8 +237,8 @@ print(f"6. computing takes {size(full)} nodes, reusing {size(small)}")
 # All branches are reused together, so only their sum matters: put one cache guard on the stream's difference from its start to its end.
 
 
-def guarded_difference(fresh: torch.Tensor, slot: str, base: torch.Tensor) -> torch.Tensor:
-    return fresh
+def guarded_difference(new: torch.Tensor, slot: str, base: torch.Tensor) -> torch.Tensor:
+    return new
 
 
 def merge(graph: fx.GraphModule) -> fx.GraphModule:
@@ -260,14 +261,14 @@ def merge(graph: fx.GraphModule) -> fx.GraphModule:
 def specialise_merged(graph: fx.GraphModule, reuse: bool) -> fx.GraphModule:
     graph = copy_of(graph)
     mark = graph.graph.find_nodes(op="call_function", target=guarded_difference)[0]
-    fresh, _, base = mark.args
+    new, _, base = mark.args
     with graph.graph.inserting_before(mark):
         if reuse:
             with graph.graph.inserting_after(graph.graph.find_nodes(op="placeholder")[-1]):
-                given = graph.graph.placeholder("kept")
+                given = graph.graph.placeholder("cached")
             value, extra = graph.graph.call_function(torch.add, (base, given)), ()
         else:
-            value, extra = fresh, (graph.graph.call_function(torch.sub, (fresh, base)),)
+            value, extra = new, (graph.graph.call_function(torch.sub, (new, base)),)
     mark.replace_all_uses_with(value)
     graph.graph.erase_node(mark)
     output = graph.graph.output_node()
@@ -282,15 +283,15 @@ full, small = specialise_merged(merged, False), specialise_merged(merged, True)
 result, difference = full(*inputs)
 assert torch.equal(result, want)
 torch.testing.assert_close(small(*inputs, difference)[0], want)  # adding and subtracting rounds once
-print("7. one kept tensor instead of 8")
+print("7. one cached tensor instead of 8")
 
 
-# ---- 8. Clock and policy: which step is this, and is it computed? ----------------------------------------------------
-# The timestep is the input that reaches a sine. A value that moves on is a new step; one that jumps back is a new generation, and what
-# was kept is forgotten. A policy is a pure function of the step: it never touches a tensor.
+# ---- 8. Step tracker and policy: which step is this, and is it computed? ---------------------------------------------
+# The timestep is the input that reaches a sine. A timestep that moves on begins a new step. One that jumps back
+# begins a new generation, and the cache is cleared. A policy is a pure function of the step: it never touches a tensor.
 
 
-def clock_of(graph: fx.GraphModule) -> int:
+def timestep_input(graph: fx.GraphModule) -> int:
     given = graph.graph.find_nodes(op="placeholder")
     sinusoids = [n for n in graph.graph.nodes if n.target in ("sin", torch.sin)]
     return next(
@@ -303,18 +304,18 @@ def every(n: int):
 
 
 class Session:
-    """The state of one model: where it is in its run, and what it keeps."""
+    """The state of one model: its place in the run, and its cached tensor."""
 
     def __init__(self, computes) -> None:
-        self.computes, self.kept, self.step, self.before, self.history = computes, None, -1, None, []
+        self.computes, self.cached, self.step, self.before, self.history = computes, None, -1, None, []
 
     def tick(self, timestep: float) -> bool:
         """Whether this call is computed."""
         again = self.before is None or timestep > self.before
         self.step, self.before = 0 if again else self.step + 1, timestep
         if again:
-            self.kept = None  # nothing crosses generations
-        computed = self.kept is None or self.computes(self.step)
+            self.cached = None  # nothing crosses generations
+        computed = self.cached is None or self.computes(self.step)
         self.history.append(computed)
         return computed
 
@@ -326,30 +327,30 @@ def backend_for(session: Session):
     def backend(graph, example_inputs):
         merged = merge(mark_branches(graph))
         full, small = specialise_merged(merged, False), specialise_merged(merged, True)  # a real one hands both to Inductor
-        clock = clock_of(graph)
+        position = timestep_input(graph)
 
         def run(*inputs):
-            if session.tick(float(inputs[clock])):
-                *outputs, session.kept = full(*inputs)
+            if session.tick(float(inputs[position])):
+                *outputs, session.cached = full(*inputs)
                 return outputs
-            return small(*inputs, session.kept)
+            return small(*inputs, session.cached)
 
         return run
 
     return backend
 
 
-def cached(computes) -> tuple:
+def cached_model(computes) -> tuple:
     torch._dynamo.reset()
     session = Session(computes)
     return torch.compile(model, backend=backend_for(session)), session
 
 
-exact, session = cached(every(1))
+exact, session = cached_model(every(1))
 plain = generate(model)
 assert torch.equal(generate(exact), plain), "computing every step is the untouched model, bit for bit"
 
-fast, session = cached(every(4))
+fast, session = cached_model(every(4))
 first = generate(fast)
 assert torch.equal(generate(fast), first), "the second generation starts clean"
 assert session.history == [every(4)(step) for step in range(STEPS)] * 2

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 ROOT = Path(__file__).parent.parent
 TABLES = {"architecture.md", "benchmarks.md", "glossary.md"}  # pages without an example
@@ -131,6 +132,49 @@ def fields_of_patterns() -> str:
     return fields_page(
         p.GraphAnalysis, p.Branch, p.Attention, p.Block, p.Stream, p.Span, p.Grid, p.Conditioning, p.Match, p.NoMatch
     )
+
+
+def pages_of(entry) -> list[str]:
+    """The pages that a part of the site's navigation names."""
+    if isinstance(entry, str):
+        return [entry]
+    return [page for part in (entry.values() if isinstance(entry, dict) else entry) for page in pages_of(part)]
+
+
+def test_the_navigation_of_the_site_names_every_page():
+    """Pages that `docs/building/pages.py` makes from other files are named there; they are start and `repository/`."""
+    named = pages_of(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+    made = [page for page in named if page == "index.md" or page.startswith("repository/")]
+    building = (ROOT / "docs" / "building" / "pages.py").read_text()
+    assert all(f'"{page}"' in building for page in made)
+    there = [str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")]
+    assert sorted(named) == sorted(there + made)
+
+
+REFERENCE = re.compile(r"^::: (\S+)\n(?:    options:\n((?:      .*\n)+))?", re.MULTILINE)
+
+
+def test_the_api_reference_shows_every_public_name():
+    import importlib
+
+    shown: set[str] = set()
+    for path in (ROOT / "docs" / "api").glob("*.md"):
+        for name, text in REFERENCE.findall(path.read_text()):
+            options = yaml.safe_load(text) or {}
+            shown |= {name, options.get("heading", name), *(f"{name}.{member}" for member in options.get("members", ()))}
+    for module in ("", ".masks", ".methods", ".policies", ".predictors", ".errors", ".testing", ".calibration"):
+        names = [f"{module}.{name}" for name in importlib.import_module(f"vdcache{module}").__all__ if name != "__version__"]
+        missing = [n for n in names if f"vdcache{n}" not in shown and f"vdcache.{n.rpartition('.')[2]}" not in shown]
+        assert not missing
+
+
+def test_the_page_of_the_command_line_names_every_command():
+    from typer.main import get_command
+
+    from vdcache.cli.main import app
+
+    named = re.findall(r"^\| `vdcache (\w+)` \|", (ROOT / "docs" / "api" / "command_line.md").read_text(), re.MULTILINE)
+    assert sorted(named) == sorted(get_command(app).commands)
 
 
 if __name__ == "__main__":

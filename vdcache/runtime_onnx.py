@@ -31,12 +31,12 @@ class OnnxRunner(PackageRunner):
 
     Args:
         path: the package's folder.
-        providers: of onnxruntime, the first of which owns the cached tensors; the CPU without.
-        threads: of onnxruntime within an operator; its own choice without.
-        hashes: compare every file with its hash first.
+        providers: execution providers of onnxruntime; the first one owns the cached tensors. Default: the CPU.
+        threads: threads of onnxruntime within an operator. Default: onnxruntime decides.
+        hashes: whether to compare every file with its hash first.
 
     Raises:
-        ConfigError: no package, one that was changed, or a graph that onnxruntime does not take.
+        ConfigError: there is no package at `path`, it was changed, or onnxruntime does not accept one of its graphs.
     """
 
     kinds = ("onnx",)

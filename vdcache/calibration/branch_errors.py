@@ -33,8 +33,8 @@ class StepErrors:
 
     Args:
         steps: of a generation.
-        errors: for each type of branch, errors[k − 1][i] = ‖O_i − O_{i+k}‖₁ / ‖O_{i+k}‖₁, averaged over branches, lanes and
-        prompts.
+        errors: for each type of branch, `errors[k - 1][i]` = ‖O_i − O_{i+k}‖₁ / ‖O_{i+k}‖₁, averaged over branches, lanes and
+            prompts.
         generations: how many were averaged.
     """
 

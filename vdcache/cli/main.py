@@ -61,7 +61,7 @@ def explain(
     steps: Annotated[int, typer.Option(help="Number of denoising steps of a generation.", min=1)] = 30,
     html: Annotated[Path | None, typer.Option(help="File that the report is written to as one page.")] = None,
 ) -> None:
-    """Show what vdcache finds in a model: branches, attention, streams, cost, and what is left alone and why."""
+    """Show what vdcache finds in a model: branches, attention, streams, cost, and what it leaves alone, with reasons."""
     if html is not None:
         needs("jinja2", "jinja2")
     from vdcache.explanation import explain as explained
@@ -141,7 +141,7 @@ def try_(
     steps: Annotated[int, typer.Option(help="Number of denoising steps of a generation.", min=1)] = 12,
     json: AS_JSON = False,
 ) -> None:
-    """Try a recipe on small random models: where it works, what it leaves out, how far off what it reuses is."""
+    """Try a recipe on small random models: whether it works, how many FLOPs it skips, and the error of its reused steps."""
     from vdcache.methods import describe
     from vdcache.testing import try_recipe
 
@@ -159,7 +159,7 @@ def try_(
 
 @app.command()
 def passes(json: AS_JSON = False) -> None:
-    """List the passes, with their options, and the policies, predictors and masks; and where they come from."""
+    """List the passes with their options, the policies, the predictors and the masks, and the package of each."""
     from vdcache.methods.parts import parts
     from vdcache.passes.catalogue import catalogue
 
@@ -218,7 +218,7 @@ def opt(
         "reproducer.txt"
     ),
 ) -> None:
-    """Run passes on the text of a graph: what they do to it, whether they keep their promises, which one breaks something."""
+    """Run passes on the text of a graph: see what each changes, check its facts, and find the pass that breaks something."""
     from vdcache.cli import opt as tool
     from vdcache.errors import ConfigError, ContractError, VdcacheError
     from vdcache.ir.facts import holding
@@ -264,7 +264,7 @@ def compare(
         str, typer.Option(help="Layout of tensors: TCHW, CTHW, THWC, CHW or HWC. Default: read off the shape.")
     ] = "",
 ) -> None:
-    """Compare two videos: PSNR and SSIM of every frame and overall, LPIPS where its weights are at hand."""
+    """Compare two videos: PSNR and SSIM of every frame and overall, and LPIPS if its weights are on this machine."""
     needs("'vdcache[video]'", "torchmetrics", "imageio", *(["matplotlib"] if curve else []))
     from vdcache.quality import compare as compared
 
@@ -279,7 +279,7 @@ def compare(
 
 @app.command()
 def info(json: AS_JSON = False) -> None:
-    """Versions, devices, what is usable and why something is not."""
+    """Show versions, devices, which features are usable, and why others are not."""
     from vdcache.cli.info import facts
 
     if json:

@@ -84,23 +84,24 @@ class VariantCost:
 
 @dataclass(frozen=True, repr=False)
 class ReportData:
-    """What `vdcache.explain` found, as data.
+    """The data of a `Report`. All fields from `slots_before` on describe the recipe, and are empty if none was given.
 
     Args:
         model: class or function name; for messages only.
         graphs: every graph of one forward.
         breaks: Dynamo's reasons for breaking the model into several graphs.
-        recipe: name of the recipe that was asked about, "" for none.
-        slots_before, slots: with a recipe, its slots before and after merging.
-        cache_bytes: bytes kept for one lane, known before the first run; None where sizes are symbols.
-        variants: with a recipe, every compiled graph.
-        steps: denoising steps that `schedule` is for.
-        schedule: the plan of each step in the best of cases: the fewest computed steps that the recipe can take.
-        goal: of a recipe that finds its steps on the model itself, in words; `schedule` then has as many computed steps as the goal
-            means, which need not be the first ones. "" for others.
-        nothing: with a recipe that finds no slot, why.
-        recipe_refusals: what the passes of the recipe left alone, with reasons.
-        masks: with a recipe that has masks, in words what they are on, a line a graph.
+        recipe: name of the recipe, "" for none.
+        slots_before: the recipe's slots before merging.
+        slots: the recipe's slots after merging.
+        cache_bytes: bytes of the cached tensors of one lane, known before the first run; None if a size is a symbol.
+        variants: every compiled graph.
+        steps: number of denoising steps that `schedule` is for.
+        schedule: the plan of each step in the best case: with the fewest computed steps that the recipe can choose.
+        goal: the goal, in words, of a recipe that finds its steps on the model itself; "" for other recipes. `schedule` then
+            has the number of computed steps that the goal allows, but not necessarily these steps.
+        nothing: why the recipe finds no slot, "" if it finds one.
+        recipe_refusals: the places that the passes of the recipe left as they were, with reasons.
+        masks: the attentions that the recipe puts masks on, in words, one line for each graph.
     """
 
     model: str
@@ -129,28 +130,32 @@ class ReportData:
 
     @cached_property
     def branches(self) -> tuple[Branch, ...]:
+        """The residual branches of all graphs, in order."""
         return tuple(self._of("branches"))
 
     @cached_property
     def attentions(self) -> tuple[Attention, ...]:
+        """The attentions of all graphs, in order."""
         return tuple(self._of("attentions"))
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
+        """The blocks of all graphs, in order."""
         return tuple(self._of("blocks"))
 
     @cached_property
     def streams(self) -> tuple[Stream, ...]:
+        """The residual streams of all graphs, in order."""
         return tuple(self._of("streams"))
 
     @cached_property
     def refusals(self) -> tuple[NoMatch, ...]:
-        """Every candidate that is no branch, with the reason."""
+        """Every candidate that is not a branch, with the reason."""
         return tuple(self._of("refusals"))
 
     @cached_property
     def conditioning(self) -> Conditioning:
-        """Conditioning of all graphs; node names of graphs after the first are prefixed with their number."""
+        """The conditioning of all graphs. Names of nodes in graphs after the first are prefixed with the number of the graph."""
         timestep_inputs: dict[str, None] = {}
         parts: dict[str, list[str]] = {"timestep": [], "text": [], "constant": []}
         for graph in self.graphs:
@@ -169,13 +174,16 @@ class ReportData:
 
     @cached_property
     def coverage(self) -> float:
-        """Share of the FLOPs that a step which reuses every branch leaves out, 0 to 1."""
+        """Share of the FLOPs, 0 to 1, that a step skips if it reuses every branch."""
         covered = sum(g.analysis.covered * (1 + g.again) for g in self.graphs if g.analysis is not None)
         return covered / self.flops if self.flops else 0.0
 
     @property
     def bound(self) -> float | None:
-        """The most that the recipe can save over `steps` steps: plain FLOPs by the FLOPs of `schedule`. None without a recipe."""
+        """The largest speed-up of the recipe over `steps` steps: FLOPs of the plain model divided by those of `schedule`.
+
+        None without a recipe.
+        """
         costs = {v.reuse: v.flops for v in self.variants}
         if not self.schedule or not costs:
             return None
@@ -183,15 +191,16 @@ class ReportData:
         return self.steps * self.flops / spent if spent else None
 
     def count(self) -> dict[str, int]:
-        """How many branches of each kind one forward goes through; a graph that runs several times counts as often."""
+        """The number of branches of each kind in one forward. A graph that runs several times counts each time."""
         found: dict[str, int] = {}
         for branch in self.branches:
             found[branch.kind] = found.get(branch.kind, 0) + 1 + self.graphs[branch.graph].again
         return {k: found[k] for k in KINDS if k in found}
 
     def to_networkx(self) -> networkx.DiGraph:
-        """The branches as a graph: one node a branch with all its facts as attributes, and for each stream a start and an end;
-        edges follow the streams.
+        """The branches as a directed graph whose edges follow the streams.
+
+        Each branch is a node, with its facts as attributes. Each stream has a start node and an end node.
 
         Raises:
             ImportError: networkx is not installed.

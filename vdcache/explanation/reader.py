@@ -35,23 +35,24 @@ def explain(
     num_steps: int = 30,
     **kwargs: Any,
 ) -> Report:
-    """What vdcache finds in a model: branches, attentions, blocks, streams, conditioning, coverage, graphs, refusals.
+    """Describe a model before it runs: branches, attentions, blocks, streams, conditioning, coverage, graphs, refusals.
 
-    No weight is read and no operation of a graph is run, so the model and its tensors may be on the meta device:
+    vdcache reads no weight and runs no operation of a graph, so the model and its tensors may be on the meta device:
 
         with torch.device("meta"):
             model, latent = MyDiT(), torch.empty(1, 16, 21, 60, 104)
         print(vdcache.explain(model, latent, …, recipe="adacache-fast"))
 
     Args:
-        model: a module or a function.
-        args, kwargs: what it is called with.
-        recipe: also say what this recipe would do: slots, bytes, variants, the most that it can save.
-        num_steps: denoising steps of a generation, for that bound.
+        model: a module or function.
+        args, kwargs: the arguments of one call.
+        recipe: a `Recipe` or its name. With it, the report also has the recipe's slots, their bytes, its variants and the most
+            that it can save. Default: no recipe.
+        num_steps: number of denoising steps of a generation, from which that bound is computed.
 
     Raises:
         CaptureError: the model cannot be traced, or computes nothing that Dynamo can see; the message says where.
-        ConfigError: no model, or there is no such recipe.
+        ConfigError: `model` is not a model, or no recipe has this name.
     """
     chosen = named(recipe) if recipe is not None else None
     check_model(model, "explain")

@@ -15,10 +15,13 @@ __all__ = ["GraphFacts", "Report", "Slot", "VariantCost"]
 
 @dataclass(frozen=True, repr=False)
 class Report(ReportData):
-    """What `vdcache.explain` found. Prints as a tree, shows itself in notebooks, writes itself as a page."""
+    """The result of `vdcache.explain`. It prints as a tree, shows itself in notebooks, and writes itself as a page."""
 
     def to_html(self, path: str | Path | None = None) -> str:
-        """The report as one page that needs nothing else; written to `path` where one is given.
+        """The report as one HTML page that needs no other file and no network.
+
+        Args:
+            path: a file to write the page to. Default: none; the page is only returned.
 
         Raises:
             ImportError: jinja2 is not installed.

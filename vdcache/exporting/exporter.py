@@ -45,26 +45,26 @@ def export(
         vdcache.export(model, (x, timestep, text), schedule=vdcache.Schedule(30, (0, 1, 5, 12, 20)), path="package")
 
     Args:
-        model: a module or function that is called once a denoising step (or once a lane of it).
-        args, kwargs: one call of it; all shapes are fixed to these.
-        schedule: a `Schedule` or a `Calibration`, the path of one (or of a recipe) as JSON, a list of computed steps, or a recipe whose steps follow the clock
-            alone.
+        model: a module or function that is called once for each denoising step (or once for each lane of a step).
+        args, kwargs: the arguments of one call. The package is fixed to their shapes.
+        schedule: a `Schedule` or a `Calibration`; the path of one of these, or of a recipe, as JSON; a list of computed steps; or a
+            recipe that depends on the step number alone.
         path: the package's folder, which must not exist yet. It appears when it is complete.
-        num_steps: denoising steps of a generation, where the schedule does not say it.
+        num_steps: number of denoising steps of a generation. Needed if the schedule does not contain it.
         format: "onnx", a graph for every distinct plan; "onnx-single", one graph with the plan as an input; "onnx-unrolled", the
             whole loop as one graph; "pt2", exported programs of torch; "aoti", AOTInductor packages for this machine.
-        loop: the denoising loop, `loop(model, **inputs)`, which calls the model as often in every step; it must draw nothing at random and
-            decide nothing by the values of tensors. With it a package generates on its own; "onnx-unrolled" needs it.
+        loop: the denoising loop, `loop(model, **inputs)`. It calls the model equally often in every step, draws no random numbers,
+            and does not decide by the values of tensors. With a loop the package generates on its own; "onnx-unrolled" needs one.
         inputs: one set of the loop's tensors, by name.
-        overwrite: replace a package that is there.
-        on_progress: told what is being done.
+        overwrite: whether to replace a package that exists.
+        on_progress: a function that is called with a description of each stage of the export.
 
-    Returns the manifest.
+    Returns the manifest of the package.
 
     Raises:
-        ConfigError: a schedule that is decided while it runs, another number of steps, an unknown format, a folder that is there,
-            inputs that the model or the loop does not take.
-        CaptureError: torch.export does not take the model as one graph, or an operation has no form in the format.
+        ConfigError: the recipe decides while it runs, the number of steps differs from the schedule's, the format is unknown, the
+            folder exists, or the model or the loop does not take the inputs.
+        CaptureError: torch.export cannot capture the model as one graph, or the format has no form of an operation.
     """
     kind, _, form = format.partition("-")
     form = form or "plans"

@@ -27,12 +27,12 @@ class PackageRunner(abc.ABC):
             runner.step()
             (velocity,) = runner({"hidden_states": x, "timestep": t})
 
-    Cached tensors stay where the runtime computes; only the model's inputs and results are numpy arrays. A lane (a further call
-    at the same step, as for guidance) has cached tensors of its own.
+    Cached tensors stay where the runtime computes; only the model's inputs and results are numpy arrays. Each lane (a further
+    call in the same step, as for guidance) has its own cached tensors.
 
     Args:
         path: the package's folder.
-        hashes: compare every file with its hash first.
+        hashes: whether to compare every file with its hash first.
 
     Raises:
         ConfigError: no package, one that was changed, or one of another kind.
@@ -64,7 +64,7 @@ class PackageRunner(abc.ABC):
 
     @property
     def cache_bytes(self) -> int:
-        """What a lane keeps from step to step."""
+        """Bytes of the cached tensors of one lane."""
         return sum(math.prod(c.shape) * np.dtype(c.dtype).itemsize for c in self.manifest.caches)
 
     # ---- what the runtime does ---------------------------------------------------------------------------------------
@@ -84,10 +84,10 @@ class PackageRunner(abc.ABC):
     # ---- step by step ------------------------------------------------------------------------------------------------
 
     def begin(self, num_steps: int | None = None) -> None:
-        """A new generation starts: every cached tensor is forgotten.
+        """Start a new generation, and clear every cached tensor.
 
         Raises:
-            ConfigError: a number of steps that the package was not made for, or a package that only generates as a whole.
+            ConfigError: the package is for another number of steps, or it only generates as a whole.
         """
         if self.manifest.form == "unrolled":
             raise ConfigError(f"{self.path} holds the whole loop as one graph: runner.generate(…) runs it")
@@ -101,10 +101,10 @@ class PackageRunner(abc.ABC):
         self._done.clear()
 
     def step(self) -> None:
-        """The next calls belong to the next denoising step.
+        """Start the next denoising step; the following calls belong to it.
 
         Raises:
-            CacheStateError: no generation was begun, or it has no further step.
+            CacheStateError: no generation has begun, or it has no further step.
         """
         if self._generation < 0:
             raise CacheStateError("runner.step() says that a step of a generation starts; call runner.begin() first")
@@ -115,15 +115,15 @@ class PackageRunner(abc.ABC):
         self._step += 1
 
     def __call__(self, inputs: Mapping[str, Any], lane: int | str = 0) -> list[np.ndarray]:
-        """One call of the model: its results.
+        """Call the model, and return its results.
 
         Args:
-            inputs: the model's, by name, as the manifest lists them.
-            lane: which call of this step it is, where there are several.
+            inputs: the model's inputs, by name, as the manifest lists them.
+            lane: the lane of this call, if a step has several.
 
         Raises:
-            CacheStateError: outside a step, a lane twice in a step, or one that was left out in an earlier step.
-            ConfigError: inputs of other names, shapes or types.
+            CacheStateError: the call is outside a step, or its lane was called before in this step or left out in an earlier one.
+            ConfigError: an input has another name, shape or type.
         """
         if self._step < 0:
             raise CacheStateError("a call belongs to a step: call runner.begin() and runner.step() first")
@@ -156,15 +156,15 @@ class PackageRunner(abc.ABC):
         on_step: Callable[[int], None] = lambda step: None,
         watch: Callable[..., None] | None = None,
     ) -> dict[str, np.ndarray]:
-        """One generation by the loop that was exported with the model: its results by name.
+        """Run one generation with the loop that was exported with the model, and return its results by name.
 
         Args:
-            inputs: the loop's, by name, as the manifest lists them.
-            on_step: told each finished step.
-            watch: given each call's step, lane, inputs and results; not in the form `unrolled`.
+            inputs: the loop's inputs, by name, as the manifest lists them.
+            on_step: a function that is called with the number of each finished step.
+            watch: a function that is called with the step, lane, inputs and results of each call; not for `onnx-unrolled`.
 
         Raises:
-            ConfigError: a package without a loop, or inputs of other names, shapes or types.
+            ConfigError: the package has no loop, or an input has another name, shape or type.
         """
         loop = self.manifest.loop
         if loop is None:

@@ -47,11 +47,12 @@ class CallComparison:
 
 @dataclass(frozen=True)
 class Verification:
-    """What comparing a package with PyTorch gave.
+    """The result of `vdcache.verify`.
 
     Args:
-        calls: every call, given the same inputs.
-        psnr: of the generation as a whole against PyTorch's, in dB of its range; None without a loop.
+        package: the path of the package.
+        calls: the comparison of every call; PyTorch was given the same inputs.
+        psnr: PSNR of the whole generation against PyTorch's, in dB of its range; None without a loop.
         tolerance: the largest difference that passes.
         least_psnr: the least PSNR that passes, in dB.
     """
@@ -64,12 +65,12 @@ class Verification:
 
     @property
     def largest(self) -> float:
-        """The largest difference of all calls; a value that is not a number counts as infinite."""
+        """The largest difference of all calls; NaN counts as infinite."""
         return max(c.difference if math.isfinite(c.difference) else math.inf for c in self.calls)
 
     @property
     def ok(self) -> bool:
-        """Whether every call is within the tolerance, and the whole generation is near enough."""
+        """Whether every call is within the tolerance, and the PSNR of the whole generation is high enough."""
         return self.largest <= self.tolerance and (self.psnr is None or self.psnr >= self.least_psnr)
 
     def __str__(self) -> str:
@@ -119,19 +120,22 @@ def verify(
     tolerance: float | None = None,
     on_step: Callable[[int], None] = lambda step: None,
 ) -> Verification:
-    """Compare a package with PyTorch: the model compiled with the same recipe, eagerly, given the same inputs at every call.
+    """Compare a package with PyTorch, call by call.
+
+    PyTorch runs the model with the same recipe and the eager inner compiler, and gets the same inputs at every call.
 
     Args:
         path: the package.
-        model, args, kwargs: as they were exported.
-        recipe: where the package could not keep it (a policy or predictor of your own).
-        loop, inputs: as they were exported; without them the inputs of every step are `args` and `kwargs`, a little changed.
+        model, args, kwargs: the arguments that `vdcache.export` was given.
+        recipe: the recipe, if the package could not save it (it has your own policy or predictor).
+        loop, inputs: the arguments that `vdcache.export` was given. For a package without a loop, the inputs of every step are
+            `args` and `kwargs`, slightly changed.
         tolerance: the largest relative difference that passes. Default: 1e-4, or 5 roundings of the narrowest floating type among the model's
             weights and inputs (5e-3 for float16); of the whole generation, 60 dB then become 36.
-        on_step: told each finished step.
+        on_step: a function that is called with the number of each finished step.
 
     Raises:
-        ConfigError: no package, one that was changed, one of another model, or a loop that only one of both has.
+        ConfigError: there is no package at `path`, it was changed, it is of another model, or only one of package and call has a loop.
     """
     runner = runner_of(path)
     manifest = runner.manifest

@@ -33,7 +33,7 @@ def pab(
 
     Args:
         spatial, temporal, cross: distance of computed steps; 0 or 1 to compute always. Attention over all tokens counts as
-        spatial.
+            spatial.
         window: (low, high) in timesteps from 1000 to 0.
         mlp: (timesteps, first blocks, steps that reuse after each of them), or None.
 

@@ -149,7 +149,7 @@ class MagCache:
 
     Args:
         ratios: γ of every step, ‖r_t‖ / ‖r_{t−1}‖ of an uncached run, 1 first. For another number of steps the nearest ones are
-        taken.
+            taken.
         threshold: largest error, inclusive.
         max_consecutive: most reused steps in a row (K).
         retention: share of the run that is computed first, 0 to 1.

@@ -80,7 +80,7 @@ class Threshold:
         polynomial: coefficients, the highest power first; empty for none.
         bounds: what is computed in any case.
         limit: changes that were looked at, added up over the generation and never forgotten; from there on every step is
-        computed. 0 for none.
+            computed. 0 for none.
         group: the group of slots that is reused.
 
     Raises:

@@ -22,7 +22,7 @@ SSIM_WINDOW = 11
 
 @dataclass(frozen=True)
 class Comparison(Scores):
-    """How far a candidate is from a reference. Prints itself, and draws the worst frame and the curve over frames."""
+    """The result of `vdcache.compare`: scores that print themselves, and draw the worst frame and the curve over frames."""
 
     def __rich__(self) -> Any:
         return picture.table(self)
@@ -33,11 +33,11 @@ class Comparison(Scores):
         return f"{self.frames} frames of {self.width} × {self.height}: PSNR {self.psnr:.2f} dB{ssim}{lpips}"
 
     def picture(self, path: str | Path) -> None:
-        """The worst frame: reference, candidate, and their difference made visible."""
+        """Write a picture of the worst frame: reference, candidate, and their amplified difference."""
         picture.side_by_side(self, path)
 
     def curve(self, path: str | Path | None = None) -> Any:
-        """PSNR and SSIM over frames; the matplotlib figure, also written to `path`."""
+        """Draw PSNR and SSIM over frames; returns the matplotlib figure, and writes it to `path` if one is given."""
         return picture.curve(self, path)
 
 
@@ -45,12 +45,14 @@ def compare(reference: Any, candidate: Any, *, layout: str = "", lpips: bool = T
     """Compare two videos, folders of pictures, pictures or tensors.
 
     Args:
-        reference, candidate: as `vdcache.quality.frames.frames_of` takes them.
-        layout: of tensors, where the shape does not say it.
-        lpips: also LPIPS, where torchvision and its weights are on this machine; nothing is downloaded.
+        reference, candidate: each a video or picture file, a folder of pictures in the order of their names, a tensor file (.pt,
+            .npy, .safetensors), a tensor or array, or a list of pictures as pipelines return them. A batch of one counts as its
+            only video.
+        layout: order of the axes of tensors: TCHW, CTHW, THWC, CHW or HWC. Default: read from the shape.
+        lpips: whether to compute LPIPS as well, if torchvision and its weights are on this machine. Nothing is downloaded.
 
     Raises:
-        ConfigError: something that cannot be read, or videos of unequal size or length.
+        ConfigError: one of the two cannot be read, or their sizes or lengths differ.
     """
     both = {"the reference": reference, "the candidate": candidate}
     if missing := [f"{role}, {v}" for role, v in both.items() if isinstance(v, (str, Path)) and not Path(v).exists()]:

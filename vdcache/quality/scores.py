@@ -18,15 +18,18 @@ class Scores:
     """How far a candidate is from a reference.
 
     Args:
-        frames, height, width: of both.
-        psnr: in dB, over all frames at once; infinite where they are equal.
-        ssim: mean over frames, −1 to 1; None where frames are smaller than its window of 11.
-        lpips: mean over frames, 0 for equal; None with the reason in `notes`.
+        frames: number of frames.
+        height, width: size of a frame.
+        psnr: PSNR in dB over all frames together; infinite if the two are equal.
+        ssim: mean SSIM of the frames, −1 to 1; None if a frame is smaller than SSIM's window of 11.
+        lpips: mean LPIPS of the frames, 0 if equal; None if it was not computed (`notes` has the reason).
         largest: the largest difference of two values, on the scale of `data_range`.
-        data_range: what the scale spans: 1 for pictures.
-        psnr_frames, ssim_frames, lpips_frames: each frame's.
-        worst: the frame of the lowest PSNR.
-        notes: what was left out, and why.
+        data_range: range of the scale: 1 for pictures.
+        psnr_frames: PSNR of each frame.
+        ssim_frames: SSIM of each frame.
+        lpips_frames: LPIPS of each frame.
+        worst: index of the frame with the lowest PSNR.
+        notes: scores that were left out, with reasons.
     """
 
     frames: int
@@ -51,7 +54,7 @@ class Scores:
         return self.largest == 0
 
     def rows(self) -> dict[str, Any]:
-        """Plain numbers. An infinite PSNR is None, and `identical` says why."""
+        """The scores as a dictionary of plain numbers. An infinite PSNR is None; `identical` is then true."""
         plain = {
             k: v
             for k, v in asdict(replace(self, reference=None, candidate=None)).items()
@@ -62,6 +65,7 @@ class Scores:
         return {"identical": self.identical, **plain}
 
     def to_json(self, path: str | Path) -> None:
+        """Write `rows()` as JSON."""
         Path(path).write_text(json.dumps(self.rows(), indent=1))
 
 
