@@ -24,7 +24,7 @@ from vdcache.attention.autotune import TuningResult
 from vdcache.attention.masks import parse_mask
 from vdcache.calibration import MaskPlan, TileReport
 from vdcache.calibration import graph_replay as replaying
-from vdcache.calibration import search_masks as search
+from vdcache.calibration import mask_search as search
 from vdcache.calibration.graph_replay import final_states, record
 from vdcache.calibration.mask_search import _Search, _Table
 from vdcache.calibration.tile_report import _overlap
