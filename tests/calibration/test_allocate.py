@@ -4,6 +4,7 @@ import itertools
 import math
 import random
 import re
+import sys
 from fractions import Fraction
 
 import numpy as np
@@ -23,7 +24,7 @@ few = settings(max_examples=100, deadline=None)
 def instances(draw, most=12):
     """Losses and times of up to five layers in whole numbers, some losses inf, and a budget that some choice meets.
 
-    Where every unit of time costs as much loss, no multiplier tells options apart, and all is left to the grid.
+    Where every unit of time costs as much loss, no multiplier tells options apart, and all is left to the solver.
     """
     losses, times, alike = [], [], draw(st.booleans())
     for _ in range(draw(st.integers(1, 5))):
@@ -54,12 +55,12 @@ def assert_adds_up(found, losses, times, budget, total=math.fsum):
 
 
 @few
-@example(([[3], [12, 6], [12, 2], [12, 11], [0]], [[9], [0, 6], [0, 10], [0, 1], [12]], 37), 7 / 30, 1)
-@given(instances(), st.sampled_from([1, 2**-20, 0.1, 1e-6, 7 / 30, 1e9]), st.sampled_from([1, 3]))
-def test_dynamic_is_exact_on_the_grid(instance, unit, finer):
+@example(([[3], [12, 6], [12, 2], [12, 11], [0]], [[9], [0, 6], [0, 10], [0, 1], [12]], 37), 7 / 30)
+@given(instances(), st.sampled_from([1, 2**-20, 0.1, 1e-6, 7 / 30, 1e9]))
+def test_dynamic_is_exact_in_any_unit(instance, unit):
     losses, times, budget = instance
     scaled = [[t * unit for t in row] for row in times]
-    found = dynamic(losses, scaled, budget * unit, resolution=budget * finer)
+    found = dynamic(losses, scaled, budget * unit)
     assert found.loss == found.bound == optimum(losses, times, budget) and found.exact
     assert sum(row[a] for row, a in zip(times, found.choice)) <= budget
 
@@ -68,45 +69,42 @@ def test_dynamic_is_exact_on_the_grid(instance, unit, finer):
 def test_dynamic_is_exact_where_multipliers_say_nothing(unit):
     parts = range(2, 42, 2)
     for budget in range(1, 400, 14):
-        found = dynamic([[0, t] for t in parts], [[t * unit, 0] for t in parts], budget * unit, resolution=budget)
+        found = dynamic([[0, t] for t in parts], [[t * unit, 0] for t in parts], budget * unit)
         assert found.loss == found.bound == sum(parts) - budget // 2 * 2 and found.exact
 
 
 @pytest.mark.parametrize("unit", [0.1, 1e-6, 7 / 30])
-def test_dynamic_is_exact_on_the_grid_of_a_large_model(unit):
+def test_dynamic_is_exact_on_a_large_model(unit):
     draw = random.Random(0)
     for _ in range(20):
         times = [draw.sample(range(1, 60), 4) for _ in range(30)]
         losses = [[draw.randrange(100) for _ in row] for row in times]
         least, most = sum(map(min, times)), sum(map(max, times))
         budget = draw.randrange(least, (least + most) // 2)
-        whole = dynamic(losses, times, budget, resolution=budget)
-        found = dynamic(losses, [[t * unit for t in row] for row in times], budget * unit, resolution=budget)
+        whole = dynamic(losses, times, budget)
+        found = dynamic(losses, [[t * unit for t in row] for row in times], budget * unit)
         assert whole.exact and found.exact and found.loss == whole.loss == found.bound
         assert sum(row[a] for row, a in zip(times, found.choice)) <= budget
 
 
 @few
-@given(instances(most=1000), st.integers(1, 40))
-def test_dynamic_fits_and_bounds_off_the_grid(instance, resolution):
+@given(instances(most=1000))
+def test_dynamic_is_exact_in_fine_units(instance):
     losses, times, budget = instance
-    found = dynamic(losses, times, budget, resolution=resolution)
+    found = dynamic(losses, times, budget)
     assert_adds_up(found, losses, times, budget)
-    best = optimum(losses, times, budget)
-    assert found.bound <= best <= found.loss
-    assert found.exact == (found.bound == found.loss)
+    assert found.bound == found.loss == optimum(losses, times, budget) and found.exact
 
 
 @few
-@given(instances(), st.integers(1, 40))
-def test_minimax_is_exact_on_any_grid(instance, resolution):
+@given(instances())
+def test_minimax_is_exact(instance):
     losses, times, budget = instance
-    found = dynamic(losses, times, budget, objective="max", resolution=resolution)
+    found = dynamic(losses, times, budget, objective="max")
     assert_adds_up(found, losses, times, budget, max)
     assert found.loss == found.bound == optimum(losses, times, budget, max) and found.exact
     capped = [[loss if loss <= found.loss else math.inf for loss in row] for row in losses]
-    exact = dynamic(losses, times, budget, objective="max", resolution=budget)
-    assert sum(row[a] for row, a in zip(losses, exact.choice)) == optimum(capped, times, budget)
+    assert sum(row[a] for row, a in zip(losses, found.choice)) == optimum(capped, times, budget)
 
 
 @few
@@ -152,7 +150,7 @@ def random_instance(seed, layers, options):
 @pytest.mark.parametrize("seed", range(10))
 def test_no_single_layer_can_use_the_time_that_is_left(seed):
     losses, times, budget = random_instance(seed, 60, 8)
-    for found in (lagrangian(losses, times, budget), dynamic(losses, times, budget, resolution=300)):
+    for found in (lagrangian(losses, times, budget), dynamic(losses, times, budget)):
         for row, span, a in zip(losses, times, found.choice):
             assert all(loss >= row[a] for loss, t in zip(row, span) if found.time - span[a] + t <= budget)
 
@@ -163,9 +161,8 @@ def test_floats(seed):
     best = optimum(losses, times, budget, math.fsum)
     assert_adds_up(fine := dynamic(losses, times, budget), losses, times, budget)
     assert fine.loss == pytest.approx(best, rel=5 * EPS, abs=0) and fine.exact
-    for found in (lagrangian(losses, times, budget), dynamic(losses, times, budget, resolution=7)):
-        assert_adds_up(found, losses, times, budget)
-        assert found.bound <= best * (1 + 5 * EPS) and found.loss >= best
+    assert_adds_up(found := lagrangian(losses, times, budget), losses, times, budget)
+    assert found.bound <= best * (1 + 5 * EPS) and found.loss >= best
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -175,8 +172,6 @@ def test_both_ways_agree_on_a_large_model(seed):
     for found in (relaxed, exact):
         assert_adds_up(found, losses, times, budget)
     assert relaxed.bound <= exact.bound <= exact.loss <= relaxed.loss and exact.exact
-    assert_adds_up(coarse := dynamic(losses, times, budget, resolution=20), losses, times, budget)
-    assert relaxed.bound <= coarse.bound <= exact.loss <= coarse.loss <= relaxed.loss
     # The optimum of the relaxation mixes two options of one layer, so no more than the loss of one layer parts them.
     assert relaxed.loss - relaxed.bound <= max(map(max, losses))
 
@@ -220,21 +215,20 @@ def test_lagrangian_says_where_it_is_short_of_the_optimum():
 
 @pytest.mark.parametrize("solve", [lagrangian, dynamic])
 def test_time_that_is_left_lowers_the_loss(solve):
-    options = {} if solve is lagrangian else {"resolution": 1}
-    found = solve([[0, 7], [0, 9], [0, 100]], [[3, 0], [3, 0], [20, 0]], 10, **options)
+    found = solve([[0, 7], [0, 9], [0, 100]], [[3, 0], [3, 0], [20, 0]], 10)
     assert found.choice == (0, 0, 1) and found.time == 6
 
 
 @pytest.mark.parametrize("objective", ["sum", "max"])
 @pytest.mark.parametrize("budget", [4.0000001, 4])
 def test_the_tightest_budget_is_met(objective, budget):
-    found = dynamic([[1, 2], [1, 2], [1, 2]], [[2, 1], [2.3, 1.3], [2.7, 1.7]], budget, objective=objective, resolution=3)
+    found = dynamic([[1, 2], [1, 2], [1, 2]], [[2, 1], [2.3, 1.3], [2.7, 1.7]], budget, objective=objective)
     assert found.choice == (1, 1, 1) and found.time == 4
 
 
-def test_a_budget_that_is_nearly_spent_by_the_fastest_options_has_a_fine_grid():
+def test_a_budget_that_is_nearly_spent_by_the_fastest_options():
     times = [[1000.003, 1000.0], [1000.002, 1000.0], [1000.002, 1000.0]]
-    found = dynamic([[0, 5], [0, 3], [0, 3]], times, 3000.0041, resolution=100)
+    found = dynamic([[0, 5], [0, 3], [0, 3]], times, 3000.0041)
     assert found.choice == (1, 0, 0) and found.exact
 
 
@@ -244,6 +238,28 @@ def test_a_budget_that_rounding_takes_from_is_met(solve, fastest, budget):
     found = solve([[0, 1]] * len(fastest), [[1, t] for t in fastest], budget)
     assert found.choice == (1,) * len(fastest) and found.exact
     assert found.time == math.fsum(fastest)
+
+
+def test_a_choice_that_is_too_slow_by_less_than_the_tolerance_of_the_solver_is_not_taken():
+    # Both layers would be dense at 1e-9 of the budget more, which floats of the solver do not tell from it.
+    losses, times = [[0, 4, 9], [0, 5, 9]], [[0.5, 0.3, 0], [0.5, 0.4, 0]]
+    found = dynamic(losses, times, 1 - 1e-9)
+    assert found == Allocation((1, 0), 4.0, 0.8, 4.0, exact=True)
+
+
+def test_a_solver_that_gives_up_leaves_the_relaxation_and_its_bound(monkeypatch):
+    import scipy.optimize
+
+    monkeypatch.setattr(scipy.optimize, "milp", lambda *args, **kwargs: scipy.optimize.OptimizeResult(x=None, status=1))
+    losses, times = [[0, 8], [0, 9]], [[2, 0], [3, 0]]
+    assert dynamic(losses, times, 3) == lagrangian(losses, times, 3) == Allocation((0, 1), 9.0, 2.0, 6.0, exact=False)
+
+
+def test_without_scipy_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    assert dynamic([[0, 1]], [[1, 0]], 1).exact  # the relaxation is the optimum
+    with pytest.raises(ConfigError, match=re.escape("need scipy: pip install 'vdcache[profile]'")):
+        dynamic([[0, 8], [0, 9]], [[2, 0], [3, 0]], 3)
 
 
 def test_exact_up_to_the_rounding_of_losses():
@@ -263,7 +279,7 @@ def test_exact_where_the_multiplier_dwarfs_the_loss(solve):
 
 # --- units and ties ------------------------------------------------------------------------------------------------------------
 
-WAYS = [lagrangian, dynamic, lambda *a: dynamic(*a, objective="max"), lambda *a: dynamic(*a, resolution=10)]
+WAYS = [lagrangian, dynamic, lambda *a: dynamic(*a, objective="max")]
 
 
 @pytest.mark.parametrize("solve", WAYS)
@@ -371,10 +387,6 @@ def test_bad_options():
         ConfigError, match=re.escape('objective is "sum", the least sum of losses, or "max", the least largest')
     ):
         dynamic([[1]], [[1]], 1, objective="mean")
-    with pytest.raises(
-        ConfigError, match=r"resolution, the steps of the grid of times, is a whole number of at least 1; got 0"
-    ):
-        dynamic([[1]], [[1]], 1, resolution=0)
     with pytest.raises(
         ConfigError, match=r"iterations, how many multipliers are tried, is a whole number of at least 1; got 2\.5"
     ):

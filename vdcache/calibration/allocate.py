@@ -1,11 +1,11 @@
 """One option for each layer, so that the time stays within a budget and the loss is least (Efficient-vDiT, arXiv 2502.06155).
 
-Sums are compared exactly: floats are whole multiples of a power of two, and Python's integers have no largest one.
+Sums are compared exactly: floats are whole multiples of a power of two, and Python's integers have no largest one. The solver for
+integer programs works in floats, on what is left once the Lagrangian has ruled out most options.
 """
 
 from __future__ import annotations
 
-import heapq
 import math
 from bisect import bisect_right
 from collections.abc import Iterable
@@ -20,8 +20,8 @@ from vdcache.util.checks import number, whole
 
 __all__ = ["Allocation", "dynamic", "lagrangian"]
 
-_INPUT_BITS = 49  # a time is known to 2⁻⁴⁹ of itself: it comes out of a few float operations, of 2⁻⁵³ each
 _SUM_BITS = 52  # a budget that was summed in floats is off by up to 2⁻⁵² of itself for each layer
+_NODES = 500  # of the search tree; a limit in seconds would make the choice depend on the machine
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,12 @@ def lagrangian(losses: Any, times: Any, budget: float, *, iterations: int = 200)
     return problem.allocation(best, _dual(problem, lines, best))
 
 
-def dynamic(losses: Any, times: Any, budget: float, *, objective: str = "sum", resolution: int = 4096) -> Allocation:
-    """Minimise the loss by dynamic programming over time, on a grid.
+def dynamic(losses: Any, times: Any, budget: float, *, objective: str = "sum") -> Allocation:
+    """Minimise the loss by integer programming (`scipy.optimize.milp`).
 
-    Times beyond each layer's least one are rounded up to the grid for the choice, so that it fits, and down for the bound, so
-    that all that fits is in it. Options that cannot be part of a better choice than the one of `lagrangian`, by its λ, are left
-    out first: what remains is mostly a few layers, which spend the whole grid on a small part of the budget. The result is exact
-    where times are multiples of budget / resolution, and mostly elsewhere. "max" needs no grid for its loss: the smallest cap on
-    losses under which the fastest options fit is found by bisection.
+    Options that cannot be part of a better choice than the one of `lagrangian`, by its λ, are left out first: what remains is
+    mostly a few layers. Of choices that are equally good the one of `lagrangian` is taken, or else the first that the solver
+    finds, which is always the same one. "max" finds the smallest cap on losses under which the fastest options fit by bisection.
 
     Args:
         losses: losses[j][a] ≥ 0 of option a of layer j, in any unit; inf forbids an option.
@@ -84,12 +82,13 @@ def dynamic(losses: Any, times: Any, budget: float, *, objective: str = "sum", r
         budget: the largest sum of times, in that unit.
         objective: "sum" for the least sum of losses (Efficient-vDiT, appendix A); "max" for the least largest loss (section 3.3),
             and the least sum under that.
-        resolution: the steps of the grid.
+
+    Returns:
+        The optimum. If the solver gives up first, the best choice found and the bound that is proved, with `exact` False.
 
     Raises:
-        ConfigError: an argument is not as above, or no choice is within the budget.
+        ConfigError: an argument is not as above, no choice is within the budget, or scipy is missing where it is needed.
     """
-    whole(resolution, "resolution, the steps of the grid of times,", 1)
     if objective not in ("sum", "max"):
         raise ConfigError(f'objective is "sum", the least sum of losses, or "max", the least largest loss; got {objective!r}')
     problem = _problem(losses, times, budget)
@@ -97,18 +96,8 @@ def dynamic(losses: Any, times: Any, budget: float, *, objective: str = "sum", r
         problem = _capped(problem)
     best, lines = _relaxed(problem)
     bound = _dual(problem, lines, best)
-    while bound < _loss(best):
-        left = _promising(problem, lines, _loss(best))
-        if sum(front[0].time for front in left.fronts) > problem.limit:
-            bound = Fraction(_loss(best))  # nothing better fits
-            break
-        below = _on_grid(left, resolution, up=False)
-        above = below if _time(below) <= problem.limit else _filled(problem, _on_grid(left, resolution, up=True))
-        better = min(best, above, key=_loss)
-        bound = max(bound, Fraction(min(_loss(below), _loss(better))))
-        if better is best:
-            break
-        best = better
+    if bound < _loss(best):
+        best, bound = _optimum(_promising(problem, lines, _loss(best)), best, bound)
     found = problem.allocation(best, bound)
     if objective == "max":
         loss = max(row[option.which] for row, option in zip(problem.losses, best))
@@ -288,22 +277,17 @@ def _promising(problem: _Problem, lines: list[Line], loss: int) -> _Problem:
 def _filled(problem: _Problem, choice: Selection) -> Selection:
     """The choice, with the time that it leaves given to single layers, the greatest fall of loss first."""
     found, left = list(choice), problem.limit - _time(choice)
-    falls: list[tuple[int, int, int, _Option]] = []  # fall of loss, negated, time that it takes, layer, option
-
-    def offer(j: int) -> None:
-        place = bisect_right(problem.fronts[j], found[j].time + left, key=lambda option: option.time) - 1
-        option = problem.fronts[j][place]
-        if option.loss < found[j].loss:
-            heapq.heappush(falls, (option.loss - found[j].loss, option.time - found[j].time, j, option))
-
-    for j in range(len(found)):
-        offer(j)
-    while falls:
-        _, takes, j, option = heapq.heappop(falls)
-        if takes <= left:
-            found[j], left = option, left - takes
-        offer(j)
-    return found
+    while True:
+        falls = (
+            (option.loss - own.loss, option.time - own.time, j, option)
+            for j, (own, front) in enumerate(zip(found, problem.fronts))
+            for option in front
+            if option.time - own.time <= left
+        )
+        fall, takes, j, option = min(falls)  # an option may take the place of itself, so there is one
+        if fall >= 0:
+            return found
+        found[j], left = option, left - takes
 
 
 def _capped(problem: _Problem) -> _Problem:
@@ -320,40 +304,46 @@ def _capped(problem: _Problem) -> _Problem:
     return replace(problem, fronts=under(caps[bisect_right(caps, False, key=fits)]))
 
 
-def _on_grid(problem: _Problem, resolution: int, *, up: bool) -> Selection:
-    """The least sum of losses with times rounded to the grid, up or down.
+def _optimum(left: _Problem, best: Selection, bound: Fraction) -> tuple[Selection, Fraction]:
+    """The best choice of these options if it beats `best`, and the bound that is proved, by a mixed-integer linear program.
 
-    Every layer's least time is taken off first, so that some choice fits however it is rounded.
+    One binary variable says of each option whether it is taken; each layer takes one, and their times stay within the limit.
     """
-    fronts, budget = problem.fronts, problem.budget
-    base = sum(front[0].time for front in fronts)
-    # a whole part of budget / resolution, so that its multiples stay exact; rounding stays far below it
-    finest = 2 ** (_SUM_BITS - 3) // ((len(fronts) + 64) * resolution)
-    steps = resolution * max(1, min(budget // max(1, budget - base), finest))
-    if up:
-        costs = [[-((front[0].time - option.time) * steps // budget) for option in front] for front in fronts]
-        most = problem.limit
-    else:
-        # without its rounding error a multiple of the grid may be just below itself, and fall by a step
-        costs = [[((o.time >> _INPUT_BITS) + o.time - front[0].time) * steps // budget for o in front] for front in fronts]
-        most = problem.limit + (problem.limit >> _INPUT_BITS)
-    capacity = (most - base) * steps // budget
-    best = np.zeros(capacity + 1)  # least loss of the layers so far within so many steps
-    taken = np.zeros((len(fronts), capacity + 1), dtype=np.min_scalar_type(max(map(len, fronts))))
-    for j, (front, row) in enumerate(zip(fronts, costs)):
-        found = np.full(capacity + 1, np.inf)
-        for place, cost in enumerate(row):
-            if cost > capacity:
-                break
-            here = best[: capacity + 1 - cost] + problem.losses[j][front[place].which]
-            better = here < found[cost:]
-            found[cost:][better] = here[better]
-            taken[j, cost:][better] = place
-        best = found
-    at = int(best.argmin())  # the first one: of equal losses the least time
-    choice = []
-    for j in reversed(range(len(fronts))):
-        place = int(taken[j, at])
-        choice.append(fronts[j][place])
-        at -= costs[j][place]
-    return choice[::-1]
+    spare = left.limit - sum(front[0].time for front in left.fronts)
+    if spare < 0:
+        return best, Fraction(_loss(best))  # nothing better fits
+    fronts = [[option for option in front if option.time - front[0].time <= spare] for front in left.fronts]
+    options = [option for front in fronts for option in front]
+    of_layer = np.repeat(np.arange(len(fronts)), [len(front) for front in fronts])
+    # The solver stops within 1e-6 of the optimum and of a limit, so losses are given in 1e-4 of what can be won at most, and times
+    # in parts of what can be spent.
+    gap = _loss(best) - bound
+    losses = np.array([float((option.loss - front[-1].loss) / gap * 10_000) for front in fronts for option in front])
+    times = np.array([(option.time - front[0].time) / (spare or 1) for front in fronts for option in front])
+    milp, constraint = _solver()
+    limits = [constraint(of_layer == np.arange(len(fronts))[:, None], 1, 1), constraint(times[None], -np.inf, 1)]
+    while True:
+        result = milp(
+            losses,
+            integrality=np.ones(len(options)),
+            bounds=(0, 1),
+            constraints=limits,
+            options={"mip_rel_gap": 0, "node_limit": _NODES},
+        )
+        if result.x is None:
+            return best, bound
+        taken = result.x > 0.5
+        found = [option for option, yes in zip(options, taken) if yes]
+        if _time(found) <= left.limit:
+            better = min(best, found, key=_loss)
+            return better, Fraction(_loss(better)) if result.status == 0 else bound
+        # Too slow by less than the solver's tolerance: this very choice is forbidden, and no other one.
+        limits.append(constraint(taken[None], -np.inf, len(fronts) - 1))
+
+
+def _solver() -> tuple[Any, Any]:
+    try:
+        from scipy.optimize import LinearConstraint, milp
+    except ImportError as error:
+        raise ConfigError("the best masks within a budget need scipy: pip install 'vdcache[profile]'") from error
+    return milp, LinearConstraint

@@ -14,6 +14,7 @@ from vdcache.calibration.schedule import ORDERS, Schedule, candidates, candidate
 from vdcache.calibration.tables import StepTable
 from vdcache.errors import CacheStateError, ConfigError
 from vdcache.policies.goal import Goal
+from vdcache.util.psnr import psnr
 
 __all__ = ["BUDGET", "MOST", "Runs", "ScheduleScores", "choose", "psnr_of"]
 
@@ -198,7 +199,5 @@ def psnr_of(a: Tensor, b: Tensor) -> float:
             f"a generation ends with {tuple(a.shape)} once and {tuple(b.shape)} another time; seed it, keep its sizes"
         )
     a, b = a.float(), b.float()
-    error, peak = float((a - b).square().mean()), float(b.max() - b.min())
-    if not error < math.inf:  # NaN as well
-        return -math.inf
-    return min(LOSSLESS, 10 * math.log10(max(peak * peak, 1e-30) / error)) if error > 0 else LOSSLESS
+    spread = max(float(b.max() - b.min()), 1e-15)  # a constant has no range
+    return psnr(float((a - b).square().mean()), spread, cap=LOSSLESS)

@@ -167,7 +167,7 @@ def search_masks(
         cumulative: later attentions see the masks of earlier ones, as line 17 of the listing has it; only with a threshold.
         cost: "time" as measured on this device, or "weights", the share that is computed.
         objective: "sum" or "max" of the losses, with a budget.
-        solver: "dynamic" (exact up to the grid of times) or "lagrangian", with a budget.
+        solver: "dynamic" (the optimum, by integer programming; needs scipy) or "lagrangian" (the relaxation), with a budget.
         table: a file of losses that grows as they are measured, and is gone on with.
         grid, text: of the pass `tile-attention`, where the graph does not show them.
         seed: of the choice of calls.

@@ -20,6 +20,7 @@ from vdcache.exporting.arguments import check_call, check_loop
 from vdcache.exporting.manifest import Manifest
 from vdcache.exporting.running import PackageRunner
 from vdcache.methods.recipe import Recipe
+from vdcache.util.psnr import psnr
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -285,4 +286,4 @@ def _difference(found: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) -> fl
 def _psnr(found: np.ndarray, wanted: np.ndarray) -> float:
     error = float(np.square(found.astype(np.float64) - wanted).mean())
     spread = float(wanted.max() - wanted.min()) or float(np.abs(wanted).max()) or 1.0  # a constant has no range
-    return math.inf if error == 0 else 10 * math.log10(spread**2 / error)
+    return psnr(error, spread)

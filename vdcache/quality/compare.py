@@ -118,6 +118,7 @@ def _remedy(one: tuple[int, ...], other: tuple[int, ...]) -> str:
 def _psnr(one: Tensor, other: Tensor, data_range: float) -> float:
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
+    # Of the data range, not of the reference's own, as papers state it for pictures: from the library that gives SSIM and LPIPS.
     if torch.equal(one, other):
         return math.inf
     return float(peak_signal_noise_ratio(other, one, data_range=data_range))
