@@ -64,7 +64,7 @@ def test_names_round_trip(name, tmp_path):
     assert Recipe.from_json(tmp_path / "recipe.json") == made
     assert recipe(made) is made and isinstance(made.policy, Policy)
     assert Pipeline.parse(str(made.pipeline)) == made.pipeline
-    assert len(set(made.policy.plans())) == len(made.policy.plans()) >= 1
+    assert len(set(made.plans())) == len(made.plans()) >= 1
     for steps in (10, 25, 30, 50):
         made.for_steps(steps).policy.start(steps)
 
@@ -85,7 +85,7 @@ def test_every_name_and_family_is_described(name):
     assert found.name == made.name and found.source == made.source
     assert len(found.scope) == max(1, len(made.passes)) and all(": " in s or not made.passes for s in found.scope)
     assert found.policy == str(made.goal or made.policy) and found.predictor == str(made.predictor)
-    assert found.plans == tuple(map(str, made.policy.plans()))
+    assert found.plans == tuple(map(str, made.plans()))
     assert found.probes == any(p.name == "probe" for p in made.passes)
 
 
@@ -292,7 +292,7 @@ def test_good_numbers():
         methods.adacache(Codebook(((0.1, 2), (0.2, 1)))),
         methods.profilingdit(range(3), when=StepList((2, 5))),
     ):
-        assert Recipe.from_json(made.to_json()) == made and made.policy.plans()
+        assert Recipe.from_json(made.to_json()) == made and made.plans()
 
 
 @pytest.mark.parametrize(("blocks", "covered"), [(2, 2), (0.3, 2), (5, 5), (0.7, 5), (7, 7), (9, 7), (1.0, 7)])
