@@ -26,8 +26,11 @@ renamed.find_moved_modules()
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _names and name not in renamed.PUBLIC:
+    if name in _names:
+        value = _load(name)
+    elif name in renamed.PUBLIC:
+        value = renamed.moved_name(name)
+    else:
         raise AttributeError(f"module 'vdcache' has no attribute {name!r}")
-    value = _load(name) if name in _names else renamed.moved_name(name)
     globals()[name] = value
     return value

@@ -21,7 +21,7 @@ from vdcache.policies.base import Always
 from vdcache.runtime.session import Session
 from vdcache.util.checks import check_model
 
-__all__ = ["backend", "check_options", "compile", "session_of", "settings_of"]
+__all__ = ["backend", "check_options", "compile", "settings_of"]
 
 _TORCH_COMPILE = ("fullgraph", "dynamic", "mode")
 
@@ -119,14 +119,14 @@ def settings_of(options: Mapping[str, Any] | None) -> Settings:
     chosen = for_goal(options.pop("recipe", None), options.pop("speedup", None), options.pop("quality_db", None))
     if (passes := options.pop("pipeline", None)) is not None:
         chosen = chosen.with_passes(passes)
-    return Settings(recipe=chosen, inductor=tuple(sorted(inductor.items())), make_session=session_of, **options)
+    searches = None if chosen.goal is None else _searching_session
+    return Settings(recipe=chosen, inductor=tuple(sorted(inductor.items())), make_session=searches, **options)
 
 
-def session_of(settings: Settings) -> Session:
-    """A session that follows the recipe's policy, or that finds a schedule where the recipe has a goal."""
+def _searching_session(settings: Settings) -> Session:
+    """A session that finds a schedule for the goal of its recipe."""
     recipe = settings.recipe
-    if recipe.goal is None:
-        return Session(recipe.policy, settings.num_steps, name=recipe.name, prepare=settings.policy_for)
+    assert recipe.goal is not None
     session = Session(Always(), settings.num_steps, name=recipe.name)
     session.recorder = AutoCalibrator(
         session, recipe.goal, strict=settings.strict, warn=settings.warn_once, log=settings.log_once

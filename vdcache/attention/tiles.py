@@ -81,9 +81,8 @@ def gather(query: Tensor, key: Tensor, value: Tensor, on: TileMask, scale: float
                 parts |= memory.split(out, everywhere)
         for group in on.groups:
             shared = _merged([text[0], *of(group.shared), text[1]])
-            each = (
-                (len(group.keys[0]) * on.size + on.text) * key[:, :, 0].numel() * key.element_size()
-            )  # bytes of a class's keys
+            tokens = len(group.keys[0]) * on.size + on.text
+            each = tokens * key[:, :, 0].numel() * key.element_size()  # bytes of a class's keys
             step = max(1, AT_ONCE.get(key.device.type, ELSEWHERE) // each)
             for start in range(0, len(group.keys), step):
                 classes = range(start, min(start + step, len(group.keys)))

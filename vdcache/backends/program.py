@@ -424,40 +424,40 @@ class Program:
             making += time.perf_counter() - asked
             return self._look([*inputs, *self._zeros(self._more, inputs)], previous)
 
-        ticket = session.enter(self, inputs, look)
-        plan = ticket.plan
-        pair = [ticket.pair] if ticket.pair is not None else self._zeros(self._more, inputs)
-        carried = [*pair, *ticket.look.carried]
+        call = session.enter(self, inputs, look)
+        plan = call.plan
+        pair = [call.pair] if call.pair is not None else self._zeros(self._more, inputs)
+        carried = [*pair, *call.look.carried]
         asked = time.perf_counter()
         run = self._part(plan).ready((*inputs, *carried) if carried else inputs)
         made = time.perf_counter() - asked + making
-        ticket.began += made  # making a variant is not what a step takes
-        if ticket.device_time is not None and made > MAKING:
-            ticket.device_time.restart()
+        call.began += made  # making a variant is not what a step takes
+        if call.device_time is not None and made > MAKING:
+            call.device_time.restart()
         io = self._specialised(plan)[1]
-        before = self._zeros(io.before_values, inputs) if ticket.before is None else ticket.before
-        previous = self._zeros(io.previous_values, inputs) if ticket.previous is None else ticket.previous
+        before = self._zeros(io.before_values, inputs) if call.before is None else call.before
+        previous = self._zeros(io.previous_values, inputs) if call.previous is None else call.previous
         with no_autocast():
-            outputs = run(*inputs, *carried, *ticket.reads, *before, *previous, *ticket.times)
+            outputs = run(*inputs, *carried, *call.reads, *before, *previous, *call.times)
         results, rest = outputs[: self._results], outputs[self._results :]
         saved = dict(zip(io.saves, rest, strict=False))
-        if self.lanes is not None and self.lanes.mode == "calls" and ticket.pair is None:
+        if self.lanes is not None and self.lanes.mode == "calls" and call.pair is None:
             saved = {n: v for n, v in saved.items() if group_of(n) != self.lanes.group}  # there was nothing to compare with
         observed = dict(zip(io.previous, rest[len(io.saves) :], strict=False))
         if io.emits:
             session.emit(self, dict(zip(io.emits, rest[len(io.saves) + len(io.previous) :], strict=False)))
         # A policy that measured or probed what is no number computes the next step by itself, and says why.
-        if ticket.keep and saved and not io.measures and _finite(ticket.look.values) and not _finite(saved.values()):
-            ticket.keep = False
+        if call.keep and saved and not io.measures and _finite(call.look.values) and not _finite(saved.values()):
+            call.keep = False
             self.settings.warn_once(
                 "not finite",
-                f"vdcache: what the model computed in step {ticket.record.step} is not a number (NaN or infinite), so nothing of it is reused and the "
+                f"vdcache: what the model computed in step {call.record.step} is not a number (NaN or infinite), so nothing of it is reused and the "
                 "steps after it are computed until it is one again. Look at the model's input and its weights: nothing was reused in this step.",
             )
-        session.leave(ticket, inputs, results, saved, observed, rest[-1] if io.measures else None)
+        session.leave(call, inputs, results, saved, observed, rest[-1] if io.measures else None)
         if session.recorder is not None:
-            probed = zip((p.layout.name for p in self.probes), ticket.look.values, strict=False)
-            session.recorder(self, inputs, results, {**saved, **observed, **dict(probed)}, ticket.record)
+            probed = zip((p.layout.name for p in self.probes), call.look.values, strict=False)
+            session.recorder(self, inputs, results, {**saved, **observed, **dict(probed)}, call.record)
         return results
 
     def _look(self, inputs: Sequence[Any], previous: Sequence[Tensor] | None) -> ProbeResult:

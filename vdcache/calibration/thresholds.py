@@ -268,7 +268,8 @@ def calibrate(
     """
     chosen = recipe_of(recipe)
     console = console or Console(stderr=True)
-    if (goal := for_goal(chosen, speedup, quality_db).goal if chosen.goal is not None else None) is not None:
+    if chosen.goal is not None:
+        goal = for_goal(chosen, speedup, quality_db).goal or chosen.goal
         return _schedule(model, run, prompts, goal, inner, path, console)
     if speedup is not None or quality_db is not None:
         raise ConfigError(f"'{chosen.name}' is calibrated for any speed at once: leave out the goal, and ask what comes back")

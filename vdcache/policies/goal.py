@@ -45,9 +45,9 @@ class Goal:
         if self.quality_db is not None and not number(self.quality_db, "quality_db is a PSNR in dB") > 0:
             raise ConfigError(f"quality_db is a PSNR in dB, above 0; got {self.quality_db}")
 
-    def plans(self, group: str = "all") -> tuple[Plan, ...]:
+    def plans(self) -> tuple[Plan, ...]:
         """Every plan that a schedule may have."""
-        return (RECOMPUTE, Plan.of([group]))
+        return (RECOMPUTE, Plan.of(["all"]))
 
     def count(self, steps: int, reuse_cost: float = 0.0) -> int:
         """How many of `steps` may be computed, where a reused one costs `reuse_cost` of a computed one: with a floor all of them,

@@ -14,7 +14,7 @@ from vdcache.runtime.lane_table import Lane, LaneQuery, LaneTable
 from vdcache.runtime.read import DeviceReads
 from vdcache.runtime.session_warnings import SessionWarnings
 from vdcache.runtime.step_lanes import StepLanes
-from vdcache.runtime.step_planner import StepPlanner, read_sums
+from vdcache.runtime.step_planner import StepPlanner
 from vdcache.runtime.step_tracker import Reading, StepTracker, Tick
 
 __all__ = ["CallPlacement"]
@@ -173,14 +173,15 @@ class CallPlacement:
             same = self._lanes.latent_before(graph, who, inputs, (self.explicit_lane, lane.id, lane.id))
         if isinstance(same, Tensor):
             wanted.append(same)
-        pending = self._planner.pending if self._reads.waits(wanted) else []
-        numbers = self._reads.read([*wanted, *(p.sums for p in pending)])
+        waits = self._reads.waits(wanted)
+        numbers = self._reads.read([*wanted, *self._planner.unread()] if waits else wanted)
         for place, values in zip(places, numbers, strict=False):
             keys[place] = tuple(values)
         question.told([bool(values[0]) for values in numbers[len(places) : len(places) + len(asked)]])
         if isinstance(same, Tensor):
             same = bool(numbers[len(wanted) - 1][0])
-        read_sums(pending, numbers[len(wanted) :])
+        if waits:
+            self._planner.told(numbers[len(wanted) :])
         latent = inputs[graph.latent] if graph.latent is not None else None
         form = None if latent is None else (tuple(latent.shape), latent.dtype, latent.device)
         return Reading(tuple(keys), coarse, form), same

@@ -490,14 +490,10 @@ class Session:
         self.history.add(call.record)
         tell(call.record)
         planner.ran(call.record)
-        if planner.is_last and planner.skips:
-            self._say_if_nothing_was_reused()
-
-    def _say_if_nothing_was_reused(self) -> None:
-        records, graphs = self.history.generation(), self._forward.graphs
-        if not any(r.reused for r in records) and any(getattr(g, "slots", True) for g in graphs):
+        graphs = self._forward.graphs
+        if planner.is_last and not planner.reused and planner.skips and any(getattr(g, "slots", True) for g in graphs):
             unobserved = dict.fromkeys(why for g in graphs for why in g.unobserved)
-            self._notices.nothing_reused(self.num_steps, records, tuple(unobserved))
+            self._notices.nothing_reused(planner.num_steps, self.history.generation(), tuple(unobserved))
 
     def _place(self, graph: CompiledGraph, inputs: Sequence[Any], who: Hashable) -> bool:
         """Where a call stands; what begins with it begins. False for a graph that runs before the step is known."""

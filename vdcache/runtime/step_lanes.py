@@ -37,9 +37,8 @@ class StepLanes:
         self.lane: int | str = 0  # as a person sees it
         self._name: int | str | None = None  # what the caller calls it
         self._id = -1  # of the conditioning of the call that began the lane
-        self._placed: tuple[Lane, bool] | None = (
-            None  # the lane of the graph that began this lane, until that graph has taken it
-        )
+        # The lane of the graph that began this lane, until that graph has taken it.
+        self._placed: tuple[Lane, bool] | None = None
 
     # ---- which lane ----------------------------------------------------------------------------------------------------
 

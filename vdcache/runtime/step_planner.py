@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +84,7 @@ class StepPlanner:
         self._lengths: dict[tuple[float, ...], int] = {}  # first two timesteps -> steps of the generation that began so
         self._pending: list[PendingSums] = []
         self._records: list[Record] = []  # of this step
+        self.reused = False  # something was, in this generation
 
     def announce(self, num_steps: int | None) -> None:
         """How many steps every generation has from the next one on; None to learn it."""
@@ -132,7 +133,7 @@ class StepPlanner:
             self._notices.short(ran, self._given_steps)
         self._pending.clear()
         self._records, self.timesteps = [], []
-        self.step, self.generation, self.now = -1, self.generation + 1, StepPlan()
+        self.step, self.generation, self.now, self.reused = -1, self.generation + 1, StepPlan(), False
         if self.num_steps is not None:
             self._start()
 
@@ -210,23 +211,25 @@ class StepPlanner:
     def ran(self, record: Record) -> None:
         """A call of this step."""
         self._records.append(record)
+        self.reused = self.reused or bool(record.reused)
 
-    @property
-    def pending(self) -> list[PendingSums]:
-        """What has not been read yet."""
-        return list(self._pending)
+    def unread(self) -> list[Tensor]:
+        """The sums of this step, for who reads something else of the device anyway."""
+        return [p.sums for p in self._pending]
+
+    def told(self, numbers: Sequence[Sequence[float]]) -> None:
+        """What was read, in the order of `unread`: these sums wait for no device any more."""
+        for p, values in zip(self._pending, numbers, strict=True):
+            p.sums = torch.tensor(values, dtype=torch.float64)
 
     def decide(self, graph: CompiledGraph, seen: ProbeResult, comparable: bool) -> None:
         """Choose the plan of the step by what was probed."""
         now, measures = self.now, None
         now.undecided = False
         if comparable and seen.sums is not None:
-            sums = self._reads.read([seen.sums])[0]
-            elements = [v.numel() for v in seen.values]
-            measures = tuple(
-                measured(layout, own, n)
-                for layout, own, n in zip(*_parts([p.layout for p in graph.probes], sums), elements, strict=True)
-            )
+            layouts, elements = [p.layout for p in graph.probes], [v.numel() for v in seen.values]
+            sums = _parts(layouts, self._reads.read([seen.sums])[0])
+            measures = tuple(measured(*each) for each in zip(layouts, sums, elements, strict=True))
         now.probe = measures
         self._state, plan = self.policy.decide(self._state, self.step, measures)  # type: ignore[attr-defined]
         now.plan = self._listed(plan)
@@ -245,7 +248,7 @@ class StepPlanner:
         totals: dict[MetricSpec, list[float]] = {}
         elements: dict[MetricSpec, int] = {}
         for p, sums in zip(pending, numbers, strict=True):
-            for layout, own, n in zip(*_parts(p.layouts, sums), p.elements, strict=True):
+            for layout, own, n in zip(p.layouts, _parts(p.layouts, sums), p.elements, strict=True):
                 totals[layout] = [a + b for a, b in zip(totals.get(layout, [0.0] * len(own)), own, strict=True)]
                 elements[layout] = elements.get(layout, 0) + n
         result = tuple(measured(layout, sums, elements[layout]) for layout, sums in totals.items())
@@ -254,16 +257,9 @@ class StepPlanner:
         return result
 
 
-def read_sums(pending: Sequence[PendingSums], numbers: Sequence[Sequence[float]]) -> None:
-    """Sums that were read together with something else wait for no device any more."""
-    for p, values in zip(pending, numbers, strict=True):
-        p.sums = torch.tensor(values, dtype=torch.float64)
-
-
-def _parts(layouts: Sequence[MetricSpec], sums: Sequence[float]) -> tuple[Sequence[MetricSpec], list[Sequence[float]]]:
+def _parts(layouts: Sequence[MetricSpec], sums: Sequence[float]) -> Iterator[Sequence[float]]:
     """The sums of each metric, of all of them in a row."""
-    found, at = [], 0
+    at = 0
     for layout in layouts:
-        found.append(sums[at : at + (count := count_of(layout))])
+        yield sums[at : at + (count := count_of(layout))]
         at += count
-    return layouts, found
