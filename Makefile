@@ -27,8 +27,9 @@ browser:
 test: setup browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
-# The full counts of what the tests sample: half an hour and more on two cores.
-thorough: setup
+# The full counts of what the tests sample, and the tests marked thorough: more than an hour on two cores.
+thorough: setup browser
+	OMP_NUM_THREADS=1 VDCACHE_THOROUGH=1 $(BIN)/python -m pytest -n auto --dist worksteal
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.thorough --json bench/results/thorough.json
 	OMP_NUM_THREADS=1 VDCACHE_HISTORIES=1000 $(BIN)/python -m pytest -q tests/pipelines/test_histories.py
 

@@ -14,6 +14,24 @@ os.environ["VDCACHE_CACHE_DIR"] = tempfile.mkdtemp(prefix="vdcache-tests-")
 os.environ.setdefault("TORCH_DYNAMO_RUN_GC_AFTER_COMPILE", "0")
 
 
+def pytest_collection_modifyitems(config, items):
+    """Tests that are marked thorough are left to `make thorough`."""
+    from tests.support.thorough import THOROUGH
+
+    left = [] if THOROUGH else [item for item in items if item.get_closest_marker("thorough")]
+    if left:
+        items[:] = [item for item in items if not item.get_closest_marker("thorough")]
+        config.hook.pytest_deselected(items=left)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Workers do not report how many tests they were told to leave out."""
+    from tests.support.thorough import THOROUGH
+
+    if not THOROUGH:
+        terminalreporter.write_line("Sampled; `make thorough` (VDCACHE_THOROUGH=1) also runs the tests marked thorough.")
+
+
 def pytest_collection_finish():
     """What was imported stays, so it is no longer looked through for garbage; graphs are many small objects, most of them kept."""
     gc.collect()

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import vdcache
+from tests.support.thorough import THOROUGH, in_turn, some
 from tests.zoo import ZOO, build
 from vdcache.explanation.reader import _report
 from vdcache.ir.capture import CapturedForward, CapturedPart
@@ -17,16 +18,17 @@ from vdcache.testing import assert_round_trip
 STEPS = 5
 EXPLAINED = ["wan", "latte", "pixart", "cogvideox"]  # through explain's own door, as are all with graph breaks
 UNEQUAL = ["wan", "flux", "chroma", "pixart", "sd3", "hunyuan_video", "open_sora", "qwenimage", "lumina"]
+SEVEN = ["wan", "hunyuan_video", "flux", "cogvideox", "latte", "sd3", "sana"]  # of every structure one
 
 
 def value(output):
     return output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
 
 
-def report_of(compiled, model):
+def report_of(compiled, model, chosen="every-3"):
     """What explain says of the graphs that were compiled: it reads them from the same capture, so the model is not traced again."""
     found = CapturedForward([CapturedPart(program._captured) for program in compiled.vdcache.graphs])
-    return _report(type(model).__name__, found, recipe("every-3"), STEPS)
+    return _report(type(model).__name__, found, recipe(chosen), STEPS)
 
 
 @functools.cache
@@ -94,11 +96,13 @@ def test_architecture(name):
 
     # The text of every graph is the graph, guarded (which holds all that was captured) and specialised.
     for program in session.graphs:
-        for graph in (program.guarded, program.variant_graph(program.plans[-1])):
-            assert_round_trip(graph)
+        assert_round_trip(program.guarded)
+        if THOROUGH or name in SEVEN:
+            assert_round_trip(program.variant_graph(program.plans[-1]))
 
 
-@pytest.mark.parametrize("name", UNEQUAL)
+# text with an attention of its own, joined with the image, and under a mask
+@pytest.mark.parametrize("name", some(UNEQUAL, {"wan", "flux", "pixart"}.__contains__))
 @torch.no_grad()
 def test_two_lanes_with_texts_of_unequal_length(name):
     torch._dynamo.reset()
@@ -163,7 +167,9 @@ def test_the_zoo_is_large():
     assert len(ZOO) >= 45
 
 
-@pytest.mark.parametrize("name", ["wan", "flux", "sd3", "latte", "ltx2", "wan_vace"])
+@pytest.mark.parametrize(
+    "name", some(["wan", "flux", "sd3", "latte", "ltx2", "wan_vace"], {"wan", "sd3", "latte"}.__contains__)
+)
 @torch.no_grad()
 def test_reuse_in_16_bit_is_within_one_unit_of_the_stream(name):
     """base + (fresh − base) rounds twice: at most half a unit in the last place of the difference and half a one of the sum."""
@@ -208,8 +214,7 @@ def test_reuse_in_16_bit_is_within_one_unit_of_the_stream(name):
         assert ((base + kept).double() - fresh.double()).abs().le(unit).all()
 
 
-@pytest.mark.parametrize("recipe", ["fora-3", "taylorseer-3-1", "blocks"])
-@pytest.mark.parametrize("name", ["wan", "hunyuan_video", "flux", "cogvideox", "latte", "sd3", "sana"])
+@pytest.mark.parametrize(("name", "recipe"), in_turn(SEVEN, ["fora-3", "taylorseer-3-1", "blocks"]))
 @torch.no_grad()
 def test_other_recipes(name, recipe):
     """Before the gate, along differences, and some blocks alone: computed steps stay bit-exact, others skip what they promise."""
@@ -223,15 +228,14 @@ def test_other_recipes(name, recipe):
         assert out.isfinite().all()
     (graph,) = compiled.vdcache.graphs
     assert compiled.vdcache.store.peak_bytes == graph.cache_bytes()
-    report = vdcache.explain(model, recipe=chosen, num_steps=STEPS, **case.call(0, 6))
+    report = report_of(compiled, model, chosen)
     left = {slot for s in report.slots for slot in s.branches}
     skipped = sum(b.flops for b in report.branches if b.name in left)
     # what projects a condition or a modulation for skipped branches alone may go as well; a gate before which is kept stays
     assert report.variants[-1].flops == pytest.approx(report.flops - skipped, abs=0.05 * report.flops)
 
 
-@pytest.mark.parametrize("recipe", ["fbcache-5", "teacache-5", "easycache-50", "pab-cogvideox"])
-@pytest.mark.parametrize("name", ["wan", "hunyuan_video", "flux", "cogvideox", "latte", "sd3", "sana"])
+@pytest.mark.parametrize(("name", "recipe"), in_turn(SEVEN, ["fbcache-5", "teacache-5", "easycache-50", "pab-cogvideox"]))
 @torch.no_grad()
 def test_recipes_that_probe(name, recipe):
     """The graph is split at the probe: computed steps stay bit-exact, reused ones differ, and what is kept was known."""
@@ -246,7 +250,7 @@ def test_recipes_that_probe(name, recipe):
     assert compiled.vdcache.store.peak_bytes == graph.cache_bytes()
 
 
-@pytest.mark.parametrize("name", ["wan", "flux2", "cogvideox"])
+@pytest.mark.parametrize("name", some(["wan", "flux2", "cogvideox"], "wan".__eq__))
 @torch.no_grad()
 def test_graphs_for_many_sizes_show_the_same(name):
     """Sizes that are symbols hide neither timestep nor latent, and are no timestep themselves."""
