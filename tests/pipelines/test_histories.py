@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import vdcache
 from tests.pipelines.modes import Stop, cached, computed, due
 from tests.pipelines.tiny import generator, made, redrawn, text
+from tests.support.thorough import examples
 from vdcache.testing.architectures import _wan
 
 pytest.importorskip("diffusers")
@@ -180,7 +181,7 @@ class Histories(RuleBasedStateMachine):
 
 
 Histories.TestCase.settings = settings(
-    max_examples=int(os.environ.get("VDCACHE_HISTORIES", "12")),
+    max_examples=int(os.environ.get("VDCACHE_HISTORIES", examples(12, 5))),
     stateful_step_count=8,
     deadline=None,
     derandomize="VDCACHE_HISTORIES" not in os.environ,
