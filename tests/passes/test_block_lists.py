@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import vdcache
+from tests.support.thorough import examples
 from tests.zoo import ZOO, build
 from vdcache.errors import ConfigError
 from vdcache.ir.capture import trace
@@ -102,7 +103,7 @@ lists = st.sets(st.integers(0, BLOCKS - 1), min_size=1, max_size=BLOCKS)
 
 
 @given(lists, st.booleans(), st.sampled_from(["run", "block"]), st.sets(st.integers(0, STEPS - 1), min_size=1))
-@settings(deadline=None, max_examples=30, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=examples(30, 8), suppress_health_check=list(HealthCheck))
 @torch.no_grad()
 def test_random_block_lists_against_deltas_by_hand(blocks, two, span, steps):
     torch._dynamo.reset()
@@ -126,7 +127,7 @@ def test_random_block_lists_against_deltas_by_hand(blocks, two, span, steps):
 
 
 @given(lists, st.booleans())
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=examples(20, 8))
 def test_a_skipped_run_is_gone(blocks, two):
     graph = guarded(MODELS[two], *call(0), more=(MergeSlots(),)) if len(blocks) == BLOCKS else _guarded(two, blocks)
     if cache_guards(graph.graph):
@@ -139,7 +140,7 @@ def _guarded(two, blocks):
 
 
 @given(lists, lists, st.booleans(), st.sampled_from(["split", "alternate"]))
-@settings(deadline=None, max_examples=15, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=examples(15, 6), suppress_health_check=list(HealthCheck))
 @torch.no_grad()
 def test_two_lists_in_turn(one, other, two, reuse):
     other = other - one

@@ -5,6 +5,7 @@ import torch
 from expecttest import assert_expected_inline
 from hypothesis import example, given, settings
 
+from tests.support.thorough import examples
 from vdcache.errors import ConfigError
 from vdcache.ir import dump, trace
 from vdcache.ir.dialect import cache_guards
@@ -102,7 +103,7 @@ def test_bad_options():
 
 @given(residual_nets())
 @example(Net((("", ("matmul", "relu"), "gated", True), ("norm", ("matmul",), "addcmul", False))))
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(60, 25))
 def test_any_net_can_be_marked_and_skipped(net):
     plain = trace(net, X, W, G).graph
     graph = guarded(net, X, W, G)

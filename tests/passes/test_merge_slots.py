@@ -5,6 +5,7 @@ import torch
 from expecttest import assert_expected_inline
 from hypothesis import given, settings
 
+from tests.support.thorough import examples
 from vdcache.ir import dump, trace
 from vdcache.ir.dialect import cache_guards
 from vdcache.passes import Canonicalise, DeadCode, MarkBranches, MergeSlots, Pipeline, Specialise, variant_io
@@ -165,7 +166,7 @@ def test_reuse_of_a_16_bit_stream_is_off_by_one_rounding(dtype):
 
 
 @given(residual_nets(5))
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(60, 25))
 def test_merging_keeps_numbers_and_skips_the_same(net):
     plain, graph = trace(net, X, W, G).graph, merged(net, X, W, G)
     with torch.no_grad():
