@@ -13,6 +13,7 @@ from rich.console import Console
 
 import vdcache
 from tests.calibration.samplers import sigmas
+from tests.support.thorough import some
 from vdcache import Recipe
 from vdcache.calibration.metric_log import MetricRecorder, replayed
 from vdcache.demo.model import DemoConfig, DemoDiT
@@ -136,7 +137,20 @@ def really(fast, recipe, seed, lanes=1):
     return found
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# one of every policy and place; other rules and distances of the same policy are left to `make thorough`
+A_FEW = {
+    "adacache",
+    "adacache-paper",
+    "adacache-layers",
+    "fbcache",
+    "dbcache-limit",
+    "teacache-polynomial",
+    "teacache-timestep",
+}
+A_FEW |= {"seacache-input", "easycache"}
+
+
+@pytest.mark.parametrize("kind", some(KINDS, A_FEW.__contains__))
 def test_replayed_is_what_really_happens(kind):
     thresholds, different, fast = measured(kind), set(), compiled(kind)
     for seed in (0, 1):
