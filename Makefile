@@ -27,12 +27,12 @@ browser:
 test: setup browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
-# Tests of graphs and recipes alone, in less than a minute: those that compile whole models are left out.
+# Tests of graphs and policies alone, in less than a minute: those that compile whole models are left out.
 COMPILING := passes/test_block_lists passes/test_emit_attention passes/test_filters passes/test_mark_lanes passes/test_mark_output \
-  passes/test_tile_attention passes/test_watching policies/test_simulate policies/test_thresholds
+  passes/test_probe passes/test_split_at_probe passes/test_tile_attention passes/test_watching patterns/test_match policies/test_simulate policies/test_thresholds
 quick: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal tests/patterns tests/passes tests/ir tests/policies \
-	  tests/methods $(COMPILING:%=--ignore=tests/%.py)
+	  $(COMPILING:%=--ignore=tests/%.py)
 
 # The full counts of what the tests sample, and the tests marked thorough: more than an hour on two cores.
 thorough: setup browser
