@@ -545,7 +545,7 @@ class planted:
 
 def fails(tree: Path, tests: tuple[str, ...]) -> str:
     """The end of what pytest says where a test fails, "" where all pass."""
-    env = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+    env = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "VDCACHE_THOROUGH": "1"}
     command = [
         sys.executable,
         "-m",

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from vdcache.passes.mark_branches import TYPES
 from vdcache.runtime.call import Emitted
 from vdcache.runtime.history import Record
 from vdcache.util.checks import number, whole
-from vdcache.util.files import saved, text_of
+from vdcache.util.json import read_json, write_json
 
 __all__ = ["StepErrors", "magnitudes", "step_errors"]
 
@@ -65,7 +64,7 @@ class StepErrors:
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The table as JSON text, also written to `path`."""
-        return saved(json.dumps(asdict(self), indent=1), path)
+        return write_json(self, path, indent=1)
 
     @staticmethod
     def from_json(text: str | Path) -> StepErrors:
@@ -74,12 +73,7 @@ class StepErrors:
         Raises:
             ConfigError: something else.
         """
-        try:
-            data = json.loads(text_of(text))
-            errors = {k: tuple(map(tuple, v)) for k, v in data["errors"].items()}
-            return StepErrors(int(data["steps"]), errors, int(data["generations"]))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ConfigError("this is no table of step errors: it was not written by StepErrors.to_json") from error
+        return read_json(StepErrors, text, "table of step errors")
 
     def __str__(self) -> str:
         lines = [f"changes over {self.steps} steps, {self.generations} generations averaged"]

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,8 @@ from vdcache.policies.goal import Goal
 from vdcache.policies.scheduled import same_times
 from vdcache.runtime.read import read
 from vdcache.util.checks import number, whole
-from vdcache.util.files import cache_folder, saved, text_of, write_aside
+from vdcache.util.files import cache_folder, write_aside
+from vdcache.util.json import read_json, write_json
 
 __all__ = ["Calibration", "CalibrationKey", "as_real", "find", "folder", "keep", "key_of", "time_of", "weights_of"]
 
@@ -155,9 +155,7 @@ class Calibration:
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The calibration as JSON text, also written to `path`."""
-        plain = asdict(self)
-        del plain["path"]  # which it may be copied from
-        return saved(json.dumps(plain, indent=None), path)
+        return write_json(self, path, without=["path"])  # a copy of the file lies elsewhere
 
     @staticmethod
     def from_json(text: str | Path) -> Calibration:
@@ -166,20 +164,8 @@ class Calibration:
         Raises:
             ConfigError: something else.
         """
-        try:
-            data = json.loads(text_of(text))
-            key = {**data.pop("key")}
-            key["times"] = tuple(key["times"])
-            data["key"], data["goal"], data["schedule"] = (
-                CalibrationKey(**key),
-                Goal(**data["goal"]),
-                Schedule(**data["schedule"]),
-            )
-            data["tried"] = tuple(Schedule(**s) for s in data["tried"])
-            data["products"] = tuple(tuple(map(tuple, g)) for g in data["products"])
-            return Calibration(**data, path=text if isinstance(text, Path) else None)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ConfigError("this is no calibration: it was not written by Calibration.to_json") from error
+        found = read_json(Calibration, text, "calibration")
+        return replace(found, path=text if isinstance(text, Path) else None)
 
 
 def folder() -> Path:

@@ -26,6 +26,7 @@ from vdcache.policies.base import Always, Policy
 from vdcache.runtime.history import Record
 from vdcache.util.checks import check_model
 from vdcache.util.files import text_of, write_aside
+from vdcache.util.json import from_plain
 
 __all__ = ["SamplingLoop"]
 
@@ -267,7 +268,7 @@ class SamplingLoop:
             self._products = [np.array(p) for p in data["products"]]
             self.scored.known = {(tuple(c), int(o), int(p)): float(v) for c, o, p, v in data["scored"]}
             self.times, self.held, self.reuse_cost = tuple(data["times"]), int(data["held"]), float(data["reuse_cost"])
-            self.key = CalibrationKey(**{**data["key"], "times": tuple(data["key"]["times"])}) if data["key"] else None
+            self.key = from_plain(CalibrationKey | None, data["key"], "key")
         except (ValueError, TypeError, KeyError) as error:
             raise ConfigError(f"{self._caller}: {path} holds no search; give another path, or delete it") from error
         if prompts != self._prompts_text:

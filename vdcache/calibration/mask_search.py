@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from vdcache.errors import ConfigError
 from vdcache.ir.ops import tensor_of
 from vdcache.passes.tile_attention import AttentionOperands
 from vdcache.util.checks import number, whole
-from vdcache.util.files import saved, text_of, write_aside
+from vdcache.util.files import write_aside
+from vdcache.util.json import read_json, write_json
 
 __all__ = ["MaskPlan", "search_masks"]
 
@@ -75,7 +76,7 @@ class MaskPlan:
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The plan as JSON text, also written to `path`."""
-        return saved(json.dumps(asdict(self), indent=1), path)
+        return write_json(self, path, indent=1)
 
     @staticmethod
     def from_json(text: str | Path) -> MaskPlan:
@@ -84,14 +85,7 @@ class MaskPlan:
         Raises:
             ConfigError: something else.
         """
-        try:
-            data = json.loads(text_of(text))
-            tables = {k: tuple(map(tuple, data.pop(k))) for k in ("losses", "seconds", "densities")}
-            texts = {k: tuple(map(str, data.pop(k))) for k in ("masks", "sites", "modules", "options")}
-            every: dict[str, Any] = {**texts, **tables, **data}
-            return MaskPlan(**every)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ConfigError("this is no plan of masks: it was not written by MaskPlan.to_json") from error
+        return read_json(MaskPlan, text, "plan of masks")
 
     def __str__(self) -> str:
         lines = [f"{self.rule}: {self.density:.0%} of the weights"]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path as File
 
 import numpy as np
@@ -18,7 +17,7 @@ from vdcache.passes.predictors import LAST, Taylor
 from vdcache.policies.scheduled import PlanTable
 from vdcache.runtime.history import Record, any_computed, by_generation
 from vdcache.util.checks import number, whole, whole_numbers
-from vdcache.util.files import saved, text_of
+from vdcache.util.json import read_json, write_json
 
 __all__ = ["ORDERS", "Schedule", "all_blocks", "candidates", "candidates_up_to"]
 
@@ -110,7 +109,7 @@ class Schedule:
 
     def to_json(self, path: str | File | None = None) -> str:
         """The schedule as JSON text, also written to `path`."""
-        return saved(json.dumps(asdict(self)), path)
+        return write_json(self, path)
 
     @staticmethod
     def from_json(text: str | File) -> Schedule:
@@ -119,10 +118,7 @@ class Schedule:
         Raises:
             ConfigError: something else.
         """
-        try:
-            return Schedule(**json.loads(text_of(text)))
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ConfigError("this is no schedule: it was not written by Schedule.to_json") from error
+        return read_json(Schedule, text, "schedule")
 
 
 def all_blocks() -> tuple[Pass, ...]:

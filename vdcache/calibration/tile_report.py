@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from vdcache.errors import ConfigError
 from vdcache.ir.library import CHUNK
 from vdcache.passes.tile_attention import AttentionOperands
 from vdcache.util.checks import whole
-from vdcache.util.files import saved, text_of
+from vdcache.util.json import read_json, write_json
 
 __all__ = ["TileReport", "tiles"]
 
@@ -73,7 +72,7 @@ class TileReport:
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The report as JSON text, also written to `path`."""
-        return saved(json.dumps({**asdict(self), "diagonal": self.diagonal, "decay": self.decay}, indent=1), path)
+        return write_json(self, path, indent=1, also={"diagonal": self.diagonal, "decay": self.decay})
 
     @staticmethod
     def from_json(text: str | Path) -> TileReport:
@@ -82,15 +81,7 @@ class TileReport:
         Raises:
             ConfigError: something else.
         """
-        try:
-            data = json.loads(text_of(text))
-            mass = tuple(tuple(map(tuple, table)) for table in data["mass"])
-            overlap = None if data["overlap"] is None else tuple(data["overlap"])
-            return TileReport(
-                data["frames"], tuple(data["modules"]), mass, tuple(data["text"]), data["top"], overlap, data["calls"]
-            )
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ConfigError("this is no report on tiles: it was not written by TileReport.to_json") from error
+        return read_json(TileReport, text, "report on tiles", without=("diagonal", "decay"))
 
     def __str__(self) -> str:
         lines = [f"attention among {self.frames} latent frames, {self.calls} calls"]

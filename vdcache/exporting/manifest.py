@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import types
-import typing
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from vdcache.errors import ConfigError
+from vdcache.util.json import from_plain
 
 __all__ = [
     "FILE",
@@ -216,7 +214,10 @@ class Manifest:
                 f"{path} has version {version!r}, and this vdcache reads version {VERSION}: "
                 "install the vdcache that wrote it (see 'versions' there), or export the model again"
             )
-        found: Manifest = _made(Manifest, data, str(path), "manifest")
+        try:
+            found: Manifest = from_plain(Manifest, data, "manifest", complete=True)
+        except ConfigError as error:
+            raise ConfigError(f"{path} is not what version {VERSION} says: {error}") from error
         found._check(path)
         for name, facts in found.files.items():
             _check_file(folder, name, facts, path, hashes)
@@ -278,24 +279,3 @@ def facts_of(path: Path) -> FileFacts:
     """Size and hash of a file."""
     with path.open("rb") as file:
         return FileFacts(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
-
-
-def _made(kind: Any, data: Any, path: str, where: str) -> Any:
-    """JSON data as a value of a type: dataclasses, tuples, mappings, optional and plain values."""
-    if is_dataclass(kind) and isinstance(kind, type):
-        hints = typing.get_type_hints(kind)
-        if not isinstance(data, dict) or (wrong := set(hints) ^ set(data)):
-            detail = f": {'no' if min(wrong) in hints else 'unknown'} field {min(wrong)!r}" if isinstance(data, dict) else ""
-            raise ConfigError(f"{path}: '{where}' is not what version {VERSION} says{detail}")
-        return kind(**{f.name: _made(hints[f.name], data[f.name], path, f"{where}.{f.name}") for f in fields(kind)})
-    origin, parts = typing.get_origin(kind), typing.get_args(kind)
-    if origin is types.UnionType:
-        return None if data is None else _made(next(p for p in parts if p is not types.NoneType), data, path, where)
-    if origin is tuple and isinstance(data, list):
-        return tuple(_made(parts[0], x, path, f"{where}[{i}]") for i, x in enumerate(data))
-    if origin is Mapping and isinstance(data, dict):
-        return {name: _made(parts[1], x, path, f"{where}.{name}") for name, x in data.items()}
-    wanted = (int, float) if kind is float else kind
-    if origin is not None or not isinstance(data, wanted) or isinstance(data, bool):
-        raise ConfigError(f"{path}: '{where}' is {data!r}, which is not what version {VERSION} says")
-    return data
