@@ -451,8 +451,7 @@ BUGS = (
         "computed_steps",
         "        self._store.drop()\n        self._computed.clear()",
         "        self._store.drop()",
-        "tests/runtime/test_predictors.py",
-        *MACHINE,
+        "tests/runtime/test_computed_steps.py",
     ),
     Bug(
         "a variant for groups that the graph has not",

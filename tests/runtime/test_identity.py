@@ -159,6 +159,20 @@ def test_guidance_in_one_batch_that_ends_goes_on_in_the_same_generation():
     assert reused(compiled) == [1, 3, 5]
 
 
+@torch.no_grad()
+def test_another_size_of_latent_within_a_generation_computes():
+    """As where a second pass at another size goes on with the steps of the first."""
+    model, compiled = made()
+    compiled.vdcache.begin(STEPS)
+    for step, rows in enumerate((6, 6, 6, 8, 8, 8)):
+        x = latent(step, 1, rows, 4)
+        compiled.vdcache.step()
+        out = compiled(x, time_of(step), prompt(1))
+        if step == 3:
+            assert torch.equal(out, model(x, time_of(step), prompt(1)))
+    assert reused(compiled) == [1, 5]
+
+
 # ---- weights, settings, threads ---------------------------------------------------------------------------------------
 
 
@@ -188,9 +202,13 @@ def test_an_address_that_is_used_again_is_no_identity():
     weights = [torch.ones(8)]
     token.check("graph", "kind", weights)
     before = token.value
+    again = 0
     for value in range(2, 12):
-        weights = [torch.full((8,), float(value))]  # often at the place of the one before
+        place = id(weights.pop())
+        weights.append(torch.full((8,), float(value)))
+        again += id(weights[0]) == place
         assert token.check("graph", "kind", weights) == before + value - 1
+    assert again, "no object lay where the one before had been: this test has shown nothing"
 
 
 @torch.no_grad()
@@ -206,6 +224,7 @@ def test_other_weights_in_the_middle_of_a_generation_compute_at_once(what):
         out = compiled(x, time_of(step), prompt(1))
         if step == 3:
             assert torch.equal(out, model(x, time_of(step), prompt(1)))
+            assert what == "adapter" or compiled.vdcache.history[-1].why == "the weights changed"
     assert reused(compiled) == [1, 5]
 
 
@@ -331,3 +350,16 @@ def test_a_table_knows_lanes_by_identity_by_value_and_not_by_order():
     assert [lane(2, cond.clone()), lane(3, cond.clone())] == [1, 1]
     cond.add_(1)
     assert lane(4, cond) == 2, "written into: a new conditioning"
+
+
+def test_a_table_counts_an_input_that_moved_where_it_stands_still():
+    labels = iter(range(10))
+    table = LaneTable(lambda: next(labels))
+    text, hints = torch.ones(2), [torch.full((2,), float(i)) for i in range(5)]
+
+    def lane(step: int, hint: torch.Tensor) -> int:
+        return table.settle(table.ask([text, hint]), 0, step)[0].label
+
+    assert [lane(step, hints[step]) for step in range(4)] == [0, 0, 0, 0], "it moves with the timestep"
+    assert lane(4, hints[3]) == 0
+    assert lane(4, hints[4]) == 1, "in a step in which it stands still it tells lanes apart"
