@@ -189,3 +189,12 @@ def test_every_assertion_can_fail(path):
     assert not [f"{path.name}:{n.lineno}" for n in asserts if _always_true(n.test)]
     # and in the programs that tests hand to a fresh process
     assert not [p for p in programs if re.search(r"^\s*assert .* or True$", p, re.MULTILINE)]
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parent.rglob("*.py")), ids=lambda p: p.name)
+def test_no_test_imports_another_one(path):
+    """What tests share is in tests/support, or beside them under a name that does not begin with test."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        named = [a.name for a in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+        module = (getattr(node, "module", "") or "") if named else ""
+        assert not [n for n in named if re.search(r"(^|\.)test_", f"{module}.{n}")], f"{path.name}:{node.lineno}"

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.tile_masks import Odd, masks, placed, sizes, written_out
 from vdcache.attention.masks import (
     MASKS,
     AttentionMask,
@@ -36,82 +37,7 @@ from vdcache.passes import Pipeline, TileAttention
 # ---- the rules, on two tokens of the video: (frame, row, column) of the query and of the key -------------------------
 
 
-def attends(mask, grid, query, key):
-    """Whether a token attends to another, by the words of the paper that the mask is from."""
-    (i, *_), (j, *_) = query, key
-    if isinstance(mask, Window):
-        return all(in_window(*axis) for axis in zip(grid, mask.size, mask.window, query, key, strict=True))
-    if isinstance(mask, Frames):
-        references = {math.floor(n * grid[0] / mask.references) for n in range(mask.references)}
-        return i == j or i in references or j in references
-    if isinstance(mask, Dense):
-        return True
-    if isinstance(mask, Skip):
-        return False
-    rows = grid[1] // mask.chunks
-    k, l = query[1] // rows, key[1] // rows  # noqa: E741 — the paper's letters
-    if isinstance(mask, Radial):
-        return j < mask.sinks or radial(abs(i - j), k, l, mask.chunks)
-    if isinstance(mask, MultiDiagonal):
-        return abs(k - l) < mask.width
-    near = abs((i * mask.chunks + k) - (j * mask.chunks + l)) < mask.width
-    return near or (isinstance(mask, Stripes) and (j * mask.chunks + l) % mask.every == 0)
-
-
-def in_window(tokens, size, window, query, key):
-    """Sliding tile attention along one axis: the tiles around the query's, moved inwards until as many lie in the video."""
-    tiles, query, key = tokens // size, query // size, key // size
-    if window >= tiles:
-        return True
-    around = range(query - window // 2, query - window // 2 + window)
-    while around[0] < 0:
-        around = range(around[0] + 1, around[-1] + 2)
-    while around[-1] >= tiles:
-        around = range(around[0] - 1, around[-1])
-    return key in around
-
-
-def radial(apart, k, l, s):  # noqa: E741
-    """Radial attention, equation 4, with a tile in the place of a token and s of them in a frame."""
-    r = math.floor(math.log2(max(apart, 1)))
-    if 2**r <= s and abs(k - l) + 1 <= Fraction(s, 2**r):
-        return True
-    return apart % math.ceil(Fraction(2**r, s)) == 0 and k == l
-
-
-def written_out(mask, grid, before=0, after=0):
-    """Every pair of tokens, text included: bool [tokens, tokens]."""
-    video = [(f, y, x) for f in range(grid[0]) for y in range(grid[1]) for x in range(grid[2])]
-    tokens = [None] * before + video + [None] * after
-    if isinstance(mask, Skip):
-        return torch.zeros(len(tokens), len(tokens), dtype=torch.bool)
-    return torch.tensor([[q is None or k is None or attends(mask, grid, q, k) for k in tokens] for q in tokens])
-
-
 # ---- random masks ----------------------------------------------------------------------------------------------------
-
-small = st.integers(1, 4)
-sizes = st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 2))
-masks = st.one_of(
-    st.builds(Dense),
-    st.builds(Skip),
-    st.builds(Frames, st.integers(0, 9)),
-    st.builds(Window, sizes, sizes),
-    st.builds(Radial, small, st.integers(0, 3)),
-    st.builds(Diagonal, small, st.integers(1, 9)),
-    st.builds(MultiDiagonal, small, small),
-    st.builds(Stripes, small, st.integers(1, 9), small),
-)
-
-
-@st.composite
-def placed(draw, kinds=masks):
-    """A mask with a grid that it fits."""
-    mask = draw(kinds)
-    if isinstance(mask, Window):
-        return mask, tuple(n * s for n, s in zip(draw(sizes), mask.size, strict=True))
-    frames, rows, columns = draw(st.integers(1, 9)), draw(st.integers(1, 2)), draw(st.integers(1, 2))
-    return mask, (max(frames, getattr(mask, "references", 1)), rows * getattr(mask, "chunks", 1), columns)
 
 
 @given(placed(), st.integers(0, 2), st.integers(0, 2))
@@ -295,18 +221,6 @@ def test_a_mask_for_no_heads_is_refused(text):
 def test_sizes_that_are_none_are_refused(sizes, text, message):
     with pytest.raises(ConfigError, match=message):
         Frames(0).on(*sizes, text=text)
-
-
-class Odd(AttentionMask):
-    """Tiles of one frame, and only every second of them attends to anything."""
-
-    name = "odd"
-
-    def tile(self, grid):
-        return (1, *grid[1:])
-
-    def allowed(self, grid):
-        return torch.eye(grid[0], dtype=torch.bool) & (torch.arange(grid[0]) % 2 == 1)
 
 
 def test_a_token_that_attends_to_nothing_is_refused_unless_there_is_text():

@@ -13,67 +13,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vdcache
-from tests.attention.test_masks import Odd, placed
+from tests.support.tile_masks import FORMS, Odd, bias_of, by_hand, cases, noise, tensors
 from vdcache.attention.flex import BLOCK, block_mask
 from vdcache.attention.masks import Dense, Diagonal, Frames, MultiDiagonal, Radial, Skip, Stripes, Window
 from vdcache.attention.tiles import TILE_ATTENTION, TileMask, gather, masked, tiled
 from vdcache.errors import ConfigError
-
-FORMS = ("heads", "tokens", "fused", "strided")  # how [B, H, N, D] lies in memory
-BIASES = (None, "bool", "float")
-
-
-def noise(*shape, seed=0, dtype=torch.float32, form="heads"):
-    """[B, H, N, D]: contiguous, as [B, N, H, D] seen through a transposition, as a part of a larger tensor of queries, keys and
-    values, or with every second feature of a larger one."""
-    b, h, n, d = shape
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-    if form == "tokens":
-        return x.transpose(1, 2).contiguous().transpose(1, 2)
-    if form == "fused":
-        whole = x.new_full((b, n, 3, h, d), torch.nan)
-        whole[:, :, 1] = x.transpose(1, 2)
-        return whole[:, :, 1].transpose(1, 2)
-    if form == "strided":
-        return torch.stack([x, torch.full_like(x, torch.nan)], -1).flatten(-2)[..., ::2]
-    return x
-
-
-def bias_of(kind, batch, heads, tokens, dtype):
-    if kind is None:
-        return None
-    drawn = torch.randn(batch, heads, 1, tokens, generator=torch.Generator().manual_seed(9))
-    return drawn > -0.5 if kind == "bool" else drawn.to(dtype)
-
-
-def by_hand(q, k, v, keeps, scale=None, bias=None):
-    """Dense attention in float64; a query that is left without a key gives zero."""
-    q, k, v = (x.double() for x in (q, k, v))
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
-    if bias is not None:
-        scores = scores.masked_fill(~bias, -torch.inf) if bias.dtype == torch.bool else scores + bias.double()
-    return scores.masked_fill(~keeps, -torch.inf).softmax(-1).nan_to_num(0.0) @ v
-
-
-@st.composite
-def cases(draw):
-    mask, grid = draw(placed())
-    on = mask.on(*grid, text=(draw(st.integers(0, 3)), draw(st.integers(0, 3))))
-    batch, heads, of_keys = draw(st.integers(1, 2)), draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([1, 2]))
-    heads = max(heads, of_keys)
-    forms = draw(st.tuples(*[st.sampled_from(FORMS)] * 3))
-    kind = draw(st.sampled_from(BIASES))
-    wide = draw(st.sampled_from([1, batch])), draw(st.sampled_from([1, heads]))
-    return on, batch, heads, of_keys, draw(st.integers(1, 9)), forms, kind, wide, draw(st.sampled_from([None, 0.3]))
-
-
-def tensors(case, dtype):
-    on, batch, heads, of_keys, width, forms, kind, wide, scale = case
-    q = noise(batch, heads, on.tokens, width, seed=1, dtype=dtype, form=forms[0])
-    k = noise(batch, of_keys, on.tokens, width, seed=2, dtype=dtype, form=forms[1])
-    v = noise(batch, of_keys, on.tokens, width + 1, seed=3, dtype=dtype, form=forms[2])
-    return q, k, v, on, scale, bias_of(kind, *wide, on.tokens, dtype)
 
 
 def check_against_hand(got, q, k, v, on, scale, bias):

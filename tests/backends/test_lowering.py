@@ -13,8 +13,8 @@ import torch
 from hypothesis import given, settings
 
 import vdcache
-from tests.attention.test_tiles import bias_of, cases, noise, tensors
-from tests.passes.test_block_lists import Stack, call
+from tests.support.block_lists import Stack, call
+from tests.support.tile_masks import bias_of, cases, noise, tensors
 from vdcache.attention import autotune as choosing
 from vdcache.attention import flex
 from vdcache.attention.autotune import TuningResult, autotune, measure

@@ -17,8 +17,8 @@ from rich.progress import Progress
 from torch import nn
 
 import vdcache
-from tests.attention.test_masks import written_out
-from tests.passes.test_block_lists import Stack
+from tests.support.block_lists import Stack
+from tests.support.tile_masks import written_out
 from vdcache import Recipe
 from vdcache.attention.autotune import TuningResult
 from vdcache.attention.masks import parse_mask

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import vdcache
-from tests.passes.test_block_lists import BLOCKS, STEPS, Stack, call
+from tests.support.block_lists import BLOCKS, STEPS, Stack, call
 from tests.zoo import ZOO, build
 from vdcache.calibration import Profile
 from vdcache.calibration.profiler import _prediction, _shares, to_tokens

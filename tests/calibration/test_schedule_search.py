@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 import vdcache
-from tests.passes.test_block_lists import Stack, call
+from tests.support.block_lists import Stack, call
 from tests.support.logs import informed
 from vdcache import Recipe, Schedule, VdcacheWarning, search_schedule
 from vdcache.calibration import StepTable, step_table

@@ -68,7 +68,7 @@ def test_demo_runs(tmp_path):
 @torch.no_grad()
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
 def test_predictions_take_their_times_from_the_host(inner):
-    from tests.runtime.test_predictors import Drift
+    from tests.support.drift import Drift
     from vdcache.passes import MarkBranches, MergeSlots
 
     model = Drift(1).cuda()
@@ -88,7 +88,7 @@ def test_predictions_take_their_times_from_the_host(inner):
 @torch.no_grad()
 def test_profiles_and_block_lists():
     pytest.importorskip("diffusers")
-    from tests.passes.test_block_lists import STEPS, ByHand, Stack, call
+    from tests.support.block_lists import STEPS, ByHand, Stack, call
 
     model = Stack(True).cuda()
 

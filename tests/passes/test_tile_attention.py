@@ -12,9 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vdcache
-from tests.attention.test_masks import written_out
-from tests.attention.test_tiles import bias_of, by_hand
-from tests.passes.test_block_lists import Stack, call
+from tests.support.block_lists import Stack, call
+from tests.support.tile_masks import bias_of, by_hand, written_out
 from tests.zoo import ZOO, build, graph_of
 from vdcache import Recipe
 from vdcache.attention.masks import Dense, Frames, Skip, Stripes, Window, masks_text, parse_mask

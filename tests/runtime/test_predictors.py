@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import vdcache
+from tests.support.drift import Drift
 from vdcache import Recipe
 from vdcache.errors import ConfigError
 from vdcache.ir.dump import dump
@@ -74,25 +75,6 @@ def test_order_nought_is_the_last_value():
     assert torch.equal(play(Taylor(0), [number(3), number(5)], [0, 2])(4), number(5))
     assert torch.equal(play(LastValue(), [number(3), number(5)], [0, 2])(4), number(5))
     assert play(Scaled(0.5), [number(3), number(8)], [0, 2])(5).item() == pytest.approx(1.0)
-
-
-class Drift(nn.Module):
-    """A DiT whose branch is a known function of the step, whatever the latent: predictions can be told exactly."""
-
-    def __init__(self, degree: int) -> None:
-        super().__init__()
-        self.degree, self.eye = degree, nn.Linear(4, 4, bias=False)
-        self.time = nn.Linear(8, 4)
-        with torch.no_grad():
-            self.eye.weight.copy_(torch.eye(4))
-        self.eval().requires_grad_(False)
-
-    def forward(self, x, timestep, text):
-        sinusoids = 0 * self.time(TinyDiT.sinusoids(None, timestep, x.dtype))[:, None]
-        s = (1000 - timestep) / 50  # the step
-        h = self.eye(x) + sinusoids
-        h = h + self.eye(0 * h + (text * s**self.degree).to(x.dtype))
-        return h
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
