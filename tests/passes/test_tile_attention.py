@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import vdcache
 from tests.support.block_lists import Stack, call
+from tests.support.thorough import examples, some
 from tests.support.tile_masks import bias_of, by_hand, written_out
 from tests.zoo import ZOO, build, graph_of
 from vdcache import Recipe
@@ -168,7 +169,7 @@ def written(draw):
 
 
 @given(written(), st.integers(1, 2))
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=examples(25, 12))
 @torch.no_grad()
 def test_each_head_attends_under_its_own_mask(case, batch):
     masks, heads, of_keys, order, text, kind, wide, scale = case
@@ -558,7 +559,7 @@ def with_masks_by_hand(model, call, mask, grid, before, after, monkeypatch):
         return value(model(**call)), len(met)
 
 
-@pytest.mark.parametrize("name", SPANS)
+@pytest.mark.parametrize("name", some(SPANS, {"wan", "cogvideox", "hunyuan_video"}.__contains__))
 @torch.no_grad()
 def test_where_the_video_lies_in_published_classes(name, monkeypatch):
     sites, grid, before, after = SPANS[name]

@@ -181,7 +181,7 @@ class Histories(RuleBasedStateMachine):
 
 
 Histories.TestCase.settings = settings(
-    max_examples=int(os.environ.get("VDCACHE_HISTORIES", examples(12, 5))),
+    max_examples=int(os.environ.get("VDCACHE_HISTORIES", examples(12, 4))),
     stateful_step_count=8,
     deadline=None,
     derandomize="VDCACHE_HISTORIES" not in os.environ,

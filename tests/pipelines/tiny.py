@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from examples.tiny import drawn as redrawn
 from tests.zoo import build
 
-__all__ = ["PIPELINES", "Tiny", "generator", "made", "redrawn", "sample"]
+__all__ = ["PIPELINES", "Tiny", "generator", "made", "redrawn", "sample", "short"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,20 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+BLOCKS = {"blocks": "num_layers", "transformer_blocks": "num_layers", "single_transformer_blocks": "num_single_layers"}
+
+
+def short(case: str, seed: int = 0) -> nn.Module:
+    """A model of the zoo with one block of each kind: how long it takes to compile grows with the blocks."""
+    model = build(case, seed)
+    for name, option in BLOCKS.items():
+        blocks = getattr(model, name, None)
+        if blocks is not None and len(blocks) > 1:
+            setattr(model, name, blocks[:1])
+            model.register_to_config(**{option: 1})
+    return model
+
+
 def _quiet(pipe: Any) -> Any:
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -54,8 +68,8 @@ def _wan(second: bool = False, expand: bool = False) -> Any:
             text_encoder=None,
             vae=None,
             scheduler=scheduler,
-            transformer=build("wan"),
-            transformer_2=build("wan", seed=1) if second else None,
+            transformer=short("wan"),
+            transformer_2=short("wan", seed=1) if second else None,
             boundary_ratio=0.875 if second else None,
             expand_timesteps=expand,
         )
@@ -116,7 +130,7 @@ def _hunyuan() -> Any:
         HunyuanVideoPipeline(
             text_encoder=None,
             tokenizer=None,
-            transformer=build("hunyuan_video"),
+            transformer=short("hunyuan_video"),
             vae=None,
             scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
             text_encoder_2=None,
@@ -130,7 +144,7 @@ def _cogvideox() -> Any:
 
     return _quiet(
         CogVideoXPipeline(
-            tokenizer=None, text_encoder=None, vae=None, transformer=build("cogvideox"), scheduler=CogVideoXDDIMScheduler()
+            tokenizer=None, text_encoder=None, vae=None, transformer=short("cogvideox"), scheduler=CogVideoXDDIMScheduler()
         )
     )
 
@@ -139,7 +153,7 @@ def _latte() -> Any:
     from diffusers import DDIMScheduler, LattePipeline
 
     return _quiet(
-        LattePipeline(tokenizer=None, text_encoder=None, vae=None, transformer=build("latte"), scheduler=DDIMScheduler())
+        LattePipeline(tokenizer=None, text_encoder=None, vae=None, transformer=short("latte"), scheduler=DDIMScheduler())
     )
 
 
@@ -148,7 +162,7 @@ def _flow(pipeline: str, case: str, **more: Any) -> Any:
 
     parts = {"vae": None, "text_encoder": None, "tokenizer": None, **more}
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-    return _quiet(getattr(diffusers, pipeline)(transformer=build(case), scheduler=scheduler, **parts))
+    return _quiet(getattr(diffusers, pipeline)(transformer=short(case), scheduler=scheduler, **parts))
 
 
 def _solver(pipeline: str, case: str) -> Any:
@@ -156,7 +170,7 @@ def _solver(pipeline: str, case: str) -> Any:
 
     scheduler = diffusers.DPMSolverMultistepScheduler()
     return _quiet(
-        getattr(diffusers, pipeline)(tokenizer=None, text_encoder=None, vae=None, transformer=build(case), scheduler=scheduler)
+        getattr(diffusers, pipeline)(tokenizer=None, text_encoder=None, vae=None, transformer=short(case), scheduler=scheduler)
     )
 
 
@@ -180,7 +194,7 @@ def _allegro() -> Any:
             tokenizer=None,
             text_encoder=None,
             vae=vae,
-            transformer=build("allegro"),
+            transformer=short("allegro"),
             scheduler=EulerAncestralDiscreteScheduler(),
         )
     )
