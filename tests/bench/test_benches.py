@@ -19,6 +19,7 @@ pytest.importorskip("diffusers")
 
 from bench.common import Bench
 from bench.solvers import generate
+from tests.support.thorough import some
 from vdcache.demo import fixed
 from vdcache.demo.model import DemoConfig, DemoDiT
 from vdcache.demo.run import Row
@@ -27,10 +28,10 @@ ROOT = Path(__file__).parents[2]
 BENCHES = sorted(p.stem for p in (ROOT / "bench").glob("*.py") if p.stem not in ("__init__", "common"))
 
 
-def small(*args):
+def small(*args, num_layers=2):
     """In the place of the shipped model, or of a bench's own."""
     torch.manual_seed(0)
-    return DemoDiT(DemoConfig(num_layers=2)).eval().requires_grad_(False)
+    return DemoDiT(DemoConfig(num_layers=num_layers)).eval().requires_grad_(False)
 
 
 DEMO_ROW = Row("adacache-fast", 10, 30, 1.0, 2.8, 29.0, 0.85, 2.25, 10.0)
@@ -41,7 +42,7 @@ FIRST_ROW = {
     "demo": ((), {"run_demo": lambda out, rounds: [DEMO_ROW]}, ()),
     "export": (
         ("--rounds", "1", "--no-aoti"),
-        {"STEPS": 2, "FORMS": ("onnx",), "generation": lambda steps: fixed.generation(steps=steps, model=small())},
+        {"STEPS": 2, "FORMS": ("onnx",), "generation": lambda steps: fixed.generation(steps=steps, model=small(num_layers=1))},
         ("onnx", "onnxruntime"),
     ),
     "methods": (("--videos", "1"), {"STEPS": 2}, ("cache_dit",)),
@@ -132,13 +133,16 @@ def test_every_planted_bug_has_its_place():
 
 
 @pytest.mark.slow
-def test_the_gpu_session_runs_without_a_gpu(tmp_path):
+@pytest.mark.parametrize("section", some(["all", "host"], "host".__eq__))
+def test_the_gpu_session_runs_without_a_gpu(section, tmp_path):
     """Its sections are fenced, so that a bug in one shows in its rows alone."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     env.pop("TRITON_INTERPRET", None)  # the kernel, interpreted, would take minutes, and has tests of its own
     command = [sys.executable, "-m", "bench.gpu_session", "--tiny", "--out", str(tmp_path)]
+    command += [] if section == "all" else ["--only", section]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert not [r for r in rows if "error" in r or r["case"] == "failed"]
-    assert {r["section"] for r in rows if "skipped" not in r} >= {"model", "attention", "host"}
+    wanted = {"model", "attention", "host"} if section == "all" else {section}
+    assert {r["section"] for r in rows if "skipped" not in r} >= wanted

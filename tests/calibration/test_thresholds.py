@@ -16,6 +16,7 @@ from rich.console import Console
 
 import vdcache
 from tests.calibration.samplers import TEXT, euler, generate, multistep, sigmas, time
+from tests.support.thorough import in_turn, some
 from vdcache import Recipe, VdcacheWarning
 from vdcache.calibration import Calibration, Thresholds
 from vdcache.calibration.choose import BUDGET
@@ -251,7 +252,10 @@ def test_goals_out_of_reach_name_the_best():
 
 @pytest.mark.parametrize(
     ("goal", "num_steps"),
-    [({"speedup": 2.0}, STEPS), ({"quality_db": 30.0}, STEPS), ({}, STEPS), ({"speedup": 1.5}, STEPS)],
+    some(
+        [({"speedup": 2.0}, STEPS), ({"quality_db": 30.0}, STEPS), ({}, STEPS), ({"speedup": 1.5}, STEPS)],
+        lambda case: case[0].get("speedup") != 1.5,
+    ),
     ids=["speedup", "quality", "default", "slow"],
 )
 def test_what_is_calibrated_is_followed_from_the_first_generation(goal, num_steps, folder):
@@ -282,8 +286,7 @@ def test_the_psnr_is_that_of_the_schedule_on_the_prompts():
     assert max(t.psnr for t in found.tried if len(t.computed) == len(found.schedule.computed)) >= found.schedule.psnr - 1e-9
 
 
-@pytest.mark.parametrize("goal", [{"speedup": 2.0}, {"speedup": 1.2}, {}], ids=["2x", "1.2x", "default"])
-@pytest.mark.parametrize("prompts", [1, 3])
+@pytest.mark.parametrize(("prompts", "goal"), in_turn([1, 3], [{"speedup": 2.0}, {}, {"speedup": 1.2}]))
 def test_it_costs_at_most_three_generations_a_prompt(prompts, goal):
     with vdcache.record() as history:
         calibrate(small(), prompts=range(prompts), **goal)
@@ -372,7 +375,7 @@ def uninterrupted():
     return calibrate(small(), None, run, speedup=2.0), tuple(ran)
 
 
-@pytest.mark.parametrize("stop", [1, 2, 3, 5, 7])
+@pytest.mark.parametrize("stop", some([1, 2, 3, 5, 7], {1, 3, 7}.__contains__))
 def test_interrupted_and_resumed_gives_the_same(stop, tmp_path):
     whole, ran = uninterrupted()
     assert len(ran) > stop

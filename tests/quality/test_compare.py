@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import math
@@ -61,9 +62,12 @@ def test_ssim_by_hand():
 
 
 @pytest.mark.parametrize("kind", ["mp4", "gif", "folder", "pt", "npy", "safetensors"])
-def test_every_kind_of_input(kind, tmp_path):
+def test_every_kind_of_input(kind, tmp_path, monkeypatch):
     from safetensors.torch import save_file
 
+    monkeypatch.setattr(
+        gc, "collect", lambda *args: 0
+    )  # imageio asks for it after each video: half a minute in a long run of tests
     paths = []
     for seed in (0, 3):
         frames = video(seed=seed)

@@ -9,6 +9,7 @@ import torch
 
 import vdcache
 from tests.support.histories import Machine, histories
+from tests.support.thorough import examples
 from vdcache.testing import TinyDiT, latent, time_of
 
 
@@ -16,7 +17,7 @@ def test_nothing_is_stale_whatever_happens_and_reuse_happens_where_it_may():
     """Thousands of them run under `make thorough`."""
     may: Counter[str] = Counter()
     did: Counter[str] = Counter()
-    for machine in histories(40):
+    for machine in histories(examples(40, 20)):
         assert not machine.stale, "\n".join(machine.stale)
         may += machine.may
         did += machine.did
