@@ -13,6 +13,7 @@ from torch import nn
 
 import vdcache
 from tests.support.drift import Drift
+from tests.support.thorough import examples, in_turn
 from vdcache import Recipe
 from vdcache.errors import ConfigError
 from vdcache.ir.dump import dump
@@ -122,7 +123,7 @@ def test_nothing_of_a_generation_before_enters_a_prediction():
 
 
 @given(st.sets(st.integers(0, 7), min_size=1), st.integers(0, 3))
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=examples(20, 8))
 @torch.no_grad()
 def test_any_schedule_against_the_recursion_by_hand(steps, order):
     torch._dynamo.reset()
@@ -303,8 +304,7 @@ class Loud(TinyDiT):
 PREDICTORS = [Taylor(1), Taylor(2), Scaled(1.5), Extrapolated(3.0)]
 
 
-@pytest.mark.parametrize("predictor", PREDICTORS, ids=str)
-@pytest.mark.parametrize("merged", [True, False])
+@pytest.mark.parametrize(("predictor", "merged"), in_turn(PREDICTORS, [True, False]), ids=str)
 @torch.no_grad()
 def test_predictions_stay_within_float16(merged, predictor):
     """Values that grow by 10,000 a step, and stop growing before the end of float16 where prediction begins."""
@@ -362,9 +362,10 @@ def test_types_with_room_are_not_clamped(kind):
 
 
 @pytest.mark.parametrize(
-    "recipe", ["every-3", "taylorseer-3-1", "fbcache-9", "teacache-0.5", vdcache.methods.adacache([(1e9, 5)])], ids=str
+    ("recipe", "first"),
+    in_turn(["every-3", "taylorseer-3-1", "fbcache-9", "teacache-0.5", vdcache.methods.adacache([(1e9, 5)])], [0, 6, 15]),
+    ids=str,
 )
-@pytest.mark.parametrize("first", [0, 6, 15])
 @torch.no_grad()
 def test_what_is_no_number_is_not_reused(first, recipe):
     """Steps that are given NaN, up to a computed one: the next ones compute until one gives numbers, and vdcache says so once."""

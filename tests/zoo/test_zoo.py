@@ -30,6 +30,8 @@ LIKE = {
     "cogview4": "qwenimage",
     "joyimage": "qwenimage",
     "krea2": "z_image",
+    "lumina2": "z_image",
+    "qwenimage21": "omnigen",
     "ernie_image": "lumina",
     "ideogram4": "lumina",
     "nucleus_image": "prx",
