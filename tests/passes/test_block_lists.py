@@ -29,7 +29,7 @@ lists = st.sets(st.integers(0, BLOCKS - 1), min_size=1, max_size=BLOCKS)
 
 
 @given(lists, st.booleans(), st.sampled_from(["run", "block"]), st.sets(st.integers(0, STEPS - 1), min_size=1))
-@settings(deadline=None, max_examples=examples(30, 8), suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=examples(30, 5), suppress_health_check=list(HealthCheck))
 @torch.no_grad()
 def test_random_block_lists_against_deltas_by_hand(blocks, two, span, steps):
     torch._dynamo.reset()
@@ -53,7 +53,7 @@ def test_random_block_lists_against_deltas_by_hand(blocks, two, span, steps):
 
 
 @given(lists, st.booleans())
-@settings(deadline=None, max_examples=examples(20, 8))
+@settings(deadline=None, max_examples=examples(20, 5))
 def test_a_skipped_run_is_gone(blocks, two):
     graph = guarded(MODELS[two], *call(0), more=(MergeSlots(),)) if len(blocks) == BLOCKS else _guarded(two, blocks)
     if cache_guards(graph.graph):
@@ -66,7 +66,7 @@ def _guarded(two, blocks):
 
 
 @given(lists, lists, st.booleans(), st.sampled_from(["split", "alternate"]))
-@settings(deadline=None, max_examples=examples(15, 6), suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=examples(15, 4), suppress_health_check=list(HealthCheck))
 @torch.no_grad()
 def test_two_lists_in_turn(one, other, two, reuse):
     other = other - one
