@@ -18,7 +18,6 @@ from torch import fx
 from vdcache.ir.facts import Fact
 from vdcache.ir.ops import VIEWS, is_effectful, same_type
 from vdcache.passes.base import Pass, PassResult, drop_dead_code
-from vdcache.patterns.analysis import forget
 
 aten = torch.ops.aten
 _COPIES = (aten._to_copy.default, aten.to.dtype, aten.type_as.default, aten.clone.default)
@@ -69,8 +68,6 @@ class Canonicalise(Pass):
                 node.target, node.args, node.kwargs = aten._to_copy.default, node.args[:1], {"dtype": node.meta["val"].dtype}
                 rewrites += 1
         rewrites += drop_dead_code(graph.graph, keep=is_effectful)
-        if rewrites:
-            forget(graph)
         return PassResult(graph, rewrites)
 
 

@@ -19,7 +19,6 @@ from torch import fx
 from vdcache.errors import ConfigError, ContractError
 from vdcache.ir.dump import dump
 from vdcache.ir.facts import Fact, check, holding
-from vdcache.patterns.analysis import stale
 
 __all__ = ["Contract", "check_facts", "check_options", "failed", "is_third_party"]
 
@@ -137,10 +136,5 @@ class Contract:
             raise ContractError(f"after '{self._pass}' the graph is no graph: {reason}") from error
         for fact in self._facts:
             check(fact, graph.graph, after=f"'{self._pass}'")
-        if node := stale(graph):
-            raise ContractError(
-                f"'{self._pass}' changed '{node}', and the analysis that was read before still names it: call "
-                "vdcache.patterns.analysis.forget(graph) after such a rewrite"
-            )
         if not rewrites and dump(graph) != self._text:
             raise ContractError(f"'{self._pass}' reports no rewrites, but the graph has changed")

@@ -15,7 +15,6 @@ from torch import fx
 from vdcache.ir import dialect
 from vdcache.ir.ops import is_effectful
 from vdcache.passes.base import Pass, PassResult, drop_dead_code
-from vdcache.patterns.analysis import forget
 
 
 @dataclass(frozen=True)
@@ -26,6 +25,4 @@ class DeadCode(Pass):
 
     def run(self, graph: fx.GraphModule) -> PassResult:
         gone = drop_dead_code(graph.graph, keep=lambda n: is_effectful(n) or dialect.is_dialect(n))
-        if gone:
-            forget(graph)
         return PassResult(graph, gone)

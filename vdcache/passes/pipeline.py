@@ -19,6 +19,7 @@ from vdcache.passes.base import Pass, PassRecord, PassResult, passes_of
 from vdcache.passes.catalogue import known_passes
 from vdcache.passes.contract import Contract, check_facts, check_options, failed, is_third_party
 from vdcache.passes.watching import PipelineObserver
+from vdcache.patterns.analysis import forget, structure
 from vdcache.util.renamed import OPTIONS, current
 
 __all__ = ["Pipeline"]
@@ -30,7 +31,7 @@ class Pipeline:
 
     Args:
         passes: each finds the facts that it requires among those that `given` holds and earlier passes ensure.
-        verify: verify the contract of every pass: what it ensures, the facts that held before, a graph that is one, an analysis that is true, and that
+        verify: verify the contract of every pass: what it ensures, the facts that held before, a graph that is one, and that
             "no rewrites" means unchanged text. Passes of other packages always are.
         given: facts that hold on every captured graph.
         checked: facts that are checked on the graph that comes in.
@@ -91,6 +92,7 @@ class Pipeline:
     @staticmethod
     def _run_one(a_pass: Pass, graph: fx.GraphModule, verify: bool) -> PassResult:
         contract = Contract(a_pass, graph) if verify or is_third_party(a_pass) else None
+        before = structure(graph)
         try:
             result = a_pass.run(graph)
         except VdcacheError:
@@ -101,6 +103,8 @@ class Pipeline:
             raise ContractError(
                 f"'{a_pass}' returned {type(result).__name__}; run returns a PassResult(graph, rewrites, refusals)"
             )
+        if not before <= structure(result.graph):
+            forget(result.graph)
         if contract is not None:
             contract.check(result.graph, result.rewrites)
         return result

@@ -15,7 +15,6 @@ from vdcache.ir.edit import call
 from vdcache.ir.ops import is_effectful, same_type
 from vdcache.ir.tokens import Line, lines_of
 from vdcache.passes.base import Pass, PassResult, Refusal
-from vdcache.patterns.analysis import forget
 from vdcache.patterns.match import Match, Pattern
 
 __all__ = ["Rewrite"]
@@ -73,8 +72,6 @@ class Rewrite(Pass):
                 refusals.append(Refusal(match.root.name, tuple(reasons)))
                 continue
             rewrites += 1
-        if rewrites:
-            forget(graph)
         return PassResult(graph, rewrites, tuple(refusals))
 
     def _put(self, graph: fx.Graph, match: Match, lines: tuple[_Line, ...]) -> str:

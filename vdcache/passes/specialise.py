@@ -27,7 +27,6 @@ from vdcache.ir.ops import CASTS, VIEWS, is_effectful, is_work
 from vdcache.passes.base import Pass, PassResult, drop_dead_code
 from vdcache.passes.predictors import LAST, ByGroup, LastValue, Predictor, StepInfo, predictor_of, read_predictor
 from vdcache.passes.sums import sums_of
-from vdcache.patterns.analysis import forget
 from vdcache.util.slots import group_of
 
 __all__ = ["Specialise", "VariantIO", "contiguous", "variant_io"]
@@ -202,7 +201,6 @@ class Specialise(Pass):
         graph.meta["vdcache.variant"] = VariantIO(
             saves=tuple(saved), emits=tuple(emitted), measures=tuple(measures), **added.finish()
         )
-        forget(graph)
         return PassResult(graph, rewrites=len(marks) + writes)
 
     def _keeps(self, slot: str) -> bool:

@@ -26,7 +26,6 @@ from vdcache.ir.ops import SLICES, VIEWS, is_effectful, tensor_of
 from vdcache.passes.base import Pass, PassResult, Refusal, drop_dead_code
 from vdcache.passes.specialise import contiguous
 from vdcache.passes.sums import sums_of
-from vdcache.patterns.analysis import forget
 
 __all__ = ["HeadIO", "SplitAtProbe", "head_io"]
 
@@ -110,7 +109,6 @@ class SplitAtProbe(Pass):
         else:
             self._head(graph, marks, crossing)
         drop_dead_code(g, keep=_stays if self.part == "tail" else None)
-        forget(graph)
         return PassResult(graph, len(marks), tuple(refusals))
 
     def _without_guards(self, g: fx.Graph, first: set[fx.Node]) -> list[Refusal]:

@@ -23,7 +23,6 @@ from vdcache.ir.facts import Fact
 from vdcache.ir.ops import ATTENTION, tensor_of
 from vdcache.passes.base import Pass, PassResult, Refusal
 from vdcache.patterns import Attention, GraphAnalysis, Grid, NoMatch, analyze
-from vdcache.patterns.analysis import forget
 from vdcache.patterns.attention import video_span
 from vdcache.util.checks import video_grid, whole_numbers
 
@@ -95,8 +94,6 @@ class TileAttention(Pass):
                 f"{self.name}: no attention of this model can have the mask {', '.join(self.masks)}:\n"
                 + "\n".join(map(str, refusals))
             )
-        if rewrites:
-            forget(graph)
         return PassResult(graph, rewrites, tuple(refusals))
 
     def _chosen(self, found: GraphAnalysis) -> list[tuple[Attention, str]]:

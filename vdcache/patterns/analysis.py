@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from vdcache.ir.capture import last_line, readable, signature
+from vdcache.ir.dialect import cache_guard, is_dialect
 from vdcache.ir.ops import CASTS, is_work, tensor_of
 from vdcache.patterns import blocks, conditioning, cost
 from vdcache.patterns.attention import AttentionMatch, attention_matches, describe
@@ -19,7 +20,7 @@ from vdcache.patterns.index import Index
 from vdcache.patterns.residual import ResidualAdd, asked, find_residual_adds
 from vdcache.patterns.streams import Streams
 
-__all__ = ["analyze", "forget", "stale"]
+__all__ = ["analyze", "forget", "structure"]
 
 aten = torch.ops.aten
 
@@ -32,22 +33,25 @@ def forget(graph: fx.GraphModule) -> None:
     graph.meta.pop(_CACHE, None)
 
 
-def stale(graph: fx.GraphModule) -> str:
-    """A node that the analysis names and the graph no longer has, or that is no longer the attention that it was; "" for none."""
-    if not isinstance(known := graph.meta.get(_CACHE), GraphAnalysis):
-        return ""
-    nodes = {n.name: n for n in graph.graph.nodes}
-    named = {name for b in known.branches for name in (b.residual_add, b.base, b.source, *b.nodes)}
-    if gone := next((name for name in sorted(named) if name not in nodes), None):
-        return gone
-    still = {s.node.name for s in attention_matches(list(nodes.values()))}
-    return next((a.node for a in known.attentions if a.node not in still), "")
+def structure(graph: fx.GraphModule) -> set[tuple[Any, ...]]:
+    """What an analysis is read from: every node but the dialect's, with its operation and its inputs, cache guards left out.
+
+    An analysis stays true as long as everything that was in this set is still in it.
+    """
+    computed = (n for n in graph.graph.nodes if n.op != "output" and not is_dialect(n))
+    return {(n, n.target, *map(_without_cache_guard, n.all_input_nodes)) for n in computed}
+
+
+def _without_cache_guard(node: fx.Node) -> Any:
+    while node.target is cache_guard:
+        node = node.args[0]  # type: ignore[assignment]
+    return node
 
 
 def analyze(graph: fx.GraphModule) -> GraphAnalysis:
     """Everything the patterns find in a canonical graph.
 
-    The answer names nodes and is kept in `graph.meta`: passes that only add dialect nodes leave it true.
+    The answer names nodes and is kept in `graph.meta`. A pipeline drops it after a pass that changed what it was read from.
     """
     if isinstance(known := graph.meta.get(_CACHE), GraphAnalysis):
         return known
