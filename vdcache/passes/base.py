@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -149,17 +149,22 @@ def copy_meta(node: fx.Node, a_pass: str, like: fx.Node, value: torch.Tensor | N
     return node
 
 
-def put_cache_guard(value: fx.Node, slot: str, a_pass: Pass, base: fx.Node | None = None) -> fx.Node:
+def put_cache_guard(
+    value: fx.Node, slot: str, a_pass: Pass, base: fx.Node | None = None, users: Collection[fx.Node] | None = None
+) -> fx.Node:
     """Insert a cache guard after `value` and redirect its users to it.
 
     Steps that reuse the slot's group skip every operation that only `value` needed.
 
     Args:
         slot: "group/name", unlike every other slot of the graph.
-        base: what is subtracted before the value is kept, and added to what was kept; computed before the value, of its type.
+        base: what is subtracted before the value is kept, and added to what was kept; of the value's type.
+        users: the only ones that are redirected. Default: all.
     """
-    with value.graph.inserting_after(value):
+    with value.graph.inserting_after(value if base is None else max(value, base)):
         cache_guard = value.graph.call_function(dialect.cache_guard, (value, slot) if base is None else (value, slot, base))
     copy_meta(cache_guard, str(a_pass), value)
-    value.replace_all_uses_with(cache_guard, delete_user_cb=lambda user: user is not cache_guard)
+    moved = [user for user in (value.users if users is None else users) if user is not cache_guard]
+    for user in moved:
+        user.replace_input_with(value, cache_guard)
     return cache_guard

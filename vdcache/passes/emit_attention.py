@@ -80,9 +80,7 @@ class EmitAttention(Pass):
         def op(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
             return call(graph, target, *args, provenance=str(self), **kwargs)
 
-        with graph.inserting_after(site.node):
-            mark = graph.call_function(dialect.emit, ())
-        with graph.inserting_before(mark):
+        with graph.inserting_before(site.node.next):
             received = _received(graph, site, op)
             sums = received.meta["val"]
             if not all(isinstance(s, int) for s in sums.shape):
@@ -108,8 +106,7 @@ class EmitAttention(Pass):
             if layout == "temporal":
                 value = op(aten.transpose.int, value, 1, 2)
             value = op(aten.reshape.default, value, [batch, grid.tokens])
-        mark.args = (value, attention.node)
-        copy_meta(mark, str(self), value)
+            copy_meta(graph.call_function(dialect.emit, (value, attention.node)), str(self), value)
 
 
 class _NotEmitted(Exception):

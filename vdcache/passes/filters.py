@@ -48,17 +48,13 @@ def filtered(graph: fx.GraphModule, value: fx.Node, name: str, *, provenance: st
     else:
         return NoMatch(value.name, "the graph does not show the grid of its tokens, which the filter runs over")
     given = [n for n in graph.graph.nodes if n.op == "placeholder"]
-    with graph.graph.inserting_after(value if value.op == "call_function" else given[-1]):
-        mark = graph.graph.call_function(torch.ops.aten.alias.default, (value,))
 
     def run(x: Tensor, timestep: Tensor) -> Tensor:
         time = timestep.float().amax()
         return FILTERS[name](x.float().reshape(shape), torch.where(time > 1, time / 1000, time), axes).reshape(tensor.shape)
 
-    with graph.graph.inserting_before(mark):
-        result = inline(graph.graph, run, (value, timestep), provenance=provenance)
-    graph.graph.erase_node(mark)
-    return result
+    with graph.graph.inserting_before((value if value.op == "call_function" else given[-1]).next):
+        return inline(graph.graph, run, (value, timestep), provenance=provenance)
 
 
 def _frames_are_folded(grid: Grid | None, shape: Sequence[int]) -> bool:

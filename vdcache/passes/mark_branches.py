@@ -18,7 +18,7 @@ from vdcache.errors import ConfigError
 from vdcache.ir import dialect
 from vdcache.ir.facts import Fact
 from vdcache.ir.ops import same_type
-from vdcache.passes.base import Pass, PassResult, Refusal, copy_meta
+from vdcache.passes.base import Pass, PassResult, Refusal, put_cache_guard
 from vdcache.patterns import ATTENDS, KINDS, Branch, GraphAnalysis, analyze
 from vdcache.util.checks import group_name, whole, whole_numbers
 
@@ -122,7 +122,7 @@ class MarkBranches(Pass):
             kind = "attention" if branch.kind in ATTENDS else branch.kind
             group = f"b{number[branch.block]}.{kind}" if self.per_block else self.group
             slot = _free(f"{group}/{branch.name}", used)
-            if reason := self._guard(graph.graph, branch, nodes, slot):
+            if reason := self._guard(branch, nodes, slot):
                 refusals.append(Refusal(branch.residual_add, (reason,)))
                 continue
             used.add(slot)
@@ -151,30 +151,21 @@ class MarkBranches(Pass):
     def _called(self) -> str:
         return f"{self.block_kind} blocks that attend over video tokens".strip()
 
-    def _guard(self, graph: fx.Graph, branch: Branch, nodes: dict[str, fx.Node], slot: str) -> str | None:
+    def _guard(self, branch: Branch, nodes: dict[str, fx.Node], slot: str) -> str | None:
         """Guard one branch in place; the reason where that cannot be done."""
         residual_add = nodes[branch.residual_add]
         if branch.contribution is None:
             base = dialect.with_cache_guard(nodes[branch.base])
             if not same_type(base, residual_add):
                 return f"the sum is {residual_add.meta['val'].dtype}, its stream {base.meta['val'].dtype}"
-            with graph.inserting_after(residual_add):
-                marked = copy_meta(
-                    graph.call_function(dialect.cache_guard, (residual_add, slot, base)), str(self), residual_add
-                )
-            residual_add.replace_all_uses_with(marked, delete_user_cb=lambda user: user is not marked)
+            put_cache_guard(residual_add, slot, self, base)
             return None
         value = nodes[branch.contribution]
         at_gate = self.gate == "pre" and branch.pre_gate is not None
         fresh = nodes[branch.pre_gate] if at_gate and branch.pre_gate else value
         if any(dialect.is_dialect(u) for u in fresh.users):
             return f"'{fresh.name}' is guarded already"
-        with graph.inserting_after(fresh):
-            marked = copy_meta(graph.call_function(dialect.cache_guard, (fresh, slot)), str(self), fresh)
-        if at_gate:
-            fresh.replace_all_uses_with(marked, delete_user_cb=lambda user: user is not marked)
-        else:
-            residual_add.replace_input_with(value, marked)
+        put_cache_guard(fresh, slot, self, users=None if at_gate else (residual_add,))
         return None
 
 

@@ -16,12 +16,11 @@ import torch
 from torch import fx
 
 from vdcache.errors import CaptureError, ConfigError
-from vdcache.ir import dialect
 from vdcache.ir.capture import signature
 from vdcache.ir.edit import add_input, call, copy_graph, inputs, outputs, set_output, set_outputs
 from vdcache.ir.facts import Fact
 from vdcache.ir.ops import is_effectful, tensor_of
-from vdcache.passes.base import Pass, PassResult, Refusal, copy_meta, drop_dead_code
+from vdcache.passes.base import Pass, PassResult, Refusal, drop_dead_code, put_cache_guard
 from vdcache.passes.halve_batch import halve
 from vdcache.passes.values import output
 from vdcache.patterns import NoMatch, analyze
@@ -127,7 +126,8 @@ class MarkLanes(Pass):
             first = call(g, aten.slice.Tensor, value, 0, 0, rows // 2, provenance=str(self))
             second = call(g, aten.slice.Tensor, value, 0, rows // 2, rows, provenance=str(self))
             own, base = (first, second) if self.predicted == "first" else (second, first)
-            marked = copy_meta(g.call_function(dialect.cache_guard, (own, f"{self.group}/output", base)), str(self), own)
+        marked = put_cache_guard(own, f"{self.group}/output", self, base, users=())
+        with g.inserting_before(g.output_node()):
             order = [marked, base] if self.predicted == "first" else [base, marked]
             joined = call(g, aten.cat.default, order, provenance=str(self))
         set_output(g, position, joined)
@@ -139,9 +139,7 @@ class MarkLanes(Pass):
     def _in_calls(self, graph: fx.GraphModule, value: fx.Node, position: int) -> PassResult:
         g = graph.graph
         pair = add_input(g, "pair", value.meta["val"], str(self))
-        with g.inserting_before(g.output_node()):
-            marked = copy_meta(g.call_function(dialect.cache_guard, (value, f"{self.group}/output", pair)), str(self), value)
-        set_output(g, position, marked)
+        set_output(g, position, put_cache_guard(value, f"{self.group}/output", self, pair, users=()))
         graph.meta["vdcache.lanes"] = LanesIO("calls", self.group, position, pair_value=pair.meta["val"])
         return PassResult(graph, 1)
 

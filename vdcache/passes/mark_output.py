@@ -14,11 +14,10 @@ from typing import ClassVar
 from torch import fx
 
 from vdcache.errors import ConfigError
-from vdcache.ir import dialect
 from vdcache.ir.edit import set_output
 from vdcache.ir.facts import Fact
 from vdcache.ir.ops import same_type
-from vdcache.passes.base import Pass, PassResult, Refusal, copy_meta
+from vdcache.passes.base import Pass, PassResult, Refusal, put_cache_guard
 from vdcache.passes.values import find, output
 from vdcache.patterns import NoMatch, analyze
 from vdcache.util.checks import group_name
@@ -60,7 +59,7 @@ class MarkOutput(Pass):
         if not found.branches:
             return PassResult(graph, 0, (Refusal(value.name, ("no residual stream leads to it",)),))
         refusals = []
-        base: tuple[fx.Node, ...] = ()
+        base = None
         if self.base == "input":
             latent = find(graph, "input", provenance=str(self))
             if isinstance(latent, NoMatch):
@@ -70,8 +69,6 @@ class MarkOutput(Pass):
                 reason = f"the output is {tuple(b.shape)} {b.dtype}, the latent {tuple(a.shape)} {a.dtype}: the output itself is kept"
                 refusals.append(Refusal(value.name, (reason,)))
             else:
-                base = (latent,)
-        with g.inserting_before(g.output_node()):
-            marked = copy_meta(g.call_function(dialect.cache_guard, (value, f"{self.group}/output", *base)), str(self), value)
-        set_output(g, position, marked)
+                base = latent
+        set_output(g, position, put_cache_guard(value, f"{self.group}/output", self, base, users=()))
         return PassResult(graph, 1, tuple(refusals))

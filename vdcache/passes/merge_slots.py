@@ -24,7 +24,7 @@ from vdcache.ir.capture import signature
 from vdcache.ir.edit import call, inputs, outputs
 from vdcache.ir.facts import Fact
 from vdcache.ir.ops import CASTS, VIEWS, same_type
-from vdcache.passes.base import Pass, PassResult, Refusal, copy_meta
+from vdcache.passes.base import Pass, PassResult, Refusal, put_cache_guard
 from vdcache.patterns import analyze
 from vdcache.util.checks import group_name
 from vdcache.util.slots import group_of
@@ -104,9 +104,7 @@ class MergeSlots(Pass):
             link.cache_guard.replace_all_uses_with(link.cache_guard.args[0])  # type: ignore[arg-type]
             graph.erase_node(link.cache_guard)
         end = _after_casts(end)
-        with graph.inserting_after(end):
-            marked = graph.call_function(dialect.cache_guard, ())
-        with graph.inserting_before(marked):
+        with graph.inserting_before(end.next):
             base = start
             for view in views:
                 # the start may lie otherwise in memory than the value that was viewed
@@ -114,9 +112,7 @@ class MergeSlots(Pass):
                 base = call(graph, target, base, *view.args[1:], provenance=str(self), **view.kwargs)
             if not same_type(base, end):
                 base = call(graph, aten._to_copy.default, base, dtype=end.meta["val"].dtype, provenance=str(self))
-        end.replace_all_uses_with(marked)
-        marked.args = (end, slot, base)
-        copy_meta(marked, str(self), end)
+        put_cache_guard(end, slot, self, base)
 
 
 def _by_block(graph: fx.GraphModule, run: Sequence[Link]) -> list[list[Link]]:

@@ -89,14 +89,13 @@ class Observe(Pass):
                     Refusal(branch.residual_add, ("the graph does not show its latent frames, so motion is not measured",))
                 )
             value = self._value(branch, nodes)
-            with graph.graph.inserting_after(value):
-                mark = graph.graph.call_function(dialect.observe, ())
-            if value.meta["val"].dtype != nodes[branch.source].meta["val"].dtype:
-                with graph.graph.inserting_before(mark):
-                    dtype = nodes[branch.source].meta["val"].dtype
-                    value = call(graph.graph, aten._to_copy.default, value, dtype=dtype, provenance=str(self))
             strides = tuple(i for i in self.strides if i < frames)
-            mark.args = (value, f"{self.group}/observed.{branch.name}", self.distance, strides, frames if strides else 0)
+            with graph.graph.inserting_before(value.next):
+                if value.meta["val"].dtype != (dtype := nodes[branch.source].meta["val"].dtype):
+                    value = call(graph.graph, aten._to_copy.default, value, dtype=dtype, provenance=str(self))
+                name = f"{self.group}/observed.{branch.name}"
+                observed = (value, name, self.distance, strides, frames if strides else 0)
+                mark = graph.graph.call_function(dialect.observe, observed)
             copy_meta(mark, str(self), value)
             rewrites += 1
         return PassResult(graph, rewrites, tuple(refusals))

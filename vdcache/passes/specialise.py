@@ -237,9 +237,8 @@ class Specialise(Pass):
         slot = str(cache_guard.args[1])
         predictor = predictor_of(self.predictor, group_of(slot))
         new, base = cache_guard.args[0], cache_guard.args[2] if len(cache_guard.args) > 2 else None
-        with g.inserting_after(cache_guard):
-            mark = g.call_function(dialect.cache_guard, ())
-        with g.inserting_before(mark):
+        after = cache_guard.next
+        with g.inserting_before(after):
             if isinstance(base, fx.Node):
                 if predictor.tensors > 1:  # differences of differences: formed in float32 from the start
                     new, base = (
@@ -252,9 +251,7 @@ class Specialise(Pass):
                 previous = [added.input("before", name, like) for name in _names(predictor, slot)]
             step_info = added.time(group_of(slot), cache_guard.meta["val"])
             values = _traced(g, predictor, "store", (new, previous, step_info), cache_guard.meta["val"], provenance=str(self))
-        kept = {name: contiguous(g, v, mark, str(self)) for name, v in zip(_names(predictor, slot), values, strict=True)}
-        g.erase_node(mark)
-        return kept
+        return {name: contiguous(g, v, after, str(self)) for name, v in zip(_names(predictor, slot), values, strict=True)}
 
 
 def _traced(g: fx.Graph, predictor: Predictor, what: str, args: Any, like: torch.Tensor, provenance: str) -> list[fx.Node]:

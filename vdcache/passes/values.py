@@ -91,22 +91,13 @@ def _residual(
     if not own:
         return NoMatch("output", "no stream of latent tokens runs through the blocks")
     end = nodes[own[-1].residual_add]
-    with g.inserting_after(end if not end.users else dialect.with_cache_guard(end)):
-        mark = g.call_function(dialect.emit, ())  # a place to insert before
-    with g.inserting_before(mark):
+    with g.inserting_before(dialect.with_cache_guard(end).next):
         after = _latent_part(g, found, own[-1], end, provenance)
         before = _latent_part(g, found, own[0], nodes[own[0].base], provenance)
-        same = _sizes(tensor_of(after)) == _sizes(tensor_of(before))
-        value: fx.Node | NoMatch
-        if same:
-            value = call(g, aten.sub.Tensor, after, before, provenance=provenance)
-        else:
-            value = NoMatch(
-                own[-1].residual_add,
-                f"the latent tokens are {_sizes(tensor_of(after))} here and were {_sizes(tensor_of(before))}",
-            )
-    g.erase_node(mark)
-    return value
+        now, then = _sizes(tensor_of(after)), _sizes(tensor_of(before))
+        if now != then:
+            return NoMatch(own[-1].residual_add, f"the latent tokens are {now} here and were {then}")
+        return call(g, aten.sub.Tensor, after, before, provenance=provenance)
 
 
 def _latent_part(g: fx.Graph, found: GraphAnalysis, branch: Branch, value: fx.Node, provenance: str) -> fx.Node:
