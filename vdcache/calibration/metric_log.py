@@ -11,9 +11,10 @@ from torch import Tensor
 
 from vdcache.calibration.tables import LIMIT
 from vdcache.errors import ConfigError
-from vdcache.policies.base import Deciding, Policy
+from vdcache.policies.base import Policy
 from vdcache.policies.metrics import MetricSpec, MetricValue, measured
 from vdcache.policies.plan import Plan
+from vdcache.policies.simulate import simulate
 from vdcache.runtime.call import ProbeSpec
 from vdcache.util.slots import group_of
 
@@ -127,25 +128,19 @@ def replayed(policy: Policy, seen: MetricLog) -> list[Plan]:
     A cached generation drifts from it, so this is what to expect, not what will be.
     """
     groups = frozenset(g for p in policy.plans() for g in p.reuse)
-    state = policy.start(seen.steps, None)
     last: dict[str, int] = {}
-    plans = []
-    for step in range(seen.steps):
-        plan = policy.plan(state, step, seen.times[: step + 1])
-        if plan is None:
-            probe = tuple(
-                seen.pairs[name][since, step]
-                for name, kind in seen.probes.items()
-                if (since := step - 1 if kind == "step" else last.get(group_of(name), -1)) >= 0
-            )
-            assert isinstance(policy, Deciding)
-            state, plan = policy.decide(state, step, probe or None)
+
+    def probed(step: int) -> tuple[MetricValue, ...] | None:
+        since = {n: step - 1 if kind == "step" else last.get(group_of(n), -1) for n, kind in seen.probes.items()}
+        return tuple(seen.pairs[name][early, step] for name, early in since.items() if early >= 0) or None
+
+    def observed(step: int, plan: Plan) -> tuple[MetricValue, ...] | None:
         measures = tuple(
             own[last[group], step]
             for name, own in seen.pairs.items()
             if name not in seen.probes and (group := group_of(name)) in last and group not in plan.reuse
         )
-        state = policy.observe(state, step, plan, measures or None)
-        last |= dict.fromkeys(groups - plan.reuse, step)
-        plans.append(plan)
-    return plans
+        last.update(dict.fromkeys(groups - plan.reuse, step))
+        return measures or None
+
+    return simulate(policy, seen.steps, times=seen.times, probed=probed, observed=observed)

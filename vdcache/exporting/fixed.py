@@ -27,6 +27,7 @@ from vdcache.methods import recipe as named
 from vdcache.methods.recipe import Recipe
 from vdcache.passes.predictors import StepInfo
 from vdcache.policies.plan import Plan
+from vdcache.policies.simulate import simulate
 from vdcache.util.files import text_of
 from vdcache.util.sizes import is_symbolic
 
@@ -229,12 +230,13 @@ def _plans(program: Program, recipe: Recipe, steps: int) -> list[Plan]:
             "one for this model), a list of computed steps, or a recipe that depend on the step number alone, as every-3"
         )
     policy = recipe.policy
-    state = policy.start(steps)
-    asked, plans = [], []
-    for step in range(steps):
-        asked.append(policy.plan(state, step) or Plan())
-        plans.append(program.narrow(asked[-1]))
-        state = policy.observe(state, step, plans[-1], None)
+    asked: list[Plan] = []
+
+    def narrow(plan: Plan) -> Plan:
+        asked.append(plan)
+        return program.narrow(plan)
+
+    plans = simulate(policy, steps, narrow=narrow)
     if any(asked) and not any(plans):
         reasons = dict.fromkeys(why for r in program.refusals for why in r.reasons)
         raise ConfigError(

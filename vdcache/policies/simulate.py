@@ -1,11 +1,12 @@
-"""The most that a policy can reuse, known before anything runs."""
+"""What a policy decides in a generation, without a model; and the most that it can reuse, known before anything runs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
+from vdcache.errors import ConfigError
 from vdcache.policies.adacache import AdaCache, Codebook
 from vdcache.policies.base import Deciding, Policy
 from vdcache.policies.metrics import MetricValue
@@ -14,7 +15,39 @@ from vdcache.policies.scheduled import CombinedPolicy, PlanTable
 from vdcache.policies.thresholds import Threshold
 from vdcache.policies.windows import BroadcastWindow, TimestepWindow
 
-__all__ = ["best_plans", "lowest"]
+__all__ = ["best_plans", "lowest", "simulate"]
+
+
+def simulate(
+    policy: Policy,
+    num_steps: int,
+    *,
+    times: Sequence[float] = (),
+    probed: Callable[[int], Sequence[MetricValue] | None] = lambda step: None,
+    observed: Callable[[int, Plan], Sequence[MetricValue] | None] = lambda step, plan: None,
+    narrow: Callable[[Plan], Plan] = lambda plan: plan,
+) -> list[Plan]:
+    """The plan of each step of one generation.
+
+    Args:
+        times: the timesteps of all steps, where they are known.
+        probed: what a step measures before its plan is chosen, for a policy that decides inside a step.
+        observed: what a step with a plan measures. Default: nothing comparable.
+        narrow: what really runs of a plan. Default: all of it.
+
+    Raises:
+        ConfigError: the policy leaves a step to `decide` and has no such method.
+    """
+    state, plans = policy.start(num_steps), []
+    for step in range(num_steps):
+        plan = policy.plan(state, step, times[: step + 1])
+        if plan is None:
+            if not isinstance(policy, Deciding):
+                raise ConfigError(f"{policy} leaves step {step} to 'decide', and has no such method")
+            state, plan = policy.decide(state, step, probed(step))
+        plans.append(narrow(plan))
+        state = policy.observe(state, step, plans[-1], observed(step, plans[-1]))
+    return plans
 
 
 def best_plans(policy: Policy, num_steps: int) -> list[Plan]:
@@ -27,15 +60,12 @@ def best_plans(policy: Policy, num_steps: int) -> list[Plan]:
     still = [MetricValue(group, 0.0, 0.0, 1.0, 0.0, 0.0) for group in groups]
     # an input that moves and an output that does not, for policies that look at the whole model
     still += [MetricValue("observed.input", 0.0, 1.0, 1.0), MetricValue("observed.output", 0.0, 0.0, 1.0)]
-    state, plans = policy.start(num_steps), []
-    for step in range(num_steps):
-        plan = policy.plan(state, step)
-        if plan is None:
-            assert isinstance(policy, Deciding)
-            state, plan = policy.decide(state, step, still if step else None)
-        plans.append(plan)
-        state = policy.observe(state, step, plan, still if step else None)
-    return plans
+    return simulate(
+        policy,
+        num_steps,
+        probed=lambda step: still if step else None,
+        observed=lambda step, plan: still if step else None,
+    )
 
 
 def _at_best(policy: Policy, num_steps: int) -> Policy:

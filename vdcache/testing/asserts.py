@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import itertools
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -12,16 +13,17 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
-from vdcache.errors import ConfigError, ContractError
+from vdcache.errors import ContractError
 from vdcache.ir.dialect import cache_guards
 from vdcache.ir.dump import dump
 from vdcache.ir.oracle import example_inputs, skipped, unskippable
 from vdcache.ir.parse import parse
 from vdcache.passes import Pass, Pipeline, Specialise
 from vdcache.passes.predictors import Predictor, StepInfo
-from vdcache.policies.base import Deciding, Policy
+from vdcache.policies.base import Policy
 from vdcache.policies.metrics import MetricValue
 from vdcache.policies.plan import Plan
+from vdcache.policies.simulate import simulate
 from vdcache.testing.graphs import Graph, graph_from, run_pass
 from vdcache.util.slots import group_of
 
@@ -199,27 +201,23 @@ def assert_policy(policy: Policy, num_steps: int = 10, changes: Sequence[float] 
 
 
 def _run_policy(policy: Policy, num_steps: int, changes: Sequence[float]) -> list[Plan]:
-    state, plans = policy.start(num_steps), []
     given = itertools.cycle(changes)
 
-    def measured() -> list[MetricValue]:
+    @functools.cache  # what the probe of a step saw is what the step observes
+    def measured(step: int) -> list[MetricValue] | None:
+        if not step:
+            return None
         change = next(given)
         return [MetricValue("all/observed", change, change)]
 
-    for step in range(num_steps):
-        plan, seen = policy.plan(state, step), None
-        if plan is None:
-            if not isinstance(policy, Deciding):
-                raise ConfigError(f"{policy} leaves step {step} to 'decide', and has no such method")
-            seen = measured() if step else None
-            state, plan = policy.decide(state, step, seen)
+    def observed(step: int, plan: Plan) -> list[MetricValue] | None:
         if not isinstance(plan, Plan):
             raise AssertionError(
                 f"{policy} returns {plan!r} for step {step}; a plan is vdcache.Plan() or vdcache.Plan.of([group])"
             )
-        plans.append(plan)
-        state = policy.observe(state, step, plan, (seen or measured()) if step and not plan else None)
-    return plans
+        return None if plan else measured(step)
+
+    return simulate(policy, num_steps, probed=measured, observed=observed)
 
 
 def _texts(plans: Iterable[Plan]) -> str:
