@@ -63,7 +63,13 @@ RESIDUAL = ("tests/patterns/test_residual.py", "tests/passes/test_mark_branches.
 SPECIALISE = ("observe_and_specialise", "merge_slots")
 BUGS = (
     # patterns
-    Bug("a broadcast operand taken for a stream", "patterns/residual.py", "if not _same_shape(x, y):", "if False:", RESIDUAL),
+    Bug(
+        "a broadcast operand taken for a stream",
+        "patterns/residual.py",
+        "if not _same_shape(base, node):",
+        "if False:",
+        RESIDUAL,
+    ),
     Bug(
         "an effect inside a branch ignored",
         "patterns/residual.py",
@@ -209,8 +215,10 @@ BUGS = (
         "return first",
     ),
     _passes("a copy that the caller gets dropped", "canonicalise", " or _is_returned(node)\n", "\n"),
-    _passes("slices in any order taken for the whole", "canonicalise", " or start != at:", ":"),
-    _passes("slices of two tensors taken for one", "canonicalise", "(source is not None and of is not source) or ", ""),
+    _passes("slices in any order taken for the whole", "canonicalise", " or found[2] != at:", ":"),
+    _passes(
+        "slices of two tensors taken for one", "canonicalise", "if source is not None and found[0] is not source:", "if False:"
+    ),
     _passes(
         "random numbers dropped as dead code",
         "dead_code",

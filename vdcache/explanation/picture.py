@@ -191,45 +191,55 @@ def attention_tile(a: Attention) -> str:
     ]
     frames = a.grid.frames if a.grid is not None else 0
     if a.layout in ("spatial", "temporal") and frames > 1:
-        parts.append(
-            f'<rect class="off" x="1" y="1" width="{box}" height="{box}"/>'.replace(f'height="{box}"', f'height="{tall}"')
-        )
-        step = box / frames
-        if a.layout == "spatial":
-            parts += [
-                f'<rect class="on" x="{1 + i * step:.2f}" y="{1 + i * step:.2f}" width="{step:.2f}" height="{step:.2f}"/>'
-                for i in range(frames)
-            ]
-        else:
-            for i in range(frames):
-                for j in range(frames):
-                    parts.append(
-                        f'<line class="on-line" x1="{1 + i * step:.2f}" y1="{1 + j * step:.2f}" x2="{1 + (i + 1) * step:.2f}" y2="{1 + (j + 1) * step:.2f}"/>'
-                    )
+        parts += _within_frames(a.layout, frames, box, tall)
     else:
         parts.append(
             f'<rect class="{"cross" if a.kind == "cross" else "on"}" x="1" y="1" width="{wide:.1f}" height="{tall:.1f}"/>'
         )
-        for span in a.spans:
-            if span.role == "latent" or not a.kv_len:
-                continue
-            x, w = 1 + wide * span.start / a.kv_len, max(1.5, wide * (span.stop - span.start) / a.kv_len)
-            parts.append(f'<rect class="text" x="{x:.1f}" y="1" width="{w:.1f}" height="{tall:.1f}"/>')
-            if a.q_len == a.kv_len:
-                y, h = 1 + tall * span.start / a.kv_len, max(1.5, tall * (span.stop - span.start) / a.kv_len)
-                parts.append(f'<rect class="text" x="1" y="{y:.1f}" width="{wide:.1f}" height="{h:.1f}"/>')
-        if 1 < frames <= 32 and a.grid is not None and a.kv_len:
-            start = next((s.start for s in a.spans if s.role == "latent"), 0)
-            for i in range(frames + 1):
-                at = (start + i * a.grid.tokens / frames) / a.kv_len
-                parts.append(
-                    f'<line class="frame" x1="{1 + wide * at:.1f}" y1="1" x2="{1 + wide * at:.1f}" y2="{1 + tall:.1f}"/>'
-                )
-                if a.q_len == a.kv_len:
-                    parts.append(
-                        f'<line class="frame" x1="1" y1="{1 + tall * at:.1f}" x2="{1 + wide:.1f}" y2="{1 + tall * at:.1f}"/>'
-                    )
+        parts += _text_and_frames(a, wide, tall)
     return "".join([*parts, "</svg>"])
+
+
+def _within_frames(layout: str, frames: int, box: float, tall: float) -> list[str]:
+    """Attention inside of each frame, or over the frames of each place."""
+    step = box / frames
+    parts = [f'<rect class="off" x="1" y="1" width="{box}" height="{tall}"/>']
+    if layout == "spatial":
+        return parts + [
+            f'<rect class="on" x="{1 + i * step:.2f}" y="{1 + i * step:.2f}" width="{step:.2f}" height="{step:.2f}"/>'
+            for i in range(frames)
+        ]
+    return parts + [
+        f'<line class="on-line" x1="{1 + i * step:.2f}" y1="{1 + j * step:.2f}" x2="{1 + (i + 1) * step:.2f}" y2="{1 + (j + 1) * step:.2f}"/>'
+        for i in range(frames)
+        for j in range(frames)
+    ]
+
+
+def _text_and_frames(a: Attention, wide: float, tall: float) -> list[str]:
+    """Tokens of text, and where frames begin and end, among keys and among queries."""
+    parts: list[str] = []
+    if not a.kv_len:
+        return parts
+    square = a.q_len == a.kv_len
+    for span in a.spans:
+        if span.role == "latent":
+            continue
+        x, w = 1 + wide * span.start / a.kv_len, max(1.5, wide * (span.stop - span.start) / a.kv_len)
+        parts.append(f'<rect class="text" x="{x:.1f}" y="1" width="{w:.1f}" height="{tall:.1f}"/>')
+        if square:
+            y, h = 1 + tall * span.start / a.kv_len, max(1.5, tall * (span.stop - span.start) / a.kv_len)
+            parts.append(f'<rect class="text" x="1" y="{y:.1f}" width="{wide:.1f}" height="{h:.1f}"/>')
+    if a.grid is None or not 1 < a.grid.frames <= 32:
+        return parts
+    start = next((s.start for s in a.spans if s.role == "latent"), 0)
+    for i in range(a.grid.frames + 1):
+        at = (start + i * a.grid.tokens / a.grid.frames) / a.kv_len
+        x, y = 1 + wide * at, 1 + tall * at
+        parts.append(f'<line class="frame" x1="{x:.1f}" y1="1" x2="{x:.1f}" y2="{1 + tall:.1f}"/>')
+        if square:
+            parts.append(f'<line class="frame" x1="1" y1="{y:.1f}" x2="{1 + wide:.1f}" y2="{y:.1f}"/>')
+    return parts
 
 
 def legend(report: ReportData) -> list[tuple[str, str]]:

@@ -153,27 +153,12 @@ def _with_recipe(report: Report, captured: list[Captured], numbers: list[int], r
         after += _slots(program.guarded, facts, number)
         own = program.cache_bytes()
         total = None if own is None or total is None else total + own * (1 + report.graphs[number].again)
-    variants = []
-    for plan in dict.fromkeys(p for _, program in programs for p in program.plans):
-        costs = nodes = 0
-        for number, program in programs:
-            variant = list(program.variant_graph(plan if plan in program.plans else Plan()).graph.nodes)
-            times = 1 + report.graphs[number].again
-            costs += times * program.flops(plan if plan in program.plans else Plan())
-            nodes += times * sum(n.op == "call_function" for n in variant)
-        variants.append(VariantCost(tuple(sorted(plan.reuse)), costs, nodes))
+    variants = _variant_costs(report, programs)
     schedule, goal = tuple(tuple(sorted(plan.reuse)) for plan in best_plans(recipe.policy, steps)), ""
     if recipe.goal is not None:
         schedule, goal = _meant(recipe.goal, steps, variants), str(recipe.goal)
-    nothing = ""
     masks = tuple(program.masks for _, program in programs if program.masks)
-    if not after and not masks and recipe.passes:
-        own_reasons = [r for r in (*report.refusals, *refusals) if r.node != "output"]
-        own_reasons.sort(key=lambda r: r.node != "recipe")  # what the recipe itself cannot do comes first
-        nothing = f"the recipe '{recipe.name}' finds nothing to cache: " + (
-            "; ".join(f"{r.node}: {r.reason}" for r in own_reasons[:5])
-            or "no value is added to what it was computed from, so there is no residual branch"
-        )
+    found_nothing = not after and not masks and bool(recipe.passes)
     return replace(
         report,
         recipe=recipe.name,
@@ -184,9 +169,32 @@ def _with_recipe(report: Report, captured: list[Captured], numbers: list[int], r
         steps=steps,
         schedule=schedule,
         goal=goal,
-        nothing=nothing,
+        nothing=_why_nothing(recipe, (*report.refusals, *refusals)) if found_nothing else "",
         recipe_refusals=tuple(refusals),
         masks=masks,
+    )
+
+
+def _variant_costs(report: Report, programs: list[tuple[int, Program]]) -> list[VariantCost]:
+    """What every plan costs, all graphs of the forward together."""
+    variants = []
+    for plan in dict.fromkeys(p for _, program in programs for p in program.plans):
+        costs = nodes = 0
+        for number, program in programs:
+            own = plan if plan in program.plans else Plan()
+            times = 1 + report.graphs[number].again
+            costs += times * program.flops(own)
+            nodes += times * sum(n.op == "call_function" for n in program.variant_graph(own).graph.nodes)
+        variants.append(VariantCost(tuple(sorted(plan.reuse)), costs, nodes))
+    return variants
+
+
+def _why_nothing(recipe: Recipe, refusals: Sequence[NoMatch]) -> str:
+    """Why a recipe finds nothing to cache; what the recipe itself cannot do comes first."""
+    reasons = sorted((r for r in refusals if r.node != "output"), key=lambda r: r.node != "recipe")
+    return f"the recipe '{recipe.name}' finds nothing to cache: " + (
+        "; ".join(f"{r.node}: {r.reason}" for r in reasons[:5])
+        or "no value is added to what it was computed from, so there is no residual branch"
     )
 
 

@@ -8,6 +8,7 @@ are not called by name: an operation of one's own is a `torch.library` op, whose
 from __future__ import annotations
 
 import ast
+import itertools
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -100,12 +101,9 @@ class _Reader:
                 if call == "parameter()":
                     static.add(at)
             elif block := re.fullmatch(r"graph\('([^']+)'\) \{", call):
-                inner = []
-                for row in rows:
-                    if row.text.rstrip() == line.text[: len(line.text) - len(line.text.lstrip())] + "}":
-                        break
-                    inner.append(row)
-                held[block[1]] = value = self.graph(inner)
+                end = line.text[: len(line.text) - len(line.text.lstrip())] + "}"
+                inner = itertools.takewhile(lambda row, end=end: row.text.rstrip() != end, rows)  # type: ignore[misc]
+                held[block[1]] = value = self.graph(list(inner))
                 node = graph.get_attr(block[1])
             elif call.startswith("constant("):
                 name, tensor = self._constant(line, call, type_text)

@@ -10,7 +10,7 @@ becomes a cast that does not hold on to the tensor whose type it takes. Bit-exac
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -101,22 +101,32 @@ def _is_returned(node: fx.Node) -> bool:
 
 def _whole(node: fx.Node) -> fx.Node | None:
     """The tensor whose consecutive slices `node` puts together again, completely."""
-    pieces, dim = node.args[0], node.args[1] if len(node.args) > 1 else 0
+    pieces: Any = node.args[0]
+    dim: Any = node.args[1] if len(node.args) > 1 else 0
     if not isinstance(pieces, (list, tuple)) or len(pieces) < 2:
         return None
-    at: object = 0
-    source = None
+    source: Any = None
+    at: Any = 0
     for piece in pieces:
-        if not isinstance(piece, fx.Node) or piece.target is not aten.slice.Tensor:
+        found = _sliced(piece)
+        if found is None or found[1] != dim % len(node.meta["val"].shape) or found[2] != at:
             return None
-        args = [*piece.args, None, None, None, None][:5]
-        of, along, start, stop, step = args[0], args[1] or 0, args[2] or 0, args[3], args[4]
-        ndim = len(piece.meta["val"].shape)
-        if (source is not None and of is not source) or along % ndim != dim % ndim or step not in (None, 1) or start != at:  # type: ignore[operator]
+        if source is not None and found[0] is not source:
             return None
-        source, at = of, stop
+        source, at = found[0], found[3]
     if not isinstance(source, fx.Node) or not same_type(source, node):
         return None
     size = source.meta["val"].shape[dim]
     ends = isinstance(at, int) and (at >= 2**62 or (isinstance(size, int) and at >= size))
     return source if at is None or ends else None
+
+
+def _sliced(piece: object) -> tuple[Any, int, Any, Any] | None:
+    """What a piece is a slice of, along which dimension, from and to; None if it leaves values out in between."""
+    if not isinstance(piece, fx.Node) or piece.target is not aten.slice.Tensor:
+        return None
+    given: list[Any] = [*piece.args, None, None, None, None]
+    source, dim, start, stop, step = given[:5]
+    if step not in (None, 1):
+        return None
+    return source, (dim or 0) % len(piece.meta["val"].shape), start or 0, stop

@@ -30,23 +30,10 @@ def filtered(graph: fx.GraphModule, value: fx.Node, name: str, *, provenance: st
     timestep = nodes[found.timestep_inputs[0]]
     if tensor_of(timestep) is None:
         return NoMatch(timestep.name, "the timestep is no tensor")
-    shape = tuple(tensor.shape)
-    if tensor.ndim == 4:
-        axes: tuple[int, ...] = (2, 3)
-    elif tensor.ndim == 5:
-        # channels stand before the frames or after them; the grid says which dimension counts frames
-        frames = found.grid.frames if found.grid is not None else 0
-        after = frames > 1 and shape[1] % frames == 0 and shape[2] % frames != 0
-        axes = (1, 3, 4) if after else (2, 3, 4)
-    elif tensor.ndim == 3 and found.grid is not None and found.grid.tokens == shape[1]:
-        shape = (shape[0], found.grid.frames, found.grid.height, found.grid.width, shape[2])
-        axes = (1, 2, 3)
-    elif tensor.ndim == 3 and _frames_are_folded(found.grid, shape):
-        assert found.grid is not None
-        shape = (shape[0] // found.grid.frames, found.grid.frames, found.grid.height, found.grid.width, shape[2])
-        axes = (1, 2, 3)
-    else:
+    laid = _video_axes(tuple(tensor.shape), found.grid)
+    if laid is None:
         return NoMatch(value.name, "the graph does not show the grid of its tokens, which the filter runs over")
+    shape, axes = laid
     given = [n for n in graph.graph.nodes if n.op == "placeholder"]
 
     def run(x: Tensor, timestep: Tensor) -> Tensor:
@@ -57,9 +44,22 @@ def filtered(graph: fx.GraphModule, value: fx.Node, name: str, *, provenance: st
         return inline(graph.graph, run, (value, timestep), provenance=provenance)
 
 
-def _frames_are_folded(grid: Grid | None, shape: Sequence[int]) -> bool:
-    """Whether tokens [B · frames, height · width, C] are those of spatial attention."""
-    return grid is not None and shape[1] == grid.height * grid.width and shape[0] % grid.frames == 0
+def _video_axes(shape: tuple[int, ...], grid: Grid | None) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """A shape in which frames, height and width are axes of their own, and which axes they are; None if nobody knows."""
+    if len(shape) == 4:
+        return shape, (2, 3)
+    if len(shape) == 5:
+        # channels stand before the frames or after them; the grid says which dimension counts frames
+        frames = grid.frames if grid is not None else 0
+        after = frames > 1 and shape[1] % frames == 0 and shape[2] % frames != 0
+        return shape, (1, 3, 4) if after else (2, 3, 4)
+    if len(shape) != 3 or grid is None:
+        return None
+    folded = shape[1] == grid.height * grid.width and shape[0] % grid.frames == 0  # as spatial attention has them
+    if shape[1] != grid.tokens and not folded:
+        return None
+    batch = shape[0] if shape[1] == grid.tokens else shape[0] // grid.frames
+    return (batch, grid.frames, grid.height, grid.width, shape[2]), (1, 2, 3)
 
 
 def wiener(x: Tensor, sigma: Tensor, axes: Sequence[int], power: float = 3.0) -> Tensor:

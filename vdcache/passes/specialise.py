@@ -12,6 +12,7 @@ bit-exact. The result holds no dialect node; the order of what was added is in `
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -101,10 +102,7 @@ class _Added:
             self._times[group] = StepInfo(*nodes)  # type: ignore[arg-type]
         return self._times[group]
 
-    def finish(self) -> dict[str, Any]:
-        """Drop the inputs that nothing reads (of slots behind other reused slots), put the rest in order, and say which there
-        are.
-        """
+    def _drop_unread(self) -> None:
         for own in self._inputs.values():
             for name, node in list(own.items()):
                 if not node.users:
@@ -113,14 +111,17 @@ class _Added:
             if not any(n.users for n in when):  # type: ignore[attr-defined]
                 for n in self._times.pop(group):
                     self._graph.erase_node(n)  # type: ignore[arg-type]
+
+    def finish(self) -> dict[str, Any]:
+        """Drop the inputs that nothing reads (of slots behind other reused slots), put the rest in order, and say which there
+        are.
+        """
+        self._drop_unread()
         kinds = {kind: list(own.values()) for kind, own in self._inputs.items()}
         kinds["time"] = [node for when in self._times.values() for node in when]  # type: ignore[misc]
-        last = [n for n in inputs(self._graph) if n not in {x for own in kinds.values() for x in own}]
-        at = last[-1] if last else None
-        for node in (x for own in kinds.values() for x in own):
-            if at is not None:
-                at.append(node)
-            at = node
+        added = [node for own in kinds.values() for node in own]
+        for before, node in itertools.pairwise([*(n for n in inputs(self._graph) if n not in added)][-1:] + added):
+            before.append(node)
         return {
             "reads": tuple(self._inputs["read"]),
             "before": tuple(self._inputs["before"]),

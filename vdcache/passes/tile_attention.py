@@ -204,48 +204,52 @@ def place_of(
         grid, text: override what the graph shows.
     """
 
-    def no(reason: str) -> NoMatch:
+    if reason := _why_no_mask(node, attention, bool(grid)):
         return NoMatch(node.name, reason)
-
-    q_len, kv_len = attention.q_len, attention.kv_len
-    if attention.kind == "cross":
-        return no(
-            f"it is a cross-attention of {q_len} queries to {kv_len} keys; a mask of tiles is for attention among video tokens"
-        )
-    if attention.layout == "spatial" and not grid:
-        return no("it runs inside one frame already")
-    if attention.layout == "temporal" and not grid:
-        return no("it runs over the frames of one place, so there are no tiles in it")
-    shape = result.shape if (result := tensor_of(node)) is not None else ()
-    if any(not isinstance(s, int) for s in shape):
-        return no("its sizes are symbols, and a mask is cut for sizes: compile with dynamic=False")
-    if node.target not in ATTENTION:
-        return no(f"attention written as {attention.form!r} is not rewritten; scaled_dot_product_attention is")
-    if attention.heads is None or q_len is None or kv_len is None:
-        return no("it has no axis of heads, as in [batch, heads, tokens, width]")
-    if q_len != kv_len:
-        return no(f"its {q_len} queries are not its {kv_len} keys")
-    where = _where(attention, kv_len, found, grid, text)
+    assert attention.kv_len is not None
+    where = _where(attention, attention.kv_len, found, grid, text)
     if isinstance(where, NoMatch):
         return where
     given = dict(zip(("attn_mask", "dropout_p", "is_causal"), node.args[3:], strict=False)) | dict(node.kwargs)
     if given.get("is_causal"):
-        return no("it is causal")
+        return NoMatch(node.name, "it is causal")
     if given.get("dropout_p"):
-        return no("it drops weights at random")
+        return NoMatch(node.name, "it drops weights at random")
     bias = given.get("attn_mask")
     if isinstance(bias, fx.Node):
         if bias.target is aten.expand.default and isinstance(bias.args[0], fx.Node):
             bias = bias.args[0]
         shape = tuple(bias.meta["val"].shape)
-        if len(shape) != 4 or shape[2] != 1 or shape[3] != kv_len:
-            return no(
-                f"its own mask {shape} differs between queries; one of keys alone, [B, 1, 1, {kv_len}], can be carried over"
+        if len(shape) != 4 or shape[2] != 1 or shape[3] != attention.kv_len:
+            return NoMatch(
+                node.name,
+                f"its own mask {shape} differs between queries; one of keys alone, [B, 1, 1, {attention.kv_len}], can be carried over",
             )
     query, key, value = node.args[:3]
     assert isinstance(query, fx.Node) and isinstance(key, fx.Node) and isinstance(value, fx.Node)
     frames, height, width, before, after = where
     return AttentionOperands(query, key, value, bias, given.get("scale"), (frames, height, width), before, after)  # type: ignore[arg-type]
+
+
+def _why_no_mask(node: fx.Node, attention: Attention, has_grid: bool) -> str:
+    """What keeps an attention from a mask, whatever the mask; "" for nothing."""
+    q_len, kv_len = attention.q_len, attention.kv_len
+    if attention.kind == "cross":
+        return (
+            f"it is a cross-attention of {q_len} queries to {kv_len} keys; a mask of tiles is for attention among video tokens"
+        )
+    if attention.layout == "spatial" and not has_grid:
+        return "it runs inside one frame already"
+    if attention.layout == "temporal" and not has_grid:
+        return "it runs over the frames of one place, so there are no tiles in it"
+    shape = result.shape if (result := tensor_of(node)) is not None else ()
+    if any(not isinstance(s, int) for s in shape):
+        return "its sizes are symbols, and a mask is cut for sizes: compile with dynamic=False"
+    if node.target not in ATTENTION:
+        return f"attention written as {attention.form!r} is not rewritten; scaled_dot_product_attention is"
+    if attention.heads is None or q_len is None or kv_len is None:
+        return "it has no axis of heads, as in [batch, heads, tokens, width]"
+    return "" if q_len == kv_len else f"its {q_len} queries are not its {kv_len} keys"
 
 
 def _where(

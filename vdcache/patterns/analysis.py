@@ -114,6 +114,24 @@ def _latent_tokens(streams: Streams) -> int | None:
     return None
 
 
+def _own_attentions(residual_adds: Sequence[ResidualAdd]) -> list[list[AttentionMatch]]:
+    """The attentions of every residual add."""
+    found = [attention_matches(j.inside, _tokens(j)) for j in residual_adds]
+    shared = Counter(s.node for own in found for s in own)
+    # an attention that another branch added already only feeds this one, where it has one of its own
+    return [[s for s in own if shared[s.node] == 1] or own for own in found]
+
+
+def _shared_costs(owners: dict[fx.Node, tuple[int, ...]], count: int) -> list[int]:
+    """FLOPs of so many branches; a node that several of them need counts for each in equal parts."""
+    costs = [0] * count
+    for node, members in owners.items():
+        if spent := cost.flops(node):
+            for i in members:
+                costs[i] += spent // len(members)
+    return costs
+
+
 def _branches(
     index: Index,
     residual_adds: Sequence[ResidualAdd],
@@ -122,26 +140,16 @@ def _branches(
     streams: Streams,
     grid: Grid | None,
 ) -> list[Branch]:
-    attentions: list[list[Attention]] = []
-    kinds: list[str] = []
-    held: list[list[AttentionMatch]] = []
-    found_sites = [attention_matches(j.inside, _tokens(j)) for j in residual_adds]
-    shared = Counter(s.node for own in found_sites for s in own)
-    for residual_add, own_sites in zip(residual_adds, found_sites, strict=True):
-        inside = set(residual_add.inside)
-        # an attention that another branch added already only feeds this one, where it has one of its own
-        alone = [s for s in own_sites if shared[s.node] == 1]
-        held.append(alone or own_sites)
-        attentions.append([describe(index, s, residual_add.source, inside, streams, grid) for s in held[-1]])
-        kinds.append(_kind(residual_add, held[-1], attentions[-1]))
+    held = _own_attentions(residual_adds)
+    attentions = [
+        [describe(index, s, j.source, set(j.inside), streams, grid) for s in own]
+        for j, own in zip(residual_adds, held, strict=True)
+    ]
+    kinds = [_kind(j, own, described) for j, own, described in zip(residual_adds, held, attentions, strict=True)]
     numbers = blocks.segment(
         shapes, kinds, [streams.of[j.node] for j in residual_adds], [frozenset(s.node.name for s in own) for own in held]
     )
-    costs = [0] * len(residual_adds)
-    for node, members in owners.items():
-        if spent := cost.flops(node):
-            for i in members:
-                costs[i] += spent // len(members)
+    costs = _shared_costs(owners, len(residual_adds))
     found = []
     for i, residual_add in enumerate(residual_adds):
         own = [a for a in attentions[i] if a.kind != "cross"]

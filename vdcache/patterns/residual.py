@@ -56,11 +56,15 @@ def additions(node: fx.Node) -> list[tuple[fx.Node, list[fx.Node], bool]]:
     if node.target in (aten.lerp.Tensor, aten.lerp.Scalar):
         return [(args[0], args[1:], False)]
     if node.target is aten.sum.dim_IntList and args and args[0].target is aten.stack.default:
-        pieces = [p for p in args[0].args[0] if isinstance(p, fx.Node)]  # type: ignore[union-attr]
-        axis = args[0].args[1] if len(args[0].args) > 1 else args[0].kwargs.get("dim", 0)
-        if list(node.args[1]) == [axis]:  # type: ignore[arg-type]
-            return [(p, [q for q in pieces if q is not p], False) for p in pieces]
+        pieces = _stacked_along(args[0], list(node.args[1]))  # type: ignore[arg-type]
+        return [(p, [q for q in pieces if q is not p], False) for p in pieces]
     return []
+
+
+def _stacked_along(stack: fx.Node, axes: list[object]) -> list[fx.Node]:
+    """What is stacked, where that is along these axes."""
+    axis = stack.args[1] if len(stack.args) > 1 else stack.kwargs.get("dim", 0)
+    return [p for p in stack.args[0] if isinstance(p, fx.Node)] if axes == [axis] else []  # type: ignore[union-attr]
 
 
 def _carriers(node: fx.Node) -> Iterator[fx.Node]:
@@ -111,8 +115,7 @@ class _Finder:
 
     def _match(self, node: fx.Node, base: fx.Node, others: list[fx.Node], separable: bool) -> ResidualAdd | NoMatch | None:
         """The join at `node`, or why not, or None where nothing even looks like one."""
-        x, y = tensor_of(base), tensor_of(node)
-        if x is None or y is None or x.ndim == 0 or not y.is_floating_point() or base.op == "get_attr":
+        if not _may_be_stream(base, node):
             return None
         other = max(others, key=self.index.position.__getitem__)
         source = self._source(base, other)
@@ -123,32 +126,40 @@ class _Finder:
         region, absorbed = self._region(node, others, source)
         if not region.reached and not region.crossed:
             return None
-        if not _same_shape(x, y):
+        if not _same_shape(base, node):
             return NoMatch(node.name, f"'{base.name}' is broadcast to the shape of the sum, so it is no stream")
-        if not region.reached:
-            last = max(region.crossed, key=self.index.position.__getitem__)
-            if not self._continues(base) and (source is None or not self._starts_from(last, source)):
-                reason = f"'{base.name}' is no stream: it is only read by the one that goes through '{last.name}'"
-                return NoMatch(node.name, reason)
-            region.keep_below(region.crossed)
-        elif region.crossed and source is not None:
-            region.keep_below({source: None})
+        start = self._start(node, base, source, region)
+        if isinstance(start, NoMatch):
+            return start
         inside = sorted(region.inside, key=self.index.position.__getitem__)
         if not any(is_work(n) for n in inside):
-            if region.crossed:
-                many = sum(1 for j in self.residual_adds if source is not None and self._depends(j, source))
-                return NoMatch(node.name, f"contains {many} branches, which are taken one by one")
-            return NoMatch(node.name, f"no matrix product, convolution or attention between '{base.name}' and '{other.name}'")
+            return NoMatch(node.name, self._why_no_work(region, base, other, source))
         if effect := next((n for n in inside if is_effectful(n)), None):
-            return NoMatch(
-                node.name, f"'{effect.name}' ({effect.target}) has an effect besides its value and must never be skipped"
-            )
+            reason = f"'{effect.name}' ({effect.target}) has an effect besides its value and must never be skipped"
+            return NoMatch(node.name, reason)
         for inner in absorbed:
             del self.residual_adds[inner]
             self.refusals.append(NoMatch(inner.name, f"lies inside the branch that ends at '{node.name}'"))
-        if not region.reached or source is None:
-            source = last
-        return ResidualAdd(node, base, source, other if separable else None, tuple(inside))
+        return ResidualAdd(node, base, start, other if separable else None, tuple(inside))
+
+    def _start(self, node: fx.Node, base: fx.Node, source: fx.Node | None, region: _Region) -> fx.Node | NoMatch:
+        """Where the branch begins, and the region cut to what lies below; or why it begins on no stream."""
+        if region.reached and source is not None:
+            if region.crossed:
+                region.keep_below({source: None})
+            return source
+        last = max(region.crossed, key=self.index.position.__getitem__)
+        if not self._continues(base) and (source is None or not self._starts_from(last, source)):
+            reason = f"'{base.name}' is no stream: it is only read by the one that goes through '{last.name}'"
+            return NoMatch(node.name, reason)
+        region.keep_below(region.crossed)
+        return last
+
+    def _why_no_work(self, region: _Region, base: fx.Node, other: fx.Node, source: fx.Node | None) -> str:
+        if not region.crossed:
+            return f"no matrix product, convolution or attention between '{base.name}' and '{other.name}'"
+        many = sum(1 for j in self.residual_adds if source is not None and self._depends(j, source))
+        return f"contains {many} branches, which are taken one by one"
 
     def _source(self, base: fx.Node, other: fx.Node) -> fx.Node | None:
         """The value behind `base` from which `other` is computed: through casts, views, scalings and earlier residual adds."""
@@ -265,7 +276,13 @@ class _Region:
         self.inside = kept
 
 
-def _same_shape(x: torch.Tensor, y: torch.Tensor) -> bool:
+def _may_be_stream(base: fx.Node, node: fx.Node) -> bool:
+    x, y = tensor_of(base), tensor_of(node)
+    return x is not None and y is not None and x.ndim > 0 and y.is_floating_point() and base.op != "get_attr"
+
+
+def _same_shape(base: fx.Node, node: fx.Node) -> bool:
+    x, y = base.meta["val"], node.meta["val"]
     return x.ndim == y.ndim and all(str(s) == str(t) for s, t in zip(x.shape, y.shape, strict=True))
 
 

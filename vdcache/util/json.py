@@ -74,14 +74,7 @@ def from_plain(kind: Any, data: Any, place: str, *, complete: bool = False) -> A
         ConfigError: a value of another type, or a field that is missing or unknown; it names the place.
     """
     if is_dataclass(kind) and isinstance(kind, type):
-        if not isinstance(data, dict):
-            raise ConfigError(f"'{place}' is {data!r}, not an object")
-        hints, known = typing.get_type_hints(kind), {f.name: f for f in fields(kind)}
-        if unknown := data.keys() - known:
-            raise ConfigError(f"'{place}' has an unknown field {min(unknown)!r}")
-        if missing := {n for n, f in known.items() if n not in data and (complete or _required(f))}:
-            raise ConfigError(f"'{place}' has no field {min(missing)!r}")
-        return kind(**{n: from_plain(hints[n], v, f"{place}.{n}", complete=complete) for n, v in data.items()})
+        return _dataclass(kind, data, place, complete)
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin is types.UnionType:
         (inner,) = (p for p in parts if p is not types.NoneType)
@@ -94,6 +87,17 @@ def from_plain(kind: Any, data: Any, place: str, *, complete: bool = False) -> A
     if origin is not None or not isinstance(data, plain) or (isinstance(data, bool) and kind is not bool):
         raise ConfigError(f"'{place}' is {data!r}, not {kind.__name__ if origin is None else kind}")
     return data
+
+
+def _dataclass(kind: type, data: Any, place: str, complete: bool) -> Any:
+    if not isinstance(data, dict):
+        raise ConfigError(f"'{place}' is {data!r}, not an object")
+    hints, known = typing.get_type_hints(kind), {f.name: f for f in fields(kind)}
+    if unknown := data.keys() - known:
+        raise ConfigError(f"'{place}' has an unknown field {min(unknown)!r}")
+    if missing := {n for n, f in known.items() if n not in data and (complete or _required(f))}:
+        raise ConfigError(f"'{place}' has no field {min(missing)!r}")
+    return kind(**{n: from_plain(hints[n], v, f"{place}.{n}", complete=complete) for n, v in data.items()})
 
 
 def _required(field: Field[Any]) -> bool:
