@@ -145,15 +145,24 @@ WHOLE = "is a whole number of at least"
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Frames(-1), f"frames: the number of reference frames {WHOLE} 0; got -1"),
-        (lambda: Frames(1.5), f"frames: the number of reference frames {WHOLE} 0; got 1.5"),
-        (lambda: Frames(True), f"frames: the number of reference frames {WHOLE} 0; got True"),
-        (lambda: Frames("2"), f"frames: the number of reference frames {WHOLE} 0; got '2'"),
-        (lambda: Window(3), "window: window is (frames, height, width), got 3"),
-        (lambda: Window((3, 3)), "window: window is (frames, height, width), got (3, 3)"),
-        (lambda: Window(size="1x4x4"), "window: size is (frames, height, width), got '1x4x4'"),
-        (lambda: Window((3, 0, 3)), f"window: window {WHOLE} 1; got 0"),
-        (lambda: Window(size=(1, 4, 4.0)), f"window: size {WHOLE} 1; got 4.0"),
+        (lambda: Frames(-1), f"frames: references {WHOLE} 0; got -1"),
+        (lambda: Frames(1.5), f"frames: references {WHOLE} 0; got 1.5"),
+        (lambda: Frames(True), f"frames: references {WHOLE} 0; got True"),
+        (lambda: Frames("2"), f"frames: references {WHOLE} 0; got '2'"),
+        (lambda: Window(3), "window: window is (frames, height, width), three whole numbers of at least 1; got 3"),
+        (lambda: Window((3, 3)), "window: window is (frames, height, width), three whole numbers of at least 1; got (3, 3)"),
+        (
+            lambda: Window(size="1x4x4"),
+            "window: size is (frames, height, width), three whole numbers of at least 1; got '1x4x4'",
+        ),
+        (
+            lambda: Window((3, 0, 3)),
+            "window: window is (frames, height, width), three whole numbers of at least 1; got (3, 0, 3)",
+        ),
+        (
+            lambda: Window(size=(1, 4, 4.0)),
+            "window: size is (frames, height, width), three whole numbers of at least 1; got (1, 4, 4.0)",
+        ),
         (lambda: Radial(0), f"radial: chunks {WHOLE} 1; got 0"),
         (lambda: Radial(8, -1), f"radial: sinks {WHOLE} 0; got -1"),
         (lambda: Diagonal(8, 0), f"diagonal: width {WHOLE} 1; got 0"),
@@ -179,10 +188,13 @@ WHOLE = "is a whole number of at least"
         (lambda: parse_mask("frames:1:2"), "mask 'frames' takes references; got 'frames:1:2'"),
         (lambda: parse_mask("dense:1"), "mask 'dense' takes no numbers; got 'dense:1'"),
         (lambda: parse_mask("radial:8:1:1"), "mask 'radial' takes chunks, sinks; got 'radial:8:1:1'"),
-        (lambda: parse_mask("frames:-1"), f"frames: the number of reference frames {WHOLE} 0; got -1"),
-        (lambda: parse_mask("frames:2x2"), f"frames: the number of reference frames {WHOLE} 0; got (2, 2)"),
-        (lambda: parse_mask("window:3"), "window: window is (frames, height, width), got 3"),
-        (lambda: parse_mask("window:3x3"), "window: window is (frames, height, width), got (3, 3)"),
+        (lambda: parse_mask("frames:-1"), f"frames: references {WHOLE} 0; got -1"),
+        (lambda: parse_mask("frames:2x2"), f"frames: references {WHOLE} 0; got (2, 2)"),
+        (lambda: parse_mask("window:3"), "window: window is (frames, height, width), three whole numbers of at least 1; got 3"),
+        (
+            lambda: parse_mask("window:3x3"),
+            "window: window is (frames, height, width), three whole numbers of at least 1; got (3, 3)",
+        ),
         *(
             (lambda text=text: parse_mask(text), f"the numbers of a mask are whole, as in 'frames:4' or .*; got '{text}'")
             for text in ("frames:", "frames:1.5", "frames:all", "window:3x3x:1x4x4", "radial:8:one")
@@ -210,12 +222,12 @@ def test_a_mask_for_no_heads_is_refused(text):
 @pytest.mark.parametrize(
     ("sizes", "text", "message"),
     [
-        ((2, 0, 2), (0, 0), r"the grid of a video is \(frames, height, width\), each at least 1; got \(2, 0, 2\)"),
-        ((0, 2, 2), (0, 0), r"each at least 1; got \(0, 2, 2\)"),
-        ((2, -2, -2), (0, 0), r"each at least 1; got \(2, -2, -2\)"),
-        ((2.5, 2, 2), (0, 0), r"the grid of a video .* is a list of whole numbers; got \(2.5, 2, 2\)"),
-        ((2, 2, 2), (-1, 0), "the tokens of text before those of video is a whole number of at least 0; got -1"),
-        ((2, 2, 2), (0, 1.5), "the tokens of text after those of video is a whole number of at least 0; got 1.5"),
+        ((2, 0, 2), (0, 0), r"grid is \(frames, height, width\), three whole numbers of at least 1; got \(2, 0, 2\)"),
+        ((0, 2, 2), (0, 0), r"three whole numbers of at least 1; got \(0, 2, 2\)"),
+        ((2, -2, -2), (0, 0), r"three whole numbers of at least 1; got \(2, -2, -2\)"),
+        ((2.5, 2, 2), (0, 0), r"three whole numbers of at least 1; got \(2.5, 2, 2\)"),
+        ((2, 2, 2), (-1, 0), "before is a whole number of at least 0; got -1"),
+        ((2, 2, 2), (0, 1.5), "after is a whole number of at least 0; got 1.5"),
     ],
 )
 def test_sizes_that_are_none_are_refused(sizes, text, message):

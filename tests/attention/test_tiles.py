@@ -293,8 +293,8 @@ TOGETHER = "keys and values are as many, of the query's batch and width, and the
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"grid": (4, 4)}, r"the grid of a video is \(frames, height, width\), each at least 1; got \(4, 4\)"),
-        ({"grid": (4, -2, -2)}, r"each at least 1; got \(4, -2, -2\)"),
+        ({"grid": (4, 4)}, r"grid is \(frames, height, width\), three whole numbers of at least 1; got \(4, 4\)"),
+        ({"grid": (4, -2, -2)}, r"three whole numbers of at least 1; got \(4, -2, -2\)"),
         ({"grid": 16}, "grid is a list of whole numbers; got 16"),
         ({"text": (1, 0, -1)}, r"text is the tokens of text \(before, after\) those of video; got \(1, 0, -1\)"),
         ({"bias": noise(1, 1, 16, 16)}, r"bias is of keys alone, \[1 or 1, 1 or 2, 1, 16\]; got \(1, 1, 16, 16\)"),

@@ -568,8 +568,8 @@ def test_searching_again_and_again_meets_no_limit():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"computed": 0}, "the number of computed steps is a whole number of at least 1; got 0"),
-        ({"computed": True}, "the number of computed steps is a whole number of at least 1; got True"),
+        ({"computed": 0}, "computed is a whole number of at least 1 or none; got 0"),
+        ({"computed": True}, "computed is a whole number of at least 1 or none; got True"),
         ({"tries": -1}, "tries, the lists that are run, is a whole number of at least 0; got -1"),
         ({"orders": ()}, "orders is empty; give 0, 1 or both"),
         ({"orders": (0, 2)}, "schedules are searched for orders 0, 1; got 2"),

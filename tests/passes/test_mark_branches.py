@@ -95,9 +95,9 @@ def test_kinds_choose():
 
 
 def test_bad_options():
-    with pytest.raises(ConfigError, match="no branch kind 'attn'"):
+    with pytest.raises(ConfigError, match=r"kinds is a list of 'self-attention', .* or 'other'; got \('attn',\)"):
         MarkBranches(kinds=("attn",))
-    with pytest.raises(ConfigError, match="gate must be"):
+    with pytest.raises(ConfigError, match="gate is 'post' or 'pre'; got 'mid'"):
         MarkBranches(gate="mid")
 
 

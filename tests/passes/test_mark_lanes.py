@@ -183,9 +183,9 @@ def test_frequencies_are_those_of_the_transform():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mode": "both"}, "mode is auto, batch, calls; got 'both'"),
+        ({"mode": "both"}, "mode is 'auto', 'batch' or 'calls'; got 'both'"),
         ({"predicted": "uncond"}, "predicted is 'first' or 'second'; got 'uncond'"),
-        ({"group": "a/b"}, "got 'a/b' as group"),
+        ({"group": "a/b"}, "group is a name of letters, digits and dots; got 'a/b'"),
     ],
 )
 def test_bad_options(options, message):
@@ -195,5 +195,5 @@ def test_bad_options(options, message):
 
 @pytest.mark.parametrize("weight", [(0, 1, 2), (1.0, 2), 1.1, ("a", 0, 1)])
 def test_bad_weights(weight):
-    with pytest.raises(ConfigError, match="weight of frequencies"):
+    with pytest.raises(ConfigError, match=r"low is \(weight above 0, first step, last step\); got"):
         Frequencies(low=weight)

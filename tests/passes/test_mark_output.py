@@ -149,8 +149,8 @@ def test_refusals(fn, why):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"base": "latent"}, "base is 'input' or 'zero', got 'latent'"),
-        ({"base": None}, "base is 'input' or 'zero', got None"),
+        ({"base": "latent"}, "base is 'input' or 'zero'; got 'latent'"),
+        ({"base": None}, "base is 'input' or 'zero'; got None"),
         ({"base": 1}, "got 1"),
         ({"group": ""}, "group"),
         ({"group": "a/b"}, "group"),

@@ -131,9 +131,11 @@ def test_the_middle_block_of_the_largest_stream_is_observed_by_default():
 
 
 def test_bad_observations():
-    with pytest.raises(ConfigError, match="no distance 'l3'"):
+    with pytest.raises(ConfigError, match="distance is 'l1', 'l2', 'cosine' or 'magnitude'; got 'l3'"):
         Observe(distance="l3")
-    with pytest.raises(ConfigError, match="no branch kind"):
+    with pytest.raises(
+        ConfigError, match=r"kind is 'self-attention', .* or 'residual', or empty for AdaCache's choice; got 'conv'"
+    ):
         Observe(kind="conv")
     with pytest.raises(ConfigError, match=r"no block 9 to observe: 2 blocks \(0 to 1\)"):
         guarded(net, X, W, more=(Observe(kind="other", blocks=(9,)),))

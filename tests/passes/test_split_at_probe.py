@@ -309,7 +309,7 @@ def test_a_graph_without_a_probe_stays_as_it_is():
 
 
 def test_bad_options():
-    with pytest.raises(ConfigError, match="part is 'head' or 'tail', got 'middle'"):
+    with pytest.raises(ConfigError, match="part is 'head' or 'tail'; got 'middle'"):
         SplitAtProbe("middle")
     assert str(SplitAtProbe("head")) == "split-at-probe{part=head}"
 

@@ -133,7 +133,7 @@ def test_a_measure_that_is_no_number_recomputes(bad):
 
 
 def test_codebooks_are_checked():
-    with pytest.raises(ConfigError, match="thresholds of a codebook ascend"):
+    with pytest.raises(ConfigError, match="thresholds ascending"):
         adacache([(0.2, 3), (0.1, 2)])
     with pytest.raises(ConfigError, match="at least 1; got 0"):
         adacache({0.1: 2, 0.2: 0})

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from vdcache.attention.tile_mask import MASKS, AttentionMask, Sizes
+from vdcache.attention.tile_mask import MASKS, AttentionMask, PositiveSizes, Sizes
 from vdcache.errors import ConfigError
-from vdcache.util.checks import whole
+from vdcache.util.fields import Checked, at_least
 from vdcache.util.plugins import plugins
 
 __all__ = [
@@ -33,6 +33,8 @@ __all__ = [
     "parse_mask",
     "parse_masks",
 ]
+
+Count = Annotated[int, at_least(1)]
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Skip(AttentionMask):
 
 
 @dataclass(frozen=True)
-class Frames(AttentionMask):
+class Frames(Checked, AttentionMask):
     """Attention tiles (Efficient-vDiT, arXiv 2502.06155, section 3.1): a query attends to a key if both lie in one frame, or
     either lies in one of k uniformly spaced reference frames. Of F frames, (2Fk − k² + F − k) / F² of the weights are kept.
 
@@ -75,10 +77,7 @@ class Frames(AttentionMask):
     """
 
     name: ClassVar[str] = "frames"
-    references: int = 1
-
-    def __post_init__(self) -> None:
-        whole(self.references, "frames: the number of reference frames", 0)
+    references: Annotated[int, at_least(0)] = 1
 
     def tile(self, grid: Sizes) -> Sizes:
         return (1, *grid[1:])
@@ -97,7 +96,7 @@ class Frames(AttentionMask):
 
 
 @dataclass(frozen=True)
-class Window(AttentionMask):
+class Window(Checked, AttentionMask):
     """A sliding window of tiles in three dimensions (sliding tile attention, arXiv 2502.04507): a tile of queries attends to the
     tiles around it. At the border the window is moved inwards, so that every query attends to equally many keys.
 
@@ -107,15 +106,8 @@ class Window(AttentionMask):
     """
 
     name: ClassVar[str] = "window"
-    window: Sizes = (3, 3, 3)
-    size: Sizes = (1, 4, 4)
-
-    def __post_init__(self) -> None:
-        for name in ("window", "size"):
-            value = getattr(self, name)
-            if not isinstance(value, (tuple, list)) or len(value) != 3:
-                raise ConfigError(f"window: {name} is (frames, height, width), got {value!r}")
-            object.__setattr__(self, name, tuple(whole(v, f"window: {name}", 1) for v in value))
+    window: PositiveSizes = (3, 3, 3)
+    size: PositiveSizes = (1, 4, 4)
 
     def tile(self, grid: Sizes) -> Sizes:
         for axis, whole_, part in zip(("frames", "rows", "columns"), grid, self.size, strict=True):
@@ -135,18 +127,14 @@ class Window(AttentionMask):
 
 
 @dataclass(frozen=True)
-class _Chunked(AttentionMask):
+class _Chunked(Checked, AttentionMask):
     """Masks whose tiles are some rows of a frame.
 
     Args:
         chunks: tiles of a frame; its height is a multiple of it.
     """
 
-    chunks: int = 8
-
-    def __post_init__(self) -> None:
-        for f in fields(self):
-            whole(getattr(self, f.name), f"{self.name}: {f.name}", 0 if f.name == "sinks" else 1)
+    chunks: Count = 8
 
     def tile(self, grid: Sizes) -> Sizes:
         if grid[1] % self.chunks:
@@ -174,7 +162,7 @@ class Radial(_Chunked):
     """
 
     name: ClassVar[str] = "radial"
-    sinks: int = 1
+    sinks: Annotated[int, at_least(0)] = 1
 
     def allowed(self, grid: Sizes) -> Tensor:
         frame, place = self._places(grid)
@@ -196,7 +184,7 @@ class Diagonal(_Chunked):
     """
 
     name: ClassVar[str] = "diagonal"
-    width: int = 4
+    width: Count = 4
 
     def allowed(self, grid: Sizes) -> Tensor:
         frame, place = self._places(grid)
@@ -215,7 +203,7 @@ class MultiDiagonal(_Chunked):
     """
 
     name: ClassVar[str] = "multi-diagonal"
-    width: int = 1
+    width: Count = 1
 
     def allowed(self, grid: Sizes) -> Tensor:
         _, place = self._places(grid)
@@ -234,8 +222,8 @@ class Stripes(_Chunked):
     """
 
     name: ClassVar[str] = "stripes"
-    every: int = 8
-    width: int = 1
+    every: Count = 8
+    width: Count = 1
 
     def allowed(self, grid: Sizes) -> Tensor:
         frame, place = self._places(grid)

@@ -8,18 +8,21 @@ import math
 from collections import defaultdict
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vdcache.errors import ConfigError
-from vdcache.util.checks import whole, whole_numbers
+from vdcache.util.fields import Bound, Checked, at_least
 
-__all__ = ["MASKS", "AttentionMask", "Group", "Sizes", "TileMask", "volume"]
+__all__ = ["MASKS", "AttentionMask", "Group", "PositiveSizes", "Sizes", "TileMask", "volume"]
 
 Sizes = tuple[int, int, int]  # frames, height, width
+PositiveSizes = Annotated[
+    Sizes, Bound(lambda sizes: min(sizes) >= 1, noun="(frames, height, width), three whole numbers of at least 1")
+]
 
 
 MASKS: dict[str, type[AttentionMask]] = {}
@@ -103,7 +106,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class TileMask:
+class TileMask(Checked):
     """A mask on a sequence: what prints as a picture, states its density, and holds the tables of every lowering.
 
     Args:
@@ -116,17 +119,12 @@ class TileMask:
     """
 
     mask: AttentionMask
-    grid: Sizes
-    before: int = 0
-    after: int = 0
+    grid: PositiveSizes
+    before: Annotated[int, at_least(0)] = 0
+    after: Annotated[int, at_least(0)] = 0
 
     def __post_init__(self) -> None:
-        grid = whole_numbers(self.grid, "the grid of a video (frames, height, width)")
-        if len(grid) != 3 or min(grid) < 1:
-            raise ConfigError(f"the grid of a video is (frames, height, width), each at least 1; got {grid}")
-        object.__setattr__(self, "grid", grid)
-        for name in ("before", "after"):
-            whole(getattr(self, name), f"the tokens of text {name} those of video")
+        super().__post_init__()
         if self.allowed.any(1).all() or self.text or self.mask.is_empty:
             return
         raise ConfigError(f"under the mask {self.mask} some tokens attend to nothing")

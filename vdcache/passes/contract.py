@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-import numbers
-import operator
 import traceback
-import types
-import typing
 from collections.abc import Iterable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +13,7 @@ from torch import fx
 from vdcache.errors import ConfigError, ContractError
 from vdcache.ir.dump import dump
 from vdcache.ir.facts import Fact, check, holding
+from vdcache.util.fields import check_fields
 
 __all__ = ["Contract", "check_facts", "check_options", "failed", "is_third_party"]
 
@@ -40,73 +35,8 @@ def check_facts(a_pass: Any) -> None:
 
 
 def check_options(a_pass: Any) -> None:
-    """Raise ConfigError where an option is of another type than its field says."""
-    wanted = _types_of(type(a_pass))  # type: ignore[arg-type]
-    for option in fields(a_pass):
-        value = getattr(a_pass, option.name)
-        if option.name in wanted and value is not option.default and not _fits(value, wanted[option.name]):
-            name = option.name.replace("_", "-")
-            raise ConfigError(f"{a_pass.name}: {name} is {_in_words(wanted[option.name])}; got {value!r}")
-
-
-@functools.lru_cache(maxsize=256)
-def _types_of(kind: type) -> dict[str, Any]:
-    try:
-        return typing.get_type_hints(kind)
-    except (NameError, TypeError, AttributeError):  # of another package, with names that only a type checker sees
-        return {}
-
-
-def _fits(value: Any, wanted: Any) -> bool:
-    """Whether a value is of an annotated type; true of types that cannot be looked at."""
-    kind, inner = typing.get_origin(wanted), typing.get_args(wanted)
-    if kind in (typing.Union, types.UnionType):
-        return any(_fits(value, one) for one in inner)
-    if kind is typing.Literal:
-        return value in inner
-    if wanted is None or wanted is type(None):
-        return value is None
-    if wanted is bool:
-        return isinstance(value, bool)
-    if wanted is int:
-        return _is_whole(value)
-    if wanted is float:
-        return isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if kind in (tuple, list, frozenset, set):  # any sequence is made one: a list, a range, an array
-        if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
-            return False
-        items = list(value)
-        if kind is tuple and inner and inner[-1] is not ...:
-            return len(items) == len(inner) and all(map(_fits, items, inner))
-        return all(_fits(item, inner[0]) for item in items) if inner else True
-    try:
-        return isinstance(value, kind or wanted)
-    except TypeError:
-        return True
-
-
-def _is_whole(value: Any) -> bool:
-    try:
-        operator.index(value)
-    except TypeError:
-        return False
-    return not isinstance(value, bool)
-
-
-def _in_words(wanted: Any) -> str:
-    kind, inner = typing.get_origin(wanted), typing.get_args(wanted)
-    if kind in (typing.Union, types.UnionType):
-        return " or ".join(_in_words(one) for one in inner if one is not int or float not in inner)
-    if kind is typing.Literal:
-        return " or ".join(map(repr, inner))
-    if kind in (tuple, list, frozenset, set) and inner:
-        number = "" if kind is not tuple or inner[-1] is ... else f"{len(inner)} "
-        return f"a list of {number}{_MANY.get(inner[0], getattr(inner[0], '__name__', inner[0]))}"
-    return _ONE.get(wanted, f"a {getattr(wanted, '__name__', wanted)}")
-
-
-_ONE = {bool: "true or false", int: "a whole number", float: "a number", str: "a word", type(None): "none"}
-_MANY = {bool: "true or false", int: "whole numbers", float: "numbers", str: "words"}
+    """Raise ConfigError where an option is not what its field says."""
+    check_fields(a_pass, a_pass.name, lambda name: name.replace("_", "-"))
 
 
 def failed(a_pass: Any, error: Exception) -> ContractError:

@@ -8,16 +8,16 @@ For measurements outside the graph: calibrations. An emission is an identity, so
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from torch import fx
 
-from vdcache.errors import ConfigError
 from vdcache.ir import dialect
 from vdcache.ir.facts import Fact
 from vdcache.passes.base import Pass, PassResult, Refusal, copy_meta
 from vdcache.passes.values import VALUES, find
 from vdcache.patterns import KINDS, NoMatch, analyze
+from vdcache.util.fields import one_of
 
 
 @dataclass(frozen=True)
@@ -36,18 +36,9 @@ class Emit(Pass):
     name: ClassVar[str] = "emit"
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.FUNCTIONAL, Fact.TYPED, Fact.CANONICAL})
 
-    location: str = "branches"
-    kinds: tuple[str, ...] = ()
-    gate: str = "pre"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.location not in ("branches", *VALUES):
-            raise ConfigError(f"{self.name}: no place {self.location!r}; there are branches, {', '.join(VALUES)}")
-        if unknown := [k for k in self.kinds if k not in KINDS]:
-            raise ConfigError(f"{self.name}: no branch kind {unknown[0]!r}; there are {', '.join(KINDS)}")
-        if self.gate not in ("post", "pre"):
-            raise ConfigError(f"{self.name}: gate must be 'post' or 'pre', got {self.gate!r}")
+    location: Annotated[str, one_of("branches", *VALUES)] = "branches"
+    kinds: tuple[Annotated[str, one_of(*KINDS)], ...] = ()
+    gate: Annotated[str, one_of("post", "pre")] = "pre"
 
     def run(self, graph: fx.GraphModule) -> PassResult:
         if self.location != "branches":

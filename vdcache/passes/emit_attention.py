@@ -23,7 +23,7 @@ from vdcache.ir.ops import ATTENTION, tensor_of
 from vdcache.passes.base import Pass, PassResult, Refusal, copy_meta
 from vdcache.patterns import Attention, Branch, GraphAnalysis, Grid, NoMatch, analyze
 from vdcache.patterns.attention import AttentionMatch, attention_matches, axes_of, layout_of, operands, video_span
-from vdcache.util.checks import video_grid
+from vdcache.util.fields import VideoGrid
 
 aten = torch.ops.aten
 
@@ -42,11 +42,7 @@ class EmitAttention(Pass):
     name: ClassVar[str] = "emit-attention"
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.FUNCTIONAL, Fact.TYPED, Fact.CANONICAL})
 
-    grid: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "grid", video_grid(self.grid, self.name))
-        super().__post_init__()
+    grid: VideoGrid = ()
 
     def run(self, graph: fx.GraphModule) -> PassResult:
         found = analyze(graph)

@@ -10,7 +10,7 @@ difference of the stream instead: y = cache_guard(addcmul(x, g, h), slot, x).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from torch import fx
 
@@ -20,11 +20,12 @@ from vdcache.ir.facts import Fact
 from vdcache.ir.ops import same_type
 from vdcache.passes.base import Pass, PassResult, Refusal, put_cache_guard
 from vdcache.patterns import ATTENDS, KINDS, Branch, GraphAnalysis, analyze
-from vdcache.util.checks import group_name, whole, whole_numbers
+from vdcache.util.fields import Group, at_least, between, one_of
 
 # Branches by what they do, whatever their block is made of.
 TYPES = {"attn": ATTENDS, "cross": ("cross-attention",), "mlp": ("mlp",)}
 LAYOUTS = ("spatial", "temporal", "full", "unknown")
+Share = Annotated[float, between(-1, 1, "a share of the blocks")]
 
 
 @dataclass(frozen=True)
@@ -54,46 +55,27 @@ class MarkBranches(Pass):
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.FUNCTIONAL, Fact.TYPED, Fact.CANONICAL})
     ensures: ClassVar[frozenset[Fact]] = frozenset({Fact.GUARDED})
 
-    kinds: tuple[str, ...] = ()
-    group: str = "all"
-    gate: str = "post"
+    kinds: tuple[Annotated[str, one_of(*KINDS)], ...] = ()
+    group: Group = "all"
+    gate: Annotated[str, one_of("post", "pre")] = "post"
     blocks: tuple[int, ...] | None = None
-    block_kind: str = ""
-    expected_blocks: int = 0
-    start: int | float = 0
-    stop: int | float | None = None
-    layouts: tuple[str, ...] = ()
+    block_kind: Annotated[str, one_of("single", "double", empty="all blocks")] = ""
+    expected_blocks: Annotated[int, at_least(0)] = 0
+    start: int | Share = 0
+    stop: int | Share | None = None
+    layouts: tuple[Annotated[str, one_of(*LAYOUTS)], ...] = ()
     per_block: bool = False
 
     def __post_init__(self) -> None:
-        if self.blocks is not None:
-            object.__setattr__(self, "blocks", whole_numbers(self.blocks, f"{self.name}: blocks"))
         super().__post_init__()
-        whole(self.expected_blocks, f"{self.name}: expected-blocks, the number of blocks that there must be,")
-        if unknown := [k for k in self.kinds if k not in KINDS]:
-            raise ConfigError(f"{self.name}: no branch kind {unknown[0]!r}; there are {', '.join(KINDS)}")
-        if self.gate not in ("post", "pre"):
-            raise ConfigError(f"{self.name}: gate must be 'post' or 'pre', got {self.gate!r}")
-        if self.block_kind not in ("", "single", "double"):
-            raise ConfigError(
-                f"{self.name}: block-kind must be 'single' or 'double' (or empty for all blocks), got {self.block_kind!r}"
-            )
-        if unknown := [w for w in self.layouts if w not in LAYOUTS]:
-            raise ConfigError(f"{self.name}: no attention layout {unknown[0]!r}; there are {', '.join(LAYOUTS)}")
-        group_name(self.group, self.name)
-        for name in ("start", "stop"):
-            at = getattr(self, name)
-            if isinstance(at, float) and not -1 <= at <= 1:
-                raise ConfigError(
-                    f"{self.name}: {name} is a number of blocks, or a share of them between -1.0 and 1.0; got {at!r}"
-                )
-        if self.blocks is not None and (self.start or self.stop is not None):
+        if self.blocks is None:
+            return
+        if self.start or self.stop is not None:
             raise ConfigError(f"{self.name}: blocks are given as a list or as a slice (start, stop), not both")
-        if self.blocks is not None:
-            if not self.blocks:
-                raise ConfigError(f"{self.name}: the list of blocks is empty, so there is nothing to reuse")
-            if twice := [b for b in self.blocks if self.blocks.count(b) > 1]:
-                raise ConfigError(f"{self.name}: the list of blocks names {twice[0]} twice")
+        if not self.blocks:
+            raise ConfigError(f"{self.name}: the list of blocks is empty, so there is nothing to reuse")
+        if twice := [b for b in self.blocks if self.blocks.count(b) > 1]:
+            raise ConfigError(f"{self.name}: the list of blocks names {twice[0]} twice")
 
     def run(self, graph: fx.GraphModule) -> PassResult:
         found = analyze(graph)

@@ -10,12 +10,12 @@ addition. Bit-exact.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import fx
 
-from vdcache.errors import CaptureError, ConfigError
+from vdcache.errors import CaptureError
 from vdcache.ir.capture import signature
 from vdcache.ir.edit import add_input, call, copy_graph, inputs, outputs, set_output, set_outputs
 from vdcache.ir.facts import Fact
@@ -24,7 +24,7 @@ from vdcache.passes.base import Pass, PassResult, Refusal, drop_dead_code, put_c
 from vdcache.passes.halve_batch import halve
 from vdcache.passes.values import output
 from vdcache.patterns import NoMatch, analyze
-from vdcache.util.checks import group_name
+from vdcache.util.fields import Group, one_of
 
 __all__ = ["LanesIO", "MarkLanes", "halve_lanes", "lanes_io"]
 
@@ -78,17 +78,9 @@ class MarkLanes(Pass):
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.FUNCTIONAL, Fact.TYPED, Fact.CANONICAL})
     ensures: ClassVar[frozenset[Fact]] = frozenset({Fact.GUARDED})
 
-    mode: str = "auto"
-    predicted: str = "first"
-    group: str = "lane"
-
-    def __post_init__(self) -> None:
-        group_name(self.group, self.name)
-        if self.mode not in CALLS:
-            raise ConfigError(f"{self.name}: mode is {', '.join(CALLS)}; got {self.mode!r}")
-        if self.predicted not in ("first", "second"):
-            raise ConfigError(f"{self.name}: predicted is 'first' or 'second'; got {self.predicted!r}")
-        super().__post_init__()
+    mode: Annotated[str, one_of(*CALLS)] = "auto"
+    predicted: Annotated[str, one_of("first", "second")] = "first"
+    group: Group = "lane"
 
     def run(self, graph: fx.GraphModule) -> PassResult:
         found = analyze(graph)

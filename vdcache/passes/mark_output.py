@@ -9,18 +9,17 @@ difference of output and input (EasyCache, arXiv 2507.02860). Bit-exact.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from torch import fx
 
-from vdcache.errors import ConfigError
 from vdcache.ir.edit import set_output
 from vdcache.ir.facts import Fact
 from vdcache.ir.ops import same_type
 from vdcache.passes.base import Pass, PassResult, Refusal, put_cache_guard
 from vdcache.passes.values import find, output
 from vdcache.patterns import NoMatch, analyze
-from vdcache.util.checks import group_name
+from vdcache.util.fields import Group, one_of
 
 
 @dataclass(frozen=True)
@@ -40,14 +39,8 @@ class MarkOutput(Pass):
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.FUNCTIONAL, Fact.TYPED, Fact.CANONICAL})
     ensures: ClassVar[frozenset[Fact]] = frozenset({Fact.GUARDED})
 
-    base: str = "input"
-    group: str = "all"
-
-    def __post_init__(self) -> None:
-        group_name(self.group, self.name)
-        if self.base not in ("input", "zero"):
-            raise ConfigError(f"{self.name}: base is 'input' or 'zero', got {self.base!r}")
-        super().__post_init__()
+    base: Annotated[str, one_of("input", "zero")] = "input"
+    group: Group = "all"
 
     def run(self, graph: fx.GraphModule) -> PassResult:
         g = graph.graph

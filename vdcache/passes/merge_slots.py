@@ -13,12 +13,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import fx
 
-from vdcache.errors import ConfigError
 from vdcache.ir import dialect
 from vdcache.ir.capture import signature
 from vdcache.ir.edit import call, inputs, outputs
@@ -26,7 +25,7 @@ from vdcache.ir.facts import Fact
 from vdcache.ir.ops import CASTS, VIEWS, same_type
 from vdcache.passes.base import Pass, PassResult, Refusal, put_cache_guard
 from vdcache.patterns import analyze
-from vdcache.util.checks import group_name
+from vdcache.util.fields import Group, one_of
 from vdcache.util.slots import group_of
 
 aten = torch.ops.aten
@@ -62,14 +61,8 @@ class MergeSlots(Pass):
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.FUNCTIONAL, Fact.TYPED, Fact.GUARDED})
     ensures: ClassVar[frozenset[Fact]] = frozenset({Fact.GUARDED})
 
-    group: str = "all"
-    span: str = "run"
-
-    def __post_init__(self) -> None:
-        group_name(self.group, self.name)
-        if self.span not in ("run", "block"):
-            raise ConfigError(f"{self.name}: span must be 'run' or 'block', got {self.span!r}")
-        super().__post_init__()
+    group: Group = "all"
+    span: Annotated[str, one_of("run", "block")] = "run"
 
     def run(self, graph: fx.GraphModule) -> PassResult:
         static = _step_invariant(graph)

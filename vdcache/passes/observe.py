@@ -11,7 +11,7 @@ takes the bytes of one stream tensor even where gates are computed in float32.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import fx
@@ -23,7 +23,7 @@ from vdcache.ir.facts import Fact
 from vdcache.passes.base import Pass, PassResult, Refusal, copy_meta
 from vdcache.passes.values import VALUES, find
 from vdcache.patterns import ATTENDS, KINDS, Branch, GraphAnalysis, NoMatch, analyze
-from vdcache.util.checks import group_name, whole
+from vdcache.util.fields import Group, ascending, at_least, between, one_of
 
 aten = torch.ops.aten
 
@@ -50,29 +50,13 @@ class Observe(Pass):
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.FUNCTIONAL, Fact.TYPED, Fact.CANONICAL})
     ensures: ClassVar[frozenset[Fact]] = frozenset({Fact.OBSERVED})
 
-    kind: str = ""
+    kind: Annotated[str, one_of(*KINDS, "temporal-attention", "spatial-attention", *VALUES, empty="AdaCache's choice")] = ""
     blocks: tuple[int, ...] = ()
-    distance: str = "l1"
-    strides: tuple[int, ...] = ()
-    frames: int = 0
-    group: str = "all"
-    block_range: tuple[float, float] = (0.0, 1.0)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        group_name(self.group, self.name)
-        kinds = (*KINDS, "temporal-attention", "spatial-attention", *VALUES)
-        if self.kind and self.kind not in kinds:
-            raise ConfigError(f"{self.name}: no branch kind {self.kind!r}; there are {', '.join(kinds)}")
-        if self.distance not in dialect.DISTANCES:
-            raise ConfigError(f"{self.name}: no distance {self.distance!r}; there are {', '.join(dialect.DISTANCES)}")
-        if any(i < 1 for i in self.strides):
-            raise ConfigError(f"{self.name}: strides are frame distances of at least 1, got {self.strides}")
-        whole(self.frames, f"{self.name}: frames, the number of latent frames or 0 to read it off the graph,")
-        if not 0 <= self.block_range[0] < self.block_range[1] <= 1:
-            raise ConfigError(
-                f"{self.name}: block-range is a share of the blocks, from and to, between 0 and 1; got {self.block_range}"
-            )
+    distance: Annotated[str, one_of(*dialect.DISTANCES)] = "l1"
+    strides: tuple[Annotated[int, at_least(1)], ...] = ()
+    frames: Annotated[int, at_least(0)] = 0
+    group: Group = "all"
+    block_range: Annotated[tuple[Annotated[float, between(0, 1)], float], ascending] = (0.0, 1.0)
 
     def run(self, graph: fx.GraphModule) -> PassResult:
         found = analyze(graph)

@@ -10,14 +10,14 @@ import ast
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Annotated, Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from vdcache.errors import ConfigError
 from vdcache.passes.filters import sinusoids
-from vdcache.util.checks import number
+from vdcache.util.fields import Bound, Checked, above, at_least, between
 from vdcache.util.plugins import plugins
 
 __all__ = [
@@ -91,7 +91,7 @@ LAST = LastValue()
 
 
 @dataclass(frozen=True)
-class Taylor:
+class Taylor(Checked):
     """Taylor expansion over the computed steps (TaylorSeer, arXiv 2503.06923, equations 3 and 4).
 
     With Δ⁰F = F and ΔⁱF = (Δⁱ⁻¹F now − Δⁱ⁻¹F before) / k, k steps apart, a step x steps later is given Σ ΔⁱF · xⁱ / i!, over
@@ -104,11 +104,7 @@ class Taylor:
         ConfigError: an order below 0 or above 4.
     """
 
-    order: int = 1
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.order, int) or not 0 <= self.order <= 4:
-            raise ConfigError(f"a Taylor expansion has an order of 0 to 4; got {self.order!r}")
+    order: Annotated[int, between(0, 4)] = 1
 
     @property
     def tensors(self) -> int:
@@ -135,7 +131,7 @@ class Taylor:
 
 
 @dataclass(frozen=True)
-class Scaled:
+class Scaled(Checked):
     """The last value times a factor of the elapsed steps: factor ** elapsed (MagCache's ratio of magnitudes, arXiv 2506.09045,
     held constant).
 
@@ -146,13 +142,9 @@ class Scaled:
         ConfigError: another factor.
     """
 
-    factor: float = 1.0
+    factor: Annotated[float, above(0)] = 1.0
 
     tensors = 1
-
-    def __post_init__(self) -> None:
-        if not 0 < self.factor < math.inf:
-            raise ConfigError(f"a value is scaled by a factor above 0; got {self.factor}")
 
     def store(self, new: Tensor, previous: Sequence[Tensor], step_info: StepInfo) -> tuple[Tensor]:
         return (new,)
@@ -165,7 +157,7 @@ class Scaled:
 
 
 @dataclass(frozen=True)
-class Extrapolated:
+class Extrapolated(Checked):
     """The last computed value and a share of its difference to the one before: a₁ + (a₁ − a₂) · w (FasterCache, arXiv
     2410.19355, equation 4).
 
@@ -179,14 +171,9 @@ class Extrapolated:
 
     weight: float = 0.5
     start: int = 0
-    ramp: int = 0
+    ramp: Annotated[int, at_least(0)] = 0
 
     tensors = 2
-
-    def __post_init__(self) -> None:
-        number(self.weight, "the weight of an extrapolation is a number")
-        if not isinstance(self.ramp, int) or self.ramp < 0:
-            raise ConfigError(f"an extrapolation grows over a number of steps, at least 0; got ramp={self.ramp!r}")
 
     def store(self, new: Tensor, previous: Sequence[Tensor], step_info: StepInfo) -> list[Tensor]:
         new = new.float()
@@ -202,8 +189,11 @@ class Extrapolated:
         return f"extrapolated({self.weight:g}{f', {self.start}, {self.ramp}' if self.ramp else ''})"
 
 
+Weight = Annotated[tuple[float, int, int], Bound(lambda weight: weight[0] > 0, noun="(weight above 0, first step, last step)")]
+
+
 @dataclass(frozen=True)
-class Frequencies:
+class Frequencies(Checked):
     """A lane's difference to the other, its low and high frequencies weighted (FasterCache, arXiv 2410.19355, equations 6 and
     7).
 
@@ -219,22 +209,11 @@ class Frequencies:
         ConfigError: no such triples, or a share that is none.
     """
 
-    low: tuple[float, int, int] = (1.1, 0, 10**6)
-    high: tuple[float, int, int] = (1.1, 0, 10**6)
-    share: float = 0.2
+    low: Weight = (1.1, 0, 10**6)
+    high: Weight = (1.1, 0, 10**6)
+    share: Annotated[float, Bound(lambda v: 0 < v <= 1, " above 0 and at most 1")] = 0.2
 
     tensors = 1
-
-    def __post_init__(self) -> None:
-        for weight in (self.low, self.high):
-            if (
-                not isinstance(weight, tuple)
-                or len(weight) != 3
-                or not number(weight[0], "a weight of frequencies is a number") > 0
-            ):
-                raise ConfigError(f"a weight of frequencies is (weight above 0, first step, last step); got {weight!r}")
-        if not 0 < number(self.share, "the radius of low frequencies is a share") <= 1:
-            raise ConfigError(f"the radius of low frequencies is a share of the smaller side, above 0; got {self.share}")
 
     def store(self, new: Tensor, previous: Sequence[Tensor], step_info: StepInfo) -> tuple[Tensor]:
         return (new,)
@@ -274,7 +253,7 @@ def _centred(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class Blended:
+class Blended(Checked):
     """A function of the values of the last computed steps: for methods that mix several of them.
 
     Args:
@@ -287,13 +266,7 @@ class Blended:
     """
 
     blend: Callable[[Sequence[Tensor], StepInfo], Tensor]
-    tensors: int = 2
-
-    def __post_init__(self) -> None:
-        if not callable(self.blend):
-            raise ConfigError(f"blend is a function of the values and of when; got {self.blend!r}")
-        if isinstance(self.tensors, bool) or not isinstance(self.tensors, int) or not 1 <= self.tensors <= 8:
-            raise ConfigError(f"1 to 8 values are blended; got {self.tensors!r}")
+    tensors: Annotated[int, between(1, 8)] = 2
 
     def store(self, new: Tensor, previous: Sequence[Tensor], step_info: StepInfo) -> list[Tensor]:
         new = new.float() if self.tensors > 1 else new

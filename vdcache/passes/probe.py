@@ -8,18 +8,17 @@ A probe is a side value, so the pass is bit-exact. The graph is split at it late
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from torch import fx
 
-from vdcache.errors import ConfigError
 from vdcache.ir import dialect
 from vdcache.ir.facts import Fact
 from vdcache.passes.base import Pass, PassResult, Refusal, copy_meta
 from vdcache.passes.filters import FILTERS, filtered
 from vdcache.passes.values import PLACES, find
 from vdcache.patterns import NoMatch
-from vdcache.util.checks import group_name
+from vdcache.util.fields import Group, at_least, one_of
 
 
 @dataclass(frozen=True)
@@ -44,26 +43,12 @@ class Probe(Pass):
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.FUNCTIONAL, Fact.TYPED, Fact.CANONICAL})
     ensures: ClassVar[frozenset[Fact]] = frozenset({Fact.PROBED})
 
-    location: str = "residual"
-    blocks: int = 1
-    distance: str = "l1"
-    reference_step: str = "computed"
-    filter: str = ""
-    group: str = "all"
-
-    def __post_init__(self) -> None:
-        group_name(self.group, self.name)
-        for what, value, known in (
-            ("place", self.location, [p for p in PLACES if p != "output"]),
-            ("distance", self.distance, dialect.DISTANCES),
-            ("reference step", self.reference_step, dialect.REFERENCE_STEPS),
-            ("filter", self.filter, ("", *FILTERS)),
-        ):
-            if value not in known:
-                raise ConfigError(f"{self.name}: no {what} {value!r}; there are {', '.join(k or repr('') for k in known)}")
-        if isinstance(self.blocks, bool) or not isinstance(self.blocks, int) or self.blocks < 1:
-            raise ConfigError(f"{self.name}: the residual is of at least one block; got blocks={self.blocks!r}")
-        super().__post_init__()
+    location: Annotated[str, one_of(*(p for p in PLACES if p != "output"))] = "residual"
+    blocks: Annotated[int, at_least(1)] = 1
+    distance: Annotated[str, one_of(*dialect.DISTANCES)] = "l1"
+    reference_step: Annotated[str, one_of(*dialect.REFERENCE_STEPS)] = "computed"
+    filter: Annotated[str, one_of(*FILTERS, empty="no filter")] = ""
+    group: Group = "all"
 
     def run(self, graph: fx.GraphModule) -> PassResult:
         value = find(graph, self.location, self.blocks, provenance=str(self))

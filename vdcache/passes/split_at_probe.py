@@ -12,12 +12,12 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import fx
 
-from vdcache.errors import CaptureError, ConfigError
+from vdcache.errors import CaptureError
 from vdcache.ir import dialect
 from vdcache.ir.capture import signature
 from vdcache.ir.edit import add_input, backward_slice, call, outputs, set_outputs
@@ -26,6 +26,7 @@ from vdcache.ir.ops import SLICES, VIEWS, is_effectful, tensor_of
 from vdcache.passes.base import Pass, PassResult, Refusal, drop_dead_code
 from vdcache.passes.specialise import contiguous
 from vdcache.passes.sums import sums_of
+from vdcache.util.fields import one_of
 
 __all__ = ["HeadIO", "SplitAtProbe", "head_io"]
 
@@ -78,12 +79,7 @@ class SplitAtProbe(Pass):
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.FUNCTIONAL, Fact.TYPED, Fact.PROBED})
     ensures: ClassVar[frozenset[Fact]] = frozenset({Fact.PROBED})
 
-    part: str = "tail"
-
-    def __post_init__(self) -> None:
-        if self.part not in ("head", "tail"):
-            raise ConfigError(f"{self.name}: part is 'head' or 'tail', got {self.part!r}")
-        super().__post_init__()
+    part: Annotated[str, one_of("head", "tail")] = "tail"
 
     def run(self, graph: fx.GraphModule) -> PassResult:
         g = graph.graph

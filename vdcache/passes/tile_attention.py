@@ -24,7 +24,7 @@ from vdcache.ir.ops import ATTENTION, tensor_of
 from vdcache.passes.base import Pass, PassResult, Refusal
 from vdcache.patterns import Attention, GraphAnalysis, Grid, NoMatch, analyze
 from vdcache.patterns.attention import video_span
-from vdcache.util.checks import video_grid, whole_numbers
+from vdcache.util.fields import VideoGrid, VideoText
 
 __all__ = ["AttentionOperands", "TileAttention", "places"]
 
@@ -53,8 +53,8 @@ class TileAttention(Pass):
 
     masks: tuple[str, ...] = ("dense",)
     sites: tuple[str, ...] = ()
-    grid: tuple[int, ...] = ()
-    text: tuple[int, ...] = ()
+    grid: VideoGrid = ()
+    text: VideoText = ()
 
     def __post_init__(self) -> None:
         given: Any = self.masks
@@ -62,10 +62,6 @@ class TileAttention(Pass):
         object.__setattr__(self, "masks", tuple(masks_text(parse_masks(m)) for m in given))
         if not self.masks:
             raise ConfigError(f"{self.name}: give one mask for all attentions, or one for each")
-        object.__setattr__(self, "grid", video_grid(self.grid, self.name))
-        object.__setattr__(self, "text", whole_numbers(self.text, f"{self.name}: text"))
-        if self.text and (len(self.text) != 2 or min(self.text) < 0):
-            raise ConfigError(f"{self.name}: text is the tokens of text (before, after) those of video, got {self.text}")
         super().__post_init__()
 
     def run(self, graph: fx.GraphModule) -> PassResult:

@@ -6,17 +6,27 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 from vdcache.errors import ConfigError
 from vdcache.policies.metrics import MetricValue
 from vdcache.policies.plan import RECOMPUTE, Plan
 from vdcache.util.checks import number
+from vdcache.util.fields import Bound, Checked, at_least, one_of, some
 
 __all__ = ["AdaCache", "AdaState", "Codebook", "MoReg", "scaled"]
 
+Entries = Annotated[
+    tuple[tuple[float, Annotated[int, at_least(1)]], ...],
+    Bound(
+        lambda entries: entries and all(a < b for (a, _), (b, _) in itertools.pairwise(entries)),
+        noun="a list of (threshold, rate) entries, at least one, thresholds ascending, rates whole steps of at least 1",
+    ),
+]
+
 
 @dataclass(frozen=True)
-class Codebook:
+class Codebook(Checked):
     """From the size of the change to how many steps may pass until the next computed one (AdaCache equation 5).
 
     Args:
@@ -27,16 +37,7 @@ class Codebook:
         ConfigError: no entry, thresholds that do not ascend, a rate below 1.
     """
 
-    entries: tuple[tuple[float, int], ...]
-
-    def __post_init__(self) -> None:
-        if not self.entries:
-            raise ConfigError("a codebook has at least one (threshold, rate) entry")
-        thresholds = [t for t, _ in self.entries]
-        if any(not a < b for a, b in itertools.pairwise(thresholds)):
-            raise ConfigError(f"the thresholds of a codebook ascend; got {thresholds}")
-        if wrong := [r for _, r in self.entries if isinstance(r, bool) or not isinstance(r, int) or r < 1]:
-            raise ConfigError(f"the rates of a codebook are whole steps of at least 1; got {wrong[0]}")
+    entries: Entries
 
     @staticmethod
     def of(entries: Mapping[float, int] | Sequence[tuple[float, int]] | Codebook) -> Codebook:
@@ -68,7 +69,7 @@ MOREG_WINDOWS: Mapping[int, tuple[int, int]] = {30: (4, 26), 100: (10, 90)}  # t
 
 
 @dataclass(frozen=True)
-class MoReg:
+class MoReg(Checked):
     """Motion regularisation (arXiv 2411.02397, section 4.3): videos that move are recomputed more often.
 
     Args:
@@ -80,17 +81,13 @@ class MoReg:
         gradient: factor of the motion gradient (`mograd_mul`).
     """
 
-    strides: tuple[int, ...] = (1,)
+    strides: Annotated[tuple[Annotated[int, at_least(1)], ...], some] = (1,)
     window: tuple[int, int] | None = None
     of_steps: int = 30
     scale: float = 0.385
     power: float = 8.0
     divisor: float = 1.0
     gradient: float = 10.0
-
-    def __post_init__(self) -> None:
-        if not self.strides or any(s < 1 for s in self.strides):
-            raise ConfigError(f"MoReg strides are frame distances of at least 1; got {self.strides}")
 
     def applies(self, step: int, num_steps: int) -> bool:
         """Whether step `step` (counted from 0) lies in the window."""
@@ -114,11 +111,8 @@ class AdaState:
     trace: tuple[tuple[int, float, int], ...] = ()  # (step, change as looked up, rate chosen)
 
 
-RULES = ("vdcache", "paper", "code")
-
-
 @dataclass(frozen=True)
-class AdaCache:
+class AdaCache(Checked):
     """Recompute when the codebook says that the observed branch has changed enough (arXiv 2411.02397).
 
     Args:
@@ -143,16 +137,10 @@ class AdaCache:
 
     codebook: Codebook
     moreg: MoReg | None = None
-    first: int = 1
-    last: int = 2
-    rule: str = "vdcache"
+    first: Annotated[int, at_least(1)] = 1
+    last: Annotated[int, at_least(0)] = 2
+    rule: Annotated[str, one_of("vdcache", "paper", "code")] = "vdcache"
     group: str = "all"
-
-    def __post_init__(self) -> None:
-        if self.rule not in RULES:
-            raise ConfigError(f"AdaCache has no rule {self.rule!r}; there are {', '.join(RULES)}")
-        if self.first < 1 or self.last < 0:
-            raise ConfigError(f"AdaCache computes at least the first step; got first={self.first}, last={self.last}")
 
     def plans(self) -> tuple[Plan, ...]:
         return (RECOMPUTE, Plan.of([self.group]))

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Annotated, Any, Protocol, runtime_checkable
 
-from vdcache.errors import ConfigError
 from vdcache.policies.metrics import MetricValue
 from vdcache.policies.plan import RECOMPUTE, Plan
+from vdcache.util.fields import Checked, at_least
 
 __all__ = ["Always", "Deciding", "EveryN", "Policy"]
 
@@ -68,18 +68,14 @@ class Always:
 
 
 @dataclass(frozen=True)
-class EveryN:
+class EveryN(Checked):
     """Recompute at steps 0, n, 2n … and the last; reuse a group of slots in between.
 
     Raises ConfigError for n below 1.
     """
 
-    n: int
+    n: Annotated[int, at_least(1)]
     group: str = "all"
-
-    def __post_init__(self) -> None:
-        if self.n < 1:
-            raise ConfigError(f"every-N recomputes every N-th step, so N is at least 1; got {self.n}")
 
     def plans(self) -> tuple[Plan, ...]:
         return (RECOMPUTE, Plan.of([self.group])) if self.n > 1 else (RECOMPUTE,)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 from vdcache.errors import ConfigError
 from vdcache.policies.plan import RECOMPUTE, Plan
-from vdcache.util.checks import number, whole
+from vdcache.util.fields import Checked, above, at_least
 
 __all__ = ["Goal"]
 
 
 @dataclass(frozen=True)
-class Goal:
+class Goal(Checked):
     """What a schedule is for: exactly one of the three.
 
     Args:
@@ -26,24 +27,16 @@ class Goal:
         ConfigError: none, several, or a number out of range.
     """
 
-    computed: int | None = None
-    speedup: float | None = None
-    quality_db: float | None = None
+    computed: Annotated[int, at_least(1)] | None = None
+    speedup: Annotated[float, at_least(1)] | None = None
+    quality_db: Annotated[float, above(0)] | None = None
     floor_db: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         given = [n for n in ("computed", "speedup", "quality_db") if getattr(self, n) is not None]
         if len(given) != 1:
             raise ConfigError(f"a schedule is for one of computed, speedup and quality_db; got {', '.join(given) or 'none'}")
-        if self.computed is not None:
-            whole(self.computed, "the number of computed steps", 1)
-        if (
-            self.speedup is not None
-            and not math.inf > number(self.speedup, "speedup is how many times faster it is to be") >= 1
-        ):
-            raise ConfigError(f"speedup is how many times faster a generation is to be, at least 1; got {self.speedup}")
-        if self.quality_db is not None and not number(self.quality_db, "quality_db is a PSNR in dB") > 0:
-            raise ConfigError(f"quality_db is a PSNR in dB, above 0; got {self.quality_db}")
 
     def plans(self) -> tuple[Plan, ...]:
         """Every plan that a schedule may have."""

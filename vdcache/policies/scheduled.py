@@ -6,23 +6,21 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 from vdcache.errors import ConfigError
 from vdcache.policies.base import Deciding, Policy
 from vdcache.policies.metrics import MetricValue
 from vdcache.policies.plan import RECOMPUTE, Plan
 from vdcache.policies.steps import StepList, Steps
-from vdcache.util.checks import number, whole
+from vdcache.util.fields import Bound, Checked, at_least, between, one_of, some
 from vdcache.util.slots import group_of
 
 __all__ = ["CombinedPolicy", "MagCache", "PlanTable", "SchedulePolicy", "same_times", "scaled_to"]
 
-TURNS = ("alternate", "split", "together")
-
 
 @dataclass(frozen=True)
-class SchedulePolicy:
+class SchedulePolicy(Checked):
     """A policy that follows a schedule: computed at its steps, reused in between.
 
     Args:
@@ -39,25 +37,18 @@ class SchedulePolicy:
     """
 
     when: Steps
-    groups: tuple[str, ...] = ("all",)
-    turn: str = "alternate"
-    switch: float = 0.0
+    groups: Annotated[tuple[str, ...], some] = ("all",)
+    turn: Annotated[str, one_of("alternate", "split", "together")] = "alternate"
+    switch: Annotated[float, between(0, 1)] = 0.0
     shared: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.when, Steps):
             object.__setattr__(self, "when", StepList(self.when))
-        for name in ("groups", "shared"):
-            if isinstance(given := getattr(self, name), str):
-                raise ConfigError(f"{name} is a list of names; got {given!r}: ({given!r},)")
+        super().__post_init__()
         if both := [g for g in self.shared if g in self.groups]:
             raise ConfigError(f"a group is shared or has turns; {both[0]!r} is named for both")
-        if not self.groups:
-            raise ConfigError("a scheduled policy reuses at least one group of slots")
-        if self.turn not in TURNS:
-            raise ConfigError(f"groups have no turn {self.turn!r}; there are {', '.join(TURNS)}")
-        number(self.switch, "switch is a share of the run")
-        if not 0 <= self.switch <= 1 or (self.switch and (self.turn != "split" or len(self.groups) != 2)):
+        if self.switch and (self.turn != "split" or len(self.groups) != 2):
             raise ConfigError(f"switch is a share of the run, 0 to 1, for two groups with turn='split'; got {self.switch!r}")
 
     def plans(self) -> tuple[Plan, ...]:
@@ -95,7 +86,7 @@ class SchedulePolicy:
 
 
 @dataclass(frozen=True)
-class PlanTable:
+class PlanTable(Checked):
     """A plan for every step, known before the run: tables of layers and steps, schedules that were searched.
 
     Args:
@@ -111,8 +102,7 @@ class PlanTable:
     times: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "times", tuple(number(t, "a timestep is a number") for t in self.times))
-        object.__setattr__(self, "reuse", tuple(tuple(groups) for groups in self.reuse))
+        super().__post_init__()
         if not self.reuse:
             raise ConfigError("a table of plans has a row for every step; it is empty")
         if self.reuse[0]:
@@ -140,8 +130,17 @@ def same_times(expected: Sequence[float], seen: Sequence[float]) -> bool:
     return all(abs(a - b) <= 0.0025 * abs(a) + 1e-4 for a, b in zip(expected, seen))
 
 
+Ratios = Annotated[
+    tuple[float, ...],
+    Bound(
+        lambda ratios: ratios and all(0 < r < math.inf for r in ratios),
+        noun="the ratios of magnitudes of every step, all above 0, which vdcache.calibration.magnitudes(model, run) measures",
+    ),
+]
+
+
 @dataclass(frozen=True)
-class MagCache:
+class MagCache(Checked):
     """Reuse while the magnitude of the residual is known to have changed little (MagCache, arXiv 2506.09045).
 
     From a share of the run on, every step multiplies the ratio since the last computed step by its own γ, and adds |1 − ratio| to an error; it reuses while the
@@ -159,23 +158,11 @@ class MagCache:
         ConfigError: no ratios, or a number out of range.
     """
 
-    ratios: tuple[float, ...]
-    threshold: float = 0.12
-    max_consecutive: int = 4
-    retention: float = 0.2
+    ratios: Ratios
+    threshold: Annotated[float, Bound(lambda v: v >= 0, " of at least 0")] = 0.12
+    max_consecutive: Annotated[int, at_least(1)] = 4
+    retention: Annotated[float, between(0, 1)] = 0.2
     group: str = "all"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "ratios", tuple(number(r, "a ratio of magnitudes is a number") for r in self.ratios))
-        if not self.ratios or not all(0 < r < math.inf for r in self.ratios):
-            raise ConfigError(
-                "MagCache needs the ratios of magnitudes of every step, all above 0: vdcache.calibration.magnitudes(model, run) measures them"
-            )
-        if not number(self.threshold, "threshold is a number") >= 0:
-            raise ConfigError(f"threshold is at least 0; got {self.threshold}")
-        whole(self.max_consecutive, "max_consecutive, the most reused steps,", 1)
-        if not 0 <= number(self.retention, "retention is a share") <= 1:
-            raise ConfigError(f"retention is a share of the run, 0 to 1; got {self.retention}")
 
     def plans(self) -> tuple[Plan, ...]:
         return (RECOMPUTE, Plan.of([self.group]))

@@ -5,15 +5,16 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 from vdcache.errors import ConfigError
-from vdcache.util.checks import number, whole, whole_numbers
+from vdcache.util.fields import Checked, ascending, at_least, one_of, some
 
 __all__ = ["EveryNth", "LinearIntervals", "StepList", "Steps", "TGateSteps"]
 
 
 @dataclass(frozen=True)
-class StepList:
+class StepList(Checked):
     """Computed steps as a list, counted from 0. Every step before the first of them is computed as well (the warm-up).
 
     Args:
@@ -24,15 +25,8 @@ class StepList:
         ConfigError: an empty list, steps that do not ascend or are negative.
     """
 
-    steps: tuple[int, ...]
+    steps: Annotated[tuple[Annotated[int, at_least(0)], ...], some, ascending]
     of_steps: int = 0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "steps", whole_numbers(self.steps, "the computed steps"))
-        if not self.steps:
-            raise ConfigError("a list of computed steps holds at least one step")
-        if self.steps[0] < 0 or any(not a < b for a, b in itertools.pairwise(self.steps)):
-            raise ConfigError(f"computed steps ascend and count from 0; got {list(self.steps)}")
 
     def computed(self, num_steps: int) -> tuple[int, ...]:
         """The computed steps of a generation.
@@ -55,11 +49,8 @@ class StepList:
         return StepList(tuple(sorted({min(num_steps - 1, round(s * factor)) for s in self.steps})), num_steps)
 
 
-ORDERS = ("decreasing", "increasing", "even")
-
-
 @dataclass(frozen=True)
-class LinearIntervals:
+class LinearIntervals(Checked):
     """Intervals between computed steps that change linearly over the run (ProfilingDiT equations 11, 12 and 15).
 
     After `warm_up` computed steps, step s₀ = warm_up is computed, and after a computed step s the next one is s + T(s), with
@@ -78,23 +69,16 @@ class LinearIntervals:
         ConfigError: an interval below 1, t_max below t_min, a negative warm-up, an unknown order.
     """
 
-    warm_up: int
-    t_max: float
-    t_min: float
-    order: str = "decreasing"
+    warm_up: Annotated[int, at_least(0)]
+    t_max: Annotated[float, at_least(1)]
+    t_min: Annotated[float, at_least(1)]
+    order: Annotated[str, one_of("decreasing", "increasing", "even")] = "decreasing"
     of_steps: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("warm_up", "t_max", "t_min"):
-            number(getattr(self, name), f"{name} of the intervals is a number of steps")
-        if self.warm_up < 0 or self.warm_up != int(self.warm_up):
-            raise ConfigError(f"warm_up is a whole number of steps, at least 0; got {self.warm_up}")
-        if not self.t_min >= 1:
-            raise ConfigError(f"t_min is an interval in steps, at least 1; got {self.t_min}")
-        if not self.t_max >= self.t_min or math.isinf(self.t_max):
+        super().__post_init__()
+        if not self.t_max >= self.t_min:
             raise ConfigError(f"t_max is an interval in steps, at least t_min={self.t_min:g}; got {self.t_max}")
-        if self.order not in ORDERS:
-            raise ConfigError(f"intervals have no order {self.order!r}; there are {', '.join(ORDERS)}")
 
     def interval(self, step: int, num_steps: int) -> int:
         """T(step), rounded."""
@@ -133,7 +117,7 @@ class LinearIntervals:
 
 
 @dataclass(frozen=True)
-class EveryNth:
+class EveryNth(Checked):
     """Every n-th step, and some at either end.
 
     Args:
@@ -148,16 +132,12 @@ class EveryNth:
         ConfigError: n below 1, a negative number of steps.
     """
 
-    n: int
-    first: int = 1
-    last: int = 0
-    offset: int = 0
+    n: Annotated[int, at_least(1)]
+    first: Annotated[int, at_least(0)] = 1
+    last: Annotated[int, at_least(0)] = 0
+    offset: Annotated[int, at_least(0)] = 0
     from_end: bool = False
     of_steps: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in (("n", 1), ("first", 0), ("last", 0), ("offset", 0)):
-            whole(getattr(self, name), f"'{name}' of a grid of steps", least)
 
     def computed(self, num_steps: int) -> tuple[int, ...]:
         """The computed steps of a generation."""
@@ -173,7 +153,7 @@ class EveryNth:
 
 
 @dataclass(frozen=True)
-class TGateSteps:
+class TGateSteps(Checked):
     """The steps of T-GATE (arXiv 2404.02747) for self-attention: up to the gate every `interval`-th, from there every
     `after`-th.
 
@@ -188,15 +168,11 @@ class TGateSteps:
         ConfigError: a number below 1.
     """
 
-    gate: int
-    interval: int = 1
-    warm_up: int = 0
-    after: int = 1
+    gate: Annotated[int, at_least(1)]
+    interval: Annotated[int, at_least(1)] = 1
+    warm_up: Annotated[int, at_least(0)] = 0
+    after: Annotated[int, at_least(1)] = 1
     of_steps: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in (("gate", 1), ("interval", 1), ("warm_up", 0), ("after", 1)):
-            whole(getattr(self, name), f"'{name}' of a gate", least)
 
     def computed(self, num_steps: int) -> tuple[int, ...]:
         """The computed steps of a generation."""

@@ -5,21 +5,19 @@ All are pure, as every policy is. Steps count from 0.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
 
-from vdcache.errors import ConfigError
 from vdcache.policies.metrics import MetricValue
 from vdcache.policies.plan import RECOMPUTE, Plan
-from vdcache.util.checks import number, whole
+from vdcache.util.fields import Bound, Checked, at_least
 
 __all__ = ["Bounds", "EasyCache", "EasyState", "Threshold", "ThresholdState"]
 
 
 @dataclass(frozen=True)
-class Bounds:
+class Bounds(Checked):
     """What every threshold is bounded by.
 
     Args:
@@ -32,17 +30,11 @@ class Bounds:
         ConfigError: no whole numbers, or fewer than one first step.
     """
 
-    first: int = 1
-    last: int = 1
-    max_consecutive: int = 0
-    max_total: int = 0
-    mask: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        for name in ("first", "last", "max_consecutive", "max_total"):
-            whole(getattr(self, name), f"'{name}', a number of steps,", int(name == "first"))
-        if wrong := [m for m in self.mask if m not in (0, 1)]:
-            raise ConfigError(f"a mask of steps holds 1 (computed) and 0; got {wrong[0]!r}")
+    first: Annotated[int, at_least(1)] = 1
+    last: Annotated[int, at_least(0)] = 1
+    max_consecutive: Annotated[int, at_least(0)] = 0
+    max_total: Annotated[int, at_least(0)] = 0
+    mask: tuple[Annotated[int, Bound(lambda v: v in (0, 1), noun="1 (computed) or 0")], ...] = ()
 
     def forces(self, step: int, num_steps: int, row: int, total: int) -> bool:
         """Whether a step is computed whatever the probe says, after `row` reused steps in a row and `total` in all."""
@@ -68,7 +60,7 @@ class ThresholdState:
 
 
 @dataclass(frozen=True)
-class Threshold:
+class Threshold(Checked):
     """Reuse while what is probed has changed less than a threshold.
 
     With `accumulate` the changes of the steps since the last computed one are added up (TeaCache, arXiv 2411.19108, equation 7;
@@ -87,17 +79,12 @@ class Threshold:
         ConfigError: a threshold below 0 or no number.
     """
 
-    threshold: float
+    threshold: Annotated[float, at_least(0)]
     accumulate: bool = False
     polynomial: tuple[float, ...] = ()
     bounds: Bounds = field(default_factory=Bounds)
-    limit: float = 0.0
+    limit: Annotated[float, at_least(0)] = 0.0
     group: str = "all"
-
-    def __post_init__(self) -> None:
-        _at_least_zero(self.threshold, "threshold")
-        _at_least_zero(self.limit, "limit")
-        object.__setattr__(self, "polynomial", tuple(number(c, "a coefficient of the polynomial") for c in self.polynomial))
 
     def plans(self) -> tuple[Plan, ...]:
         return (RECOMPUTE, Plan.of([self.group]))
@@ -145,7 +132,7 @@ class EasyState:
 
 
 @dataclass(frozen=True)
-class EasyCache:
+class EasyCache(Checked):
     """Reuse while the predicted change of the output is small (EasyCache, arXiv 2507.02860).
 
     The probe is the input x, against the step before; input x and output v are observed at computed steps. With p the last
@@ -161,12 +148,9 @@ class EasyCache:
         ConfigError: a threshold below 0 or no number.
     """
 
-    threshold: float
+    threshold: Annotated[float, at_least(0)]
     bounds: Bounds = field(default_factory=lambda: Bounds(first=5))
     group: str = "all"
-
-    def __post_init__(self) -> None:
-        _at_least_zero(self.threshold, "threshold")
 
     def plans(self) -> tuple[Plan, ...]:
         return (RECOMPUTE, Plan.of([self.group]))
@@ -196,8 +180,3 @@ class EasyCache:
         moved = of["input"].change_absolute
         rate = of["output"].change_absolute / moved if moved > 0 else state.rate
         return replace(state, rate=rate, size=of["output"].size)
-
-
-def _at_least_zero(value: float, what: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0 or math.isinf(value):
-        raise ConfigError(f"{what} is a number of at least 0; got {value!r}")

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from vdcache.errors import ConfigError
 from vdcache.policies.metrics import MetricValue
 from vdcache.policies.plan import RECOMPUTE, Plan
-from vdcache.util.checks import number, whole
+from vdcache.util.fields import Checked, ascending, at_least, between, some
 
 __all__ = ["BroadcastWindow", "TimestepWindow"]
 
 
 @dataclass(frozen=True)
-class TimestepWindow:
+class TimestepWindow(Checked):
     """Recompute every n-th step, and every step outside a window of timesteps (Pyramid Attention Broadcast, arXiv 2408.12588).
 
     The grid counts from step 0, in and out of the window.
@@ -31,13 +30,9 @@ class TimestepWindow:
         ConfigError: n below 1, or no window.
     """
 
-    n: int
-    window: tuple[float, float] = (0, 1000)
+    n: Annotated[int, at_least(1)]
+    window: Annotated[tuple[float, float], ascending] = (0, 1000)
     group: str = "all"
-
-    def __post_init__(self) -> None:
-        whole(self.n, "n, the distance of computed steps,", 1)
-        _window(self.window)
 
     def plans(self) -> tuple[Plan, ...]:
         return (RECOMPUTE, Plan.of([self.group])) if self.n > 1 else (RECOMPUTE,)
@@ -55,7 +50,7 @@ class TimestepWindow:
 
 
 @dataclass(frozen=True)
-class BroadcastWindow:
+class BroadcastWindow(Checked):
     """Recompute everywhere but in the few steps after certain timesteps (the MLPs of Pyramid Attention Broadcast).
 
     Args:
@@ -67,14 +62,9 @@ class BroadcastWindow:
         ConfigError: no key, or skip below 1.
     """
 
-    keys: tuple[float, ...]
-    skip: int = 2
+    keys: Annotated[tuple[Annotated[float, between(0, 1000)], ...], some]
+    skip: Annotated[int, at_least(1)] = 2
     group: str = "all"
-
-    def __post_init__(self) -> None:
-        if not self.keys or any(not 0 <= number(k, "a key is a timestep") <= 1000 for k in self.keys):
-            raise ConfigError(f"keys are timesteps between 0 and 1000; got {self.keys!r}")
-        whole(self.skip, "skip, the number of steps that reuse,", 1)
 
     def plans(self) -> tuple[Plan, ...]:
         return (RECOMPUTE, Plan.of([self.group]))
@@ -99,12 +89,3 @@ def timesteps(times: Sequence[float], step: int, num_steps: int) -> list[float]:
         return [1000 * (1 - s / num_steps) for s in range(step + 1)]
     factor = 1000.0 if max(times) <= 1 else 1.0
     return [t * factor for t in times]
-
-
-def _window(window: Any) -> None:
-    if (
-        not isinstance(window, tuple)
-        or len(window) != 2
-        or not number(window[0], "a window is (low, high)") < number(window[1], "a window is (low, high)")
-    ):
-        raise ConfigError(f"a window is (low, high) in timesteps; got {window!r}")

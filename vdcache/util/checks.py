@@ -12,13 +12,11 @@ from vdcache.errors import ConfigError
 
 __all__ = [
     "check_model",
-    "group_name",
     "is_pipeline",
     "number",
     "numbers",
     "step_count",
     "timestep",
-    "video_grid",
     "whole",
     "whole_numbers",
 ]
@@ -80,16 +78,6 @@ def number(value: Any, subject: str) -> float:
     return float(value)
 
 
-def group_name(value: Any, subject: str) -> None:
-    """The name of a group of slots: "group/name" names a slot, and "," and brackets part the options of a pass.
-
-    Raises:
-        ConfigError: no text, an empty one, or one that holds such a character.
-    """
-    if not isinstance(value, str) or not value or any(c in value for c in "/,{}[]=# "):
-        raise ConfigError(f"{subject}: a group is a name of letters, digits and dots; got {value!r} as group")
-
-
 def whole(value: Any, subject: str, least: int = 0) -> int:
     """One whole number.
 
@@ -145,15 +133,3 @@ def numbers(values: Any, subject: str) -> tuple[float, ...]:
             raise ConfigError(f"{subject} is a list of numbers; it holds {value!r}")
         found.append(float(item))
     return tuple(found)
-
-
-def video_grid(values: Any, subject: str) -> tuple[int, ...]:
-    """Frames, height and width of video tokens, or nothing.
-
-    Raises:
-        ConfigError: other than three whole numbers of at least 1.
-    """
-    grid = whole_numbers(values, f"{subject}: grid")
-    if grid and (len(grid) != 3 or min(grid) < 1):
-        raise ConfigError(f"{subject}: grid is (frames, height, width) of the video tokens, got {grid}")
-    return grid
