@@ -110,20 +110,20 @@ BUGS = (
     _passes(
         "a leaked value read from the guard",
         "mark_branches",
-        "            residual_add.replace_input_with(value, marked)",
-        "            fresh.replace_all_uses_with(marked, delete_user_cb=lambda user: user is not marked)",
+        "users=None if at_gate else (residual_add,)",
+        "users=None",
     ),
     _passes(
         "the stream not rewired to the guard of a fused sum",
         "mark_branches",
-        "            residual_add.replace_all_uses_with(marked, delete_user_cb=lambda user: user is not marked)",
-        "            pass",
+        "put_cache_guard(residual_add, slot, self, base)",
+        "put_cache_guard(residual_add, slot, self, base, users=())",
     ),
     _passes(
         "a fused sum guarded without its base",
         "mark_branches",
-        "(dialect.cache_guard, (residual_add, slot, base))",
-        "(dialect.cache_guard, (residual_add, slot))",
+        "put_cache_guard(residual_add, slot, self, base)",
+        "put_cache_guard(residual_add, slot, self)",
     ),
     _passes(
         "two branches with one slot",
@@ -237,8 +237,8 @@ BUGS = (
     _passes(
         "observed in the type of the gate, not of the stream",
         "observe",
-        'if value.meta["val"].dtype != nodes[branch.source].meta["val"].dtype:',
-        "if False:",
+        'if value.meta["val"].dtype != (dtype := nodes[branch.source].meta["val"].dtype):',
+        'if value.meta["val"].dtype == (dtype := None):',
         "observe_and_specialise",
     ),
     _passes(
@@ -252,8 +252,8 @@ BUGS = (
     _passes(
         "the output guarded without its base",
         "mark_output",
-        "                base = (latent,)",
-        "                base = ()",
+        "                base = latent",
+        "                base = None",
     ),
     Bug(
         "the value of new nodes lost",

@@ -5,10 +5,12 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import pytest
 
 from vdcache.errors import ConfigError
+from vdcache.util.fields import at_least
 from vdcache.util.json import from_plain, read_json, write_json
 
 
@@ -85,3 +87,13 @@ def test_text_that_is_no_object_of_json(text, tmp_path):
     for source in (text, tmp_path / "x.json"):
         with pytest.raises(ConfigError, match=r"this is no thing: it was not written by Outer\.to_json"):
             read_json(Outer, source, "thing")
+
+
+@dataclass(frozen=True)
+class Bounded:
+    count: Annotated[int, at_least(1)] | None = None
+
+
+@pytest.mark.parametrize("count", [None, 3])
+def test_a_field_with_a_bound_may_be_none(count):
+    assert read_json(Bounded, write_json(Bounded(count)), "bounded") == Bounded(count)

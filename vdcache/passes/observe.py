@@ -56,7 +56,7 @@ class Observe(Pass):
     strides: tuple[Annotated[int, at_least(1)], ...] = ()
     frames: Annotated[int, at_least(0)] = 0
     group: Group = "all"
-    block_range: Annotated[tuple[Annotated[float, between(0, 1)], float], ascending] = (0.0, 1.0)
+    block_range: Annotated[tuple[Annotated[float, between(0, 1)], Annotated[float, between(0, 1)]], ascending] = (0.0, 1.0)
 
     def run(self, graph: fx.GraphModule) -> PassResult:
         found = analyze(graph)

@@ -76,7 +76,7 @@ def from_plain(kind: Any, data: Any, place: str, *, complete: bool = False) -> A
     if is_dataclass(kind) and isinstance(kind, type):
         return _dataclass(kind, data, place, complete)
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
-    if origin is types.UnionType:
+    if origin in (typing.Union, types.UnionType):
         (inner,) = (p for p in parts if p is not types.NoneType)
         return None if data is None else from_plain(inner, data, place, complete=complete)
     if origin is tuple and isinstance(data, list):
