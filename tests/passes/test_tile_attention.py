@@ -528,7 +528,7 @@ def test_masks_take_the_place_of_those_that_were_there():
         ("tiles-4+adacash", "no recipe is called 'adacash'; did you mean adacache"),
         ("tiles+every-3", "no recipe is called 'tiles.every-3'"),
         ("tiles-4.5", "no recipe is called 'tiles-4.5'"),
-        ("tiles--1", "reference frames is a whole number of at least 0; got -1"),
+        ("tiles--1", "frames: references is a whole number of at least 0; got -1"),
         ("tiles-4+", "no recipe is called ''"),
     ],
 )
