@@ -146,21 +146,21 @@ def _with_recipe(report: Report, captured: list[Captured], numbers: list[int], r
                 refusals.append(NoMatch("recipe", str(error), number))
             continue
         programs.append((number, program))
-        refusals += [NoMatch(r.node, "; ".join(r.reasons), number) for r in program.refusals]
+        refusals += [NoMatch(r.node, "; ".join(r.reasons), number) for r in program.guarded.refusals]
         unmerged = Pipeline(tuple(p for p in recipe.pipeline if not isinstance(p, MergeSlots)), given=recipe.pipeline.given)
         if facts.branches:
             before += _slots(unmerged.run(graph.graph)[0], facts, number)
-        after += _slots(program.guarded, facts, number)
-        own = program.cache_bytes()
+        after += _slots(program.guarded.module, facts, number)
+        own = program.variants.cache_bytes()
         total = None if own is None or total is None else total + own * (1 + report.graphs[number].again)
     variants = []
-    for plan in dict.fromkeys(p for _, program in programs for p in program.plans):
+    for plan in dict.fromkeys(p for _, program in programs for p in program.variants.plans):
         costs = nodes = 0
         for number, program in programs:
-            variant = list(program.variant_graph(plan if plan in program.plans else Plan()).graph.nodes)
+            own_plan = plan if plan in program.variants.plans else Plan()
             times = 1 + report.graphs[number].again
-            costs += times * program.flops(plan if plan in program.plans else Plan())
-            nodes += times * sum(n.op == "call_function" for n in variant)
+            costs += times * program.variants.flops(own_plan)
+            nodes += times * sum(n.op == "call_function" for n in program.variants[own_plan].graph.graph.nodes)
         variants.append(VariantCost(tuple(sorted(plan.reuse)), costs, nodes))
     schedule, goal = tuple(tuple(sorted(plan.reuse)) for plan in best_plans(recipe.policy, steps)), ""
     if recipe.goal is not None:
