@@ -483,8 +483,8 @@ def graphs(name: str, cached, call) -> None:
     """What a CUDA graph would save: the reusing variant captured by hand, beside its ordinary call."""
     program = cached.vdcache.graphs[0]
     seen = {}
-    plan = next(p for p in program.plans if p)
-    part = program._part(plan)
+    plan = next(p for p in program.variants.plans if p)
+    part = program.variants[plan]
     real = part.ready
 
     def spy(inputs):

@@ -155,8 +155,8 @@ def flops_share(way: Any) -> float:
     for record in way.vdcache.history.generation():
         for graph in way.vdcache.graphs:
             plan = graph.narrow(record.plan) if record.reused else RECOMPUTE
-            total += graph.flops(plan)
-            full += sum(map(vdcache.patterns.cost.flops, graph.guarded.graph.nodes))
+            total += graph.variants.flops(plan)
+            full += sum(map(vdcache.patterns.cost.flops, graph.guarded.module.graph.nodes))
     return total / full
 
 
@@ -268,12 +268,12 @@ def main() -> None:
             session.store.peak_bytes = 0
             videos, seconds = measured(way, conditions, solver, session.begin)
             base.append(timed(lambda: generate(plain, conditions[:4], solver=solver, steps=STEPS)))
-            told = session.graphs[0].cache_bytes()
+            told = session.graphs[0].variants.cache_bytes()
             score(
                 bench, f"{solver}: {entry.method} {entry.setting}", videos, median(base) / median(seconds), refs[solver], sure, conditions,
                 solver=solver, method=entry.method, setting=entry.setting, recipe=str(entry.recipe), computed=len(session.history.computed_steps()),
                 flops=flops_share(way), cache_mib=session.store.peak_bytes / 2**20, cache_mib_told=None if told is None else told / 2**20,
-                variants=session.graphs[0].variants,
+                variants=len(session.graphs[0].variants),
             )  # fmt: skip
             bench.write(args.json)
     if args.peers:

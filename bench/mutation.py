@@ -463,7 +463,7 @@ BUGS = (
     ),
     Bug(
         "a variant for groups that the graph has not",
-        "backends/program.py",
+        "backends/variants.py",
         "found = self._narrowed[plan] = Plan(plan.reuse & self._groups)",
         "found = self._narrowed[plan] = plan",
         ("tests/backends/test_backend.py", "tests/passes/test_block_lists.py"),

@@ -79,7 +79,7 @@ def main() -> None:
 
         adaptive = vdcache.compile(model, fast, num_steps=30, inner="eager")
         adaptive(**wan_call(0))
-        kept = adaptive.vdcache.graphs[0].cache_bytes()
+        kept = adaptive.vdcache.graphs[0].variants.cache_bytes()
         stream = 5 * 16 * 16 * 384 * 4
         bench.row(
             "cached bytes, adacache-fast, one lane",
@@ -94,16 +94,18 @@ def main() -> None:
 
 def added_seconds(program: Any, session: Any, explicit: bool) -> float:
     """Host time of a reuse call around a variant that does nothing."""
+    from vdcache.ir.edit import inputs as graph_inputs
     from vdcache.policies import Plan
     from vdcache.runtime import registry
 
-    inputs = [torch.zeros(v.shape, dtype=v.dtype) if isinstance(v, torch.Tensor) else v for v in program.fakes]
-    part = program._part(Plan.of(["all"]))
-    result = [torch.zeros(1)] * program._results
+    fakes = [n.meta["val"] for n in graph_inputs(program.guarded.captured.graph.graph)]
+    inputs = [torch.zeros(v.shape, dtype=v.dtype) if isinstance(v, torch.Tensor) else v for v in fakes]
+    part = program.variants[Plan.of(["all"])]
+    result = [torch.zeros(1)] * part.io.results
     kept, policy, prepare = part._compiled[()], session.policy, session.prepare
     session.prepare = None
     part._compiled[()] = lambda *a: result
-    timestep = program.timestep_inputs[0]
+    timestep = program.inputs.timesteps[0]
     times = []
     try:
         session.policy = EveryN(100_000)  # one computed step, then reuse

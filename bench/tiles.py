@@ -149,7 +149,7 @@ def whole_model(bench: Bench, device: str) -> None:
     seconds = {name: median(t[1:]) for name, t in times.items()}
     for name in list(ways)[1:]:
         graph = ways[name].vdcache.graphs[0]  # type: ignore[attr-defined]
-        share = graph.flops(vdcache.Plan()) / dense_flops(model, call)
+        share = graph.variants.flops(vdcache.Plan()) / dense_flops(model, call)
         bench.row(
             f"Wan, 2 blocks, 21 × 390 tokens: {name}", seconds["dense"] / seconds[name], "x", None, ms=1e3 * seconds[name],
             dense_ms=1e3 * seconds["dense"], flops=share, ideal=1 / share, how=graph.masks,
@@ -188,7 +188,7 @@ def layers(bench: Bench, videos: int) -> None:
         psnr, ssim = psnr_of(made, reference)
         half = 1.96 * stdev(psnr) / len(psnr) ** 0.5
         computed = len(way.vdcache.history.computed_steps())
-        flops = way.vdcache.graphs[0].flops(vdcache.Plan()) / full
+        flops = way.vdcache.graphs[0].variants.flops(vdcache.Plan()) / full
         bench.row(case, mean(psnr), "dB", None, half=half, ssim=mean(ssim), psnr=psnr, computed=computed, flops=flops, **more)
 
     full = vdcache.explain(model, *example()).flops

@@ -572,7 +572,7 @@ def test_store_is_empty_after_a_generation_and_knows_its_bytes():
         compiled(x, t, words)
         sizes.append(compiled.vdcache.store.bytes())
     stream = 1 * 6 * 8 * 4
-    assert max(sizes) == 2 * stream == compiled.vdcache.graphs[0].cache_bytes()
+    assert max(sizes) == 2 * stream == compiled.vdcache.graphs[0].variants.cache_bytes()
     assert sizes[-1] == 0
 
 

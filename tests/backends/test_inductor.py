@@ -67,7 +67,7 @@ def test_warm_up_compiles_everything_and_inference_mode_works():
         compiled(latent(0), time_of(0), latent(9, 1, 3, 4))
         compiled.vdcache.warm_up()
         (graph,) = compiled.vdcache.graphs
-        assert {str(plan) for plan, part in graph._parts.items() if part._compiled} == {"recompute", "reuse{all}"}
+        assert {str(plan) for plan in graph.variants.plans if graph.variants[plan]._compiled} == {"recompute", "reuse{all}"}
         compiled.vdcache.reset()
         for step in range(4):
             x, t, words = latent(step), time_of(step), latent(9, 1, 3, 4)

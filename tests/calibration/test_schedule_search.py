@@ -396,7 +396,7 @@ def test_a_recipe_computes_its_steps_and_predicts_the_others(order, computed):
             torch.testing.assert_close(got, model.with_branches(x, TEXT, predicted))
         assert fast.vdcache.history.computed_steps() == list(computed)
     (graph,) = fast.vdcache.graphs
-    assert len(schedule.recipe().policy.plans()) == graph.variants == 2
+    assert len(schedule.recipe().policy.plans()) == len(graph.variants) == 2
     assert schedule.recipe().name == f"schedule-{len(computed)}-of-8" and schedule.recipe("mine").name == "mine"
 
 

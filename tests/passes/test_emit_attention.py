@@ -203,7 +203,7 @@ def test_real_models(name):
     sites, grid = REAL[name]
     model, case = build(name), ZOO[name]
     values, result, graphs = emitted(model, **case.call(0, 6), grid=grid)
-    assert len(values) == sites, [str(r) for g in graphs for r in g.refusals]
+    assert len(values) == sites, [str(r) for g in graphs for r in g.guarded.refusals]
     want = model(**case.call(0, 6))
     assert torch.equal(tree_leaves(result)[0], tree_leaves(want)[0])
     for value in values:

@@ -55,7 +55,7 @@ def test_a_lane_is_its_difference_to_the_other(predicted):
             torch.testing.assert_close(out[own], want[other] + kept, rtol=1e-5, atol=1e-6)
     assert fast.vdcache.history.computed_steps() == [0, 3, 6]
     (graph,) = fast.vdcache.graphs
-    assert fast.vdcache.store.peak_bytes == graph.cache_bytes() == latent(0).numel() * 4
+    assert fast.vdcache.store.peak_bytes == graph.variants.cache_bytes() == latent(0).numel() * 4
 
 
 def test_two_calls_are_one_batch():
@@ -116,10 +116,10 @@ def test_half_of_a_real_model(name):
         torch.testing.assert_close(out[: len(out) // 2], want[: len(want) // 2], rtol=1e-4, atol=1e-5)
     (graph,) = fast.vdcache.graphs
     if not graph.slots:
-        assert any("batch" in str(r) for r in graph.refusals)
+        assert any("batch" in str(r) for r in graph.guarded.refusals)
         return
     assert fast.vdcache.history[-1].reused == ("lane/output",)
-    assert graph.flops(Plan.of(["lane"])) == pytest.approx(graph.flops(Plan()) / 2, rel=0.02)
+    assert graph.variants.flops(Plan.of(["lane"])) == pytest.approx(graph.variants.flops(Plan()) / 2, rel=0.02)
 
 
 def test_half_of_the_work_is_gone():
@@ -128,9 +128,9 @@ def test_half_of_the_work_is_gone():
     for step in range(2):
         fast(both(latent(step)), both(time_of(step)), texts())
     (graph,) = fast.vdcache.graphs
-    half = graph.variant_graph(Plan.of(["lane"]))
+    half = graph.variants[Plan.of(["lane"])].graph
     assert {n.meta["val"].shape[0] for n in half.graph.nodes if is_work(n)} <= {1, 2, 6}
-    assert graph.flops(Plan.of(["lane"])) * 2 == graph.flops(Plan())
+    assert graph.variants.flops(Plan.of(["lane"])) * 2 == graph.variants.flops(Plan())
 
 
 def test_what_mixes_a_batch_is_refused():

@@ -6,7 +6,7 @@ from expecttest import assert_expected_inline
 
 from vdcache.errors import ConfigError
 from vdcache.ir import dump
-from vdcache.passes import DeadCode, MergeSlots, Observe, Pipeline, Specialise, variant_io
+from vdcache.passes import DeadCode, MergeSlots, Observe, Pipeline, Specialise, VariantIO, VariantOutputs, variant_io
 from vdcache.testing import TinyDiT, assert_bit_identical, guarded, latent, parse, run_variant, time_of
 
 X, W = torch.randn(1, 6, 4), torch.randn(4, 4)
@@ -164,3 +164,10 @@ return (%8)"""
     assert_bit_identical(graph, lambda *args: reuse(*args, outputs[-1])[0], x, torch.ones(4, 4))
     unviewed = parse(text.replace("view(%6, [1, 6, 8])", "cos(%6)"))
     assert "clone" not in dump(variant(unviewed, ["all"])), "nothing is copied for nothing"
+
+
+def test_what_a_variant_returns_is_read_in_the_order_in_which_it_is_made():
+    made = VariantOutputs(["result", "other"], {"all/a": "kept"}, {"all/o": "seen"}, {"all/e": "shown"}, "sums")
+    io = VariantIO(results=2, saves=("all/a",), previous=("all/o",), emits=("all/e",))
+    assert io.unpack(made.flat()) == made
+    assert VariantIO(results=2).unpack(["result", "other"]) == VariantOutputs(["result", "other"], {}, {}, {})

@@ -579,11 +579,11 @@ def test_where_the_video_lies_in_published_classes(name, monkeypatch):
         compiled = vdcache.compile(model, "tiles-1", inner="eager", dynamic=False, tiles=tiles, strict=True)
         torch.testing.assert_close(value(compiled(**given)), want, rtol=1e-5, atol=2e-6)
     (graph,) = compiled.vdcache.graphs
-    assert [(on.grid, on.before, on.after) for _, on in tile_sites(graph.guarded)] == [(grid, before, after)] * sites
-    check_anatomy(canonical(graph._captured.graph), graph.guarded)
+    assert [(on.grid, on.before, on.after) for _, on in tile_sites(graph.guarded.module)] == [(grid, before, after)] * sites
+    check_anatomy(canonical(graph.guarded.captured.graph), graph.guarded.module)
     assert (
         graph.masks
-        == f"{sites} attentions under masks (frames:1): {tile_sites(graph.guarded)[0][1].density:.0%} of the weights"
+        == f"{sites} attentions under masks (frames:1): {tile_sites(graph.guarded.module)[0][1].density:.0%} of the weights"
     )
 
 
@@ -625,7 +625,7 @@ def test_masks_and_a_cache():
         assert torch.equal(got, want) == (step in (0, 3, 4))
     assert both.vdcache.history.computed_steps() == [0, 3, 4]
     (graph,) = both.vdcache.graphs
-    left = {str(p): len(tile_sites(graph.variant_graph(p))) for p in graph.plans}
+    left = {str(p): len(tile_sites(graph.variants[p].graph)) for p in graph.variants.plans}
     assert left == {"recompute": 3, "reuse{all}": 0}
 
 
@@ -649,7 +649,7 @@ def test_texts_of_unequal_length_in_the_sequence():
     compiled = vdcache.compile(model, "tiles-0", inner="eager")
     for text in (call(0)[2], other):
         compiled(*call(0)[:2], text)
-    assert [tile_sites(g.guarded)[0][1].after for g in compiled.vdcache.graphs] == [3, 5]
+    assert [tile_sites(g.guarded.module)[0][1].after for g in compiled.vdcache.graphs] == [3, 5]
     with pytest.raises(ConfigError, match=r"its sizes are symbols, .*: compile with dynamic=False"):
         vdcache.compile(model, "tiles-0", inner="eager", dynamic=True)(*call(0))
 

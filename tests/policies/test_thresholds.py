@@ -14,7 +14,7 @@ import vdcache
 from tests.support.thorough import some
 from tests.zoo import noise, text, when
 from vdcache import Recipe, dump
-from vdcache.backends import Settings, program
+from vdcache.backends import Settings, variants
 from vdcache.backends.program import Program
 from vdcache.errors import ConfigError
 from vdcache.ir.capture import capture
@@ -274,8 +274,8 @@ def test_a_reused_step_holds_nothing_of_what_it_skips(name):
     fast = compiled(TinyDiT(blocks=3), HANDS[name][0](), strict=True)
     run(fast)
     (graph,) = fast.vdcache.graphs
-    works = {plan: sum(map(is_work, graph.variant_graph(plan).graph.nodes)) for plan in (RECOMPUTE, REUSE)}
-    head = sum(map(is_work, graph._head.graph.graph.nodes))
+    works = {plan: sum(map(is_work, graph.variants[plan].graph.graph.nodes)) for plan in (RECOMPUTE, REUSE)}
+    head = sum(map(is_work, graph.variants.head.graph.graph.nodes))
     assert head + works[RECOMPUTE] == 3 * 4 + 4, "nothing is computed twice"
     left = {"fbcache": (3 + 4, 1), "dbcache": (3 + 4, 4 + 1), "teacache": (2, 1), "easycache": (0, 0)}
     assert (head, works[REUSE]) == left[name]
@@ -487,8 +487,8 @@ PRESETS = [n for n in NAMES if not n.name.startswith("profilingdit")]
 @pytest.fixture
 def compilations(monkeypatch):
     made = []
-    plain = program.run_eagerly
-    monkeypatch.setattr(program, "run_eagerly", lambda graph: made.append(graph) or plain(graph))
+    plain = variants.run_eagerly
+    monkeypatch.setattr(variants, "run_eagerly", lambda graph: made.append(graph) or plain(graph))
     return made
 
 
@@ -496,13 +496,13 @@ def compilations(monkeypatch):
 @pytest.mark.filterwarnings("ignore::vdcache.VdcacheWarning")
 def test_bytes_and_variants_are_known_before_the_run(named, compilations):
     graph, session, call = programmed(named.make(*OTHER.get(named.name, named.example)), 14)
-    known = graph.cache_bytes(), graph.variants
+    known = graph.variants.cache_bytes(), len(graph.variants)
     for step in range(14):
         assert all(r.isfinite().all() for r in call(step))
     # one lane of guidance alone has no other that it could be predicted from
-    alone = sum(v.numel() * v.element_size() for v in graph.pair_values)
-    assert session.store.peak_bytes == known[0] - alone and known[0] == graph.cache_bytes()
-    assert graph.variants == known[1] and 1 <= len(compilations) <= known[1]
+    alone = sum(v.numel() * v.element_size() for v in graph.variants.compiler.pair)
+    assert session.store.peak_bytes == known[0] - alone and known[0] == graph.variants.cache_bytes()
+    assert len(graph.variants) == known[1] and 1 <= len(compilations) <= known[1]
     assert len(session.store) == 0, "nothing is kept after the last step"
     if named.name != "always":
         assert graph.slots or graph.masks, "the case says nothing"
@@ -526,7 +526,7 @@ def test_a_threshold_is_in_no_graph(make, compilations):
         call(0)
         graph.warm_up()
         found.append(sorted(dump(g) for g in compilations))
-        assert graph.variants == len(compilations) == 3
+        assert len(graph.variants) == len(compilations) == 3
     assert found[0] == found[1] == found[2]
 
 

@@ -296,7 +296,7 @@ def test_after_a_call_that_raises_the_next_one_computes():
     for step in (0, 1, 2):
         compiled(latent(step), time_of(step), prompt(1))
     program = compiled.vdcache.graphs[0]
-    part = program._part(next(p for p in program.plans if p))
+    part = program.variants[next(p for p in program.variants.plans if p)]
     real = part.ready
 
     def out_of_memory(*args, **kwargs):

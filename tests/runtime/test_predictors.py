@@ -99,7 +99,9 @@ def test_through_torch_compile_a_line_is_predicted_exactly(dtype, merged):
                     torch.testing.assert_close(out, want, rtol=0, atol=tolerance)
     assert compiled.vdcache.history.computed_steps() == [0, 1, 4, 6]
     (graph,) = compiled.vdcache.graphs
-    assert compiled.vdcache.store.peak_bytes == 2 * graph.cache_bytes() == 2 * 2 * 4 * 16  # lanes × tensors × bytes × numbers
+    assert (
+        compiled.vdcache.store.peak_bytes == 2 * graph.variants.cache_bytes() == 2 * 2 * 4 * 16
+    )  # lanes × tensors × bytes × numbers
 
 
 @torch.no_grad()
@@ -161,8 +163,8 @@ def test_groups_have_times_of_their_own():
             assert torch.equal(out, model(x, time_of(step), text))
     session = compiled.vdcache
     (graph,) = session.graphs
-    assert {str(p) for p in graph.plans} == {"recompute", "reuse{a}", "reuse{m}", "reuse{a,m}"}
-    assert session.store.peak_bytes == graph.cache_bytes() == 4 * (x.shape[1] * 8) * 4
+    assert {str(p) for p in graph.variants.plans} == {"recompute", "reuse{a}", "reuse{m}", "reuse{a,m}"}
+    assert session.store.peak_bytes == graph.variants.cache_bytes() == 4 * (x.shape[1] * 8) * 4
 
 
 @pytest.mark.slow
@@ -272,7 +274,7 @@ def test_published_recipes_before_the_gate(name, computed, predictor):
         torch.testing.assert_close(compiled(x, time_of(step), text), want, rtol=1e-3, atol=1e-3)
     assert compiled.vdcache.history.computed_steps() == computed
     (graph,) = compiled.vdcache.graphs
-    assert len(graph.slots) == 2 and compiled.vdcache.store.peak_bytes == graph.cache_bytes()
+    assert len(graph.slots) == 2 and compiled.vdcache.store.peak_bytes == graph.variants.cache_bytes()
 
 
 @pytest.mark.parametrize("name", ["fora-0", "taylorseer-0-1", "taylorseer-4-9", "taylorseer-4--1"])

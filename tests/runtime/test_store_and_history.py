@@ -257,7 +257,7 @@ def test_what_a_computed_step_replaces_is_freed_before_it_runs():
     for step in range(3):
         if step == 2:
             program = compiled.vdcache.graphs[0]
-            part = program._part(RECOMPUTE)
+            part = program.variants[RECOMPUTE]
             real = part.ready
 
             def ready(inputs, real=real):

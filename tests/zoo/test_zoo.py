@@ -69,7 +69,7 @@ def value(output):
 
 def report_of(compiled, model, chosen="every-3"):
     """What explain says of the graphs that were compiled: it reads them from the same capture, so the model is not traced again."""
-    found = CapturedForward([CapturedPart(program._captured) for program in compiled.vdcache.graphs])
+    found = CapturedForward([CapturedPart(program.guarded.captured) for program in compiled.vdcache.graphs])
     return _report(type(model).__name__, found, recipe(chosen), STEPS)
 
 
@@ -137,14 +137,14 @@ def test_architecture(name):
     assert len(report.graphs) == case.graphs
     # A reused step is as cheap as the coverage promises: whatever only branches need is gone.
     assert report.variants[-1].flops == pytest.approx(report.flops * (1 - report.coverage), rel=0.01)
-    assert any(g.analysis.timestep_inputs for g in session.graphs)
-    assert any(g.analysis.latent for g in session.graphs)
+    assert any(g.guarded.analysis.timestep_inputs for g in session.graphs)
+    assert any(g.guarded.analysis.latent for g in session.graphs)
 
     # The text of every graph is the graph, guarded (which holds all that was captured) and specialised.
     for program in session.graphs:
-        assert_round_trip(program.guarded)
+        assert_round_trip(program.guarded.module)
         if THOROUGH or name in SEVEN:
-            assert_round_trip(program.variant_graph(program.plans[-1]))
+            assert_round_trip(program.variants[program.variants.plans[-1]].graph)
 
 
 # text with an attention of its own, and under a mask; joined with the image in make thorough
@@ -204,7 +204,7 @@ def test_one_tensor_a_stream_whatever_the_depth():
         model = _wan(depth).eval().requires_grad_(False)
         compiled = vdcache.compile(model, "adacache-fast", num_steps=30, inner="eager")
         compiled(**ZOO["wan"].call(0, 6))
-        sizes[depth] = compiled.vdcache.graphs[0].cache_bytes()
+        sizes[depth] = compiled.vdcache.graphs[0].variants.cache_bytes()
     stream = 1 * 3 * 4 * 4 * 24 * 4  # one float32 tensor of tokens × width
     assert sizes == {2: 2 * stream, 6: 2 * stream}
 
@@ -274,7 +274,7 @@ def test_other_recipes(name, recipe):
         assert torch.equal(out, want) == compiled.vdcache.history[-1].computed
         assert out.isfinite().all()
     (graph,) = compiled.vdcache.graphs
-    assert compiled.vdcache.store.peak_bytes == graph.cache_bytes()
+    assert compiled.vdcache.store.peak_bytes == graph.variants.cache_bytes()
     report = report_of(compiled, model, chosen)
     left = {slot for s in report.slots for slot in s.branches}
     skipped = sum(b.flops for b in report.branches if b.name in left)
@@ -299,7 +299,7 @@ def test_recipes_that_probe(name, recipe):
         assert torch.equal(out, want) == compiled.vdcache.history[-1].computed
     (graph,) = compiled.vdcache.graphs
     assert len(compiled.vdcache.history.computed_steps()) < 10
-    assert compiled.vdcache.store.peak_bytes == graph.cache_bytes()
+    assert compiled.vdcache.store.peak_bytes == graph.variants.cache_bytes()
 
 
 @pytest.mark.parametrize("name", some(["wan", "flux2", "cogvideox"], "wan".__eq__))
@@ -315,7 +315,7 @@ def test_graphs_for_many_sizes_show_the_same(name):
             for step in range(2):
                 compiled(**case.call(step, 6))
         (graph,) = compiled.vdcache.graphs
-        found = graph.analysis
-        seen.append((len(found.timestep_inputs), len(found.latents), len(graph.latents), found.count()))
+        found = graph.guarded.analysis
+        seen.append((len(found.timestep_inputs), len(found.latents), len(graph.inputs.latents), found.count()))
         assert compiled.vdcache.history[-1].reused
     assert seen[0] == seen[1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from vdcache.backends.program import Program
 from vdcache.backends.settings import Settings
 from vdcache.backends.verdict import Verdict, breaks_since
 from vdcache.errors import CaptureError, ConfigError, VdcacheError
+from vdcache.ir import dialect
 from vdcache.ir.capture import capture
 from vdcache.ir.ops import ATTENTION, is_work
 from vdcache.passes import TileAttention
@@ -59,26 +60,16 @@ def compile_graph(
     try:
         captured = capture(graph, example_inputs)
         program = Program(captured, settings, family, resumes, verdict)
-    except ConfigError:
-        raise
     except VdcacheError as error:
-        if settings.strict:
+        if settings.strict or isinstance(error, ConfigError):
             raise
         return _plain(graph, example_inputs, settings, str(error))
-    found = _Found(graph, example_inputs, settings, program, verdict, whole=split is None and not resumes)
+    found = _Found(graph, example_inputs, program, verdict, whole=split is None and not resumes)
     if verdict is not None:
         verdict.ends = verdict.ends or split or ""
-        for what in (w for w, there in (("slot", program.slots), ("probe", program.probes), ("mask", program.tiled)) if there):
-            verdict.has(what)
-    if found.whole and program.slots and not program.probes and isinstance(settings.recipe.policy, Deciding):
-        return found.nothing()
-    if not program.tiled:
-        found.say_no_mask()
-    wanted = any(not isinstance(p, TileAttention) for p in settings.recipe.passes)
-    nested = split == "" and not resumes  # a function that the model calls, and that nothing goes on from
-    if wanted and not program.slots and not program.emits and (run := found.without_slot(nested)) is not None:
+    if (run := found.instead(nested=split == "" and not resumes)) is not None:
         return run
-    program.compile_first(captured.wrapped.flat(example_inputs))
+    program.variants.compile_first(captured.wrapped.flat(example_inputs))
     settings.programs.append(program)
     return program if not captured.wrapped else lambda *inputs: program(*captured.wrapped.flat(inputs))
 
@@ -102,7 +93,6 @@ class _Found:
 
     graph: fx.GraphModule
     example_inputs: Sequence[Any]
-    settings: Settings
     program: Program
     verdict: Verdict | None
     whole: bool
@@ -110,45 +100,61 @@ class _Found:
     @property
     def size(self) -> int:
         """Operations that do work."""
-        return sum(map(is_work, self.program.guarded.graph.nodes))
+        return sum(map(is_work, self.program.guarded.module.graph.nodes))
+
+    def instead(self, nested: bool) -> Callable[..., Any] | None:
+        """What runs in the place of the program where the recipe has nothing to do in it.
+
+        Args:
+            nested: it is a function that the model calls, and that nothing goes on from.
+        """
+        program, recipe, masked = self.program, self.program.settings.recipe, self.program.guarded.masked
+        if self.verdict is not None:
+            for what, there in (("slot", program.slots), ("probe", program.probes), ("mask", masked)):
+                if there:
+                    self.verdict.has(what)
+        if self.whole and program.slots and not program.probes and isinstance(recipe.policy, Deciding):
+            return self.nothing()
+        if not masked:
+            self.say_no_mask()
+        wanted = any(not isinstance(p, TileAttention) for p in recipe.passes)
+        if wanted and not program.slots and not dialect.emissions(program.guarded.body.graph):
+            return self.without_slot(nested)
+        return None
 
     def say_no_mask(self) -> None:
         """Where the recipe has masks, say that none is in this graph."""
         if not (reasons := _no_mask(self.program, self.whole)):
             return
-        message = f"the masks of '{self.settings.recipe.name}' are on no attention of this graph: {reasons}"
+        message = f"the masks of '{self.program.settings.recipe.name}' are on no attention of this graph: {reasons}"
         if self.verdict is not None:
             self.verdict.lacks("mask", self.size, message)
-        elif self.settings.strict:
+        elif self.program.settings.strict:
             raise CaptureError(message)
         else:
-            self.settings.warn_once("no mask", f"vdcache: {message}")
+            self.program.settings.warn_once("no mask", f"vdcache: {message}")
 
     def without_slot(self, nested: bool) -> Callable[..., Any] | None:
-        """What runs in the place of a graph without a slot; None where it is brought under its session all the same.
-
-        Args:
-            nested: it is a function that the model calls, and that nothing goes on from.
-        """
-        program, settings, verdict = self.program, self.settings, self.verdict
+        """What runs in the place of a graph without a slot; None where it is brought under its session all the same."""
+        program, settings, verdict = self.program, self.program.settings, self.verdict
         # One with a timestep input may be part of a model that breaks further out: then it is this graph that tells the time.
-        if (self.whole and not program.timestep_inputs) or (self.whole and settings.strict and verdict is None):
+        if (self.whole and not program.inputs.timesteps) or (self.whole and settings.strict and verdict is None):
             return self.nothing()
         if verdict is not None:
-            verdict.lacks("slot", self.size, _nothing(program, settings, "model"))
+            verdict.lacks("slot", self.size, _nothing(program, "model"))
         elif self.whole:
-            settings.warn_once("timestep alone", _nothing(program, settings))
-        if not self.whole and (not self.size or (nested and not program.timestep_inputs)):
+            settings.warn_once("timestep alone", _nothing(program))
+        if not self.whole and (not self.size or (nested and not program.inputs.timesteps)):
             return _inner(self.graph, self.example_inputs, settings)
         return None
 
     def nothing(self) -> Callable[..., Any]:
         """The recipe finds nothing to do: say so, and compile plainly."""
-        program, settings = self.program, self.settings
+        program, settings = self.program, self.program.settings
         if self.verdict is not None:
-            self.verdict.lacks("probe" if program.slots else "slot", self.size, _nothing(program, settings, "model"))
+            self.verdict.lacks("probe" if program.slots else "slot", self.size, _nothing(program, "model"))
             return _inner(self.graph, self.example_inputs, settings)
-        message = _nothing(program, settings)
+        message = _nothing(program)
         if settings.strict:
             raise CaptureError(message)
         if broken := next(iter(breaks_since({})), ""):
@@ -162,27 +168,23 @@ def _no_mask(program: Program, whole: bool) -> str:
     """Why no mask was put on an attention of this graph; empty where none was asked for or there is none to put it on."""
     if not any(isinstance(p, TileAttention) for p in program.settings.recipe.passes):
         return ""
-    attends = any(n.target in ATTENTION for n in program.guarded.graph.nodes)
-    reasons = [str(r) for s in program.steps if s.text.startswith(TileAttention.name) for r in s.refusals]
-    if not attends and not (whole and (reasons or program.timestep_inputs)):
+    attends = any(n.target in ATTENTION for n in program.guarded.module.graph.nodes)
+    ran = [s for s in program.guarded.steps if s.text.startswith(TileAttention.name)]
+    reasons = [str(r) for s in ran for r in s.refusals]
+    if not attends and not (whole and (reasons or program.inputs.timesteps)):
         return ""  # a small graph beside the model's
-    if not reasons:
-        changed = any(s.text.startswith(TileAttention.name) for s in program.steps)
-        reasons = (
-            []
-            if changed
-            else ["it does not show whose tokens attend: no residual stream runs through it, as where Dynamo splits a block"]
-        )
+    if not ran:
+        return "it does not show whose tokens attend: no residual stream runs through it, as where Dynamo splits a block"
     return "; ".join(reasons)
 
 
-def _nothing(program: Program, settings: Settings, where: str = "graph") -> str:
+def _nothing(program: Program, where: str = "graph") -> str:
     what = "no slot" if not program.slots else "nothing to probe"
-    found = f"the recipe '{settings.recipe.name}' finds {what} in this {where}"
-    if refusals := "".join(f"\n  {r}" for r in program.refusals):
+    found = f"the recipe '{program.settings.recipe.name}' finds {what} in this {where}"
+    if refusals := "".join(f"\n  {r}" for r in program.guarded.refusals):
         return f"{found}; every candidate:{refusals}"
-    if branches := len(program.analysis.branches):
-        return f"{found}: its passes ({settings.recipe.pipeline}) mark none of the {branches} branches"
+    if branches := len(program.guarded.analysis.branches):
+        return f"{found}: its passes ({program.settings.recipe.pipeline}) mark none of the {branches} branches"
     return f"{found}: it has no addition of a value to what was computed from it"
 
 
@@ -202,8 +204,6 @@ def _inner(graph: fx.GraphModule, example_inputs: Sequence[Any], settings: Setti
 
 def _with_mode(settings: Settings, mode: str) -> Settings:
     """Inductor's settings of a torch.compile mode, under the user's own."""
-    from dataclasses import replace
-
     if mode == "default":
         return settings
     try:

@@ -311,6 +311,6 @@ def cost_of_reuse(programs: Iterable[Any]) -> float:
     """What a step that reuses everything costs, as a share of a computed one, by FLOPs of all graphs of a model."""
     reused = computed = 0
     for program in programs:
-        plan = next((p for p in program.plans if p), RECOMPUTE)
-        reused, computed = reused + program.flops(plan), computed + program.flops(RECOMPUTE)
+        plan = next((p for p in program.variants.plans if p), RECOMPUTE)
+        reused, computed = reused + program.variants.flops(plan), computed + program.variants.flops(RECOMPUTE)
     return reused / max(1, computed)

@@ -204,10 +204,10 @@ def find(key: CalibrationKey, goal: Goal) -> Calibration | None:
 
 def key_of(program: Any, inputs: Sequence[Any], steps: int) -> CalibrationKey:
     """What a calibration of this graph, with these parameters and sizes, holds for; the timesteps come later."""
-    given = (inputs[i] for i in program.activations if isinstance(inputs[i], Tensor))
+    given = (inputs[i] for i in program.inputs.activations if isinstance(inputs[i], Tensor))
     sizes = " ".join(f"{'×'.join(map(str, v.shape))}:{str(v.dtype).removeprefix('torch.')}" for v in given)
-    params = [inputs[i] for i in program.static if isinstance(inputs[i], Tensor)]
-    return CalibrationKey(_digest(program.structure, weights_of(params)), steps, sizes)
+    params = [inputs[i] for i in program.inputs.static if isinstance(inputs[i], Tensor)]
+    return CalibrationKey(_digest(program.guarded.structure, weights_of(params)), steps, sizes)
 
 
 def weights_of(params: Iterable[Tensor]) -> str:
@@ -227,7 +227,7 @@ def time_of(program: Any, inputs: Sequence[Any], timestep: float | None) -> floa
     """The timestep of a call: of the session's, or read where the caller announces the steps."""
     if timestep is not None:
         return timestep
-    value = next((inputs[i] for i in program.timestep_inputs), 0.0)
+    value = next((inputs[i] for i in program.inputs.timesteps), 0.0)
     return max(read([value])[0][0]) if isinstance(value, Tensor) else float(value)
 
 

@@ -220,14 +220,14 @@ def record(
         prompt = number
 
     def take(program: Any, inputs: Sequence[Any]) -> None:
-        if not program.analysis.denoising_attentions():
+        if not program.guarded.analysis.denoising_attentions():
             return
         own = kept[program][prompt]
         seen[program, prompt] += 1
         place = len(own) if len(own) < keep else draw.randrange(seen[program, prompt])
         if place >= keep:
             return
-        fixed = set(program.static)
+        fixed = set(program.inputs.static)
         copy = tuple(v if i in fixed or not isinstance(v, Tensor) else v.detach().clone() for i, v in enumerate(inputs))
         own[place : place + 1] = [copy]
 
@@ -240,7 +240,7 @@ def record(
     calls = {p: sum(n for (q, _), n in seen.items() if q is p) for p in kept}
     program = max(kept, key=calls.__getitem__)
     found = [RecordedCall(number, inputs) for number, own in kept[program].items() for inputs in own]
-    return GraphReplay(program.guarded, program.static, found, grid, text)
+    return GraphReplay(program.guarded.module, program.inputs.static, found, grid, text)
 
 
 def final_states(replay: GraphReplay) -> list[Tensor]:

@@ -152,7 +152,7 @@ class SamplingLoop:
         finally:
             way.fast.vdcache.recorder = None
         if not found:
-            reasons = {why for g in way.fast.vdcache.graphs for r in g.refusals for why in r.reasons}
+            reasons = {why for g in way.fast.vdcache.graphs for r in g.guarded.refusals for why in r.reasons}
             why = "; ".join([*sorted(reasons), *self._heard]) or "no stream was found"
             raise ConfigError(f"{self._caller}: what the blocks add cannot be read: {why}")
         for own in found.values():
@@ -226,8 +226,8 @@ class SamplingLoop:
         return self._ways[order]
 
     def _take(self, program: Any, inputs: Sequence[Any]) -> None:
-        if program.latent is not None:
-            self._now = [*self._now[:2], inputs[program.latent].detach().clone()]  # a sampler may write into it
+        if program.inputs.latent is not None:
+            self._now = [*self._now[:2], inputs[program.inputs.latent].detach().clone()]  # a sampler may write into it
 
     def forget(self) -> None:
         """A pipeline may hold what it was given: from here on it is the plain model."""

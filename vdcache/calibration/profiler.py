@@ -75,7 +75,7 @@ def profile(
     watched = watch(model, run, prompts, "profile", passes=passes, inner=inner, listen=collector.take, dynamic=False)
     collector.finish()
     name, session, reasons = watched.name, watched.session, watched.reasons
-    left_out = [r for graph in session.graphs for r in graph.refusals]  # type: ignore[attr-defined]
+    left_out = [r for graph in session.graphs for r in graph.guarded.refusals]  # type: ignore[attr-defined]
     if not collector.sites:
         raise ConfigError(
             f"profile: no attention over video tokens can be read in {name}: "
@@ -170,7 +170,7 @@ class _Collector:
         found: list[ProfiledAttention] = []
         first = 0
         for at, (graph, values) in enumerate(emitted):
-            analysis = graph.analysis  # type: ignore[attr-defined]
+            analysis = graph.guarded.analysis  # type: ignore[attr-defined]
             if self.grid is None:
                 self.grid = analysis.grid
             number = {b.index: first + i for i, b in enumerate(analysis.denoising_blocks())}

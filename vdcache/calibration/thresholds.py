@@ -317,7 +317,7 @@ def _thresholds(model: Any, run: Any, prompts: Any, chosen: Recipe, inner: str) 
         if not graph.slots:
             return
         program = graph
-        plan = graph.plans[0]
+        plan = graph.variants.plans[0]
         own = found.setdefault(entry.generation, MetricRecorder())
         own.add(entry.lane, kept, graph.needs(plan).layouts, graph.probes)
         if entry.timestep is not None:

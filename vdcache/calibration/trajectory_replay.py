@@ -56,18 +56,18 @@ class RecordedRun:
         calls = self.steps[record.step]
         if any(c.lane == record.lane for c in calls):  # what the second of them is given was made by the first
             self.unfit = "the model runs as several graphs"
-        if program.latent is None:
+        if program.inputs.latent is None:
             self.unfit = "no latent is known in it"
         if self.unfit:
             self.steps, self.static = [], {}
             return
         before = self.steps[record.step - 1] if record.step else calls
         like = before[min(len(calls), len(before) - 1)].inputs if before else {}
-        given_at = [i for i in range(len(inputs)) if i not in program.static]
-        self.static[program] = {i: inputs[i] for i in program.static}
+        given_at = [i for i in range(len(inputs)) if i not in program.inputs.static]
+        self.static[program] = {i: inputs[i] for i in program.inputs.static}
         self.devices |= {(program, i): inputs[i].device for i in given_at if isinstance(inputs[i], Tensor)}
-        kept = {i: _kept(inputs[i], like.get(i)) for i in given_at if i != program.latent}
-        latent = _kept(inputs[program.latent])
+        kept = {i: _kept(inputs[i], like.get(i)) for i in given_at if i != program.inputs.latent}
+        latent = _kept(inputs[program.inputs.latent])
         given = tuple(_kept(r) if _alike(r, latent) else None for r in results)
         calls.append(_Call(program, record.lane, latent, kept, given))
 
@@ -322,7 +322,7 @@ class TrajectoryReplay:
                     session.lane(call.lane)
                     program = call.program
                     inputs = dict(recording.static[program])
-                    for i, value in (call.inputs | {program.latent: self._cut.placed(latents[-1], call)}).items():
+                    for i, value in (call.inputs | {program.inputs.latent: self._cut.placed(latents[-1], call)}).items():
                         inputs[i] = _copied(value, recording.devices[program, i]) if isinstance(value, Tensor) else value
                     results = program(*(inputs[i] for i in range(len(inputs))))
                     outputs[-1] += self._cut.of_results(call, [r.cpu() if isinstance(r, Tensor) else r for r in results])

@@ -97,7 +97,7 @@ def watch(
         raise CacheStateError(
             f"{caller}: run(model) did not call the model that it was given: use its argument, as in `lambda model: sample(model)`"
         )
-    refused = {why for graph in session.graphs for r in graph.refusals for why in r.reasons}  # type: ignore[attr-defined]
+    refused = {why for graph in session.graphs for r in graph.guarded.refusals for why in r.reasons}  # type: ignore[attr-defined]
     name = type(model).__name__ if isinstance(model, torch.nn.Module) else getattr(model, "__name__", "model")
     return UncachedRun(session, name, tuple(sorted(refused) or dict.fromkeys(heard)))
 

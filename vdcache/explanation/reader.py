@@ -146,12 +146,12 @@ def _with_recipe(report: Report, captured: list[Captured], numbers: list[int], r
                 refusals.append(NoMatch("recipe", str(error), number))
             continue
         programs.append((number, program))
-        refusals += [NoMatch(r.node, "; ".join(r.reasons), number) for r in program.refusals]
+        refusals += [NoMatch(r.node, "; ".join(r.reasons), number) for r in program.guarded.refusals]
         unmerged = Pipeline(tuple(p for p in recipe.pipeline if not isinstance(p, MergeSlots)), given=recipe.pipeline.given)
         if facts.branches:
             before += _slots(unmerged.run(graph.graph)[0], facts, number)
-        after += _slots(program.guarded, facts, number)
-        own = program.cache_bytes()
+        after += _slots(program.guarded.module, facts, number)
+        own = program.variants.cache_bytes()
         total = None if own is None or total is None else total + own * (1 + report.graphs[number].again)
     variants = _variant_costs(report, programs)
     schedule, goal = tuple(tuple(sorted(plan.reuse)) for plan in best_plans(recipe.policy, steps)), ""
@@ -178,13 +178,13 @@ def _with_recipe(report: Report, captured: list[Captured], numbers: list[int], r
 def _variant_costs(report: Report, programs: list[tuple[int, Program]]) -> list[VariantCost]:
     """What every plan costs, all graphs of the forward together."""
     variants = []
-    for plan in dict.fromkeys(p for _, program in programs for p in program.plans):
+    for plan in dict.fromkeys(p for _, program in programs for p in program.variants.plans):
         costs = nodes = 0
         for number, program in programs:
-            own = plan if plan in program.plans else Plan()
+            own = plan if plan in program.variants.plans else Plan()
             times = 1 + report.graphs[number].again
-            costs += times * program.flops(own)
-            nodes += times * sum(n.op == "call_function" for n in program.variant_graph(own).graph.nodes)
+            costs += times * program.variants.flops(own)
+            nodes += times * sum(n.op == "call_function" for n in program.variants[own].graph.graph.nodes)
         variants.append(VariantCost(tuple(sorted(plan.reuse)), costs, nodes))
     return variants
 

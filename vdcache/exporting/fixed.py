@@ -223,8 +223,9 @@ def _plans(program: Program, recipe: Recipe, steps: int) -> list[Plan]:
     Raises:
         ConfigError: the policy looks at what the run computes.
     """
-    graph = program.guarded.graph
-    if recipe.goal is not None or program.probes or dialect.observations(graph) or program.lanes is not None or program.emits:
+    graph = program.guarded.module.graph
+    looks = program.probes or dialect.observations(graph) or dialect.emissions(graph)
+    if recipe.goal is not None or looks or program.lanes is not None:
         raise ConfigError(
             f"'{recipe.name}' decides while it runs what to reuse, and a fixed graph cannot: give a schedule (vdcache.calibrate and vdcache.search_schedule find "
             "one for this model), a list of computed steps, or a recipe that depend on the step number alone, as every-3"
@@ -238,7 +239,7 @@ def _plans(program: Program, recipe: Recipe, steps: int) -> list[Plan]:
 
     plans = simulate(policy, steps, narrow=narrow)
     if any(asked) and not any(plans):
-        reasons = dict.fromkeys(why for r in program.refusals for why in r.reasons)
+        reasons = dict.fromkeys(why for r in program.guarded.refusals for why in r.reasons)
         raise ConfigError(
             f"'{recipe.name}' finds nothing to reuse in this model: {'; '.join(reasons) or 'it shows no residual stream'}"
         )
@@ -250,24 +251,22 @@ def _plans(program: Program, recipe: Recipe, steps: int) -> list[Plan]:
 def _variant(
     program: Program, plan: Plan, positions: dict[int, str], caches: dict[str, Cache], found: ExportedModel
 ) -> FixedVariant:
-    graph = copy_graph(program.variant_graph(plan))
-    needs = program.needs(plan)
-    slots = program.slots_kept(plan)
+    variant = program.variants[plan]
+    graph, needs = copy_graph(variant.graph), variant.needs
     if tile_sites(graph):
         lower_tiles(graph, "gather", always=True)
     g = graph.graph
     roles: list[tuple[str, Any]] = [
         ("input", positions[i]) if i in positions else ("weight" if i in found.state else "fixed", i)
-        for i in range(len(program.fakes))
+        for i in range(len(graph_inputs(found.captured.graph.graph)))
     ]
     for slot in (*needs.reads, *needs.before):
         roles.append(("cache", _cache(caches, slot, graph_inputs(g)[len(roles)]).name))
     roles += [("number", f"{_plain(group)}_{n}") for group in needs.times for n in StepInfo._fields]
-    values = outputs(g)
-    count = len(values) - len(slots)
-    kept = [v for v in values[:count] if isinstance(v, fx.Node)]
-    writes = [_cache(caches, slot, node).name for slot, node in zip(slots, values[count:], strict=True)]
-    _distinct(g, [*kept, *values[count:]])
+    returned = variant.io.unpack(outputs(g))
+    results = [v for v in returned.results if isinstance(v, fx.Node)]
+    writes = [_cache(caches, slot, node).name for slot, node in returned.saved.items()]
+    _distinct(g, [*results, *returned.saved.values()])
     left = []
     for node, role in zip(graph_inputs(g), roles, strict=True):
         if node.users:
@@ -279,7 +278,7 @@ def _variant(
         raise ConfigError(f"the graph reads {what}, which is no tensor: bind it before exporting, as functools.partial does")
     graph.recompile()
     name = "recompute" if not plan else "reuse_" + "_".join(map(_plain, sorted(plan.reuse)))
-    return FixedVariant(name, plan, graph, tuple(left), len(kept), tuple(writes), needs.slots)
+    return FixedVariant(name, plan, graph, tuple(left), len(results), tuple(writes), needs.slots)
 
 
 def _distinct(g: fx.Graph, values: list[fx.Node]) -> None:
@@ -329,7 +328,7 @@ def _steps(program: Program, plans: Sequence[Plan], variants: Sequence[FixedVari
                 variant.name, tuple(sorted(plan.reuse)), variant.reused, {n: v for n, v in numbers.items() if n in wanted}
             )
         )
-        written.update(program.slots_kept(plan))
+        written.update(program.variants[plan].io.saves)
         for group in needs.computes:
             last[group] = (number, last.get(group, (0, 0))[1] + 1)
     return tuple(steps)

@@ -14,7 +14,7 @@ from vdcache.passes.observe import Observe
 from vdcache.passes.pipeline import Pipeline
 from vdcache.passes.probe import Probe
 from vdcache.passes.rewrite import Rewrite
-from vdcache.passes.specialise import Specialise, VariantIO, variant_io
+from vdcache.passes.specialise import Specialise, VariantIO, VariantOutputs, variant_io
 from vdcache.passes.split_at_probe import HeadIO, SplitAtProbe, head_io
 from vdcache.passes.tile_attention import TileAttention
 
@@ -41,6 +41,7 @@ __all__ = [
     "SplitAtProbe",
     "TileAttention",
     "VariantIO",
+    "VariantOutputs",
     "head_io",
     "put_cache_guard",
     "variant_io",

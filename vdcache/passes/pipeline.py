@@ -63,6 +63,11 @@ class Pipeline:
     def __iter__(self) -> Iterator[Pass]:
         return iter(self.passes)
 
+    @property
+    def ensured(self) -> frozenset[Fact]:
+        """Facts that hold on every graph that comes out."""
+        return self.given.union(*(p.ensures for p in self.passes))
+
     def run(self, graph: fx.GraphModule, *, copied: bool = False) -> tuple[fx.GraphModule, tuple[PassRecord, ...]]:
         """Run all passes on a copy of `graph` (on `graph` itself when it is `copied` already).
 

@@ -13,8 +13,9 @@ bit-exact. The result holds no dialect node; the order of what was added is in `
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import fx
@@ -30,26 +31,49 @@ from vdcache.passes.predictors import LAST, ByGroup, LastValue, Predictor, StepI
 from vdcache.passes.sums import sums_of
 from vdcache.util.slots import group_of
 
-__all__ = ["Specialise", "VariantIO", "contiguous", "variant_io"]
+__all__ = ["Specialise", "VariantIO", "VariantOutputs", "contiguous", "variant_io"]
 
 aten = torch.ops.aten
 _SUMS = frozenset({aten.add.Tensor, aten.sub.Tensor, aten.addcmul.default})
 _CARRY = _SUMS | VIEWS | CASTS | {aten.mul.Tensor}  # what a predicted value goes through on its way into the stream
 
 
+class VariantOutputs(NamedTuple):
+    """What a variant returns, as nodes or as values: `flat` is the order, and `VariantIO.unpack` reads it.
+
+    Args:
+        results: the model's.
+        saved: what is kept, by name.
+        observed: what is measured, by name.
+        emitted: what the listeners are given, by name.
+        sums: a float32 vector of all sums of what is measured; None where nothing is.
+    """
+
+    results: Sequence[Any]
+    saved: dict[str, Any]
+    observed: dict[str, Any]
+    emitted: dict[str, Any]
+    sums: Any = None
+
+    def flat(self) -> list[Any]:
+        """As the graph returns it."""
+        sums = [] if self.sums is None else [self.sums]
+        return [*self.results, *self.saved.values(), *self.observed.values(), *self.emitted.values(), *sums]
+
+
 @dataclass(frozen=True)
 class VariantIO:
-    """What a variant takes after the model's inputs, and returns after the model's outputs, in order.
+    """What a variant takes after the model's inputs, in order, and what it returns.
 
     Args:
         reads: kept values that are inputs: a slot's name, with "#1", "#2" … where its predictor keeps several.
         before: values kept at the computed step before that are inputs (after `reads`): a predictor of higher order needs them.
         previous: observations whose previous values are inputs (after `before`).
         times: groups of which `predictors.StepInfo` is an input (after `previous`), three float32 0-d tensors each.
-        saves: kept values that are outputs.
-        observed: observations whose values are outputs (after `saves`); the same as `previous`.
-        emits: names of the emitted values that are outputs (after `observed`).
-        measures: (observation, distance, strides) of the last output, a float32 vector of all sums; empty for none.
+        results: how many results of the model it returns.
+        saves: kept values that are outputs. The observations of `previous` are outputs too.
+        emits: names of the emitted values that are outputs.
+        measures: (observation, distance, strides) of all sums; empty for none.
         read_values, before_values, previous_values, time_values: fake tensors of the added inputs, contiguous.
     """
 
@@ -57,6 +81,7 @@ class VariantIO:
     before: tuple[str, ...] = ()
     previous: tuple[str, ...] = ()
     times: tuple[str, ...] = ()
+    results: int = 1
     saves: tuple[str, ...] = ()
     emits: tuple[str, ...] = ()
     measures: tuple[tuple[str, str, tuple[int, ...]], ...] = ()
@@ -74,6 +99,17 @@ class VariantIO:
     def reused(self) -> tuple[str, ...]:
         """The slots that are reused."""
         return tuple(dict.fromkeys(r.partition("#")[0] for r in self.reads))
+
+    def unpack(self, outputs: Iterable[Any]) -> VariantOutputs:
+        """What a variant returned, by name."""
+        rest = iter(outputs)
+        return VariantOutputs(
+            list(itertools.islice(rest, self.results)),
+            dict(zip(self.saves, rest, strict=False)),
+            dict(zip(self.previous, rest, strict=False)),
+            dict(zip(self.emits, rest, strict=False)),
+            next(rest, None),
+        )
 
 
 def variant_io(graph: fx.GraphModule) -> VariantIO:
@@ -193,14 +229,15 @@ class Specialise(Pass):
             if not self.reuse:
                 emitted[str(mark.args[1])] = mark.args[0]  # type: ignore[assignment]
             g.erase_node(mark)
-        extra = [*saved.values(), *seen.values(), *emitted.values()]
+        stacked = None
         if sums:
             with g.inserting_before(g.output_node()):
-                extra.append(call(g, aten.stack.default, sums, provenance=str(self)))
-        _finish(graph, extra)
+                stacked = call(g, aten.stack.default, sums, provenance=str(self))
+        results = _written_back(graph)
+        set_outputs(g, VariantOutputs(results, saved, seen, emitted, stacked).flat())
         drop_dead_code(g, keep=is_effectful)
         graph.meta["vdcache.variant"] = VariantIO(
-            saves=tuple(saved), emits=tuple(emitted), measures=tuple(measures), **added.finish()
+            results=len(results), saves=tuple(saved), emits=tuple(emitted), measures=tuple(measures), **added.finish()
         )
         return PassResult(graph, rewrites=len(marks) + writes)
 
@@ -349,12 +386,12 @@ def _surely_contiguous(value: torch.Tensor) -> bool:
     return value.is_contiguous()
 
 
-def _finish(graph: fx.GraphModule, extra: list[fx.Node]) -> None:
-    """Write mutated inputs back, and return the model's results and then `extra`."""
+def _written_back(graph: fx.GraphModule) -> list[Any]:
+    """Write mutated inputs back. The model's results."""
     g, sig = graph.graph, signature(graph)
     values, given = outputs(g), inputs(g)
     with g.inserting_before(g.output_node()):
         for output, position in sig.mutations:
             call(g, aten.copy_.default, given[position], values[output], provenance="specialise")
-    set_outputs(g, [*values[len(sig.mutations) :], *extra])
     graph.meta["vdcache"] = replace(sig, mutations=())  # they are written here
+    return values[len(sig.mutations) :]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import fx
@@ -54,6 +54,11 @@ class HeadIO:
     carried: tuple[str, ...] = ()
     carried_values: tuple[torch.Tensor, ...] = ()
     previous_values: tuple[torch.Tensor, ...] = ()
+
+    def unpack(self, outputs: Sequence[Any]) -> tuple[tuple[Any, ...], Any, tuple[Any, ...]]:
+        """What a head returned: the values of the probes, the sums of their changes, and what is carried."""
+        at = len(self.carried)
+        return tuple(outputs[at:-1]), outputs[-1], tuple(outputs[:at])
 
 
 def head_io(graph: fx.GraphModule) -> HeadIO:

@@ -18,6 +18,7 @@ __all__ = [
     "CallKey",
     "CompiledGraph",
     "Emitted",
+    "GraphInputs",
     "LaneScope",
     "Listener",
     "ProbeResult",
@@ -89,29 +90,49 @@ class ProbeResult:
     carried: tuple[Tensor, ...] = ()
 
 
+@dataclass(frozen=True)
+class GraphInputs:
+    """Which inputs of a graph are what, by position.
+
+    Args:
+        static: parameters and buffers.
+        weights: those of them that the graph does not write into, in slices: a slice costs a tenth of as many look-ups, and a model has a
+            thousand weights.
+        timesteps: any of them may be the timestep.
+        activations: all but parameters, buffers and timesteps.
+        told: activations but for sizes of tensors and what the graph writes into: latents and conditioning.
+        latent: the likeliest latent; None if there is none.
+        latents: what the denoising loop updates, the likeliest first.
+        whole: every likely latent looks like one of the graph's results, as in a model that is one graph.
+    """
+
+    static: tuple[int, ...]
+    weights: tuple[slice, ...]
+    timesteps: tuple[int, ...]
+    activations: tuple[int, ...]
+    told: tuple[int, ...]
+    latent: int | None
+    latents: tuple[int, ...]
+    whole: bool
+
+
 class CompiledGraph(Protocol):
-    """What a session must know of a graph that runs under it. Positions count the graph's inputs."""
+    """What a session must know of a graph that runs under it."""
 
     @property
     def family(self) -> Hashable: ...  # the user's frame: recompilations of one frame are one family
     @property
     def kind(self) -> Hashable: ...  # graphs of one kind compute the same for other sizes: one goes on where another left off
     @property
-    def timestep_inputs(self) -> tuple[int, ...]: ...
+    def inputs(self) -> GraphInputs: ...
     @property
-    def latent(self) -> int | None: ...
+    def latents(self) -> tuple[int, ...]: ...  # this and the next three as in `inputs`
     @property
-    def latents(self) -> tuple[int, ...]: ...  # what the denoising loop updates, `latent` first
+    def activations(self) -> tuple[int, ...]: ...
     @property
-    def whole(self) -> bool: ...  # every likely latent looks like one of its results, as in a model that is one graph
+    def told(self) -> tuple[int, ...]: ...
     @property
-    def activations(self) -> tuple[int, ...]: ...  # all but parameters and timesteps
-    @property
-    def told(
-        self,
-    ) -> tuple[int, ...]: ...  # activations but for sizes of tensors and what it writes into: latents, conditioning
-    @property
-    def static(self) -> tuple[int, ...]: ...  # parameters and buffers
+    def static(self) -> tuple[int, ...]: ...
     @property
     def probes(self) -> tuple[ProbeSpec, ...]: ...  # what a policy may ask for before it chooses
     @property

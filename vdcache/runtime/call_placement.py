@@ -108,7 +108,7 @@ class CallPlacement:
             return self._tick(graph, inputs, who)
         if self._planner.step < 0 or self._ticker is None:
             self._early.add(graph.family)
-            if not graph.timestep_inputs and getattr(graph, "slots", True):
+            if not graph.inputs.timesteps and getattr(graph, "slots", True):
                 self._notices.no_timestep(getattr(graph, "broken", ""))
         return graph.family not in self._early and self._planner.step >= 0
 
@@ -126,7 +126,7 @@ class CallPlacement:
         self.repeated = tick.repeated or self._unsure
 
     def _drives(self, graph: CompiledGraph) -> bool:
-        return bool(graph.timestep_inputs) and self._ticker in (None, graph.family)
+        return bool(graph.inputs.timesteps) and self._ticker in (None, graph.family)
 
     def _begin_lane(self, graph: CompiledGraph, lane: Lane, new: bool, place: int) -> None:
         name, self.explicit_lane = self.explicit_lane, None
@@ -157,7 +157,7 @@ class CallPlacement:
         coarse = False
         wanted: list[Tensor] = []
         places: list[int] = []
-        for position in graph.timestep_inputs:
+        for position in graph.inputs.timesteps:
             value = inputs[position]
             keys.append(())
             if isinstance(value, Tensor):
@@ -182,6 +182,6 @@ class CallPlacement:
             same = bool(numbers[len(wanted) - 1][0])
         if waits:
             self._planner.told(numbers[len(wanted) :])
-        latent = inputs[graph.latent] if graph.latent is not None else None
+        latent = inputs[graph.inputs.latent] if graph.inputs.latent is not None else None
         form = None if latent is None else (tuple(latent.shape), latent.dtype, latent.device)
         return Reading(tuple(keys), coarse, form), same

@@ -49,7 +49,7 @@ class ForwardWatch:
 
     def returned(self, result: Any) -> None:
         """What the forward returned."""
-        if self._results is None or len(self.graphs) > 1 or not all(graph.whole for graph in self.graphs):
+        if self._results is None or len(self.graphs) > 1 or not all(graph.inputs.whole for graph in self.graphs):
             results = [tuple(x.shape) for x in _tensors((result,))]
             if results != self._results:
                 self._results, self._latents_of = results, {}
@@ -91,10 +91,11 @@ class ForwardWatch:
         """
         if self.unlearnt:
             return ()
-        if self._results is None or (graph.whole and len(self.graphs) == 1):
-            return graph.latents
+        if self._results is None or (graph.inputs.whole and len(self.graphs) == 1):
+            return graph.inputs.latents
         if (found := self._latents_of.get(graph)) is None:
-            given = {i: v for i in graph.told if isinstance(v := inputs[i], Tensor) and v.is_floating_point() and v.ndim > 1}
+            tensors = ((i, v) for i in graph.inputs.told if isinstance(v := inputs[i], Tensor))
+            given = {i: v for i, v in tensors if v.is_floating_point() and v.ndim > 1}
             outer = {i: v.shape for i, v in given.items() if self._given is None or id(v) in self._given}
             found = self._latents_of[graph] = tuple(updated_by(outer, self._results))
         return found
@@ -111,7 +112,7 @@ class ForwardWatch:
             early: families of graphs that run before the step is known.
         """
         latents = self.latents(graph, inputs)
-        values: list[Any] = [LATENT if i in latents else inputs[i] for i in graph.told]
+        values: list[Any] = [LATENT if i in latents else inputs[i] for i in graph.inputs.told]
         if not self._moving and len(self.graphs) < 2:
             return values, frozenset()
         inside: set[int] = set()

@@ -46,7 +46,7 @@ class LanePair:
         if lanes.mode == "calls":
             return "" if pair is None else None
         if self._same_halves is None:
-            latent = inputs[graph.latent] if graph.latent is not None else None
+            latent = inputs[graph.inputs.latent] if graph.inputs.latent is not None else None
             self._same_halves = False
             if isinstance(latent, Tensor):
                 first, second = latent.chunk(2)

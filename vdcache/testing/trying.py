@@ -120,8 +120,8 @@ def _trial(recipe: Recipe | str, name: str, case: Case, steps: int, tokens: int)
                 else:
                     computed.append(step)
                     identical &= torch.equal(got, want)
-                flops.append(sum(p.flops(p.narrow(plan)) for p in session.graphs))
-            whole = steps * sum(p.flops(RECOMPUTE) for p in session.graphs)
+                flops.append(sum(p.variants.flops(p.narrow(plan)) for p in session.graphs))
+            whole = steps * sum(p.variants.flops(RECOMPUTE) for p in session.graphs)
         except Exception as error:  # noqa: BLE001 — one model's failure is a row, not the end
             return Trial(name, steps, tuple(computed), said=f"{type(error).__name__}: {error}")
     said = "; ".join(dict.fromkeys(str(w.message) for w in heard if issubclass(w.category, VdcacheWarning)))

@@ -1,0 +1,282 @@
+"""From a guarded graph to its variants: which there are, what they take and return, and when they are compiled."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from vdcache.attention.autotune import TuningResult
+from vdcache.backends.eager import run_eagerly
+from vdcache.backends.guarded import GuardedGraph
+from vdcache.backends.inductor import Compiled, Context, compile_now, no_autocast
+from vdcache.backends.lowering import lower_tiles, tile_sites
+from vdcache.backends.settings import Settings
+from vdcache.errors import ConfigError
+from vdcache.ir import dialect
+from vdcache.ir.edit import copy_graph
+from vdcache.ir.edit import inputs as graph_inputs
+from vdcache.passes import DeadCode, Pipeline, Specialise, head_io, variant_io
+from vdcache.passes.mark_lanes import halve_lanes, lanes_io
+from vdcache.patterns.cost import flops
+from vdcache.policies.metrics import MetricSpec
+from vdcache.policies.plan import RECOMPUTE, Plan
+from vdcache.runtime.call import LaneScope, ProbeResult, ProbeSpec, VariantInputs
+from vdcache.util.sizes import Bindings
+from vdcache.util.slots import group_of
+
+__all__ = ["Head", "LazyVariant", "PlanVariant", "VariantCompiler", "Variants"]
+
+
+class VariantCompiler:
+    """Compiles the static graphs of one captured graph: when Dynamo calls the backend, and after it has returned.
+
+    Args:
+        settings: recipe and compiler.
+        fakes: fake values of the captured graph's inputs.
+        pair: fake value of the input that all parts have after these, where one lane is predicted from another call.
+    """
+
+    def __init__(self, settings: Settings, fakes: Sequence[Any], pair: Sequence[Tensor]) -> None:
+        self._settings, self._fakes, self.pair = settings, (*fakes, *pair), pair
+        self.bindings = Bindings(fakes)
+        self.choices: dict[str, TuningResult] = {}  # how attentions under masks are computed, by node
+        self.lock = threading.RLock()  # threads may run one program at once
+        self._context = Context()
+
+    def compile(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+        """Compile a graph, which stays as it is, for all its inputs."""
+        settings = self._settings
+        eager, masked = settings.inner == "eager", bool(tile_sites(graph))
+        if masked or not eager:  # Inductor takes possession of what it compiles
+            graph = copy_graph(graph)
+        if masked:
+            lowering = "gather" if eager and settings.tiles == "auto" else settings.tiles
+            self.choices.update(lower_tiles(graph, lowering, expand=not eager))
+        if eager:
+            return run_eagerly(graph)
+        with no_autocast():
+            return compile_now(graph, inputs, dict(settings.inductor))
+
+    def compile_later(self, graph: fx.GraphModule, more: Sequence[Tensor]) -> Compiled | None:
+        """Compile for all sizes that the captured graph is for. None where that takes a guard that Dynamo will never check.
+
+        Args:
+            more: fake values of the inputs after those that all parts have.
+        """
+        before = self._context.guards()
+        with self._context.again():
+            found = self.compile(graph, [*self._fakes, *more])
+        return found if self._context.guards() <= before else None
+
+    def compile_for(self, graph: fx.GraphModule, inputs: Sequence[Any], added: Sequence[Tensor]) -> Compiled:
+        """Compile for the sizes of these inputs alone.
+
+        Args:
+            added: fake values of the inputs after these.
+        """
+        examples = [torch.empty(self.bindings.shape(v, inputs), dtype=v.dtype, device=v.device) for v in added]
+        with torch.inference_mode(False), torch.no_grad():
+            return self.compile(graph, [*inputs, *examples])
+
+    def zeros(self, values: Sequence[Tensor], inputs: Sequence[Any]) -> list[Tensor]:
+        """Zeros in the place of fake values, of the sizes that a call has."""
+        return [torch.zeros(self.bindings.shape(v, inputs), dtype=v.dtype, device=v.device) for v in values]
+
+
+class LazyVariant:
+    """One graph of a program.
+
+    Args:
+        graph: not to be changed.
+        added: fake values of the inputs that it has after the model's and after `carried`.
+        compiler: of the program's graphs.
+        carried: fake values of what the head hands over.
+    """
+
+    def __init__(
+        self, graph: fx.GraphModule, added: Sequence[Tensor], compiler: VariantCompiler, carried: Sequence[Tensor] = ()
+    ) -> None:
+        self.graph, self.added, self.carried = graph, tuple(added), tuple(carried)
+        self._compiler = compiler
+        self._compiled: dict[Hashable, Compiled] = {}
+        self._by_size = False  # each compiled graph is good for one size only
+
+    def compile_now(self, inputs: Sequence[Any]) -> None:
+        """Compile inside the backend call.
+
+        Args:
+            inputs: the model's, and what is carried.
+        """
+        self._compiled[()] = self._compiler.compile(self.graph, [*inputs, *self.added])
+
+    def warm_up(self) -> None:
+        """Compile it, unless that takes more sizes than are known."""
+        with self._compiler.lock:
+            if not self._by_size and not self._compiled:
+                if (found := self._compiler.compile_later(self.graph, [*self.carried, *self.added])) is not None:
+                    self._compiled[()] = found
+                self._by_size = found is None
+
+    def ready(self, inputs: Sequence[Any]) -> Compiled:
+        """The compiled graph for these inputs (the model's, and what is carried)."""
+        if not self._by_size and (found := self._compiled.get(())) is not None:
+            return found
+        with self._compiler.lock:
+            self.warm_up()
+            size = self._compiler.bindings.sizes(inputs) if self._by_size else ()
+            if size not in self._compiled:
+                self._compiled[size] = self._compiler.compile_for(self.graph, inputs, self.added)
+            return self._compiled[size]
+
+
+class PlanVariant(LazyVariant):
+    """What runs under one plan.
+
+    Args:
+        needs: what the session gives it.
+    """
+
+    def __init__(
+        self, graph: fx.GraphModule, needs: VariantInputs, compiler: VariantCompiler, carried: Sequence[Tensor]
+    ) -> None:
+        self.io, self.needs = variant_io(graph), needs
+        super().__init__(graph, self.io.added_values, compiler, carried)
+
+
+class Head(LazyVariant):
+    """What runs before the plan of a step is chosen."""
+
+    def __init__(self, graph: fx.GraphModule, compiler: VariantCompiler) -> None:
+        self.io = head_io(graph)
+        super().__init__(graph, self.io.previous_values, compiler)
+        self.probes = tuple(ProbeSpec(MetricSpec(name, distance), since) for name, distance, since in self.io.probes)
+
+    def look(self, inputs: Sequence[Any], previous: Sequence[Tensor] | None) -> ProbeResult:
+        """Run it.
+
+        Args:
+            inputs: the model's, and the pair.
+            previous: values of the probes; None where there are none yet.
+        """
+        before = self._compiler.zeros(self.added, inputs) if previous is None else previous
+        with no_autocast():
+            outputs = self.ready(inputs)(*inputs, *before)
+        return ProbeResult(*self.io.unpack(outputs))
+
+
+class Variants:
+    """The variants of one guarded graph by plan, each specialised when it is first asked for and compiled when it first runs.
+
+    Where the recipe probes, the graph is split: the head runs first, the policy decides, and a variant of the tail follows.
+
+    Args:
+        guarded: the graph.
+        settings: recipe and compiler.
+
+    Raises:
+        ConfigError: the recipe never reuses what it guards.
+    """
+
+    def __init__(self, guarded: GuardedGraph, settings: Settings) -> None:
+        self._guarded, self._recipe = guarded, settings.recipe
+        lanes, mutations = lanes_io(guarded.module), len(guarded.captured.signature.mutations)
+        self.lanes: LaneScope | None = None
+        if lanes is not None:
+            self.lanes = LaneScope(lanes.mode, lanes.group, (lanes.low, lanes.batch // 2), lanes.output - mutations)
+        pair = () if lanes is None or lanes.pair_value is None else (lanes.pair_value,)
+        fakes = [n.meta.get("val") for n in graph_inputs(guarded.captured.graph.graph)]
+        self.compiler = VariantCompiler(settings, fakes, pair)
+        self.head = None if guarded.head is None else Head(guarded.head, self.compiler)
+        self.slots = tuple(str(n.args[1]) for n in dialect.cache_guards(guarded.body.graph))
+        self._groups = frozenset(map(group_of, self.slots))
+        self._narrowed: dict[Plan, Plan] = {}
+        self._made: dict[Plan, PlanVariant] = {}
+        self._read: tuple[str, ...] = ()  # the slots that some plan reads: the others are not worth keeping
+        asked = settings.recipe.plans()
+        self.plans = tuple(dict.fromkeys(map(self.narrow, asked)))
+        if self.slots and not any(self.plans) and (wanted := {g for p in asked for g in p.reuse}):
+            raise ConfigError(
+                f"the recipe '{settings.recipe.name}' never reuses what it guards: its policy reuses {', '.join(sorted(wanted))}, its slots "
+                f"belong to {', '.join(sorted(self._groups))}; give both the same group"
+            )
+        self._read = self._slots_read()
+        self.recompute = self[RECOMPUTE]
+
+    def __len__(self) -> int:
+        """How many graphs there are to compile, the head among them."""
+        return len(self.plans) + (self.head is not None)
+
+    def __getitem__(self, plan: Plan) -> PlanVariant:
+        if (found := self._made.get(plan)) is None:
+            keeps = bool(self.slots) and len(self.plans) > 1
+            with self.compiler.lock:
+                if (found := self._made.get(plan)) is None:
+                    found = self._made[plan] = self._specialised(plan, "needed" if keeps else "none")
+        return found
+
+    def narrow(self, plan: Plan) -> Plan:
+        """What of a plan concerns this graph: groups without a slot in it make no variant of their own."""
+        if (found := self._narrowed.get(plan)) is None:
+            found = self._narrowed[plan] = Plan(plan.reuse & self._groups)
+        return found
+
+    def _slots_read(self) -> tuple[str, ...]:
+        """The slots that some plan reads."""
+        read: set[str] = set()
+        for plan in filter(None, self.plans):
+            variant = self._specialised(plan, "none")
+            read.update(variant.io.reused)
+            if plan.reuse == self._groups:  # it computes nothing that it could keep
+                self._made[plan] = variant
+        return tuple(s for s in self.slots if s in read)
+
+    def _specialised(self, plan: Plan, save: str) -> PlanVariant:
+        guarded, recipe = self._guarded, self._recipe
+        lanes = lanes_io(guarded.module)
+        half = lanes is not None and lanes.mode == "batch" and lanes.group in plan.reuse
+        specialise = Specialise(reuse=plan.reuse, save=save, slots=self._read, predictor=recipe.predictor, observe=not half)
+        given = recipe.pipeline.ensured | Specialise.requires
+        graph, _ = Pipeline((specialise, DeadCode()), given=given).run(guarded.body)
+        if half and lanes is not None and self.lanes is not None:
+            halve_lanes(graph, lanes, self.lanes.output)
+        io = variant_io(graph)
+        frames: dict[str, Any] = {str(n.args[1]): n.args[4] for n in dialect.observations(guarded.body.graph)}
+        layouts = tuple(MetricSpec(slot, distance, strides, frames[slot]) for slot, distance, strides in io.measures)
+        needs = VariantInputs(io.reads, io.before, layouts, io.times, tuple(self._groups - plan.reuse), io.reused)
+        carried = self.head.io.carried_values if self.head is not None else ()
+        return PlanVariant(graph, needs, self.compiler, carried)
+
+    # ---- what they cost ------------------------------------------------------------------------------------------
+
+    def cache_bytes(self) -> int | None:
+        """Bytes kept for one lane, known before the first run; None where sizes are symbols."""
+        kept = {name: v for p in self.plans for name, v in zip(self[p].io.reads, self[p].io.read_values, strict=True)}
+        values = [*kept.values(), *self.recompute.io.previous_values, *(self.head.added if self.head is not None else ())]
+        if any(isinstance(s, torch.SymInt) for v in values for s in v.shape):
+            return None
+        return sum(v.numel() * v.element_size() for v in values)
+
+    def flops(self, plan: Plan) -> int:
+        """FLOPs of one call under a plan, the head's included; counted by `patterns.cost`."""
+        return sum(flops(n) for part in self._parts((plan,)) for n in part.graph.graph.nodes)
+
+    def _parts(self, plans: Sequence[Plan]) -> list[LazyVariant]:
+        """The head, if there is one, and the variants of these plans."""
+        return [*([self.head] if self.head is not None else []), *map(self.__getitem__, plans)]
+
+    # ---- compiling -----------------------------------------------------------------------------------------------
+
+    def compile_first(self, inputs: Sequence[Any]) -> None:
+        """Compile what every run begins with, inside the backend call."""
+        inputs = [*inputs, *self.compiler.pair]
+        for part in self._parts((RECOMPUTE,)):
+            part.compile_now([*inputs, *part.carried])
+
+    def warm_up(self) -> None:
+        """Compile every variant that can be compiled without knowing more sizes."""
+        for part in self._parts(self.plans):
+            part.warm_up()
