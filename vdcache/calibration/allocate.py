@@ -159,20 +159,7 @@ def _problem(losses: Any, times: Any, budget: Any) -> _Problem:
         ConfigError: what `dynamic` says of losses, times and budget.
     """
     rows, spans = _rows(losses, "losses"), _rows(times, "times")
-    if len(rows) != len(spans):
-        raise ConfigError(f"losses are of {len(rows)} layers and times of {len(spans)}: give both of every layer")
-    if not rows:
-        raise ConfigError("losses and times are empty: give those of at least one layer")
-    for j, (row, span) in enumerate(zip(rows, spans)):
-        if len(row) != len(span):
-            raise ConfigError(f"layer {j} has {len(row)} losses and {len(span)} times: give one of each for every option")
-        if not row:
-            raise ConfigError(f"layer {j} has no options: give at least one, such as the layer as it is")
-        for a, value in enumerate(span):
-            if math.isinf(value):
-                raise ConfigError(f"times[{j}][{a}] is inf: give its time, and a loss of inf to forbid the option")
-        if all(map(math.isinf, row)):
-            raise ConfigError(f"layer {j} has no option that is allowed: its losses are all inf; give at least one finite loss")
+    _check_layers(rows, spans)
     most = number(budget.item() if hasattr(budget, "item") else budget, "budget is a positive number, in the unit of the times")
     if not 0 < most < math.inf:
         raise ConfigError(f"budget is a positive number, in the unit of the times; got {most}")
@@ -196,6 +183,23 @@ def _problem(losses: Any, times: Any, budget: Any) -> _Problem:
             "give at least that, or faster options"
         )
     return _Problem(rows, spans, fronts, whole_budget, limit, loss_unit)
+
+
+def _check_layers(rows: list[list[float]], spans: list[list[float]]) -> None:
+    if len(rows) != len(spans):
+        raise ConfigError(f"losses are of {len(rows)} layers and times of {len(spans)}: give both of every layer")
+    if not rows:
+        raise ConfigError("losses and times are empty: give those of at least one layer")
+    for j, (row, span) in enumerate(zip(rows, spans)):
+        if len(row) != len(span):
+            raise ConfigError(f"layer {j} has {len(row)} losses and {len(span)} times: give one of each for every option")
+        if not row:
+            raise ConfigError(f"layer {j} has no options: give at least one, such as the layer as it is")
+        for a, value in enumerate(span):
+            if math.isinf(value):
+                raise ConfigError(f"times[{j}][{a}] is inf: give its time, and a loss of inf to forbid the option")
+        if all(map(math.isinf, row)):
+            raise ConfigError(f"layer {j} has no option that is allowed: its losses are all inf; give at least one finite loss")
 
 
 def _rows(values: Any, what: str) -> list[list[float]]:

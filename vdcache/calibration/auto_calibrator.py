@@ -95,8 +95,13 @@ class AutoCalibrator:
             self._begin(program, inputs, record)
         if self._now is None:
             self._check(record.step)
-            return
-        run = self._now
+        else:
+            self._record(self._now, program, inputs, results, kept, record)
+
+    def _record(
+        self, run: _Run, program: Any, inputs: Sequence[Any], results: Sequence[Any], kept: dict[str, Tensor], record: Record
+    ) -> None:
+        """Take one call of the generation that is recorded; the last one finds the schedule."""
         while len(run.calls) <= record.step:
             run.calls.append(0)
         if record.step == 1 and not run.calls[1] and not self._reachable(run):

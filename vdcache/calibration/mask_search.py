@@ -173,20 +173,8 @@ def search_masks(
         CacheStateError: `run` did not call the model.
     """
     options = _options(masks)
-    if (threshold is None) == (budget is None):
-        raise ConfigError("search_masks takes a threshold of the loss, or a budget of time: one of the two")
-    if threshold is not None and not number(threshold, "threshold is the largest loss") > 0:
-        raise ConfigError(f"threshold is a loss above 0; got {threshold}")
-    if budget is not None and not 0 < number(budget, "budget is a share of the cost without masks") <= 1:
-        raise ConfigError(f"budget is a share of the cost without masks, above 0 and at most 1; got {budget}")
-    if cumulative and threshold is None:
-        raise ConfigError("cumulative goes with a threshold: under a budget the losses of layers are taken to be independent")
-    if solver not in ("dynamic", "lagrangian") or objective not in ("sum", "max") or cost not in ("time", "weights"):
-        raise ConfigError(
-            f"solver is dynamic or lagrangian, objective sum or max, cost time or weights; got {solver!r}, {objective!r}, {cost!r}"
-        )
-    if solver == "lagrangian" and objective == "max":
-        raise ConfigError("the Lagrangian adds losses: objective='max' goes with solver='dynamic'")
+    _check_rule(threshold, budget, cumulative)
+    _check_solver(solver, objective, cost)
     whole(timesteps, "timesteps, the calls kept of a prompt,", 1)
     replay = record(model, run, prompts, "search_masks", keep=timesteps, seed=seed, grid=grid, text=text)
     options = _by_density(options, replay)
@@ -219,6 +207,26 @@ def search_masks(
         bound,
         search.work,
     )
+
+
+def _check_rule(threshold: float | None, budget: float | None, cumulative: bool) -> None:
+    if (threshold is None) == (budget is None):
+        raise ConfigError("search_masks takes a threshold of the loss, or a budget of time: one of the two")
+    if threshold is not None and not number(threshold, "threshold is the largest loss") > 0:
+        raise ConfigError(f"threshold is a loss above 0; got {threshold}")
+    if budget is not None and not 0 < number(budget, "budget is a share of the cost without masks") <= 1:
+        raise ConfigError(f"budget is a share of the cost without masks, above 0 and at most 1; got {budget}")
+    if cumulative and threshold is None:
+        raise ConfigError("cumulative goes with a threshold: under a budget the losses of layers are taken to be independent")
+
+
+def _check_solver(solver: str, objective: str, cost: str) -> None:
+    if solver not in ("dynamic", "lagrangian") or objective not in ("sum", "max") or cost not in ("time", "weights"):
+        raise ConfigError(
+            f"solver is dynamic or lagrangian, objective sum or max, cost time or weights; got {solver!r}, {objective!r}, {cost!r}"
+        )
+    if solver == "lagrangian" and objective == "max":
+        raise ConfigError("the Lagrangian adds losses: objective='max' goes with solver='dynamic'")
 
 
 def _options(masks: Iterable[AttentionMask | str]) -> tuple[str, ...]:

@@ -24,38 +24,7 @@ def draw(profile: Any, path: str | Path | None = None) -> Any:
     most, least = max(known, key=scores.__getitem__), min(known, key=scores.__getitem__)
     figure = plt.figure(figsize=(11, 5.9), layout="constrained")
     top, bottom = (part for part in np.ravel(np.asarray(figure.subfigures(2, 1, height_ratios=(1, 2.1)), dtype=object)))
-
-    frames = sorted({0, profile.grid[0] // 2, profile.grid[0] - 1})
-    columns = [
-        ("prediction (smoothed), foreground", None),
-        (f"block {most} looks most at the foreground", most),
-        (f"block {least} looks least at it", least),
-    ]
-    sheets = top.subfigures(1, 3, wspace=0.02, width_ratios=(1, 1, 1.13))
-    seen = [profile.by_block(np.moveaxis(profile.received, 0, -1))[..., blocks.index(b)] for b in (most, least)]
-    high = max(2.0, float(np.quantile(np.stack(seen), 0.99)))
-    pictures = _smoothed(profile.picture)
-    for sheet, (title, block) in zip(sheets, columns, strict=True):
-        axes = sheet.subplots(1, len(frames), squeeze=False)[0]
-        sheet.suptitle(title, fontsize=10, x=0.5)
-        for axis, frame in zip(axes, frames, strict=True):
-            extent = (0, profile.grid[2], profile.grid[1], 0)
-            if block is None:
-                at = frame * profile.picture.shape[0] // profile.grid[0]
-                axis.imshow(pictures[at], extent=extent, interpolation="nearest")
-                shade = np.where(profile.mask[frame][..., None], 0.0, [0.0, 0.0, 0.0, 0.45])  # the background lies in the dark
-                axis.imshow(shade, extent=extent, interpolation="nearest")
-            else:
-                values = seen[0 if block == most else 1][frame]
-                drawn = axis.imshow(values, extent=extent, cmap="magma", vmin=0, vmax=high, interpolation="nearest")
-            _outline(axis, profile.mask[frame])
-            axis.set(xticks=[], yticks=[])
-            axis.set_title(f"frame {frame}", fontsize=8)
-        if sheet is sheets[-1]:
-            bar = sheet.colorbar(drawn, ax=axes.tolist(), shrink=0.7, pad=0.02)
-            bar.set_label("attention received / mean", fontsize=7)
-            bar.ax.tick_params(labelsize=7)
-
+    _where_they_look(profile, top, most, least)
     left, right = bottom.subfigures(1, 2, width_ratios=(1.55, 1))
     heat, bars = left.subplots(1, 2, sharey=True, width_ratios=(2.2, 1))
     values = np.nanmean(profile.by_block(profile.scores), 0) if len(profile.series) > 1 else profile.by_block(profile.scores)[0]
@@ -87,6 +56,51 @@ def draw(profile: Any, path: str | Path | None = None) -> Any:
     bars.set_title("background", color=BACK, fontsize=10, loc="right")
     left.legend(fontsize=8, loc="outside lower right", ncols=2, frameon=False)
     steps = right.subplots()
+    _changes(profile, steps)
+    for axis in (bars, steps):
+        axis.spines[["top", "right"]].set_visible(False)
+    if path is not None:
+        figure.savefig(path, dpi=130)
+        plt.close(figure)
+    return figure
+
+
+def _where_they_look(profile: Any, whole_row: Any, most: int, least: int) -> None:
+    """The prediction, and the attention that its tokens receive in the blocks that look most and least at the foreground."""
+    frames = sorted({0, profile.grid[0] // 2, profile.grid[0] - 1})
+    columns = [
+        ("prediction (smoothed), foreground", None),
+        (f"block {most} looks most at the foreground", most),
+        (f"block {least} looks least at it", least),
+    ]
+    sheets = whole_row.subfigures(1, 3, wspace=0.02, width_ratios=(1, 1, 1.13))
+    seen = [profile.by_block(np.moveaxis(profile.received, 0, -1))[..., profile.blocks.index(b)] for b in (most, least)]
+    high = max(2.0, float(np.quantile(np.stack(seen), 0.99)))
+    pictures = _smoothed(profile.picture)
+    for sheet, (title, block) in zip(sheets, columns, strict=True):
+        axes = sheet.subplots(1, len(frames), squeeze=False)[0]
+        sheet.suptitle(title, fontsize=10, x=0.5)
+        for axis, frame in zip(axes, frames, strict=True):
+            extent = (0, profile.grid[2], profile.grid[1], 0)
+            if block is None:
+                at = frame * profile.picture.shape[0] // profile.grid[0]
+                axis.imshow(pictures[at], extent=extent, interpolation="nearest")
+                shade = np.where(profile.mask[frame][..., None], 0.0, [0.0, 0.0, 0.0, 0.45])  # the background lies in the dark
+                axis.imshow(shade, extent=extent, interpolation="nearest")
+            else:
+                values = seen[0 if block == most else 1][frame]
+                drawn = axis.imshow(values, extent=extent, cmap="magma", vmin=0, vmax=high, interpolation="nearest")
+            _outline(axis, profile.mask[frame])
+            axis.set(xticks=[], yticks=[])
+            axis.set_title(f"frame {frame}", fontsize=8)
+        if sheet is sheets[-1]:
+            bar = sheet.colorbar(drawn, ax=axes.tolist(), shrink=0.7, pad=0.02)
+            bar.set_label("attention received / mean", fontsize=7)
+            bar.ax.tick_params(labelsize=7)
+
+
+def _changes(profile: Any, steps: Any) -> None:
+    """How much the prediction changes from step to step."""
     distances = profile.distances
     if distances.size:
         at = np.arange(1, distances.shape[1] + 1)
@@ -97,12 +111,6 @@ def draw(profile: Any, path: str | Path | None = None) -> Any:
             steps.fill_between(at, low, up, color=LINE, alpha=0.2, linewidth=0)
         steps.set_ylim(bottom=0)
     steps.set(xlabel="denoising step", ylabel="‖v now − v before‖₁ / ‖v before‖₁", title="change of the prediction")
-    for axis in (bars, steps):
-        axis.spines[["top", "right"]].set_visible(False)
-    if path is not None:
-        figure.savefig(path, dpi=130)
-        plt.close(figure)
-    return figure
 
 
 def _smoothed(picture: Any) -> Any:

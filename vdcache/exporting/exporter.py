@@ -66,16 +66,7 @@ def export(
             folder exists, or the model or the loop does not take the inputs.
         CaptureError: torch.export cannot capture the model as one graph, or the format has no form of an operation.
     """
-    kind, _, form = format.partition("-")
-    form = form or "plans"
-    if kind not in KINDS or form not in FORMS or (kind != "onnx" and form != "plans"):
-        raise ConfigError(f"there is no format {format!r}; there are onnx, onnx-single, onnx-unrolled, pt2, aoti")
-    if (loop is None) != (inputs is None):
-        raise ConfigError("loop and inputs belong together: loop(model, **inputs) is one generation")
-    if form == "unrolled" and loop is None:
-        raise ConfigError("onnx-unrolled is the whole denoising loop as one graph: give loop and inputs")
-    if kind != "onnx" and loop is not None:
-        raise ConfigError("a loop is exported to ONNX alone; where there is torch, the loop that you have calls the runner")
+    kind, form = _kind_and_form(format, loop, inputs)
     kwargs = {} if kwargs is None else kwargs
     check_call(model, args, kwargs)
     if loop is not None:
@@ -120,6 +111,25 @@ def export(
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return manifest
+
+
+def _kind_and_form(format: str, loop: Any, inputs: Any) -> tuple[str, str]:
+    """What a format writes, and how many graphs of it.
+
+    Raises:
+        ConfigError: there is no such format, or it does not go with the loop.
+    """
+    kind, _, form = format.partition("-")
+    form = form or "plans"
+    if kind not in KINDS or form not in FORMS or (kind != "onnx" and form != "plans"):
+        raise ConfigError(f"there is no format {format!r}; there are onnx, onnx-single, onnx-unrolled, pt2, aoti")
+    if (loop is None) != (inputs is None):
+        raise ConfigError("loop and inputs belong together: loop(model, **inputs) is one generation")
+    if form == "unrolled" and loop is None:
+        raise ConfigError("onnx-unrolled is the whole denoising loop as one graph: give loop and inputs")
+    if kind != "onnx" and loop is not None:
+        raise ConfigError("a loop is exported to ONNX alone; where there is torch, the loop that you have calls the runner")
+    return kind, form
 
 
 def _put(folder: Path, target: Path) -> None:

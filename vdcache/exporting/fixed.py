@@ -168,19 +168,13 @@ def fixed(
     model = original(model)
     name = type(model).__name__ if isinstance(model, nn.Module) else getattr(model, "__name__", "model")
     found = whole(model if isinstance(model, nn.Module) else _Module(model), tuple(args), dict(kwargs or {}), name=name)
-    if any(v.is_meta for v in found.state.values()):
-        raise ConfigError(f"{name} is on the meta device, so it has no weights to export: load them first")
-    signature = found.captured.signature
-    if signature.mutations:
-        raise ConfigError(f"{name} writes into its inputs or buffers, which a graph without state cannot do")
+    _without_state(found, name)
     given = graph_inputs(found.captured.graph.graph)
     tensors = [p for p in found.given if isinstance(given[p].meta.get("val"), Tensor)]
-    if wrong := next((n for n in given if is_symbolic(n.meta.get("val"))), None):
-        raise ConfigError(f"the input {wrong.name} of {name} has a size that is not fixed")
     flat = torch.utils._pytree.tree_leaves((tuple(args), dict(kwargs or {})))
     program = Program(found.captured, Settings(recipe, steps, inner="eager"))
     plans = _plans(program, recipe, steps)
-    names = _unique([signature.names[p] for p in tensors])
+    names = _unique([found.captured.signature.names[p] for p in tensors])
     positions = dict(zip(tensors, names, strict=True))
     caches: dict[str, Cache] = {}
     variants = tuple(_variant(program, plan, positions, caches, found) for plan in dict.fromkeys(plans))
@@ -204,6 +198,16 @@ def fixed(
         arguments=tuple(found.given.index(p) for p in tensors),
         examples=tuple(flat[found.given.index(p)].detach() for p in tensors),
     )
+
+
+def _without_state(found: ExportedModel, name: str) -> None:
+    """Refuse a model of which no fixed graph can be made."""
+    if any(v.is_meta for v in found.state.values()):
+        raise ConfigError(f"{name} is on the meta device, so it has no weights to export: load them first")
+    if found.captured.signature.mutations:
+        raise ConfigError(f"{name} writes into its inputs or buffers, which a graph without state cannot do")
+    if wrong := next((n for n in graph_inputs(found.captured.graph.graph) if is_symbolic(n.meta.get("val"))), None):
+        raise ConfigError(f"the input {wrong.name} of {name} has a size that is not fixed")
 
 
 class _Module(nn.Module):

@@ -20,7 +20,7 @@ from vdcache.exporting.fixed import Fixed, unused, value_of
 from vdcache.exporting.manifest import LoopCall, LoopSpec
 from vdcache.ir.edit import add_input, outputs, set_outputs
 from vdcache.ir.edit import inputs as graph_inputs
-from vdcache.ir.exported import whole
+from vdcache.ir.exported import ExportedModel, whole
 from vdcache.passes.base import drop_dead_code
 
 __all__ = ["TracedLoop", "traced_loop"]
@@ -78,44 +78,21 @@ def traced_loop(what: Fixed, model: Callable[..., Any], loop: Callable[..., Any]
             than its schedule has steps (or a multiple of it), or that draws at random.
         CaptureError: torch.export does not take the loop.
     """
-    with _open(what) as door:
-        found = whole(_Loop(loop, _stand_in(what, model, door)), (), dict(inputs), name="the loop")
-    calls, steps = door.calls, len(what.steps)
-    if not calls or calls % steps:
-        raise ConfigError(
-            f"the loop calls the model {calls} times, and the schedule has {steps} steps: they must agree (or each step have as many calls)"
-        )
+    found, cut = _captured(what, model, loop, inputs)
     graph = found.captured.graph
     g = graph.graph
-    _draws_nothing(g)
     given = [graph_inputs(g)[p] for p in found.given]
-    if wrong_nodes := [n.name for i, n in enumerate(graph_inputs(g)) if i not in found.given and i not in found.state]:
-        raise ConfigError(f"the loop holds {wrong_nodes[0]}, which is no tensor")
     # What it writes into its inputs comes first. A package leaves its inputs as they are, and the results follow from new values.
-    written = found.captured.signature.mutations
-    if wrong := [found.captured.signature.names[at] for _, at in written if at in found.state]:
-        raise ConfigError(
-            f"the loop writes into a tensor that it was not given ({wrong[0]}), and a package keeps nothing between generations: give it as an "
-            "input and return its new value"
-        )
-    results = [_copied(g, v) for v in outputs(g)[len(written) :] if isinstance(v, fx.Node)]
+    written = len(found.captured.signature.mutations)
+    results = [_copied(g, v) for v in outputs(g)[written:] if isinstance(v, fx.Node)]
     names: dict[fx.Node, str] = dict(zip(given, inputs, strict=True))
     for i, node in enumerate(results):
         names[node] = unused(f"output_{i}", set(names.values()))
-    cut = [n for n in g.nodes if n.target is torch.ops.vdcache.loop_call.default]
-    if len(cut) != calls:
-        raise ConfigError(f"the loop uses what {len(cut)} of its {calls} calls of the model return: leave out the others")
     answers = [_answered(what, g, node, number) for number, node in enumerate(cut)]
     names |= {node: node.name for nodes in answers for node in nodes}
-    kept, about, lanes = list(results), [], calls // steps
-    for number, node in enumerate(cut):
-        arguments = {}
-        for value, argument in zip(what.inputs, node.args[0], strict=True):  # type: ignore[arg-type]
-            if argument not in names:
-                names[argument] = f"call_{number}_{value.name}"
-                kept.append(argument)
-            arguments[value.name] = names[argument]
-        about.append(LoopCall(number // lanes, number % lanes, arguments, tuple(n.name for n in answers[number])))
+    before = set(names)
+    about = _calls(what, cut, answers, names)
+    kept = [*results, *(n for n in names if n not in before)]
     set_outputs(g, kept)
     drop_dead_code(g)
     graph.recompile()
@@ -127,8 +104,53 @@ def traced_loop(what: Fixed, model: Callable[..., Any], loop: Callable[..., Any]
         inputs=(*inputs, *(n.name for n in added)),
         examples=(*inputs.values(), *(torch.zeros_like(n.meta["val"]) for n in added)),
         outputs=tuple(names[k] for k in kept),
-        about=LoopSpec(tuple(value_of(n, v) for n, v in inputs.items()), ends, (), tuple(about)),
+        about=LoopSpec(tuple(value_of(n, v) for n, v in inputs.items()), ends, (), about),
     )
+
+
+def _captured(
+    what: Fixed, model: Callable[..., Any], loop: Callable[..., Any], inputs: Mapping[str, Any]
+) -> tuple[ExportedModel, list[fx.Node]]:
+    """The loop as one graph, and its calls of the model."""
+    with _open(what) as door:
+        found = whole(_Loop(loop, _stand_in(what, model, door)), (), dict(inputs), name="the loop")
+    calls, steps = door.calls, len(what.steps)
+    if not calls or calls % steps:
+        raise ConfigError(
+            f"the loop calls the model {calls} times, and the schedule has {steps} steps: they must agree (or each step have as many calls)"
+        )
+    graph = found.captured.graph.graph
+    _draws_nothing(graph)
+    _keeps_nothing(found)
+    cut = [n for n in graph.nodes if n.target is torch.ops.vdcache.loop_call.default]
+    if len(cut) != calls:
+        raise ConfigError(f"the loop uses what {len(cut)} of its {calls} calls of the model return: leave out the others")
+    return found, cut
+
+
+def _keeps_nothing(found: ExportedModel) -> None:
+    """Refuse a loop that holds what is no tensor, or writes into a tensor that it was not given."""
+    given = graph_inputs(found.captured.graph.graph)
+    if wrong_nodes := [n.name for i, n in enumerate(given) if i not in found.given and i not in found.state]:
+        raise ConfigError(f"the loop holds {wrong_nodes[0]}, which is no tensor")
+    signature = found.captured.signature
+    if wrong := [signature.names[at] for _, at in signature.mutations if at in found.state]:
+        raise ConfigError(
+            f"the loop writes into a tensor that it was not given ({wrong[0]}), and a package keeps nothing between generations: give it as an "
+            "input and return its new value"
+        )
+
+
+def _calls(
+    what: Fixed, cut: Sequence[fx.Node], answers: Sequence[Sequence[fx.Node]], names: dict[fx.Node, str]
+) -> tuple[LoopCall, ...]:
+    """What every call of the model is given and returns; what has no name yet is given one."""
+    calls, lanes = [], len(cut) // len(what.steps)
+    for number, node in enumerate(cut):
+        given = zip((v.name for v in what.inputs), node.args[0], strict=True)  # type: ignore[arg-type]
+        arguments = {name: names.setdefault(value, f"call_{number}_{name}") for name, value in given}
+        calls.append(LoopCall(number // lanes, number % lanes, arguments, tuple(n.name for n in answers[number])))
+    return tuple(calls)
 
 
 def _answered(what: Fixed, g: fx.Graph, call: fx.Node, number: int) -> list[fx.Node]:

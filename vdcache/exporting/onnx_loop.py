@@ -37,8 +37,27 @@ def write_stages(
     on_progress("exporting the loop")
     model = converted_loop(around, weights)
     weights.flush()
-    graph = model.graph
-    loop = around.about
+    pieces = _pieces(model.graph, around.about)
+    last = _last_readers(pieces)
+    leave = set(model.graph.outputs)
+    stages = []
+    for at, nodes in enumerate(pieces):
+        made = [v for n in nodes for v in n.outputs]
+        ends = [v for v in made if v in leave or last[v] > at]
+        own_values = set(made)
+        read = dict.fromkeys(v for n in nodes for v in _read(n) if v not in own_values)
+        begins = [v for v in read if not v.is_initializer()]
+        constants = [v for v in read if v.is_initializer()]
+        names = [tuple(str(v.name) for v in vs) for vs in (begins, ends)]
+        file = f"loop_{at:03d}.onnx" if nodes else None
+        stages.append(LoopStage(file, *names))
+        if file is not None:
+            save(_piece(model, begins, constants, ends, nodes), folder / file)
+    return replace(around.about, stages=tuple(stages))
+
+
+def _pieces(graph: ir.Graph, loop: LoopSpec) -> list[list[ir.Node]]:
+    """The nodes of every stage: each is computed as early as can be, a constant before the first call that is given it."""
     stage_of: dict[ir.Value, int] = {}
     came = {name: number + 1 for number, call in enumerate(loop.calls) for name in call.outputs}
     for value in graph.inputs:
@@ -50,27 +69,17 @@ def write_stages(
         at = fixed_at[node] if node in fixed_at else max((stage_of.get(v, 0) for v in _read(node)), default=0)
         pieces[at].append(node)
         stage_of.update(dict.fromkeys(node.outputs, at))
-    last: Counter[ir.Value] = Counter()  # the latest stage that reads a value
+    return pieces
+
+
+def _last_readers(pieces: Sequence[Sequence[ir.Node]]) -> Counter[ir.Value]:
+    """The latest stage that reads a value."""
+    last: Counter[ir.Value] = Counter()
     for at, nodes in enumerate(pieces):
         for node in nodes:
             for value in _read(node):
                 last[value] = max(last[value], at)
-    leave = set(graph.outputs)
-    stages = []
-    for at, nodes in enumerate(pieces):
-        made = [v for n in nodes for v in n.outputs]
-        ends = [v for v in made if v in leave or last[v] > at]
-        own_values = set(made)
-        read = dict.fromkeys(v for n in nodes for v in _read(n) if v not in own_values)
-        begins = [v for v in read if not v.is_initializer()]
-        constants = [v for v in read if v.is_initializer()]
-        names = [tuple(str(v.name) for v in vs) for vs in (begins, ends)]
-        file = f"loop_{at:03d}.onnx" if nodes else None
-        stages.append((LoopStage(file, *names), begins, constants, ends, nodes))
-    for stage, begins, constants, ends, nodes in stages:
-        if stage.file is not None:
-            save(_piece(model, begins, constants, ends, nodes), folder / stage.file)
-    return replace(loop, stages=tuple(s[0] for s in stages))
+    return last
 
 
 def _computed(graph: ir.Graph, value: ir.Value) -> ir.Node:

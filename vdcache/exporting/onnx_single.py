@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,16 +54,7 @@ def _joined(what: Fixed, models: Sequence[ir.Model]) -> tuple[ir.Model, Graph]:
         _branch(what, v, m, f"p{i}_", given, initializers) for i, (v, m) in enumerate(zip(what.variants, models, strict=True))
     ]
     results = [(v.name, v.shape, v.dtype) for v in what.outputs] + [(f"new_{c.name}", c.shape, c.dtype) for c in what.caches]
-    body = branches[-1]
-    for i in reversed(range(len(branches) - 1)):
-        number = ir.Value(name=f"vdcache_number_{i}", shape=ir.Shape(()), type=ir.TensorType(ir.DataType.INT64))
-        constant = ir.Node("", "Constant", [], [ir.AttrTensor("value", ir.tensor(np.asarray(i, np.int64)))], outputs=[number])
-        same = ir.Node("", "Equal", [plan[PLAN], number], outputs=[named(f"vdcache_is_{i}", (), "bool")])
-        outs = [named(n if not i else f"vdcache_else_{i}_{n}", shape, dtype) for n, shape, dtype in results]
-        attributes = [ir.AttrGraph("then_branch", branches[i]), ir.AttrGraph("else_branch", body)]
-        choice = ir.Node("", "If", [same.outputs[0]], attributes, outputs=outs)
-        body = ir.Graph([], outs, nodes=[constant, same, choice], opset_imports={"": OPSET}, name=f"plans_from_{i}")
-    graph = body
+    graph = _nested(branches, plan[PLAN], results)
     graph.inputs.extend(v for v in given.values() if v.uses())
     for value in initializers.values():
         graph.register_initializer(value)
@@ -72,19 +63,39 @@ def _joined(what: Fixed, models: Sequence[ir.Model]) -> tuple[ir.Model, Graph]:
         value.name = name
     graph.name = "single"
     model = ir.Model(graph, ir_version=models[0].ir_version)
-    about = Graph(
+    return model, _about(what, model, held, caches, numbers)
+
+
+def _about(
+    what: Fixed, model: ir.Model, held: list[str], caches: Mapping[str, ir.Value], numbers: Mapping[str, ir.Value]
+) -> Graph:
+    """What the manifest says of the graph, whose inputs are `held`."""
+    return Graph(
         name="single",
         file="single.onnx",
         plan=None,
         inputs=tuple(held),
-        outputs=tuple(n for n, _, _ in results),
+        outputs=(*(v.name for v in what.outputs), *(f"new_{c.name}" for c in what.caches)),
         reads={n: n for n in held if n in caches},
         writes={f"new_{c.name}": c.name for c in what.caches},
         results=tuple(v.name for v in what.outputs),
         numbers={n: "int64" if n == PLAN else "float32" for n in held if n in numbers or n == PLAN},
         operators=operators(model),
     )
-    return model, about
+
+
+def _nested(branches: Sequence[ir.Graph], plan: ir.Value, results: Sequence[tuple[str, tuple[int, ...], str]]) -> ir.Graph:
+    """The branch of the plan's number, by one `If` inside the other."""
+    body = branches[-1]
+    for i in reversed(range(len(branches) - 1)):
+        number = ir.Value(name=f"vdcache_number_{i}", shape=ir.Shape(()), type=ir.TensorType(ir.DataType.INT64))
+        constant = ir.Node("", "Constant", [], [ir.AttrTensor("value", ir.tensor(np.asarray(i, np.int64)))], outputs=[number])
+        same = ir.Node("", "Equal", [plan, number], outputs=[named(f"vdcache_is_{i}", (), "bool")])
+        outs = [named(n if not i else f"vdcache_else_{i}_{n}", shape, dtype) for n, shape, dtype in results]
+        attributes = [ir.AttrGraph("then_branch", branches[i]), ir.AttrGraph("else_branch", body)]
+        choice = ir.Node("", "If", [same.outputs[0]], attributes, outputs=outs)
+        body = ir.Graph([], outs, nodes=[constant, same, choice], opset_imports={"": OPSET}, name=f"plans_from_{i}")
+    return body
 
 
 def _branch(
