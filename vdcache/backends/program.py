@@ -19,7 +19,7 @@ from vdcache.backends.settings import Settings
 from vdcache.backends.verdict import Verdict, breaks_since
 from vdcache.errors import ConfigError
 from vdcache.ir import dialect
-from vdcache.ir.capture import Captured
+from vdcache.ir.capture import Captured, first_line, is_control_flow
 from vdcache.ir.edit import copy_graph
 from vdcache.ir.edit import inputs as graph_inputs
 from vdcache.ir.facts import Fact
@@ -38,6 +38,7 @@ from vdcache.passes import (
 )
 from vdcache.passes.canonicalise import Canonicalise
 from vdcache.passes.mark_lanes import halve_lanes, lanes_io
+from vdcache.passes.outline import Outline
 from vdcache.patterns import GraphAnalysis, analyze
 from vdcache.patterns.cost import flops
 from vdcache.policies.metrics import MetricSpec
@@ -109,16 +110,33 @@ class LazyVariant:
 
     def _compile(self, inputs: Sequence[Any]) -> Compiled:
         settings = self._of.settings
-        # Inductor takes possession of what it compiles; the saved graph must stay for other sizes.
-        graph = copy_graph(self.graph) if self._tiled or settings.inner != "eager" else self.graph
-        if self._tiled:
-            eager = settings.inner == "eager"
-            lowering = "gather" if eager and settings.tiles == "auto" else settings.tiles
-            self._of.choices.update(lower_tiles(graph, lowering, expand=not eager))
+        graph = self._lowered()
         if settings.inner == "eager":
             return run_eagerly(graph)
+        options = dict(settings.inductor)
         with no_autocast():
-            return compile_now(graph, inputs, dict(settings.inductor))
+            if settings.outline and Outline().run(graph).rewrites:
+                try:
+                    return compile_now(graph, inputs, options)
+                except Exception as error:
+                    if is_control_flow(error):
+                        raise
+                    settings.log_once(
+                        "outline",
+                        f"vdcache: every block is compiled on its own, because Inductor takes no calls of one block: {first_line(error)}",
+                    )
+                    graph = self._lowered()
+            return compile_now(graph, inputs, options)
+
+    def _lowered(self) -> fx.GraphModule:
+        """The graph as the inner compiler is given it: a copy, where it is changed or taken possession of."""
+        settings = self._of.settings
+        eager = settings.inner == "eager"
+        graph = copy_graph(self.graph) if self._tiled or not eager else self.graph
+        if self._tiled:
+            lowering = "gather" if eager and settings.tiles == "auto" else settings.tiles
+            self._of.choices.update(lower_tiles(graph, lowering, expand=not eager))
+        return graph
 
 
 class Program:
