@@ -98,6 +98,11 @@ class Region:
     results: tuple[fx.Node, ...]
     kind: Hashable
 
+    @property
+    def takes_values(self) -> bool:
+        """Whether all that it is given are values; an operation that calls a graph is given that graph."""
+        return all(isinstance(value_of(n), (torch.Tensor, int, torch.SymInt)) for n in self.given)
+
 
 def region_of(inside: Sequence[fx.Node]) -> Region:
     """Nodes of a graph, in its order, as a region."""
@@ -212,7 +217,7 @@ def _module_calls(nodes: Sequence[fx.Node], depth: int) -> list[list[fx.Node]]:
 
 def _is_pure(graph: fx.GraphModule, region: Region) -> bool:
     """Whether a region is a function of what it is given: run once on fake values, it writes into none of them and returns no view."""
-    if any(n.op == "call_module" or "autocast" in str(n.target) for n in region.inside):
+    if not region.takes_values or any(n.op == "call_module" or "autocast" in str(n.target) for n in region.inside):
         return False
     given = [_another(value_of(n)) for n in region.given]
     tensors = [v for v in given if isinstance(v, torch.Tensor)]

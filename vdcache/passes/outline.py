@@ -77,6 +77,8 @@ def _why_not(region: Region) -> str | None:
     """Why a block has to stay where it is; None where it need not."""
     if (effect := next(filter(is_effectful, region.inside), None)) is not None:
         return f"'{effect.name}' does more than compute its value"
+    if not region.takes_values:
+        return "an operation in it calls a graph"
     for result in region.results:
         source = result
         while source.target in VIEWS and isinstance(source.args[0], fx.Node):
