@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import vdcache
+from tests.support.logs import informed
+from vdcache.backends import variants
 from vdcache.testing import Reference, TinyDiT, latent, time_of
 
 pytestmark = pytest.mark.slow
@@ -72,3 +74,31 @@ def test_warm_up_compiles_everything_and_inference_mode_works():
         for step in range(4):
             x, t, words = latent(step), time_of(step), latent(9, 1, 3, 4)
             torch.testing.assert_close(compiled(x, t, words), reference.call(step, 0, x, t, words), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("takes_calls", [True, False])
+def test_blocks_that_repeat_are_compiled_once(takes_calls, monkeypatch):
+    """Inductor is given one block and calls of it; where it refuses them, every block, and the user is told once."""
+    given = []
+    real = variants.compile_now
+
+    def compile_now(graph, inputs, options):
+        calls = len(graph.graph.find_nodes(op="call_function", target=torch.ops.higher_order.invoke_subgraph))
+        if calls and not takes_calls:
+            raise NotImplementedError("no calls here")
+        given.append(calls)
+        return real(graph, inputs, options)
+
+    monkeypatch.setattr(variants, "compile_now", compile_now)
+    model = TinyDiT(4)
+    compiled = vdcache.compile(model, "every-2", num_steps=4)
+    with informed() as lines:
+        for step in range(2):
+            x, t, words = latent(step), time_of(step), latent(9, 1, 3, 4)
+            out = compiled(x, t, words)
+            if step == 0:
+                torch.testing.assert_close(out, model(x, t, words), rtol=1e-5, atol=1e-6)
+    assert compiled.vdcache.history[-1].reused
+    assert given == ([4, 0] if takes_calls else [0, 0]), "what is computed, then what is reused"
+    assert sum("no calls here" in line for line in lines) == (not takes_calls)

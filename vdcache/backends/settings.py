@@ -29,6 +29,7 @@ class Settings:
         inductor: Inductor's own settings, as torch.compile's `options` takes them.
         tiles: how attention under masks is computed: "auto" measures on this device (gathers under the eager inner compiler),
             or "gather", "flex", "triton", "masked".
+        outline: blocks that are equal up to weights are compiled once. Default: True.
         session: the session of the model, where somebody else has made it.
         make_session: makes one; a plain session that follows the recipe's policy without.
 
@@ -42,6 +43,7 @@ class Settings:
     strict: bool = False
     inductor: tuple[tuple[str, Any], ...] = ()
     tiles: str = "auto"
+    outline: bool = True
     session: Session | None = field(default=None, compare=False)
     make_session: Callable[[Settings], Session] | None = field(default=None, compare=False)
     on_warning: Callable[[str], None] | None = field(default=None, compare=False)  # is told what would be a warning

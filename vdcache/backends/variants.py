@@ -17,10 +17,12 @@ from vdcache.backends.lowering import lower_tiles, tile_sites
 from vdcache.backends.settings import Settings
 from vdcache.errors import ConfigError
 from vdcache.ir import dialect
+from vdcache.ir.capture import first_line, is_control_flow
 from vdcache.ir.edit import copy_graph
 from vdcache.ir.edit import inputs as graph_inputs
 from vdcache.passes import DeadCode, Pipeline, Specialise, head_io, variant_io
 from vdcache.passes.mark_lanes import halve_lanes, lanes_io
+from vdcache.passes.outline import Outline
 from vdcache.patterns.cost import flops
 from vdcache.policies.metrics import MetricSpec
 from vdcache.policies.plan import RECOMPUTE, Plan
@@ -50,16 +52,33 @@ class VariantCompiler:
     def compile(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
         """Compile a graph, which stays as it is, for all its inputs."""
         settings = self._settings
-        eager, masked = settings.inner == "eager", bool(tile_sites(graph))
-        if masked or not eager:  # Inductor takes possession of what it compiles
+        own = self._lowered(graph)
+        if settings.inner == "eager":
+            return run_eagerly(own)
+        options = dict(settings.inductor)
+        with no_autocast():
+            if settings.outline and Outline().run(own).rewrites:
+                try:
+                    return compile_now(own, inputs, options)
+                except Exception as error:
+                    if is_control_flow(error):
+                        raise
+                    settings.log_once(
+                        "outline",
+                        f"vdcache: Inductor takes no calls of repeated blocks ({first_line(error)}), so every block is compiled on its own",
+                    )
+                    own = self._lowered(graph)
+            return compile_now(own, inputs, options)
+
+    def _lowered(self, graph: fx.GraphModule) -> fx.GraphModule:
+        """What the inner compiler is given: a copy, where masks are lowered in it or Inductor takes possession of it."""
+        eager, masked = self._settings.inner == "eager", bool(tile_sites(graph))
+        if masked or not eager:
             graph = copy_graph(graph)
         if masked:
-            lowering = "gather" if eager and settings.tiles == "auto" else settings.tiles
+            lowering = "gather" if eager and self._settings.tiles == "auto" else self._settings.tiles
             self.choices.update(lower_tiles(graph, lowering, expand=not eager))
-        if eager:
-            return run_eagerly(graph)
-        with no_autocast():
-            return compile_now(graph, inputs, dict(settings.inductor))
+        return graph
 
     def compile_later(self, graph: fx.GraphModule, more: Sequence[Tensor]) -> Compiled | None:
         """Compile for all sizes that the captured graph is for. None where that takes a guard that Dynamo will never check.

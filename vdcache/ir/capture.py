@@ -16,6 +16,7 @@ and 2.13.0.
 
 from __future__ import annotations
 
+import itertools
 import re
 import threading
 import traceback
@@ -32,6 +33,7 @@ from vdcache.errors import CaptureError
 from vdcache.ir.composites import whole_composites
 from vdcache.ir.edit import backward_slice, copy_graph, outputs, set_outputs
 from vdcache.ir.ops import is_work, tensor_of
+from vdcache.ir.regions import call_regions, inline_regions, repeated_modules
 from vdcache.ir.subclasses import TensorSubclasses
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "Signature",
     "capture",
     "first_line",
+    "is_control_flow",
     "parts",
     "readable",
     "signature",
@@ -103,12 +106,18 @@ def capture(graph: nn.Module, example_inputs: Sequence[Any]) -> Captured:
     owned = dict(graph.named_parameters(remove_duplicate=False)) | dict(graph.named_buffers(remove_duplicate=False))
     wrapped = TensorSubclasses(example_inputs)
     around, flat_inputs = wrapped.around(graph), wrapped.flat(example_inputs)
-    try:
+
+    def functional(of: nn.Module) -> Any:
         with torch.no_grad(), whole_composites():
-            traced, sig = aot_export_module(around, flat_inputs, trace_joint=False, pre_dispatch=False, decompositions={})
+            return aot_export_module(of, flat_inputs, trace_joint=False, pre_dispatch=False, decompositions={})
+
+    if isinstance(around, fx.GraphModule):
+        around = _with_repeated_once(around)
+    try:
+        traced, sig = functional(around)
     except Exception as error:
-        if "Restart" in type(error).__name__ or "SkipFrame" in type(error).__name__:
-            raise  # Dynamo's control flow
+        if is_control_flow(error):
+            raise
         raise CaptureError(
             f"the graph cannot be made functional: {type(error).__name__}: {first_line(error)}. "
             "vdcache reads graphs through AOTAutograd; check that torch.compile(backend='aot_eager') takes this model."
@@ -116,6 +125,7 @@ def capture(graph: nn.Module, example_inputs: Sequence[Any]) -> Captured:
 
     assert isinstance(traced, fx.GraphModule)  # what aot_export_module makes of a module
     flat = traced
+    inline_regions(flat)
     _own_again(flat, list(owned.items()))
     inputs = flat.graph.find_nodes(op="placeholder")
     position = {node.name: i for i, node in enumerate(inputs)}
@@ -127,6 +137,23 @@ def capture(graph: nn.Module, example_inputs: Sequence[Any]) -> Captured:
     names = _input_names(graph)
     sig_ = Signature(mutations, results, static, tuple(wrapped.spread(names)) if wrapped else names)
     return replace(_captured(flat, sig_), wrapped=wrapped)
+
+
+_numbers = itertools.count()
+
+
+def is_control_flow(error: BaseException) -> bool:
+    """Whether an exception is how Dynamo starts over, and no failure."""
+    return "Restart" in type(error).__name__ or "SkipFrame" in type(error).__name__
+
+
+def _with_repeated_once(graph: fx.GraphModule) -> fx.GraphModule:
+    """The graph with modules that repeat as calls of one graph, so that they are traced once; a copy, where there are such."""
+    outlined = copy_graph(graph)
+    if not (regions := repeated_modules(outlined)):
+        return graph
+    call_regions(outlined, regions, f"traced_{next(_numbers)}")
+    return outlined
 
 
 def _input_names(graph: nn.Module) -> tuple[str, ...]:
@@ -144,6 +171,7 @@ def _input_names(graph: nn.Module) -> tuple[str, ...]:
 
 def readable(path: str) -> str:
     """A path as Dynamo writes it, as the user would: `L['self']._modules['blocks']._modules['0']` is `blocks.0`."""
+    path = path.replace(".forward.__self__", "")  # of an instance whose own `forward` was put in its place
     path = re.sub(r"\.?__dict__\[['\"]_modules['\"]\]|\._(modules|parameters|buffers)", "", path)
     path = re.sub(r"\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", path).lstrip(".")
     path = re.sub(r"^[LG]\.(self\.|kwargs\.|args\.kwargs\.)*", "", path)

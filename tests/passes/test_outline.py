@@ -1,0 +1,74 @@
+"""Blocks that repeat become calls of one graph."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from vdcache.ir.edit import copy_graph
+from vdcache.ir.regions import INVOKE, inline_regions
+from vdcache.passes.outline import Outline
+from vdcache.testing import TinyDiT, latent, time_of, trace
+
+
+def graph_of(model: nn.Module):
+    """Its ATen graph, and real inputs for it."""
+    args = latent(0), time_of(0), latent(1, 1, 3, 4)
+    captured = trace(model, *args)
+    return captured.graph, [*model.parameters(), *model.buffers(), *args]
+
+
+class Loud(TinyDiT):
+    """Its blocks return what their MLPs add as well, all or the last alone."""
+
+    def __init__(self, blocks: int, every: bool) -> None:
+        super().__init__(blocks)
+        self.every = every
+
+    def forward(self, x, timestep, text):
+        gates = self.time(self.sinusoids(timestep, x.dtype))[:, None].chunk(2, -1)
+        h, more = self.inp(x) + self.text(text).mean(1, keepdim=True), []
+        for qkv, mlp in zip(self.qkv, self.mlp, strict=True):
+            q, k, v = qkv(h).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+            h = h + gates[0] * nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            more.append(gates[1] * mlp(h))
+            h = h + more[-1]
+        return self.out(h), *(more if self.every else more[-1:])
+
+
+class Noisy(TinyDiT):
+    """Its blocks hand out noise."""
+
+    def forward(self, x, timestep, text):
+        gates = self.time(self.sinusoids(timestep, x.dtype))[:, None].chunk(2, -1)
+        h, noise = self.inp(x) + self.text(text).mean(1, keepdim=True), []
+        for qkv, mlp in zip(self.qkv, self.mlp, strict=True):
+            q, k, v = qkv(h).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+            h = h + gates[0] * nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            noise.append(torch.randn_like(h))
+            h = h + gates[1] * mlp(h)
+        return self.out(h), *noise
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("model", "calls"),
+    [(TinyDiT(4), 4), (TinyDiT(1), 0), (Loud(4, True), 4), (Loud(4, False), 3), (Noisy(3), 0)],
+    ids=["alike", "one block", "read outside", "the last is read outside", "random"],
+)
+def test_blocks_that_repeat_are_called(model, calls):
+    graph, inputs = graph_of(model)
+    outlined = copy_graph(graph)
+    done = Outline().run(outlined)
+    outlined.graph.lint()
+    found = outlined.graph.find_nodes(op="call_function", target=INVOKE)
+    assert done.rewrites == len(found) == calls
+    assert len({str(n.args[0].target) for n in found}) == bool(calls), "one graph for all"
+    if isinstance(model, Noisy):
+        assert all("more than compute its value" in str(r) for r in done.refusals) and done.refusals
+        return
+    for a, b in zip(graph(*inputs), outlined(*inputs), strict=True):
+        assert torch.equal(a, b)
+    inline_regions(outlined)
+    assert sorted(str(n.target) for n in outlined.graph.nodes) == sorted(str(n.target) for n in graph.graph.nodes)
