@@ -47,6 +47,7 @@ Pass()
 PassResult(graph, rewrites=, refusals=)
 Refusal(node, reasons)
 Pipeline(passes, verify=, given=, checked=)
+    ensured
     run(graph, copied)
     parse(text, known, given)
 Fact(name, problem)

@@ -499,7 +499,7 @@ def test_a_model_without_branches_runs_plain_or_raises_when_strict():
     ("options", "message"),
     [
         ({"recipe": "adacache-fas"}, "did you mean adacache-fast"),
-        ({"recipe": "every-0"}, "N is at least 1"),
+        ({"recipe": "every-0"}, "n is a whole number of at least 1; got 0"),
         ({"num_steps": 0}, "at least 1"),
         ({"inner": "tvm"}, "inductor or eager"),
         ({"recipee": "always"}, "did you mean 'recipe'"),
