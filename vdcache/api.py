@@ -37,6 +37,7 @@ def compile(
     strict: bool = False,
     inductor: Mapping[str, Any] | None = None,
     tiles: str = "auto",
+    outline: bool = True,
     pipeline: Any = None,
     **torch_compile: Any,
 ) -> Any:
@@ -52,6 +53,7 @@ def compile(
         strict: raise where vdcache would otherwise step aside with a warning.
         inductor: Inductor's own settings.
         tiles: how attention under masks is computed: "auto" measures on this device, or "gather", "flex", "triton", "masked".
+        outline: compile blocks that are equal up to weights once, and call them; False compiles every block on its own.
         pipeline: passes in place of the recipe's: a `Pipeline`, its text, or a sequence of passes.
         torch_compile: `fullgraph`, `dynamic`, `mode` of torch.compile. A recipe with masks compiles every size on its own
             (dynamic=False) unless told otherwise.
@@ -74,6 +76,7 @@ def compile(
         "strict": strict,
         "inductor": inductor,
         "tiles": tiles,
+        "outline": outline,
         "pipeline": pipeline,
     }
     settings = settings_of(options)

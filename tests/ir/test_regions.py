@@ -42,6 +42,11 @@ class Drawing(Block):
         return super().forward(x) + torch.randn_like(x)
 
 
+class Counting(Block):
+    def forward(self, x):
+        return super().forward(x) + torch.arange(x.shape[-1]) * 0.1
+
+
 class Marked(Block):
     @torch.compiler.nested_compile_region
     def forward(self, x):
@@ -98,12 +103,24 @@ def dynamo_graph(model: nn.Module, *inputs: torch.Tensor, dynamic: bool = False)
         ([Block(shift=float(i)) for i in range(3)], []),
         ([Two(), Two(), Two()], [3]),  # the outermost that repeats
         ([Two(), Block(), Block()], [2]),
+        ([Counting(), Counting()], [2]),
         ([Drawing(), Drawing()], [2]),
         ([Writing(), Writing(), Writing()], []),
         ([Viewing(), Viewing(), Viewing()], []),
         ([nn.Linear(8, 8), nn.Linear(8, 8)], []),  # not worth a call
     ],
-    ids=["alike", "one other", "all others", "nested", "alone and nested", "random", "writing", "viewing", "small"],
+    ids=[
+        "alike",
+        "one other",
+        "all others",
+        "nested",
+        "alone and nested",
+        "own constants",
+        "random",
+        "writing",
+        "viewing",
+        "small",
+    ],
 )
 def test_modules_that_repeat_are_found(blocks, found):
     regions, captured = dynamo_graph(Net(*blocks), torch.randn(4, 8))
@@ -112,7 +129,9 @@ def test_modules_that_repeat_are_found(blocks, found):
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("blocks", [[Block, Block, Block], [Two, Two], [Writing, Writing], [Block, Drawing, Block, Drawing]])
+@pytest.mark.parametrize(
+    "blocks", [[Block, Block, Block], [Two, Two], [Writing, Writing], [Block, Drawing, Block, Drawing], [Counting, Counting]]
+)
 def test_tracing_once_is_tracing_each(blocks, dynamic, monkeypatch):
     torch.manual_seed(0)
     model, x = Net(*(kind() for kind in blocks)), torch.randn(4, 8)

@@ -97,14 +97,29 @@ def test_what_stands_in_the_place_of_another_architecture_is_looked_at():
     assert set(LIKE) < set(ZOO) and not set(LIKE) & {*LIKE.values(), *SEVEN} and set(LIKE.values()) < set(ZOO)
 
 
+@pytest.mark.parametrize("name", some(["wan", "sd3", "latte"], lambda name: name == "wan"))
+@torch.no_grad()
+def test_blocks_that_their_author_marked(name, monkeypatch):
+    torch._dynamo.reset()
+    model, case = build(name), ZOO[name]
+    kinds = {type(block) for blocks in model.children() if isinstance(blocks, torch.nn.ModuleList) for block in blocks}
+    for kind in kinds:
+        monkeypatch.setattr(kind, "forward", torch.compiler.nested_compile_region(kind.forward))
+    compiled = vdcache.compile(model, "every-3", num_steps=STEPS, inner="eager", strict=True)
+    for step in range(STEPS):
+        out = value(compiled(**case.call(step, 6)))
+        assert torch.equal(out, value(model(**case.call(step, 6)))) == (step in (0, 3, 4))
+    assert compiled.vdcache.history.computed_steps() == [0, 3, 4]
+
+
 @pytest.mark.parametrize("name", some(ZOO, lambda name: name not in LIKE))
 @torch.no_grad()
 def test_architecture(name):
+    """What is found is what the architecture has; computed steps are bit-exact, reused ones add what was recorded."""
     if name == "ace_step" and not _asks_for_its_backend():
         pytest.skip(
             f"torch {torch.__version__}: Dynamo breaks this model where it asks for its attention backend, in every attention"
         )
-    """What is found is what the architecture has; computed steps are bit-exact, reused ones add what was recorded."""
     torch._dynamo.reset()
     model, case = build(name), ZOO[name]
     compiled = vdcache.compile(model, "every-3", num_steps=STEPS, inner="eager", strict=case.graphs == 1)

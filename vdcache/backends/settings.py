@@ -29,7 +29,7 @@ class Settings:
         inductor: Inductor's own settings, as torch.compile's `options` takes them.
         tiles: how attention under masks is computed: "auto" measures on this device (gathers under the eager inner compiler),
             or "gather", "flex", "triton", "masked".
-        outline: blocks that are equal up to weights are compiled once. Default: True.
+        outline: whether blocks that are equal up to weights are compiled once.
         session: the session of the model, where somebody else has made it.
         make_session: makes one; a plain session that follows the recipe's policy without.
 
@@ -59,6 +59,8 @@ class Settings:
         if self.inner not in INNER:
             raise ConfigError(f"inner is {' or '.join(INNER)}; got {self.inner!r}")
         check_lowering(self.tiles)
+        if not isinstance(self.outline, bool):
+            raise ConfigError(f"outline is True or False; got {self.outline!r}")
         goal = self.recipe.goal
         if goal is not None and self.num_steps is not None and goal.speedup is not None and not goal.floor_db:
             goal.count(self.num_steps)  # what no schedule of so few steps reaches is an error now

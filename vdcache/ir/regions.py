@@ -8,6 +8,7 @@ Seen to work on torch 2.11.0, 2.12.1 and 2.13.0.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import operator
 from collections.abc import Hashable, Sequence
@@ -222,8 +223,10 @@ def _is_pure(graph: fx.GraphModule, region: Region) -> bool:
     given = [_another(value_of(n)) for n in region.given]
     tensors = [v for v in given if isinstance(v, torch.Tensor)]
     before = [v._version for v in tensors]
+    # what the region makes itself, such as positions, must be fake as well
+    mode = next((v.fake_mode for v in tensors if hasattr(v, "fake_mode")), contextlib.nullcontext())
     try:
-        with torch.no_grad():
+        with torch.no_grad(), mode:
             results = _graph_of(region, {})(*given)
     except Exception:  # noqa: BLE001 - it cannot be run on its own, so it stays where it is
         return False

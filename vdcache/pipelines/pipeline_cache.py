@@ -43,6 +43,7 @@ def apply(
     strict: bool = False,
     inductor: Mapping[str, Any] | None = None,
     tiles: str = "auto",
+    outline: bool = True,
     **torch_compile: Any,
 ) -> Any:
     """Make a diffusers pipeline skip work by a caching recipe.
@@ -59,7 +60,7 @@ def apply(
         inner: "inductor" or "eager".
         strict: raise where vdcache would otherwise step aside with a warning.
         inductor: Inductor's own settings.
-        tiles: how attention under masks is computed, as for `vdcache.compile`.
+        tiles, outline: how attention under masks is computed and blocks that repeat are compiled, as for `vdcache.compile`.
         torch_compile: `fullgraph`, `dynamic`, `mode` of torch.compile.
 
     Returns the pipeline itself.
@@ -73,7 +74,7 @@ def apply(
             f"vdcache is applied to this pipeline already, with {applied_to(pipe).recipe_names}; for another recipe call vdcache.remove(pipe) first"
         )
     check_options(torch_compile, apply)
-    options = {"inner": inner, "strict": strict, "inductor": inductor, "tiles": tiles}
+    options = {"inner": inner, "strict": strict, "inductor": inductor, "tiles": tiles, "outline": outline}
     goal = {"speedup": speedup, "quality_db": quality_db}
     if isinstance(recipe, Mapping):
         if speedup is not None or quality_db is not None:

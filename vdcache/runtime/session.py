@@ -348,12 +348,7 @@ class Session:
         call = self._identify(graph, inputs)
         key, follows = call.key, call.follows
         again = self._computed.at(key, planner.step)
-        seen = ProbeResult()
-        if graph.probes:
-            earlier = self.store.get(key, [p.layout.name for p in graph.probes])
-            seen = look(earlier)
-            if follows and planner.now.undecided:
-                planner.decide(graph, seen, comparable=earlier is not None)
+        seen = self._look_at_probes(call, graph, look) if graph.probes else ProbeResult()
         chosen = self._choose(graph, inputs, call)
         plan, rows = chosen.plan, chosen.rows
         needs = graph.needs(plan)
@@ -419,6 +414,16 @@ class Session:
                 self._notices.several_latents()
         return _Call(key, follows, new, repeated, changed)
 
+    def _look_at_probes(
+        self, call: _Call, graph: CompiledGraph, look: Callable[[list[Tensor] | None], ProbeResult]
+    ) -> ProbeResult:
+        """Run the head of a graph, and let the policy decide by it where it has not decided yet."""
+        earlier = self.store.get(call.key, [p.layout.name for p in graph.probes])
+        seen = look(earlier)
+        if call.follows and self._planner.now.undecided:
+            self._planner.decide(graph, seen, comparable=earlier is not None)
+        return seen
+
     def _choose(self, graph: CompiledGraph, inputs: Sequence[Any], call: _Call) -> _Choice:
         """What a call reuses of the step's plan."""
         now, key = self._planner.now, call.key
@@ -468,13 +473,9 @@ class Session:
             self._pair.returned(graph.lanes, key, results)
         self._forward.made(graph, (key.graph, key.call, key.lane), results)
         if call.keep:
-            names, values = [*saved, *observed], [*saved.values(), *observed.values()]
-            for probe, value in zip(graph.probes, call.look.values, strict=True):
-                if probe.reference_step == "step" or group_of(probe.layout.name) not in call.plan.reuse:
-                    names.append(probe.layout.name)
-                    values.append(value)
-            if names:
-                self.store.put(key, names, values, [*inputs, *results], call.rows)
+            kept = {**saved, **observed, **(_probed(call) if graph.probes else {})}
+            if kept:
+                self.store.put(key, list(kept), list(kept.values()), [*inputs, *results], call.rows)
             self._computed.computed(key, call.needs.computes, planner.step, planner.now.plan)
         elif not call.plan and not call.again:
             self._computed.drop(key)
@@ -537,6 +538,15 @@ class Session:
         self._computed.clear()
         self._lanes.begin_generation()
         self._pair.begin_generation()
+
+
+def _probed(call: CallContext) -> dict[str, Tensor]:
+    """What was probed and counts for later steps, by name."""
+    return {
+        probe.layout.name: value
+        for probe, value in zip(call.graph.probes, call.look.values, strict=True)
+        if probe.reference_step == "step" or group_of(probe.layout.name) not in call.plan.reuse
+    }
 
 
 def _forms(inputs: Sequence[Any], positions: Sequence[int]) -> Hashable:

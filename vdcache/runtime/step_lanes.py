@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence, Set
+from collections.abc import Collection, Hashable, Sequence, Set
 from typing import Any
 
 from torch import Tensor
@@ -148,11 +148,14 @@ class StepLanes:
         answers = {i: compare(held[i], inputs[i]) for i in (*latents, *moving) if i in held}
         if same_latent is not None and latents:
             answers[latents[0]] = same_latent
-        if any(a is False for a in answers.values()):
+        return self._some_differ(answers.values())
+
+    def _some_differ(self, answers: Collection[bool | Tensor]) -> bool:
+        """Whether an answer is no; reads a device only where those that are known all say yes."""
+        if any(a is False for a in answers):
             return True
-        if unknown := [a for a in answers.values() if isinstance(a, Tensor)]:
-            return not all(n[0] for n in self._reads.read(unknown))
-        return False
+        unknown = [a for a in answers if isinstance(a, Tensor)]
+        return bool(unknown) and not all(n[0] for n in self._reads.read(unknown))
 
     # ---- steps and generations ---------------------------------------------------------------------------------------
 

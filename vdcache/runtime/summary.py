@@ -42,51 +42,65 @@ def summary_table(session: Summarised, generation: int = -1) -> Table:
 
     It prints itself, by `print` and by rich.
     """
-    from rich.console import Console
-    from rich.table import Table as RichTable
+    records = session.history.generation(generation)
+    steps = steps_of(records)
+    table = _table(f"{session.name}: generation {records[0].generation if records else '–'}")
+    named = len({name for step in steps for name in _groups(step)}) > 1
+    told = [column for column in _columns(steps, named) if any(column[2])]  # one that says nothing of any step is left out
+    for name, side, _ in told:
+        table.add_column(name, justify=side)
+    for row in zip(*(cells for _, _, cells in told), strict=True):
+        table.add_row(*row)
+    if steps:
+        masks = (text for graph in session.graphs if (text := getattr(graph, "masks", "")))
+        table.caption = "\n".join([*_totals(steps, session.store.peak_bytes), *masks])
+        table.caption_justify = "left"
+    return table
 
-    class Table(RichTable):
+
+def _table(title: str) -> Any:
+    """An empty table of rich's that `print` shows too."""
+    from rich.console import Console
+    from rich.table import Table
+
+    class PrintedTable(Table):
         def __str__(self) -> str:
             console = Console(width=WIDTH)
             with console.capture() as out:
                 console.print(self)
             return "\n".join(line.rstrip() for line in out.get().splitlines())
 
-    records = session.history.generation(generation)
-    steps = steps_of(records)
-    computed = [s for s in steps if any_computed(s)]
-    table = Table(title=f"{session.name}: generation {records[0].generation if records else '–'}", title_justify="left")
-    groups = {name for step in steps for name in _groups(step)}
-    columns = (
+    return PrintedTable(title=title, title_justify="left")
+
+
+def _columns(steps: Sequence[Sequence[Record]], named: bool) -> tuple[tuple[str, Any, list[str]], ...]:
+    """Name, side and cells of each column.
+
+    Args:
+        named: say which groups of slots a step reused.
+    """
+    return (
         ("step", "right", [str(s[0].step) if s[0].step >= 0 else "–" for s in steps]),
         ("timestep", "right", [_number(s[0].timestep, "g") for s in steps]),
         ("lanes", "right", [str(len({r.lane for r in s})) for s in steps]),
-        ("", "left", [_deed(s, named=len(groups) > 1) for s in steps]),
+        ("", "left", [_deed(s, named) for s in steps]),
         ("change", "right", [_number(next((m.change for m in (*s[0].measures, *s[0].probe)), None), ".4f") for s in steps]),
         ("ms", "right", [f"{1e3 * sum(r.seconds for r in s):.1f}" for s in steps]),
         ("why", "left", [next((r.why for r in s if r.why and (any_computed(s) or r.reused)), "") for s in steps]),
     )
-    told = [column for column in columns if any(column[2])]  # one that says nothing of any step is left out
-    for name, side, _ in told:
-        table.add_column(name, justify=side)  # type: ignore[arg-type]
-    for row in zip(*(cells for _, _, cells in told), strict=True):
-        table.add_row(*row)
-    if steps:
-        of = {True: [], False: []}  # type: dict[bool, list[float]]
-        for step in steps:
-            of[any_computed(step)].append(sum(r.seconds for r in step))
-        lines = [
-            f"{len(computed)} of {len(steps)} steps computed",
-            f"{session.store.peak_bytes / 2**20:.2f} MiB of cache at most",
-        ]
-        if all(of.values()):  # medians: the first of a kind waits for its compiler
-            one, other = median(of[True]), median(of[False])
-            lines.insert(
-                1, f"{one * len(steps) / (one * len(of[True]) + other * len(of[False])):.2f}× over computing every step"
-            )
-        table.caption = "\n".join([*lines, *(text for graph in session.graphs if (text := getattr(graph, "masks", "")))])
-        table.caption_justify = "left"
-    return table
+
+
+def _totals(steps: Sequence[Sequence[Record]], peak_bytes: int) -> list[str]:
+    """What a generation came to."""
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    for step in steps:
+        seconds[any_computed(step)].append(sum(r.seconds for r in step))
+    lines = [f"{len(seconds[True])} of {len(steps)} steps computed"]
+    if all(seconds.values()):  # medians: the first of a kind waits for its compiler
+        one, other = median(seconds[True]), median(seconds[False])
+        spent = one * len(seconds[True]) + other * len(seconds[False])
+        lines.append(f"{one * len(steps) / spent:.2f}× over computing every step")
+    return [*lines, f"{peak_bytes / 2**20:.2f} MiB of cache at most"]
 
 
 def _groups(step: Sequence[Record]) -> set[str]:
