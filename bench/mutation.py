@@ -400,7 +400,7 @@ BUGS = (
         "return (self._name, self._id, own.id) if",
         "return (None, self._id, own.id) if",
     ),
-    _runtime("several latents not noticed", "step_lanes", "if any(a is False for a in answers.values()):", "if False:"),
+    _runtime("several latents not noticed", "step_lanes", "if any(a is False for a in answers):", "if False:"),
     _runtime(
         "a step that raises keeps what was there",
         "session",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import operator
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -171,7 +172,9 @@ def _call(graph: fx.Graph, name: str, region: Region, now: dict[fx.Node, fx.Node
         held = graph.get_attr(name)
     with graph.inserting_after(held):
         at = call = graph.call_function(INVOKE, (held, name, *(now.get(n, n) for n in region.given)))
-    call.meta = {k: v for k, v in region.inside[0].meta.items() if k in ("nn_module_stack", "stack_trace")}
+    call.meta = {"nn_module_stack": _shared_modules(region.inside)}
+    if "stack_trace" in region.inside[0].meta:
+        call.meta["stack_trace"] = region.inside[0].meta["stack_trace"]
     call.meta["val" if "val" in region.inside[0].meta else "example_value"] = tuple(map(value_of, region.results))
     mine = set(region.inside)
     for i, node in enumerate(region.results):
@@ -181,6 +184,12 @@ def _call(graph: fx.Graph, name: str, region: Region, now: dict[fx.Node, fx.Node
         node.replace_all_uses_with(at, delete_user_cb=lambda user: user not in mine)
     for node in reversed(region.inside):
         graph.erase_node(node)
+
+
+def _shared_modules(nodes: Sequence[fx.Node]) -> dict[Any, Any]:
+    """The modules in whose calls all of these nodes stand."""
+    stacks = [list((n.meta.get("nn_module_stack") or {}).items()) for n in nodes]
+    return dict(levels[0] for levels in itertools.takewhile(lambda same: len(set(same)) == 1, zip(*stacks, strict=False)))
 
 
 def repeated_modules(graph: fx.GraphModule) -> list[list[Region]]:
@@ -196,7 +205,9 @@ def repeated_modules(graph: fx.GraphModule) -> list[list[Region]]:
             if len(inside) >= LEAST:
                 region = region_of(inside)
                 kinds.setdefault(region.kind, []).append(region)
-        found |= {kind: regions for kind, regions in kinds.items() if len(regions) > 1 and _is_pure(graph, regions[0])}
+        for kind, regions in kinds.items():
+            if kind in found or (len(regions) > 1 and _is_pure(graph, regions[0])):
+                found.setdefault(kind, []).extend(regions)
         groups = [list(r.inside) for kind, regions in kinds.items() if kind not in found for r in regions]
     return list(found.values())
 
