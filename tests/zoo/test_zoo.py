@@ -162,7 +162,7 @@ def test_architecture(name):
             assert_round_trip(program.variants[program.variants.plans[-1]].graph)
 
 
-# text with an attention of its own, and under a mask; joined with the image in make thorough
+# One model has an attention for the text alone, the other a mask. Those that join text and image run in `make thorough`.
 @pytest.mark.parametrize("name", some(UNEQUAL, {"wan", "pixart"}.__contains__))
 @torch.no_grad()
 def test_two_lanes_with_texts_of_unequal_length(name):

@@ -106,15 +106,11 @@ def capture(graph: nn.Module, example_inputs: Sequence[Any]) -> Captured:
     owned = dict(graph.named_parameters(remove_duplicate=False)) | dict(graph.named_buffers(remove_duplicate=False))
     wrapped = TensorSubclasses(example_inputs)
     around, flat_inputs = wrapped.around(graph), wrapped.flat(example_inputs)
-
-    def functional(of: nn.Module) -> Any:
-        with torch.no_grad(), whole_composites():
-            return aot_export_module(of, flat_inputs, trace_joint=False, pre_dispatch=False, decompositions={})
-
     if isinstance(around, fx.GraphModule):
         around = _with_repeated_once(around)
     try:
-        traced, sig = functional(around)
+        with torch.no_grad(), whole_composites():
+            traced, sig = aot_export_module(around, flat_inputs, trace_joint=False, pre_dispatch=False, decompositions={})
     except Exception as error:
         if is_control_flow(error):
             raise

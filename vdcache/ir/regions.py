@@ -3,7 +3,7 @@
 What repeats is then traced, or compiled, once. Dynamo makes such calls where a user has marked a function with
 `torch.compiler.nested_compile_region`, and `repeated_modules` finds the rest. Patterns and passes read one flat graph, so capturing takes
 all of them in again; the inner compiler is given the blocks that repeat as calls once more (`passes.outline`).
-Seen to work on torch 2.11.0, 2.12.1 and 2.13.0.
+Seen to work on torch 2.13.0.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ INVOKE = torch.ops.higher_order.invoke_subgraph
 
 def inline_regions(graph: fx.GraphModule) -> int:
     """Put what `invoke_subgraph` calls in the place of each call, in place. Returns how many calls there were."""
-    calls = [n for n in graph.graph.nodes if n.op == "call_function" and n.target is INVOKE]
+    calls = graph.graph.find_nodes(op="call_function", target=INVOKE)
     for call in calls:
         _inline(graph, call)
     if calls:
@@ -103,7 +103,7 @@ class Region:
     @property
     def takes_values(self) -> bool:
         """Whether all that it is given are values; an operation that calls a graph is given that graph."""
-        return all(isinstance(value_of(n), (torch.Tensor, int, torch.SymInt)) for n in self.given)
+        return all(isinstance(_value_of(n), (torch.Tensor, int, torch.SymInt)) for n in self.given)
 
 
 def region_of(inside: Sequence[fx.Node]) -> Region:
@@ -126,10 +126,10 @@ def operation(node: fx.Node) -> str:
 
 
 def _form(node: fx.Node) -> str:
-    return "|".join(map(_form_of, pytree.tree_leaves(value_of(node))))
+    return "|".join(map(_form_of, pytree.tree_leaves(_value_of(node))))
 
 
-def value_of(node: fx.Node) -> Any:
+def _value_of(node: fx.Node) -> Any:
     """What is known of a node's value: in a graph of ours, or in one of Dynamo's."""
     return node.meta["val"] if "val" in node.meta else node.meta.get("example_value")
 
@@ -175,7 +175,7 @@ def _call(graph: fx.Graph, name: str, region: Region, now: dict[fx.Node, fx.Node
     call.meta = {"nn_module_stack": _shared_modules(region.inside)}
     if "stack_trace" in region.inside[0].meta:
         call.meta["stack_trace"] = region.inside[0].meta["stack_trace"]
-    call.meta["val" if "val" in region.inside[0].meta else "example_value"] = tuple(map(value_of, region.results))
+    call.meta["val" if "val" in region.inside[0].meta else "example_value"] = tuple(map(_value_of, region.results))
     mine = set(region.inside)
     for i, node in enumerate(region.results):
         with graph.inserting_after(at):
@@ -206,7 +206,7 @@ def repeated_modules(graph: fx.GraphModule) -> list[list[Region]]:
                 region = region_of(inside)
                 kinds.setdefault(region.kind, []).append(region)
         for kind, regions in kinds.items():
-            if kind in found or (len(regions) > 1 and _is_pure(graph, regions[0])):
+            if kind in found or (len(regions) > 1 and _is_pure(regions[0])):
                 found.setdefault(kind, []).extend(regions)
         groups = [list(r.inside) for kind, regions in kinds.items() if kind not in found for r in regions]
     return list(found.values())
@@ -227,11 +227,11 @@ def _module_calls(nodes: Sequence[fx.Node], depth: int) -> list[list[fx.Node]]:
     return calls
 
 
-def _is_pure(graph: fx.GraphModule, region: Region) -> bool:
+def _is_pure(region: Region) -> bool:
     """Whether a region is a function of what it is given: run once on fake values, it writes into none of them and returns no view."""
     if not region.takes_values or any(n.op == "call_module" or "autocast" in str(n.target) for n in region.inside):
         return False
-    given = [_another(value_of(n)) for n in region.given]
+    given = [_another(_value_of(n)) for n in region.given]
     tensors = [v for v in given if isinstance(v, torch.Tensor)]
     before = [v._version for v in tensors]
     # what the region makes itself, such as positions, must be fake as well

@@ -64,11 +64,10 @@ def _blocks(graph: fx.GraphModule) -> Iterator[list[fx.Node]]:
 def _same_beginnings(blocks: list[list[fx.Node]]) -> list[list[fx.Node]]:
     """Blocks without what stands before them, as the embeddings before the first one: as much as makes them like another block."""
     words = [tuple(map(operation, inside)) for inside in blocks]
-    whole = {w: len(w) for w in words}
-    shorter = sorted(set(map(len, words)))
+    whole, lengths = set(words), sorted(set(map(len, words)))
 
     def cut(own: Sequence[str]) -> int:
-        return next((n for n in shorter if n < len(own) and tuple(own[-n:]) in whole), len(own))
+        return next((n for n in lengths if n < len(own) and tuple(own[-n:]) in whole), len(own))
 
     return [inside[-cut(own) :] for inside, own in zip(blocks, words, strict=True)]
 

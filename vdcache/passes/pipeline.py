@@ -79,6 +79,7 @@ class Pipeline:
         graph = graph if copied else copy_graph(graph)
         steps: list[PassRecord] = []
         watch = PipelineObserver(graph, str(self))
+        read = structure(graph)  # what an analysis of the graph was read from
         for index, a_pass in enumerate(self.passes):
             watch.before(graph)
             began = time.perf_counter()
@@ -88,7 +89,9 @@ class Pipeline:
                 error.add_note(f"in pass '{a_pass}' after {[s.text for s in steps] or 'capture'}")
                 watch.failed(a_pass, error)
                 raise
-            graph = result.graph
+            graph, before, read = result.graph, read, structure(result.graph)
+            if not before <= read:
+                forget(graph)
             steps.append(PassRecord(str(a_pass), result.rewrites, result.refusals, time.perf_counter() - began))
             watch.after(a_pass, steps[-1], graph, index)
         graph.recompile()
@@ -97,7 +100,6 @@ class Pipeline:
     @staticmethod
     def _run_one(a_pass: Pass, graph: fx.GraphModule, verify: bool) -> PassResult:
         contract = Contract(a_pass, graph) if verify or is_third_party(a_pass) else None
-        before = structure(graph)
         try:
             result = a_pass.run(graph)
         except VdcacheError:
@@ -108,8 +110,6 @@ class Pipeline:
             raise ContractError(
                 f"'{a_pass}' returned {type(result).__name__}; run returns a PassResult(graph, rewrites, refusals)"
             )
-        if not before <= structure(result.graph):
-            forget(result.graph)
         if contract is not None:
             contract.check(result.graph, result.rewrites)
         return result
