@@ -432,8 +432,8 @@ BUGS = (
     _runtime(
         "a value of another shape of latent",
         "session",
-        "key = CallKey(who, number, lane, self._weights.value, _forms(inputs, graph.activations))",
-        "key = CallKey(who, number, lane, self._weights.value, ())",
+        "key = self._computed.key(who, number, lane, self._weights.value, _forms(inputs, graph.activations))",
+        "key = self._computed.key(who, number, lane, self._weights.value, ())",
     ),
     _runtime(
         "a value of other weights",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -153,9 +153,10 @@ class CompiledGraph(Protocol):
         """Compile every variant."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class CallKey:
-    """What the cached values of a call belong to, within one generation.
+    """What the cached values of a call belong to, within one generation. A session makes one object for equal calls, because a call
+    looks its values up many times.
 
     Args:
         graph: the kind of graph, and which weights where one graph serves several blocks.
@@ -170,13 +171,6 @@ class CallKey:
     lane: tuple[int | str | None, int, int]
     weights: int
     forms: Hashable
-    _hash: int = field(init=False, compare=False, repr=False)  # made once: a call looks its values up many times
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_hash", hash((self.graph, self.call, self.lane, self.weights, self.forms)))
-
-    def __hash__(self) -> int:
-        return self._hash
 
 
 Emitted = tuple[CompiledGraph, dict[str, Tensor]]  # a graph, and its emitted values by name

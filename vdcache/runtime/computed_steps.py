@@ -22,10 +22,18 @@ class ComputedSteps:
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        self._keys: dict[tuple[Hashable, ...], CallKey] = {}
         self._computed: dict[CallKey, dict[str, tuple[int, int]]] = {}  # of each lane: group -> last computed step, how many
         # Graph, call and group -> the last step that was planned to compute it.
         self._due: dict[tuple[Hashable, int, str], int] = {}
         self._ambiguous: dict[LaneKey, int] = {}  # lanes, and the last step of several latents
+
+    def key(self, graph: Hashable, call: int, lane: LaneKey, weights: int, forms: Hashable) -> CallKey:
+        """The one key of equal calls."""
+        parts = graph, call, lane, weights, forms
+        if (found := self._keys.get(parts)) is None:
+            found = self._keys[parts] = CallKey(*parts)
+        return found
 
     def computed(self, key: CallKey, groups: Iterable[str], step: int, planned: Plan) -> None:
         """A call has computed these groups.
@@ -72,6 +80,7 @@ class ComputedSteps:
         gone = set(ids)
         for key in [k for k in self._computed if gone & set(k.lane[1:])]:
             self.drop(key)
+        self._keys = {parts: key for parts, key in self._keys.items() if not gone & set(key.lane[1:])}
         self._ambiguous = {lane: step for lane, step in self._ambiguous.items() if not gone & set(lane[1:])}
 
     def drop_values(self) -> None:
@@ -82,5 +91,6 @@ class ComputedSteps:
     def clear(self) -> None:
         """A generation is over."""
         self.drop_values()
+        self._keys.clear()
         self._due.clear()
         self._ambiguous.clear()

@@ -14,7 +14,7 @@ from torch import Tensor
 from vdcache.errors import CacheStateError, ConfigError
 from vdcache.policies.base import Policy
 from vdcache.policies.plan import RECOMPUTE, Plan
-from vdcache.runtime.call import CallContext, CallKey, CompiledGraph, Emitted, Listener, ProbeResult, Recorder
+from vdcache.runtime.call import CallContext, CallKey, CompiledGraph, Emitted, Listener, ProbeResult, Recorder, VariantInputs
 from vdcache.runtime.call_placement import CallPlacement
 from vdcache.runtime.computed_steps import ComputedSteps
 from vdcache.runtime.device_time import DeviceTime, RunningRecords
@@ -64,6 +64,7 @@ class _Choice:
     Args:
         plan: what it reuses.
         why: why not more.
+        needs: what the plan's variant takes, where that was asked for.
         reads: the cached values that it takes.
         pair: what the step's first lane returned, where this one is predicted from it.
         rows: first row and number of rows of the batch that is computed; None for all.
@@ -71,6 +72,7 @@ class _Choice:
 
     plan: Plan
     why: str
+    needs: VariantInputs | None = None
     reads: list[Tensor] = field(default_factory=list)
     pair: Tensor | None = None
     rows: tuple[int, int] | None = None
@@ -350,8 +352,7 @@ class Session:
         again = self._computed.at(key, planner.step)
         seen = self._look_at_probes(call, graph, look) if graph.probes else ProbeResult()
         chosen = self._choose(graph, inputs, call)
-        plan, rows = chosen.plan, chosen.rows
-        needs = graph.needs(plan)
+        plan, rows, needs = chosen.plan, chosen.rows, chosen.needs or graph.needs(chosen.plan)
         before = self.store.get(key, needs.before) if needs.before else None
         previous = self.store.get(key, [layout.name for layout in needs.layouts]) if needs.layouts else None
         if not plan and not again and rows is None:
@@ -406,7 +407,7 @@ class Session:
         lane = lanes.key(own, follows)
         repeated = lanes.repeats(graph, who, number, lane, inputs) or self._placement.repeated
         changed = self._look_at_weights(graph, inputs)
-        key = CallKey(who, number, lane, self._weights.value, _forms(inputs, graph.activations))
+        key = self._computed.key(who, number, lane, self._weights.value, _forms(inputs, graph.activations))
         if repeated:
             self._computed.had_several_latents(lane, planner.step)
             self._computed.drop(key)  # of the other latent
@@ -445,7 +446,8 @@ class Session:
         if not plan:
             chosen.why = "the graph has nothing to reuse" if now.plan else chosen.why
             return chosen
-        found = self.store.get(key, graph.needs(plan).reads)
+        needs = graph.needs(plan)
+        found = self.store.get(key, needs.reads)
         if call.weights_changed:
             chosen.why = "the weights changed"
         elif call.is_repeated or (found is not None and self._computed.is_ambiguous(key, plan)):
@@ -455,7 +457,7 @@ class Session:
         elif self._computed.is_stale(key, plan, self._planner.step):
             chosen.why = "this lane sat out the last computed step"
         else:
-            chosen.plan, chosen.reads = plan, found
+            chosen.plan, chosen.reads, chosen.needs = plan, found, needs
         return chosen
 
     def leave(
