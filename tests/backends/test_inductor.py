@@ -81,16 +81,16 @@ def test_warm_up_compiles_everything_and_inference_mode_works():
 def test_blocks_that_repeat_are_compiled_once(takes_calls, monkeypatch):
     """Inductor is given one block and calls of it; where it refuses them, every block, and the user is told once."""
     given = []
-    real = variants.compile_now
+    real = variants.compile_own
 
-    def compile_now(graph, inputs, options):
+    def compile_own(graph, inputs, options, static):
         calls = len(graph.graph.find_nodes(op="call_function", target=torch.ops.higher_order.invoke_subgraph))
         if calls and not takes_calls:
             raise NotImplementedError("no calls here")
         given.append(calls)
-        return real(graph, inputs, options)
+        return real(graph, inputs, options, static)
 
-    monkeypatch.setattr(variants, "compile_now", compile_now)
+    monkeypatch.setattr(variants, "compile_own", compile_own)
     model = TinyDiT(4)
     compiled = vdcache.compile(model, "every-2", num_steps=4)
     with informed() as lines:
@@ -102,3 +102,29 @@ def test_blocks_that_repeat_are_compiled_once(takes_calls, monkeypatch):
     assert compiled.vdcache.history[-1].reused
     assert given == ([4, 0] if takes_calls else [0, 0]), "what is computed, then what is reused"
     assert sum("no calls here" in line for line in lines) == (not takes_calls)
+
+
+@torch.no_grad()
+def test_inductor_is_given_what_a_variant_reads_and_told_which_of_it_stays(monkeypatch):
+    """A step that reuses the blocks reads none of their weights. Weights stay where they are; nobody else tells Inductor so."""
+    from torch._inductor import compile_fx, config
+
+    given: list[tuple[int, list[int]]] = []
+    real = compile_fx.get_input_idxs_to_check
+
+    def to_check(inputs, static):
+        given.append((len(inputs), list(static)))
+        return real(inputs, static)
+
+    monkeypatch.setattr(compile_fx, "get_input_idxs_to_check", to_check)
+    model = TinyDiT(4)
+    with config.patch(force_disable_caches=True):
+        compiled = vdcache.compile(model, "every-2", num_steps=4)
+        for step in range(2):
+            compiled(latent(step), time_of(step), latent(9, 1, 3, 4))
+    weights = len(list(model.parameters()))
+    (all_inputs, all_static), (few_inputs, few_static) = given
+    assert (all_inputs, len(all_static)) == (weights + 3, weights)
+    of_blocks = sum(1 for name, _ in model.named_parameters() if name.startswith("blocks"))
+    assert len(few_static) <= weights - of_blocks
+    assert len(few_static) < few_inputs <= len(few_static) + 4, "what is not a weight: latent, timestep, what was kept"

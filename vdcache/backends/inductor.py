@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ import torch
 from torch import fx
 
 from vdcache.ir.capture import first_line
+from vdcache.ir.edit import inputs as graph_inputs
 
-__all__ = ["Context", "compile_now", "frame_of_backend_call", "no_autocast", "package_ahead"]
+__all__ = ["Context", "compile_now", "compile_own", "frame_of_backend_call", "no_autocast", "package_ahead"]
 
 Compiled = Callable[..., Sequence[Any]]
 
@@ -34,6 +35,46 @@ def compile_now(graph: fx.GraphModule, inputs: Sequence[Any], options: Mapping[s
     from torch._inductor.compile_fx import compile_fx
 
     return compile_fx(graph, list(inputs), config_patches=dict(options) or None)  # type: ignore[no-any-return,return-value,arg-type]
+
+
+def compile_own(graph: fx.GraphModule, inputs: Sequence[Any], options: Mapping[str, Any], static: Collection[int]) -> Compiled:
+    """Compile a graph that vdcache has made; the graph is used up.
+
+    What it does not read is neither compiled nor handed over: where the blocks are reused, that is nearly every weight.
+
+    Args:
+        inputs, options: as for `compile_now`.
+        static: positions of inputs that stay where they are from call to call, as weights do. Nobody else tells Inductor: Dynamo marks
+            weights in its own graphs alone. Else every call would look at the address of each, and a CUDA graph would copy it.
+    """
+    read = [i for i, node in enumerate(graph_inputs(graph.graph)) if node.users or _tells_sizes(node)]
+    for i, node in enumerate(graph_inputs(graph.graph)):
+        if i not in read:
+            graph.graph.erase_node(node)
+    graph.recompile()
+    _mark_static(graph, [i in static for i in read])
+    run = compile_now(graph, [inputs[i] for i in read], options)
+    if len(read) == len(inputs):
+        return run
+    return lambda *values: run(*[values[i] for i in read])
+
+
+def _mark_static(graph: fx.GraphModule, fixed: Sequence[bool]) -> None:
+    """Mark inputs as Dynamo does in its own graphs, which is where AOTAutograd looks, and what its cache asks for too."""
+    if any(True for _ in graph.parameters()) or any(True for _ in graph.buffers()):
+        return  # those would need a source in the user's program
+    graph.meta.setdefault("dynamo_compile_id", None)
+    graph._param_name_to_source = {}  # type: ignore[assignment]
+    for node, is_fixed in zip(graph_inputs(graph.graph), fixed, strict=True):
+        node._dynamo_source = None  # type: ignore[attr-defined]
+        if is_fixed:
+            node.meta["tensor_dict"] = {**node.meta.get("tensor_dict", {}), "_dynamo_static_input_type": "unguarded"}
+
+
+def _tells_sizes(node: fx.Node) -> bool:
+    """Whether an input is a size, or one is read off it."""
+    value = node.meta.get("val")
+    return not isinstance(value, torch.Tensor) or any(isinstance(d, torch.SymInt) for d in value.shape)
 
 
 def package_ahead(program: Any, path: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from vdcache.attention.autotune import TuningResult
 from vdcache.backends.eager import run_eagerly
 from vdcache.backends.guarded import GuardedGraph
-from vdcache.backends.inductor import Compiled, Context, compile_now, no_autocast
+from vdcache.backends.inductor import Compiled, Context, compile_own, no_autocast
 from vdcache.backends.lowering import lower_tiles, tile_sites
 from vdcache.backends.settings import Settings
 from vdcache.errors import ConfigError
@@ -39,11 +39,12 @@ class VariantCompiler:
     Args:
         settings: recipe and compiler.
         fakes: fake values of the captured graph's inputs.
+        static: which of them are weights and buffers, by position.
         pair: fake value of the input that all parts have after these, where one lane is predicted from another call.
     """
 
-    def __init__(self, settings: Settings, fakes: Sequence[Any], pair: Sequence[Tensor]) -> None:
-        self._settings, self._fakes, self.pair = settings, (*fakes, *pair), pair
+    def __init__(self, settings: Settings, fakes: Sequence[Any], static: frozenset[int], pair: Sequence[Tensor]) -> None:
+        self._settings, self._fakes, self._static, self.pair = settings, (*fakes, *pair), static, pair
         self.bindings = Bindings(fakes)
         self.choices: dict[str, TuningResult] = {}  # how attentions under masks are computed, by node
         self.lock = threading.RLock()  # threads may run one program at once
@@ -59,7 +60,7 @@ class VariantCompiler:
         with no_autocast():
             if settings.outline and Outline().run(own).rewrites:
                 try:
-                    return compile_now(own, inputs, options)
+                    return compile_own(own, inputs, options, self._static)
                 except Exception as error:
                     if is_control_flow(error):
                         raise
@@ -68,7 +69,7 @@ class VariantCompiler:
                         f"vdcache: Inductor takes no calls of repeated blocks ({first_line(error)}), so every block is compiled on its own",
                     )
                     own = self._lowered(graph)
-            return compile_now(own, inputs, options)
+            return compile_own(own, inputs, options, self._static)
 
     def _lowered(self, graph: fx.GraphModule) -> fx.GraphModule:
         """What the inner compiler is given: a copy, where masks are lowered in it or Inductor takes possession of it."""
@@ -208,7 +209,7 @@ class Variants:
             self.lanes = LaneScope(lanes.mode, lanes.group, (lanes.low, lanes.batch // 2), lanes.output - mutations)
         pair = () if lanes is None or lanes.pair_value is None else (lanes.pair_value,)
         fakes = [n.meta.get("val") for n in graph_inputs(guarded.captured.graph.graph)]
-        self.compiler = VariantCompiler(settings, fakes, pair)
+        self.compiler = VariantCompiler(settings, fakes, guarded.captured.signature.static, pair)
         self.head = None if guarded.head is None else Head(guarded.head, self.compiler)
         self.slots = tuple(str(n.args[1]) for n in dialect.cache_guards(guarded.body.graph))
         self._groups = frozenset(map(group_of, self.slots))

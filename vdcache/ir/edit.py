@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from torch import fx
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -152,13 +153,17 @@ _SYMBOLIC: dict[str, Callable[..., Any]] = {
 
 
 def copy_graph(graph: fx.GraphModule) -> fx.GraphModule:
-    """A copy to edit: its own nodes, with their names and shallow copies of their meta; tensors and modules are shared."""
+    """A copy to edit: its own nodes, with their names and shallow copies of their meta; tensors and modules are shared.
+
+    Its Python code is written when it is first run or asked for: most copies never are, and writing it takes longer than copying. The
+    private class that does so was seen to work on torch 2.13.0.
+    """
     nodes = fx.Graph()
     result = nodes.graph_copy(graph.graph, {}, return_output_node=True)
     if isinstance(result, tuple):
         value, old = result
         nodes.output(value).meta = dict(old.meta)
-    copied = fx.GraphModule(graph, nodes)
+    copied = _LazyGraphModule(graph, nodes)
     copied.meta = dict(graph.meta)
     return copied
 
