@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from vdcache.attention.tiles import TileMask
@@ -87,6 +88,13 @@ class GuardedGraph:
         """The floats that stand in the graph, in order: settings of the model that Dynamo takes for constant, as the scale of an adapter."""
         calls = (n for n in self.module.graph.nodes if n.op == "call_function")
         return tuple(a for n in calls for a in (*n.args, *n.kwargs.values()) if isinstance(a, float))
+
+    @property
+    def numbers(self) -> tuple[Hashable, ...]:
+        """All numbers that stand in the graph, in order, sizes too: where two graphs are for the same sizes, others are settings."""
+        calls = (n for n in self.module.graph.nodes if n.op == "call_function")
+        leaves = (leaf for n in calls for leaf in pytree.tree_leaves((n.args, n.kwargs)))
+        return tuple((type(leaf), leaf) for leaf in leaves if isinstance(leaf, (bool, int, float, str)))
 
 
 def inputs_of(captured: Captured, analysis: GraphAnalysis) -> GraphInputs:

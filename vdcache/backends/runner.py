@@ -37,7 +37,8 @@ def compile_with(model: Callable[..., Any], settings: Settings, **torch_compile:
                 if claimed:
                     mine.release()
 
-        return call
+        # Where torch.compile goes on around it: inlined, the model would run without its session.
+        return torch.compiler.disable(call)  # type: ignore[no-any-return]
 
     if isinstance(compiled, nn.Module):
         # past OptimizedModule.__setattr__, which would write into the user's model

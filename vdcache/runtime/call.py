@@ -124,6 +124,8 @@ class CompiledGraph(Protocol):
     @property
     def kind(self) -> Hashable: ...  # graphs of one kind compute the same for other sizes: one goes on where another left off
     @property
+    def numbers(self) -> Hashable: ...  # tells it from graphs of its kind for the same sizes, in which other numbers stand
+    @property
     def inputs(self) -> GraphInputs: ...
     @property
     def latents(self) -> tuple[int, ...]: ...  # this and the next three as in `inputs`
@@ -162,8 +164,8 @@ class CallKey:
         graph: the kind of graph, and which weights where one graph serves several blocks.
         call: how often the graph ran before in this lane of the step.
         lane: the caller's name for the lane, the conditioning of the step's call, and that of the graph's own inputs.
-        weights: changes whenever a weight does.
-        forms: shape, dtype and device of every activation.
+        weights: the number of its weights (`WeightsToken`).
+        forms: shape, dtype and device of every activation, and the numbers that stand in the graph.
     """
 
     graph: Hashable

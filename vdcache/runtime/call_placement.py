@@ -50,6 +50,7 @@ class CallPlacement:
         self._begun = False  # begin() was called and no step has started since
         self.repeated = False  # the driving graph ran in this step with the same conditioning and another latent
         self._unsure = False  # the step may be no step: its timestep is that of the one before, with another latent
+        self.rising = False  # the step may be the first one of another run
 
     # ---- what the caller says ------------------------------------------------------------------------------------------
 
@@ -74,7 +75,7 @@ class CallPlacement:
         return True
 
     def begin_step(self) -> None:
-        self._driver = None
+        self._driver, self.rising = None, False
 
     # ---- what the model receives ---------------------------------------------------------------------------------------
 
@@ -122,7 +123,7 @@ class CallPlacement:
         tick = drive.tick
         self._begin_lane(drive.graph, *self._lanes.settle(drive.table, drive.question), tick.lane)
         if tick.new_step:
-            self._unsure = tick.repeated
+            self._unsure, self.rising = tick.repeated, tick.unsure
         self.repeated = tick.repeated or self._unsure
 
     def _drives(self, graph: CompiledGraph) -> bool:

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Hashable, Iterable, Iterator, Sequence, Set
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vdcache.runtime.call import CompiledGraph
@@ -97,6 +98,9 @@ class ForwardWatch:
             tensors = ((i, v) for i in graph.inputs.told if isinstance(v := inputs[i], Tensor))
             given = {i: v for i, v in tensors if v.is_floating_point() and v.ndim > 1}
             outer = {i: v.shape for i, v in given.items() if self._given is None or id(v) in self._given}
+            # A sequence of another length may be a prompt, whose exchange must be noticed.
+            rows = {r[:2] for r in self._results}
+            outer = {i: shape for i, shape in outer.items() if len(shape) > 3 or tuple(shape[:2]) in rows}
             found = self._latents_of[graph] = tuple(updated_by(outer, self._results))
         return found
 
@@ -128,12 +132,14 @@ class ForwardWatch:
         return values, frozenset(inside)
 
 
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among values, in lists, tuples and dicts too."""
+def _tensors(values: Iterable[Any], depth: int = 4) -> Iterator[Tensor]:
+    """The tensors among values, in lists, tuples, dicts and the fields of objects too."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
         elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)
+            yield from _tensors(value, depth)
         elif isinstance(value, dict):
-            yield from _tensors(value.values())
+            yield from _tensors(value.values(), depth)
+        elif depth and not isinstance(value, (type, torch.nn.Module)) and (fields := getattr(value, "__dict__", None)):
+            yield from _tensors(tuple(fields.values()), depth - 1)

@@ -5,7 +5,8 @@ same within a generation, and differ between its lanes. A call belongs to the la
 unchanged, or objects of equal value. A call with a conditioning that no lane has is a new lane, for which nothing is cached.
 
 Inputs that depend on the timestep (residuals that another network computes from the latent) cannot be told from prompts by their
-looks. They change at every step, so an input that changed at every step of the generation so far is left out.
+looks. They change at every step, so an input that changed at every step of the generation so far is left out, unless an object comes that
+was there at another step: then it is a prompt of one of several requests.
 Where the forward of the model is watched, what it makes itself (between two graphs) is told from what it is given, and says nothing
 of the lane, unless the very object was there at an earlier step: then it is a part of the model's state.
 """
@@ -32,7 +33,8 @@ MOST_LANES = 64  # of a generation; the one that was seen longest ago goes
 class RememberedInput:
     """An input as it was when a call brought it, as far as it takes to know it again.
 
-    Inference tensors count no versions, so a copy of them is kept; likewise of an object that its owner has written into before.
+    Inference tensors count no versions, so a copy of them is kept; likewise of memory that is not torch's own (a numpy array's), into which
+    others write unseen, and of an object that its owner has written into before.
 
     Args:
         value: a tensor or a number.
@@ -51,7 +53,7 @@ class RememberedInput:
         self.sampled = sampled and isinstance(value, Tensor)
         if not isinstance(value, Tensor):
             return
-        if not value.is_inference():
+        if not value.is_inference() and _is_torchs(value):
             self.version = value._version
         if weak:
             self._ref, self._value, self.sampled = weakref.ref(value), None, False
@@ -81,6 +83,11 @@ class RememberedInput:
             return self._copy
         value = self.object
         return value if isinstance(value, Tensor) and self.version is not None and value._version == self.version else None
+
+
+def _is_torchs(value: Tensor) -> bool:
+    """Whether torch owns the memory, so that who writes into it counts a version."""
+    return value.layout is not torch.strided or value.device.type != "cpu" or value.untyped_storage().resizable()
 
 
 def compare(held: RememberedInput, value: Any) -> bool | Tensor:
@@ -159,6 +166,8 @@ class LaneTable:
         self._moves: frozenset[int] = frozenset()  # inputs that depend on the timestep, as the steps before have shown
         self._stayed: frozenset[int] = frozenset()  # inputs made inside whose very object was there at an earlier step
         self._rewritten: set[int] = set()  # inputs whose objects their owner writes into
+        # Of each input, the objects that were held lately: version, and the generation and step that each came at first.
+        self._met: dict[int, dict[int, tuple[weakref.ref[Tensor], int, int, int]]] = {}
 
     @property
     def moving(self) -> frozenset[int]:
@@ -173,6 +182,7 @@ class LaneTable:
             inside: those that the forward itself has made.
         """
         inside -= self._stayed
+        self._still.update(i for i in self.moving if self._comes_again(i, values[i]))
         moving = self.moving | inside if inside else self.moving
         asked = [i for i in range(len(values)) if i not in moving]
         if moving:
@@ -235,6 +245,13 @@ class LaneTable:
 
     def _hold(self, i: int, value: Any, question: LaneQuery) -> RememberedInput:
         weak = i in question.inside and i not in self._stayed and isinstance(value, Tensor)
+        if isinstance(value, Tensor) and not value.is_inference() and i not in question.inside:
+            met = self._met.setdefault(i, {})
+            known = met.get(id(value))
+            if known is None or known[0]() is not value or known[1] != value._version:
+                met[id(value)] = weakref.ref(value), value._version, self._generation, self._step
+            if len(met) > MOST_LANES:
+                del met[next(iter(met))]
         return RememberedInput(value, copied=i in self._rewritten, sampled=i in self.moving, weak=weak)
 
     def clear(self) -> None:
@@ -265,10 +282,21 @@ class LaneTable:
         for i, value in enumerate(question.values):
             if i in question.inside:
                 continue
-            if any(lane.held[i].is_same_object(value) for lane in before) or any(row[i] for row in rows):
+            was_there = any(lane.held[i].is_same_object(value) for lane in before) or any(row[i] for row in rows)
+            if was_there or self._comes_again(i, value):
                 self._still.add(i)
             elif question.lane is None or i in self._moves:
                 self._changed.add(i)
+
+    def _comes_again(self, i: int, value: Any) -> bool:
+        """Whether this very object was there before, at another step than one that would bring it in every generation."""
+        if not isinstance(value, Tensor) or value.is_inference():
+            return False
+        met = self._met.get(i, {}).get(id(value))
+        if met is None or met[0]() is not value or value._version != met[1]:
+            return False
+        _, _, generation, step = met
+        return step < self._step if generation == self._generation else step not in (self._step, self._step + 1)
 
     def _at(self, generation: int, step: int) -> None:
         """Be at a step: what the last one showed is known now."""

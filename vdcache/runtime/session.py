@@ -47,7 +47,7 @@ class _Call:
         follows: the step is known when it runs.
         is_new: no call before had its conditioning.
         is_repeated: the step had such a call already, with another latent.
-        weights_changed: since the step before.
+        weights_changed: those that its graph had before are gone.
     """
 
     key: CallKey
@@ -406,8 +406,10 @@ class Session:
         own, new = self._placement.own_lane(graph, who, inputs, number)
         lane = lanes.key(own, follows)
         repeated = lanes.repeats(graph, who, number, lane, inputs) or self._placement.repeated
-        changed = self._look_at_weights(graph, inputs)
-        key = self._computed.key(who, number, lane, self._weights.value, _forms(inputs, graph.activations))
+        weights, changed = self._weights.check(graph, graph.kind, graph.weights(inputs), (planner.generation, planner.step))
+        if changed:
+            self._computed.drop_values()
+        key = self._computed.key(who, number, lane, weights, (graph.numbers, *_forms(inputs, graph.activations)))
         if repeated:
             self._computed.had_several_latents(lane, planner.step)
             self._computed.drop(key)  # of the other latent
@@ -450,6 +452,8 @@ class Session:
         found = self.store.get(key, needs.reads)
         if call.weights_changed:
             chosen.why = "the weights changed"
+        elif self._placement.rising:
+            chosen.why = "which way the timesteps run is not known yet"
         elif call.is_repeated or (found is not None and self._computed.is_ambiguous(key, plan)):
             chosen.why = SEVERAL_LATENTS
         elif found is None:
@@ -510,15 +514,6 @@ class Session:
         self._placement.settle(placed)
         return True
 
-    def _look_at_weights(self, graph: CompiledGraph, inputs: Sequence[Any]) -> bool:
-        """Look at a graph's weights at its first call in a step. Whether they changed: then no cached value counts any more."""
-        now = self._planner.generation, self._planner.step
-        before = self._weights.value
-        if self._weights.looked_at(graph, now) or self._weights.check(graph, graph.kind, graph.weights(inputs), now) == before:
-            return False
-        self._computed.drop_values()
-        return True
-
     # ---- steps and generations -----------------------------------------------------------------------------------------
 
     def _begin_generation(self, *, said_by_caller: bool = False, mixed: bool = False) -> None:
@@ -551,7 +546,7 @@ def _probed(call: CallContext) -> dict[str, Tensor]:
     }
 
 
-def _forms(inputs: Sequence[Any], positions: Sequence[int]) -> Hashable:
+def _forms(inputs: Sequence[Any], positions: Sequence[int]) -> tuple[Hashable, ...]:
     """Shape, dtype and device of the tensors at these positions: values never cross any of them.
 
     Sizes that a graph for many sizes takes as numbers say nothing more, and a graph for one size does not take them.

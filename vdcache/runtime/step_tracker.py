@@ -43,6 +43,7 @@ class Tick:
         new_generation: the first call of a generation.
         repeated: a call of this step with the same conditioning had another latent, or a neighbouring step may be such a call:
             nobody can tell whose values are cached.
+        unsure: nobody knows yet which way the timesteps of this session run, and this one is higher: what was before may be another run's.
         mixed: some samples of the batch went on, others began anew: this generation says nothing of how long one is.
     """
 
@@ -54,6 +55,7 @@ class Tick:
     timestep: float | None = None
     repeated: bool = False
     mixed: bool = False
+    unsure: bool = False
 
 
 class StepTracker:
@@ -108,9 +110,10 @@ class StepTracker:
             guessed_wrong = not self._direction and self.step == 0
             if not (guessed_wrong and self._in_doubt):
                 return self._new_generation(reading, in_doubt=guessed_wrong)
+        unsure = direction > 0 and not self._direction and not self._usual_direction
         self._direction = self._direction or direction
         self._in_doubt = False
-        return self._new_step(reading)
+        return self._new_step(reading, unsure=unsure)
 
     def _same_timestep(self, reading: Reading, repeated: Callable[[], bool], last: bool) -> Tick:
         if not repeated():
@@ -143,9 +146,9 @@ class StepTracker:
         self.step, self.lane = 0, 0
         return self._at(reading, new_step=True, new_generation=True, mixed=mixed)
 
-    def _new_step(self, reading: Reading, repeated: bool = False) -> Tick:
+    def _new_step(self, reading: Reading, *, repeated: bool = False, unsure: bool = False) -> Tick:
         self.step, self.lane = self.step + 1, 0
-        return self._at(reading, new_step=True, repeated=repeated)
+        return self._at(reading, new_step=True, repeated=repeated, unsure=unsure)
 
     def _at(
         self,
@@ -155,10 +158,11 @@ class StepTracker:
         new_generation: bool = False,
         repeated: bool = False,
         mixed: bool = False,
+        unsure: bool = False,
     ) -> Tick:
         self._last = reading
         timestep = max(reading.keys[0]) if reading.keys and reading.keys[0] else None
-        return Tick(self.generation, self.step, self.lane, new_step, new_generation, timestep, repeated, mixed)
+        return Tick(self.generation, self.step, self.lane, new_step, new_generation, timestep, repeated, mixed, unsure)
 
     def _timestep(self, reading: Reading) -> float | None:
         found = reading.keys[self._which] if self._which < len(reading.keys) else ()

@@ -1,13 +1,16 @@
-"""Are these still the same weights? A number that changes when a weight does.
+"""Which weights are these? A number that is another one for other weights.
 
-Identity and version of every parameter and buffer tell, and cost some 0.06 µs each. A weight that was moved, as offloading does, is
-another object of the same value: that is found out by a sample of its bits, and is no change. What is written through `.data`
-(as PEFT's merge does) shows in neither identity nor version; no value crosses generations, so it counts from the next one on.
+Identity and version of every parameter and buffer tell, and cost some 0.06 µs each, at every call: a tensor that a model holds as an attribute
+counts as a weight for Dynamo, and lanes may differ in it. Weights that were there before have the number that they had, so adapters may come
+and go. A weight that was moved, as offloading does, is another object of the same value: that is found out by its bits, all of a small
+tensor and a sample of a large one, and is no change. What is written through `.data` (as PEFT's merge does) shows in neither identity nor
+version; no value crosses generations, so it counts from the next one on.
 """
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import struct
 import sys
 import weakref
@@ -20,7 +23,9 @@ from torch import Tensor
 
 __all__ = ["WeightsToken", "sample"]
 
-SAMPLES = 16  # elements of a weight that are compared where it is another object
+SAMPLES = 1024  # elements of a weight that are compared where it is another object
+WHOLE = 4096  # elements of a weight that is compared whole
+MOST = 100_000  # weights that are remembered
 
 _version = attrgetter("_version")
 
@@ -29,83 +34,84 @@ class WeightsToken:
     """The weights of the graphs of one model, as far as they were seen."""
 
     def __init__(self) -> None:
-        self.value = 0
-        self._known: dict[object, _Weights] = {}
+        self._known: dict[object, dict[bytes, _Weights]] = {}  # of each graph, by identity, the last one at the end
+        self._numbers = itertools.count()
+        self._held = 0  # weights that are remembered
 
-    def looked_at(self, graph: object, now: Hashable) -> bool:
-        """Whether a graph's weights were looked at in this step."""
-        known = self._known.get(graph)
-        return known is not None and known.step == now
-
-    def check(self, graph: object, kind: Hashable, weights: Sequence[Tensor], now: Hashable = None) -> int:
-        """The token, after a look at what a graph receives. Waits for no device unless a weight is another object than before.
+    def check(self, graph: object, kind: Hashable, weights: Sequence[Tensor], now: Hashable = None) -> tuple[int, bool]:
+        """The number of the weights that a graph receives. Waits for no device unless a weight is another object than before.
 
         Args:
             graph: whose weights these are.
             kind: graphs of one kind compute the same; one that Dynamo made anew goes on with the weights of the other.
             weights: its parameters and buffers, always in the same order.
-            now: the step. A graph whose like ran in this very step is another block, not the other one made anew.
+            now: the step. What was used in this very step is the weights of another block or lane, not these ones as they were.
+
+        Returns also whether they were written into, or take the place of others: then nobody will come back to those.
         """
         weights = tuple(weights)
-        known = self._known.get(graph)
-        if known is None:
-            seen = _Weights(kind, weights)
-            twin = next((w for w in self._known.values() if w.kind == kind), None)
-            beside = twin is not None and now is not None and twin.step == now
-            if twin is not None and not beside and not twin.holds(seen):
-                self.value += 1
-            self._known[graph] = seen
-        elif not known.unchanged(weights):
-            seen = _Weights(kind, weights, known)
-            if seen.differs:
-                self.value += 1
-            self._known[graph] = seen
-        self._known[graph].step = now
-        return self.value
+        own = self._known.setdefault(graph, {})
+        identities = _identities(weights)
+        known = own.get(identities)
+        if known is not None and known.unchanged(weights):
+            known.step = now
+            return known.number, False
+        seen = _Weights(kind, weights)
+        written = known is not None and known.alive
+        others = [] if written else [w for w in reversed(own.values()) if now is None or w.step != now]
+        moved = next((w for w in others if w.moved_to(seen)), None)
+        twins = [w for of, group in self._known.items() if of is not graph for w in group.values() if w.kind == kind]
+        gone = [w for w in twins if now is None or w.step != now]
+        same = moved or next((w for w in twins if w.holds(seen)), None) or next((w for w in gone if w.equals(seen)), None)
+        seen.number, seen.step = next(self._numbers) if same is None or written else same.number, now
+        for old in {id(w): w for w in (known, moved) if w is not None}.values():
+            own.pop(old.identities, None)
+            self._held -= len(weights)
+        own[identities] = seen
+        self._held += len(weights)
+        while self._held > MOST and len(own) > 1:
+            del own[next(iter(own))]
+            self._held -= len(weights)
+        return seen.number, written or (same is None and bool(others or gone))
 
 
 class _Weights:
-    """Weights as they were once.
+    """Weights as they were once."""
 
-    Args:
-        before: the same ones earlier: what is another object now is compared with it.
-    """
-
-    def __init__(self, kind: Hashable, weights: tuple[Tensor, ...], before: _Weights | None = None) -> None:
+    def __init__(self, kind: Hashable, weights: tuple[Tensor, ...]) -> None:
         self.kind = kind
+        self.number = -1
         self.step: Hashable = None  # in which they were seen last
-        self.ids, self.versions = list(map(id, weights)), _versions(weights)
-        self._identities = _identities(weights)
+        self.identities, self.versions = _identities(weights), _versions(weights)
         self.alive = True
-        self.differs = False
         self._refs = [weakref.ref(w, self._died) for w in weights]  # an id may be given to another object
-        if before is None:
-            self._samples: list[Tensor] = [sample(w) for w in weights]
-            return
-        self._samples = list(before._samples)
-        moved = []
-        for i, weight in enumerate(weights):
-            if self.ids[i] != before.ids[i] or before._refs[i]() is not weight:
-                moved.append(i)
-                self._samples[i] = sample(weight)
-            elif self.versions[i] != before.versions[i]:  # written into
-                self.differs = True
-                self._samples[i] = sample(weight)
-        if moved and not self.differs:
-            now, then = (_on_host([of._samples[i] for i in moved]) for of in (self, before))
-            self.differs = now != then
+        self._samples = [sample(w) for w in weights]
 
     def _died(self, _: Any) -> None:
         self.alive = False
 
     def unchanged(self, weights: tuple[Tensor, ...]) -> bool:
-        return self.alive and _identities(weights) == self._identities and _versions(weights) == self.versions
+        """Whether these are the weights. They have the same identities, as far as those tell."""
+        return self.alive and _versions(weights) == self.versions
+
+    def moved_to(self, other: _Weights) -> bool:
+        """Whether the same graph's weights are these now: the same objects, not written into, or others of the same bits."""
+        moved = []
+        for i, (mine, its) in enumerate(zip(self._refs, other._refs, strict=True)):
+            if mine() is not its():
+                moved.append(i)
+            elif self.versions[i] != other.versions[i]:
+                return False
+        now, then = (_on_host([of._samples[i] for i in moved]) for of in (other, self))
+        return now == then
 
     def holds(self, other: _Weights) -> bool:
-        """Whether another graph's weights are these, in whatever order: the same objects, or objects of the same value."""
-        mine = {(i, v) for i, v in zip(self.ids, self.versions, strict=True)} if self.alive else set()
-        if all(key in mine for key in zip(other.ids, other.versions, strict=True)):
-            return True
+        """Whether another graph's weights are among these very objects, in whatever order."""
+        mine = {(id(w), v) for ref, v in zip(self._refs, self.versions, strict=True) if (w := ref()) is not None}
+        return all((id(ref()), v) in mine for ref, v in zip(other._refs, other.versions, strict=True))
+
+    def equals(self, other: _Weights) -> bool:
+        """Whether another graph's weights are among these by their bits."""
         return set(_on_host(other._samples)) <= set(_on_host(self._samples))
 
 
@@ -132,13 +138,16 @@ def _versions(weights: Sequence[Tensor]) -> list[int | None]:
 
 
 def sample(weight: Tensor) -> Tensor:
-    """Bits of up to `SAMPLES` elements from all over a tensor, on its device, [n] uint8; waits for nothing."""
+    """Bits of a small tensor, or of `SAMPLES` elements from all over a large one, on its device, [n] uint8; waits for nothing."""
     with torch.no_grad():
         flat = weight.detach()
         if not flat.is_contiguous():
-            flat = flat[tuple(slice(None, None, max(1, s // 4)) for s in flat.shape)].contiguous()
+            whole = flat.numel() <= WHOLE
+            flat = flat if whole else flat[tuple(slice(None, None, max(1, s // 32)) for s in flat.shape)]
+            flat = flat.contiguous()
         flat = flat.reshape(-1)
-        picked = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].clone()
+        every = 1 if flat.numel() <= WHOLE else flat.numel() // SAMPLES
+        picked = flat[::every].clone()
         if picked.is_complex():
             picked = torch.view_as_real(picked)
         return picked.contiguous().view(torch.uint8).reshape(-1)
