@@ -283,12 +283,34 @@ def writes(self, graph):
     return PassResult(graph, 1)
 
 
+def product(graph):
+    products = (torch.ops.aten.matmul.default, torch.ops.aten.mm.default, torch.ops.aten.linear.default)
+    return next(n for n in graph.graph.nodes if n.target in products)
+
+
+def other_shape(self, graph):
+    node = product(graph)
+    node.replace_all_uses_with(node.args[1])
+    return PassResult(graph, 1)
+
+
+def untrue(self, graph):
+    node = product(graph)
+    node.args = node.args[::-1]
+    return PassResult(graph, 1)
+
+
 BROKEN = {
     "none": (lambda self, graph: None, "'third-party' returned NoneType; run returns a PassResult"),
     "graph": (lambda self, graph: graph, "'third-party' returned GraphModule; run returns a PassResult"),
     "doubled": (doubled, "has slot 'all/twice', which 'cache_guard' has already"),
     "too early": (too_early, "after 'third-party' the graph is no graph: "),
     "untyped": (untyped, "after 'third-party' the graph is not typed: 'relu"),
+    "other shape": (other_shape, "gives float32[4, 4], and its meta['val'] says float32[2, 4]"),
+    "untrue": (
+        untrue,
+        "after 'third-party' the graph cannot be computed: 'matmul' is aten.matmul.default of float32[4, 4] and float32[2, 4]",
+    ),
     "writes": (writes, "after 'third-party' the graph is not functional: "),
 }
 

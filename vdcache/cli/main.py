@@ -33,6 +33,8 @@ def main(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
     """Diffusion transformers several times faster, by compiling."""
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)  # so that module:Name finds a file in the current folder, as under `python -m`
 
 
 @app.command()

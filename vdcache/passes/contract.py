@@ -8,10 +8,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import fx
 
 from vdcache.errors import ConfigError, ContractError
+from vdcache.ir import dialect
+from vdcache.ir.capture import first_line
 from vdcache.ir.dump import dump
+from vdcache.ir.edit import evaluate
 from vdcache.ir.facts import Fact, check, holding
 from vdcache.util.fields import check_fields
 
@@ -53,6 +57,7 @@ class Contract:
 
     def __init__(self, a_pass: Any, graph: fx.GraphModule) -> None:
         self._pass, self._text = a_pass, dump(graph)
+        self._calls = {n: (n.target, n.args, n.kwargs) for n in graph.graph.nodes}
         # a specialised graph writes into what the model writes into
         lost = {Fact.FUNCTIONAL} if Fact.PLAIN in a_pass.ensures else set()
         self._facts = holding(graph.graph) & set(_LASTING) - lost | a_pass.ensures
@@ -66,5 +71,39 @@ class Contract:
             raise ContractError(f"after '{self._pass}' the graph is no graph: {reason}") from error
         for fact in self._facts:
             check(fact, graph.graph, after=f"'{self._pass}'")
+        self._check_values(graph)
         if not rewrites and dump(graph) != self._text:
             raise ContractError(f"'{self._pass}' reports no rewrites, but the graph has changed")
+
+    def _check_values(self, graph: fx.GraphModule) -> None:
+        """What the pass added or gave other arguments can be computed, and gives what its `meta["val"]` says."""
+        for node in graph.graph.nodes:
+            known = isinstance(node.target, torch._ops.OpOverload) and isinstance(node.meta.get("val"), torch.Tensor)
+            if not known or self._calls.get(node) == (node.target, node.args, node.kwargs) or dialect.is_dialect(node):
+                continue
+            try:
+                value = evaluate(node.target, node.args, node.kwargs)
+            except Exception as error:
+                raise ContractError(
+                    f"after '{self._pass}' the graph cannot be computed: '{node.name}' is {node.target} of "
+                    f"{_shapes(node)}: {type(error).__name__}: {first_line(error)}"
+                ) from error
+            told = node.meta["val"]
+            if isinstance(value, torch.Tensor) and _size(value) != _size(told):
+                raise ContractError(
+                    f"after '{self._pass}' '{node.name}' gives {_form(value)}, and its meta['val'] says {_form(told)}"
+                )
+
+
+def _size(value: torch.Tensor) -> tuple[object, ...]:
+    """Dtype and shape, as far as the sizes are numbers."""
+    return (value.dtype, *(n if isinstance(n, int) else None for n in value.shape))
+
+
+def _form(value: torch.Tensor) -> str:
+    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+
+
+def _shapes(node: fx.Node) -> str:
+    values = (n.meta.get("val") for n in node.all_input_nodes)
+    return " and ".join(_form(v) for v in values if isinstance(v, torch.Tensor)) or "no tensor"

@@ -114,7 +114,13 @@ def applied_to(pipe: Any) -> PipelineCache:
         ConfigError: vdcache was not applied to it.
     """
     if (bars := _bars(pipe)) is None:
-        raise ConfigError(f"vdcache is not applied to this {type(pipe).__name__}; vdcache.apply(pipe, recipe) does that")
+        kind = type(pipe).__name__
+        if not callable(pipe):
+            raise ConfigError(f"this takes a pipeline after vdcache.apply; got {kind}")
+        hint = "vdcache.apply(pipe, recipe) does that"
+        if isinstance(pipe, nn.Module):
+            hint = "that is for pipelines; `with vdcache.record() as history:` shows what a compiled model did"
+        raise ConfigError(f"vdcache is not applied to this {kind}; {hint}")
     return cast(PipelineCache, bars.applied)
 
 

@@ -33,6 +33,7 @@ class ForwardWatch:
         self._given: set[int] | None = None
         # Shapes of what the last watched forward of a model in parts returned.
         self._results: list[tuple[int, ...]] | None = None
+        self._latents: set[int] = set()  # of this forward, by identity, as far as its graphs have taken them
         self._latents_of: dict[CompiledGraph, tuple[int, ...]] = {}  # what is updated with those
         # What graphs returned lately, for which conditioning, in which family; and how often a lane had begun by then.
         self._made: dict[int, tuple[weakref.ref[Tensor], Hashable, Hashable, int]] = {}
@@ -42,6 +43,7 @@ class ForwardWatch:
     def begin(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         """A forward begins that is watched to its end."""
         self.ran = 0
+        self._latents = set()
         self._given = {id(x) for x in _tensors((*args, *kwargs.values()))} if len(self.graphs) != 1 else None
 
     def end(self) -> None:
@@ -98,10 +100,12 @@ class ForwardWatch:
             tensors = ((i, v) for i in graph.inputs.told if isinstance(v := inputs[i], Tensor))
             given = {i: v for i, v in tensors if v.is_floating_point() and v.ndim > 1}
             outer = {i: v.shape for i, v in given.items() if self._given is None or id(v) in self._given}
-            # A sequence of another length may be a prompt, whose exchange must be noticed.
-            rows = {r[:2] for r in self._results}
-            outer = {i: shape for i, shape in outer.items() if len(shape) > 3 or tuple(shape[:2]) in rows}
+            # Where an earlier graph of the forward has taken the latent, what else looks like it is a prompt.
+            if self._latents:
+                outer = {i: shape for i, shape in outer.items() if id(inputs[i]) in self._latents}
             found = self._latents_of[graph] = tuple(updated_by(outer, self._results))
+        if self.ran is not None:
+            self._latents.update(id(inputs[i]) for i in found)
         return found
 
     def conditioning(

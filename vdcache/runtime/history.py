@@ -122,6 +122,10 @@ class History:
         if len(found) > SHOWN:
             lines.append(f"  … {len(found) - SHOWN} earlier")
         for number, records in [*found.items()][-SHOWN:]:
+            if all(r.step < 0 for r in records):
+                calls = f"{len(records)} call{'s' * (len(records) != 1)}"
+                lines.append(f"  {calls} before any step was known, computed")
+                continue
             steps, lanes = len({r.step for r in records}), len({r.lane for r in records})
             computed = self.computed_steps(number)
             which = f": {', '.join(map(str, computed))}" if len(computed) < steps else ""

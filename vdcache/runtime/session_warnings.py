@@ -40,7 +40,9 @@ class SessionWarnings:
 
     def short(self, steps: int, given: int | None) -> None:
         self._warn(
-            "short", f"a generation ended after {steps} of {given} steps. If this is its real number, pass num_steps={steps}."
+            "short",
+            f"a generation ended after {steps} of {given} steps. If this is its real number, pass num_steps={steps}; a pinned schedule needs one "
+            "that was made for it. If it is not, several runs share this model: tell them apart with begin() and step().",
         )
 
     def long(self, step: int, steps: int | None) -> None:
