@@ -22,6 +22,7 @@ from .passes.rewrite import Rewrite
 from .passes.watching import debug
 from .patterns import analyze
 from .patterns.match import Pattern
+from .pipelines.compiled_file import load_compiled, save_compiled
 from .pipelines.pipeline_cache import apply, remove
 from .pipelines.summary import summary
 from .policies.base import Policy
@@ -57,6 +58,7 @@ __all__ = [
     "errors",
     "explain",
     "export",
+    "load_compiled",
     "masks",
     "methods",
     "parse",
@@ -66,6 +68,7 @@ __all__ = [
     "recipes",
     "record",
     "remove",
+    "save_compiled",
     "search_masks",
     "search_schedule",
     "summary",

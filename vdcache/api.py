@@ -118,7 +118,9 @@ def settings_of(options: Mapping[str, Any] | None) -> Settings:
             raise ConfigError(
                 f"unknown option {name!r}{hint} There are {', '.join(known)}; Inductor's own go under 'inductor'."
             )
-    inductor = options.pop("inductor", {}) or {}
+    inductor = options.pop("inductor", None) or {}
+    if not isinstance(inductor, Mapping):
+        raise ConfigError(f"inductor is a dict of Inductor's settings, as {{'max_autotune': True}} is; got {inductor!r}")
     chosen = for_goal(options.pop("recipe", None), options.pop("speedup", None), options.pop("quality_db", None))
     if (passes := options.pop("pipeline", None)) is not None:
         chosen = chosen.with_passes(passes)

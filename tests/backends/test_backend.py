@@ -503,6 +503,8 @@ def test_a_model_without_branches_runs_plain_or_raises_when_strict():
         ({"num_steps": 0}, "at least 1"),
         ({"inner": "tvm"}, "inductor or eager"),
         ({"recipee": "always"}, "did you mean 'recipe'"),
+        ({"inductor": 3}, "inductor is a dict of Inductor's settings"),
+        ({"inductor": {"max_autotun": True}}, "Inductor has no setting 'max_autotun'; did you mean 'max_autotune'"),
     ],
 )
 def test_bad_options_are_refused_before_anything_runs(options, message):

@@ -79,7 +79,7 @@ def test_json_of_something_else_is_refused(text, tmp_path):
 def test_as_text():
     found = one(note="a note")
     assert str(found) == (
-        "█·█·  2 of 4 steps, order 1, blocks off by 12.5% in a reused step (predicted), result at 33.0 dB (measured)\n"
+        "█·█·  2 of 4 steps, order 1, result at 33.0 dB (measured)\n"
         "for 2× speed: 1.82× by FLOPs; 4 steps of 1×6×4:float32\n"
         "2 schedules were run in 2 s\n"
         "a note"

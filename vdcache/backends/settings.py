@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+import torch
 
 from vdcache.attention.autotune import check_lowering
 from vdcache.errors import ConfigError, inform_once, warn_once
@@ -59,6 +62,7 @@ class Settings:
         if self.inner not in INNER:
             raise ConfigError(f"inner is {' or '.join(INNER)}; got {self.inner!r}")
         check_lowering(self.tiles)
+        _check_inductor(dict(self.inductor))
         if not isinstance(self.outline, bool):
             raise ConfigError(f"outline is True or False; got {self.outline!r}")
         goal = self.recipe.goal
@@ -91,3 +95,14 @@ class Settings:
         """What is no warning."""
         if self.on_warning is None:
             inform_once(self._said, message, key=key)
+
+
+def _check_inductor(options: dict[str, Any]) -> None:
+    """Raise ConfigError where Inductor has no such setting; those of torch.compile's `options` are accepted."""
+    if not options:
+        return
+    known = set(torch._inductor.list_options())
+    if unknown := [name for name in options if name.replace("-", "_") not in known]:
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "; torch._inductor.list_options() shows them"
+        raise ConfigError(f"Inductor has no setting {unknown[0]!r}{hint}")

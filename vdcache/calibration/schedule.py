@@ -103,9 +103,11 @@ class Schedule:
 
     def __str__(self) -> str:
         text = f"{self._row()}  {len(self.computed)} of {self.steps} steps, order {self.order}"
+        if self.psnr is not None:
+            return f"{text}, result at {self.psnr:.1f} dB (measured)"
         if self.error and len(self.computed) < self.steps:
             text += f", blocks off by {self.error / (self.steps - len(self.computed)):.1%} in a reused step (predicted)"
-        return text if self.psnr is None else f"{text}, result at {self.psnr:.1f} dB (measured)"
+        return text
 
     def to_json(self, path: str | File | None = None) -> str:
         """The schedule as JSON text, also written to `path`."""

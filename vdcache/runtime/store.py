@@ -1,4 +1,4 @@
-"""Cached tensors: whose they are, how large they are, when they go."""
+"""Cached tensors: whose they are and how large they are. When they go `ComputedSteps` says."""
 
 from __future__ import annotations
 

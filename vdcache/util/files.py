@@ -38,9 +38,9 @@ def text_of(source: str | Path) -> str:
     return path.read_text()
 
 
-def write_aside(path: Path, text: str) -> None:
+def write_aside(path: Path, content: str | bytes) -> None:
     """Write a whole file or none: beside its place, then renamed. Its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as aside:
-        aside.write(text)
+    with tempfile.NamedTemporaryFile("wb", dir=path.parent, delete=False) as aside:
+        aside.write(content.encode() if isinstance(content, str) else content)
     os.replace(aside.name, path)
