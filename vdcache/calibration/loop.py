@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,83 @@ class _Made:
     steps: int
 
 
+@dataclass
+class _Search:
+    """What a search has measured so far, and the file that keeps it, so that an interrupted one goes on where it was.
+
+    Args:
+        caller: the public function that asks, for messages.
+        path: of the file; None keeps nothing.
+        prompts: as the file writes them.
+        weights: tells the model from others.
+        key, times: of the generations.
+        products: of `StepTable`, one array [steps, steps] a prompt.
+        held: bytes that the recording of a generation takes.
+        reuse_cost: of a reused step, as a share of a computed one.
+    """
+
+    caller: str
+    path: Path | None
+    prompts: list[str | int | float]
+    weights: str
+    key: CalibrationKey | None = None
+    times: tuple[float, ...] = ()
+    products: list[np.ndarray] = field(default_factory=list)
+    held: int = 0
+    reuse_cost: float = 0.0
+    scored: ScheduleScores = field(default_factory=ScheduleScores)
+
+    def __post_init__(self) -> None:
+        self.scored.keep = lambda scored: self.save()
+        if self.path is not None and self.path.exists():
+            self._resume(self.path)
+
+    def is_of(self, key: CalibrationKey) -> None:
+        """The generations have this key.
+
+        Raises:
+            ConfigError: the file is of another model or of other sizes.
+        """
+        known = self.key
+        if known is not None and (known.model, known.sizes) != (key.model, key.sizes) and self.path is not None:
+            raise ConfigError(
+                f"{self.caller}: {self.path} was measured with another model or other sizes ({known.sizes}, now {key.sizes}); "
+                "give another path, or delete it"
+            )
+        self.key = key
+
+    def save(self) -> None:
+        if self.path is None:
+            return
+        data = {
+            "vdcache search": 1,
+            "prompts": self.prompts,
+            "weights": self.weights,
+            "key": None if self.key is None else asdict(self.key),
+            "times": self.times,
+            "held": self.held,
+            "reuse_cost": self.reuse_cost,
+            "products": [p.tolist() for p in self.products],
+            "scored": [[*key, value] for key, value in self.scored.known.items()],
+        }
+        write_aside(self.path, json.dumps(data))
+
+    def _resume(self, path: Path) -> None:
+        try:
+            data = json.loads(text_of(path))
+            prompts, weights = list(data["prompts"]), str(data["weights"])
+            self.products = [np.array(p) for p in data["products"]]
+            self.scored.known = {(tuple(c), int(o), int(p)): float(v) for c, o, p, v in data["scored"]}
+            self.times, self.held, self.reuse_cost = tuple(data["times"]), int(data["held"]), float(data["reuse_cost"])
+            self.key = from_plain(CalibrationKey | None, data["key"], "key")
+        except (ValueError, TypeError, KeyError) as error:
+            raise ConfigError(f"{self.caller}: {path} holds no search; give another path, or delete it") from error
+        if prompts != self.prompts:
+            raise ConfigError(f"{self.caller}: {path} is of the prompts {prompts}; given are {self.prompts}")
+        if weights != self.weights:
+            raise ConfigError(f"{self.caller}: {path} was measured with another model; give another path, or delete it")
+
+
 class SamplingLoop:
     """`run(model, prompt)`, as a table of steps is measured with it and schedules are tried on it.
 
@@ -89,19 +166,11 @@ class SamplingLoop:
         self._full: dict[int, _Made] = {}  # uncached, by prompt
         self._heard: list[str] = []
         self._now: list[Tensor] = []  # latents of the generation that runs
-        self.times: tuple[float, ...] = ()
-        self.key: CalibrationKey | None = None
         self._program: Any = None
-        self.reuse_cost = 0.0  # of a reused step, as a share of a computed one
-        self.held = 0
         self._said = False  # how much memory it takes
-        self._path = None if path is None else Path(path)
-        self._products: list[np.ndarray] = []
-        self._prompts_text = [p if isinstance(p, (str, int, float)) else type(p).__name__ for p in self._given or [None]]
-        self._weights = weights_of(self._model.parameters()) if isinstance(self._model, torch.nn.Module) else ""
-        self.scored = ScheduleScores(keep=lambda scored: self._keep())
-        if self._path is not None and self._path.exists():
-            self._resume(self._path)
+        texts = [p if isinstance(p, (str, int, float)) else type(p).__name__ for p in self._given or [None]]
+        weights = weights_of(self._model.parameters()) if isinstance(self._model, torch.nn.Module) else ""
+        self.search = _Search(caller, None if path is None else Path(path), texts, weights)
 
     @property
     def prompts(self) -> int:
@@ -117,14 +186,14 @@ class SamplingLoop:
             CacheStateError: `run` did not call the model.
         """
         for prompt in range(self.prompts):
-            if len(self._products) <= prompt:
+            if len(self.search.products) <= prompt:
                 self._measure(prompt)
-                self._keep()
-        if len(sizes := {len(p) for p in self._products}) > 1:
+                self.search.save()
+        if len(sizes := {len(p) for p in self.search.products}) > 1:
             raise ConfigError(
                 f"{self._caller}: the generations have {sorted(sizes)} steps; search one number of steps at a time"
             )
-        return StepTable(np.stack(self._products), self.held)
+        return StepTable(np.stack(self.search.products), self.search.held)
 
     def _measure(self, prompt: int) -> None:
         found: dict[int, StepTableBuilder] = {}
@@ -136,8 +205,8 @@ class SamplingLoop:
             own = found.setdefault(entry.generation, StepTableBuilder(None))
             own.add(entry.step, entry.lane, {n: kept[n] for n in program.slots if n in kept})
             if program is not self._program:
-                self._program, self.reuse_cost = program, cost_of_reuse(way.fast.vdcache.graphs)
-                self._is(key_of(program, inputs, 0))
+                self._program, self.search.reuse_cost = program, cost_of_reuse(way.fast.vdcache.graphs)
+                self.search.is_of(key_of(program, inputs, 0))
             if entry.step not in times:
                 times[entry.step] = time_of(program, inputs, entry.timestep)
             if not self._said and self._console is not None:
@@ -156,12 +225,12 @@ class SamplingLoop:
             why = "; ".join([*sorted(reasons), *self._heard]) or "no stream was found"
             raise ConfigError(f"{self._caller}: what the blocks add cannot be read: {why}")
         for own in found.values():
-            self.held = max(self.held, own.bytes)
+            self.search.held = max(self.search.held, own.bytes)
             try:
-                self._products.append(own.products())
+                self.search.products.append(own.products())
             except ConfigError as error:
                 raise ConfigError(f"{self._caller}: {error}") from error
-        self.times = tuple(times[s] for s in sorted(times))
+        self.search.times = tuple(times[s] for s in sorted(times))
 
     # ---- running -----------------------------------------------------------------------------------------------------
 
@@ -233,45 +302,3 @@ class SamplingLoop:
         """A pipeline may hold what it was given: from here on it is the plain model."""
         for way in self._ways.values():
             way.forget()
-
-    # ---- going on where it was ---------------------------------------------------------------------------------------
-
-    def _is(self, key: CalibrationKey) -> None:
-        known = self.key
-        if known is not None and (known.model, known.sizes) != (key.model, key.sizes) and self._path is not None:
-            raise ConfigError(
-                f"{self._caller}: {self._path} was measured with another model or other sizes ({known.sizes}, now {key.sizes}); "
-                "give another path, or delete it"
-            )
-        self.key = key
-
-    def _keep(self) -> None:
-        if self._path is None:
-            return
-        data = {
-            "vdcache search": 1,
-            "prompts": self._prompts_text,
-            "weights": self._weights,
-            "key": None if self.key is None else asdict(self.key),
-            "times": self.times,
-            "held": self.held,
-            "reuse_cost": self.reuse_cost,
-            "products": [p.tolist() for p in self._products],
-            "scored": [[*key, value] for key, value in self.scored.known.items()],
-        }
-        write_aside(self._path, json.dumps(data))
-
-    def _resume(self, path: Path) -> None:
-        try:
-            data = json.loads(text_of(path))
-            prompts, weights = list(data["prompts"]), str(data["weights"])
-            self._products = [np.array(p) for p in data["products"]]
-            self.scored.known = {(tuple(c), int(o), int(p)): float(v) for c, o, p, v in data["scored"]}
-            self.times, self.held, self.reuse_cost = tuple(data["times"]), int(data["held"]), float(data["reuse_cost"])
-            self.key = from_plain(CalibrationKey | None, data["key"], "key")
-        except (ValueError, TypeError, KeyError) as error:
-            raise ConfigError(f"{self._caller}: {path} holds no search; give another path, or delete it") from error
-        if prompts != self._prompts_text:
-            raise ConfigError(f"{self._caller}: {path} is of the prompts {prompts}; given are {self._prompts_text}")
-        if weights != self._weights:
-            raise ConfigError(f"{self._caller}: {path} was measured with another model; give another path, or delete it")

@@ -106,7 +106,7 @@ def search_schedule(
     try:
         with progress(console, loop):
             table = table or loop.table()
-            return choose(table, loop, goal, orders=orders, tries=tries, scored=loop.scored)
+            return choose(table, loop, goal, orders=orders, tries=tries, scored=loop.search.scored)
     finally:
         loop.forget()
 
@@ -115,5 +115,5 @@ def progress(console: Console, loop: SamplingLoop) -> Progress:
     """Says what is being run, for as long as it is entered."""
     shown = Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True)
     bar = shown.add_task("uncached", total=None)
-    loop.scored.tick = lambda text: shown.update(bar, description=text)
+    loop.search.scored.tick = lambda text: shown.update(bar, description=text)
     return shown

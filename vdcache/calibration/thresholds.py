@@ -292,12 +292,13 @@ def _schedule(
     try:
         with progress(console, loop):
             table = loop.table()
-            schedule = choose(table, loop, goal, orders=[ORDER], reuse_cost=loop.reuse_cost, scored=loop.scored)
+            schedule = choose(table, loop, goal, orders=[ORDER], reuse_cost=loop.search.reuse_cost, scored=loop.search.scored)
     finally:
         loop.forget()
-    assert loop.key is not None
-    key = replace(loop.key, steps=table.steps, times=loop.times)
-    found = Calibration.of(key, goal, schedule, table, loop.scored, reuse_cost=loop.reuse_cost, began=began)
+    done = loop.search
+    assert done.key is not None
+    key = replace(done.key, steps=table.steps, times=done.times)
+    found = Calibration.of(key, goal, schedule, table, done.scored, reuse_cost=done.reuse_cost, began=began)
     try:
         return replace(found, path=keep(found))
     except OSError as error:
