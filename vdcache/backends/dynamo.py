@@ -76,7 +76,7 @@ def compile_graph(
 
 def _why_plain(example_inputs: Sequence[Any], mode: str | None) -> str:
     """Why a graph is compiled as without vdcache, before anything is looked at; "" where it is not."""
-    if mode in ("reduce-overhead", "max-autotune"):
+    if mode == "reduce-overhead":  # is nothing but CUDA graphs
         return f"mode={mode!r} uses CUDA graphs, which vdcache does not support yet"
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in example_inputs):
         return "gradients are enabled, and cached values have none; sample under torch.no_grad() or torch.inference_mode()"
@@ -210,6 +210,6 @@ def _with_mode(settings: Settings, mode: str) -> Settings:
         known = dict(torch._inductor.list_mode_options(mode))
     except RuntimeError as error:
         raise ConfigError(
-            f"torch.compile has no mode {mode!r}; there are default, reduce-overhead, max-autotune-no-cudagraphs"
+            f"torch.compile has no mode {mode!r}; there are default, max-autotune, max-autotune-no-cudagraphs, reduce-overhead"
         ) from error
     return replace(settings, inductor=tuple(sorted({**known, **dict(settings.inductor)}.items())))

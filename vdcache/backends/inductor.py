@@ -20,7 +20,17 @@ from torch import fx
 
 from vdcache.ir.capture import first_line
 
-__all__ = ["Context", "compile_now", "frame_of_backend_call", "no_autocast", "package_ahead"]
+__all__ = [
+    "CUDA_GRAPHS",
+    "Context",
+    "asks_for_cuda_graphs",
+    "compile_now",
+    "frame_of_backend_call",
+    "no_autocast",
+    "package_ahead",
+]
+
+CUDA_GRAPHS = "triton.cudagraphs"  # Inductor's option
 
 Compiled = Callable[..., Sequence[Any]]
 
@@ -34,6 +44,11 @@ def compile_now(graph: fx.GraphModule, inputs: Sequence[Any], options: Mapping[s
     from torch._inductor.compile_fx import compile_fx
 
     return compile_fx(graph, list(inputs), config_patches=dict(options) or None)  # type: ignore[no-any-return,return-value,arg-type]
+
+
+def asks_for_cuda_graphs(options: Mapping[str, Any]) -> bool:
+    """Whether Inductor would record CUDA graphs: by these options, or by its settings for the process."""
+    return bool(options.get(CUDA_GRAPHS, torch._inductor.config.triton.cudagraphs))
 
 
 def package_ahead(program: Any, path: Path) -> None:
