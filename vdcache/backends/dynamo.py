@@ -18,6 +18,7 @@ from vdcache.errors import CaptureError, ConfigError, VdcacheError
 from vdcache.ir import dialect
 from vdcache.ir.capture import capture
 from vdcache.ir.ops import ATTENTION, is_work
+from vdcache.ir.stand_ins import brought, stored
 from vdcache.passes import TileAttention
 from vdcache.policies.base import Deciding
 
@@ -198,8 +199,12 @@ def _plain(graph: fx.GraphModule, example_inputs: Sequence[Any], settings: Setti
 
 def _inner(graph: fx.GraphModule, example_inputs: Sequence[Any], settings: Settings) -> Callable[..., Any]:
     if settings.inner == "eager":
-        return graph.forward if torch.is_grad_enabled() else run_eagerly(graph)
-    return compile_now(graph, example_inputs, dict(settings.inductor))
+        run = graph.forward if torch.is_grad_enabled() else run_eagerly(graph)
+    else:
+        run = compile_now(graph, example_inputs, dict(settings.inductor))
+    if not any(stored(x) is not None for x in example_inputs):
+        return run
+    return lambda *inputs: run(*(x if (weight := stored(x)) is None else brought(weight, x) for x in inputs))
 
 
 def _with_mode(settings: Settings, mode: str) -> Settings:

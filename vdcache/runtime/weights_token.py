@@ -138,7 +138,7 @@ def sample(weight: Tensor) -> Tensor:
         if not flat.is_contiguous():
             flat = flat[tuple(slice(None, None, max(1, s // 4)) for s in flat.shape)].contiguous()
         flat = flat.reshape(-1)
-        picked = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].clone()
+        picked = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].clone(memory_format=torch.contiguous_format)
         if picked.is_complex():
             picked = torch.view_as_real(picked)
         return picked.contiguous().view(torch.uint8).reshape(-1)
