@@ -12,6 +12,7 @@ from torch import nn
 
 import vdcache
 from vdcache.backends.hooked import HookedModel
+from vdcache.backends.hooks import hooks_of, streams_of
 from vdcache.demo.model import DemoConfig, DemoDiT, with_positions
 from vdcache.ir.stand_ins import stored
 
@@ -175,6 +176,53 @@ def test_a_weight_changed_between_steps_is_noticed(mode):
     (layer._hf_hook.weights_map["weight"] if mode is sequential else layer.weight).copy_(torch.ones(()))
     out = fast(*call(2))
     assert fast.vdcache.history.computed_steps() == [0, 2] and torch.equal(out, model(*call(2)))
+
+
+@pytest.mark.parametrize("mode", FORMS)
+def test_under_inference_mode_and_at_other_sizes(mode):
+    model = made(mode)
+    fast = compiled(model)
+    for size in (16, 32, 24):
+        for step in range(STEPS):
+            x = with_positions(torch.randn(1, 3, 3, size, size, generator=torch.Generator().manual_seed(step)))
+            with torch.inference_mode():
+                out, want = fast(x, *call(step)[1:]), model(x, *call(step)[1:])
+            assert torch.equal(out, want) == (step in (0, 3, 5))
+
+
+def test_streams_that_bring_weights_ahead_are_waited_for():
+    """Else a graph would read what is still on its way."""
+
+    class Stream:
+        waited = 0
+
+        def synchronize(self):
+            Stream.waited += 1
+
+    model = made(leaves)
+    fast = compiled(model, "always")
+    fast(*call(0))
+    stream = Stream()
+    for layer in HookedModel.of(model).layers:
+        layer.streams = {stream}
+    fast(*call(1))
+    assert Stream.waited == 1
+    (hook,) = hooks_of(model.blocks[0].ffn.net[2])
+    assert streams_of([hook]) == set()
+    hook.group.stream = stream
+    assert streams_of([hook]) == {stream}
+
+
+def test_a_call_within_a_call_finds_the_hooks_off():
+    model = made(cast)
+    compiled(model, "always")(*call(0))
+    hooked, before = HookedModel.of(model), _state(model)
+    with hooked.bare():
+        inside = _state(model)
+        with HookedModel.of(model).bare():
+            assert _state(model) == inside != before
+        assert _state(model) == inside
+    assert _state(model) == before
 
 
 def test_two_models_of_one_class_do_not_mix():

@@ -11,7 +11,7 @@ import torch
 import vdcache
 from tests.support.histories import Adapted
 from vdcache.runtime.lane_table import LaneTable
-from vdcache.runtime.weights_token import WeightsToken
+from vdcache.runtime.weights_token import WeightsToken, sample
 from vdcache.testing import TinyDiT, latent, time_of
 
 STEPS = 8
@@ -363,3 +363,8 @@ def test_a_table_counts_an_input_that_moved_where_it_stands_still():
     assert [lane(step, hints[step]) for step in range(4)] == [0, 0, 0, 0], "it moves with the timestep"
     assert lane(4, hints[3]) == 0
     assert lane(4, hints[4]) == 1, "in a step in which it stands still it tells lanes apart"
+
+
+def test_a_value_that_was_expanded_is_sampled_like_any():
+    """As schedulers expand a timestep to one for each row of the batch."""
+    assert torch.equal(sample(torch.tensor(5).expand(1)), sample(torch.tensor([5])))

@@ -18,7 +18,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from vdcache.backends.hooks import hooks_of, on_disk, only_bring_weights, places, weights_of
+from vdcache.backends.hooks import hooks_of, on_disk, only_bring_weights, places, streams_of, weights_of
 from vdcache.ir.stand_ins import brought, stand_in
 
 __all__ = ["HookedModel", "differ"]
@@ -93,16 +93,19 @@ class HookedModel:
     def bare(self) -> Iterator[None]:
         """In this block the hooks are off, and stand-ins are in the place of the weights that they bring."""
         with self._lock:
-            layers = self.layers
+            layers = () if self._is_bare else self.layers  # a call within a call finds them off
+            was_bare = self._is_bare
             try:
                 self._is_bare = True
                 for layer in layers:
                     layer.take_off()
+                for stream in {stream for layer in layers for stream in layer.streams}:
+                    stream.synchronize()  # a hook around the model may be bringing a weight right now
                 yield
             finally:
                 for layer in layers:
                     layer.put_back()
-                self._is_bare = False
+                self._is_bare = was_bare
 
 
 class _Weight:
@@ -158,10 +161,7 @@ class _Weight:
         weight = self._find()
         if (weight.device, weight.dtype) == (self._device, self._dtype):
             return weight
-        # A hook around the model has brought it ahead of time, perhaps on another stream that is not done.
-        if weight.device.type != "cpu":
-            torch.accelerator.synchronize(weight.device)
-        return weight.detach().to(self._device, self._dtype)
+        return weight.detach().to(self._device, self._dtype)  # a hook around the model has brought it ahead of time
 
     def take_off(self) -> None:
         if self._place is not None:
@@ -183,6 +183,7 @@ class _Layer:
 
     def __post_init__(self) -> None:
         self._hooked: Forward = self.module.__dict__["forward"]
+        self.streams = streams_of(hooks_of(self.module))
         self._bare = self._without_hooks()
 
     @contextlib.contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["ForwardLocation", "hooks_of", "on_disk", "only_bring_weights", "places", "weights_of"]
+__all__ = ["ForwardLocation", "hooks_of", "on_disk", "only_bring_weights", "places", "streams_of", "weights_of"]
 
 # These do nothing but bring weights for one forward and put them away again. A hook that is not named here may do anything.
 _BRING_WEIGHTS = {
@@ -97,3 +97,9 @@ def weights_of(hooks: list[Any], name: str) -> Mapping[str, Tensor] | None:
 def on_disk(hooks: list[Any]) -> bool:
     """Whether hooks leave memory without content in the module, and keep its weights on the disk."""
     return any(getattr(getattr(hook, "group", None), "offload_to_disk_path", None) is not None for hook in hooks)
+
+
+def streams_of(hooks: list[Any]) -> set[Any]:
+    """The streams on which hooks bring weights ahead of time."""
+    found = {getattr(getattr(hook, "group", None), "stream", None) for hook in hooks}
+    return found - {None}
