@@ -225,6 +225,17 @@ def test_a_call_within_a_call_finds_the_hooks_off():
     assert _state(model) == before
 
 
+@pytest.mark.parametrize("mode", [cast, cast_leaves])
+def test_a_first_call_that_fails_spoils_nothing(mode):
+    """sequential offloading leaves half of the weights where they were brought, with or without vdcache."""
+    model = made(mode)
+    fast = compiled(model)
+    with pytest.raises(Exception, match=r"shape|size"):
+        fast(*call(0)[:2], torch.ones(1, 5, 7))
+    for step in range(STEPS):
+        assert torch.equal(fast(*call(step)), model(*call(step))) == (step in (0, 3, 5))
+
+
 def test_two_models_of_one_class_do_not_mix():
     models = [made(mode, seed=seed) for seed, mode in enumerate((cast, cast, sequential))]
     fast = [compiled(model) for model in models]

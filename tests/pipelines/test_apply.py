@@ -688,7 +688,7 @@ def test_hooks_that_stay_on_single_layers_are_named(request):
 
 
 def test_an_offloaded_and_cast_denoiser_is_cached_and_left_as_it_was():
-    """Both at once, under the hook of model offloading."""
+    """Both at once, under the hook that group offloading puts in front of the whole model."""
     pipe = made(NAME)
     model = pipe.transformer
     model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)

@@ -197,6 +197,7 @@ class _Layer:
         own: Forward = inmost.get()
         hooks = hooks_of(self.module)
         self.weights = [_Weight(*weight, hooks) for weight in _owned(self.module, behind)]
+        self.ran, self.problem = False, ""  # an earlier attempt may have ended halfway
         given: list[Tensor] = []
         returned: list[Tensor] = []
 
