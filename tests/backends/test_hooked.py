@@ -333,6 +333,15 @@ def test_a_model_that_looks_at_stored_weights_is_not_changed():
     assert len(messages) == 1 and "without them the model computes something else" in messages[0]
 
 
+@pytest.mark.parametrize("mode", [cast, leaves, sequential])
+def test_the_string_backend_says_what_to_use(mode):
+    """Dynamo has cut the model before a backend sees it."""
+    model = made(mode)
+    fast = torch.compile(model, backend="vdcache", options={"recipe": "every-3", "inner": "eager", "num_steps": STEPS})
+    with pytest.warns(vdcache.VdcacheWarning, match=r"breaks this model at the hooks .* vdcache.compile\(model\) takes"):
+        assert torch.equal(fast(*call(0)), model(*call(0)))
+
+
 def test_gradients_leave_the_hooks_alone():
     model = made(cast).requires_grad_(True)
     with torch.enable_grad(), warnings.catch_warnings():
@@ -367,3 +376,14 @@ def test_compiled_by_inductor_blocks_are_still_compiled_once():
         if step in (0, 3, 5):
             torch.testing.assert_close(out, plain(*call(step)), rtol=1e-3, atol=1e-3)
     assert fast.vdcache.history.computed_steps() == [0, 3, 5]
+
+
+def test_the_string_backend_is_content_with_a_hook_around_the_model():
+    model = made()
+    accelerate.cpu_offload_with_hook(model, CPU)
+    fast = torch.compile(model, backend="vdcache", options={"recipe": "every-3", "inner": "eager", "num_steps": STEPS})
+    with warnings.catch_warnings(), vdcache.record() as history:
+        warnings.simplefilter("error", vdcache.VdcacheWarning)
+        for step in range(STEPS):
+            assert torch.equal(fast(*call(step)), model(*call(step))) == (step in (0, 3, 5))
+    assert history.computed_steps() == [0, 3, 5]

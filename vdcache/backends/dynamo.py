@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from vdcache.backends.eager import run_eagerly
+from vdcache.backends.hooks import hook_in_the_way
 from vdcache.backends.inductor import compile_now, frame_of_backend_call
 from vdcache.backends.program import Program
 from vdcache.backends.settings import Settings
@@ -65,6 +66,13 @@ def compile_graph(
         if settings.strict or isinstance(error, ConfigError):
             raise
         return _plain(graph, example_inputs, settings, str(error))
+    if verdict is None and not program.slots and hook_in_the_way():
+        settings.warn_once(
+            "hooks",
+            "vdcache: Dynamo breaks this model at the hooks of its layers (offloading, layerwise casting), and a backend is given only pieces that "
+            "hold nothing to cache. vdcache.compile(model) takes the hooks off while the compiled model runs: use it instead of "
+            "torch.compile(model, backend='vdcache')",
+        )
     found = _Found(graph, example_inputs, program, verdict, whole=split is None and not resumes)
     if verdict is not None:
         verdict.ends = verdict.ends or split or ""

@@ -13,7 +13,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["ForwardLocation", "hooks_of", "on_disk", "only_bring_weights", "places", "streams_of", "weights_of"]
+__all__ = [
+    "ForwardLocation",
+    "hook_in_the_way",
+    "hooks_of",
+    "on_disk",
+    "only_bring_weights",
+    "places",
+    "streams_of",
+    "weights_of",
+]
 
 # These do nothing but bring weights for one forward and put them away again. A hook that is not named here may do anything.
 _BRING_WEIGHTS = {
@@ -103,3 +112,14 @@ def streams_of(hooks: list[Any]) -> set[Any]:
     """The streams on which hooks bring weights ahead of time."""
     found = {getattr(getattr(hook, "group", None), "stream", None) for hook in hooks}
     return found - {None}
+
+
+def hook_in_the_way() -> bool:
+    """Whether a hook is running below this call, so that Dynamo sees what is behind it on its own."""
+    files = {getattr(sys.modules.get(m), "__file__", None) for m in (*_BRING_WEIGHTS, "diffusers.hooks.hooks")} - {None}
+    frame: types.FrameType | None = sys._getframe(1)
+    while files and frame is not None:
+        if frame.f_code.co_filename in files:
+            return True
+        frame = frame.f_back
+    return False
