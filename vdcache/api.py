@@ -11,6 +11,7 @@ from typing import Any
 from torch import fx
 
 from vdcache.backends.dynamo import compile_graph
+from vdcache.backends.inductor import CUDA_GRAPHS
 from vdcache.backends.runner import compile_with
 from vdcache.backends.settings import Settings
 from vdcache.calibration.auto_calibrator import AutoCalibrator
@@ -94,7 +95,8 @@ def backend(
 
     Args:
         options: `recipe`, `num_steps`, `inner`, `strict`, `inductor` (`Settings`).
-        mode: as torch.compile's; "reduce-overhead" runs plain, because CUDA graphs are not tested yet.
+        mode: as torch.compile's; "reduce-overhead" runs plain, because CUDA graphs are not supported yet. "max-autotune" caches,
+            without CUDA graphs.
 
     Raises:
         ConfigError: an option that does not exist or cannot be.
@@ -121,6 +123,11 @@ def settings_of(options: Mapping[str, Any] | None) -> Settings:
     inductor = options.pop("inductor", None) or {}
     if not isinstance(inductor, Mapping):
         raise ConfigError(f"inductor is a dict of Inductor's settings, as {{'max_autotune': True}} is; got {inductor!r}")
+    if inductor.get(CUDA_GRAPHS):
+        raise ConfigError(
+            f"inductor={{{CUDA_GRAPHS!r}: True}} asks for CUDA graphs, which vdcache does not support yet: a replay overwrites what earlier "
+            "steps cached. Leave it out; mode='max-autotune' tunes kernels without CUDA graphs"
+        )
     chosen = for_goal(options.pop("recipe", None), options.pop("speedup", None), options.pop("quality_db", None))
     if (passes := options.pop("pipeline", None)) is not None:
         chosen = chosen.with_passes(passes)

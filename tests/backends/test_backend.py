@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import vdcache
 from tests.support.logs import informed
+from vdcache.backends.eager import run_eagerly
 from vdcache.runtime import registry
 from vdcache.testing import Reference, TinyDiT, latent, time_of
 
@@ -484,6 +485,31 @@ def test_reduce_overhead_runs_plain_with_a_warning():
         compiled(latent(0), time_of(0), text())
 
 
+@pytest.mark.parametrize("asked", ["max-autotune", "max-autotune-no-cudagraphs", "the process"])
+@torch.no_grad()
+def test_every_other_mode_caches_without_cuda_graphs(asked, monkeypatch):
+    """Whether they come with the mode or with Inductor's settings for the process."""
+    given = []
+
+    def compile_now(graph, inputs, options):
+        given.append(options)
+        return run_eagerly(graph)
+
+    monkeypatch.setattr("vdcache.backends.variants.compile_now", compile_now)
+    model, mode = TinyDiT(), None if asked == "the process" else asked
+    compiled = vdcache.compile(model, "every-2", num_steps=4, mode=mode)
+    graphs = torch._inductor.config.patch({"triton.cudagraphs": asked == "the process"})
+    with warnings.catch_warnings(), informed() as said, graphs:
+        warnings.simplefilter("error")
+        for step in range(4):
+            out = compiled(latent(step), time_of(step), text())
+            assert torch.equal(out, model(latent(step), time_of(step), text())) == (step != 1)
+    assert compiled.vdcache.history.computed_steps() == [0, 2, 3]
+    assert all(options.get("max_autotune", False) == (mode is not None) for options in given)
+    assert all(options.get("triton.cudagraphs", False) is False for options in given)
+    assert len([m for m in said if "without CUDA graphs" in m]) == (asked != "max-autotune-no-cudagraphs")
+
+
 @torch.no_grad()
 def test_a_model_without_branches_runs_plain_or_raises_when_strict():
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)).requires_grad_(False)
@@ -505,6 +531,7 @@ def test_a_model_without_branches_runs_plain_or_raises_when_strict():
         ({"recipee": "always"}, "did you mean 'recipe'"),
         ({"inductor": 3}, "inductor is a dict of Inductor's settings"),
         ({"inductor": {"max_autotun": True}}, "Inductor has no setting 'max_autotun'; did you mean 'max_autotune'"),
+        ({"inductor": {"triton.cudagraphs": True}}, "asks for CUDA graphs, which vdcache does not support yet"),
     ],
 )
 def test_bad_options_are_refused_before_anything_runs(options, message):

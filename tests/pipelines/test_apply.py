@@ -666,14 +666,49 @@ def test_nothing_is_said_of_a_helper_without_a_slot(strict):
     assert not [str(w.message) for w in said if "hints" in str(w.message)]
 
 
-def test_layerwise_casting_is_named(request):
-    """It was advised about offloading, and three messages said the same."""
+def test_hooks_that_stay_on_single_layers_are_named(request):
+    """Three messages said the same."""
+    from diffusers.hooks import HookRegistry, ModelHook
+
+    class Breaking(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            torch._dynamo.graph_break()
+            return args, kwargs
+
     request.addfinalizer(torch._dynamo.reset)  # Dynamo leaves the class alone for the process where hooks break its forward
     pipe = made(NAME)
-    pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    for module in pipe.transformer.modules():
+        if isinstance(module, nn.Linear):
+            HookRegistry.check_if_exists_or_initialize(module).register_hook(Breaking(), "breaking")
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         sample(cached(pipe), NAME, 6)
     (message,) = [str(w.message) for w in said if "vdcache" in str(w.message)]
-    assert "single layers (LayerwiseCastingHook)" in message and "leave out enable_layerwise_casting" in message
-    assert "offload" not in message
+    assert "single layers (Breaking)" in message and "take the others off" in message
+
+
+def test_an_offloaded_and_cast_denoiser_is_cached_and_left_as_it_was():
+    """Both at once, under the hook that group offloading puts in front of the whole model."""
+    pipe = made(NAME)
+    model = pipe.transformer
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    model.enable_group_offload(torch.device("cpu"), torch.device("cpu"), offload_type="leaf_level")
+    plain = sample(pipe, NAME, 5)
+    before = [m.__dict__.get("forward") for m in model.modules() if m is not model]
+    assert torch.equal(sample(cached(pipe, "always"), NAME, 5), plain)
+    vdcache.remove(pipe)
+    sample(cached(pipe), NAME, 5)
+    assert session(pipe).history.computed_steps() == due(5) and len(session(pipe).graphs) == 1
+    vdcache.remove(pipe)
+    assert [m.__dict__.get("forward") for m in model.modules() if m is not model] == before
+    assert torch.equal(sample(pipe, NAME, 5), plain)
+
+
+def test_a_model_that_was_compiled_block_by_block_is_cached_as_a_whole():
+    pipe = made("Wan")
+    pipe.transformer.compile_repeated_blocks(backend="vdcache", options={"recipe": "every-2", "inner": "eager"})
+    with pytest.warns(vdcache.VdcacheWarning, match="compile the whole of it"):
+        plain = sample(pipe, "Wan", 5)
+    assert torch.equal(plain, sample(made("Wan"), "Wan", 5))
+    assert not torch.equal(sample(cached(pipe), "Wan", 5), plain)
+    assert session(pipe).history.computed_steps() == due(5) and len(session(pipe).graphs) == 1

@@ -12,7 +12,7 @@ import torch
 import vdcache
 from tests.support.histories import Adapted
 from vdcache.runtime.lane_table import LaneTable
-from vdcache.runtime.weights_token import WeightsToken
+from vdcache.runtime.weights_token import WeightsToken, sample
 from vdcache.testing import TinyDiT, latent, time_of
 
 STEPS = 8
@@ -525,3 +525,8 @@ def test_a_compiled_model_inside_torch_compile_keeps_its_session():
     for step in range(STEPS):
         around(latent(step), time_of(step), prompt(1))
     assert reused(compiled) == [1, 3, 5]
+
+
+def test_a_value_that_was_expanded_is_sampled_like_any():
+    """As schedulers expand a timestep to one for each row of the batch."""
+    assert torch.equal(sample(torch.tensor(5).expand(1)), sample(torch.tensor([5])))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from vdcache.backends.eager import run_eagerly
+from vdcache.backends.hooks import hook_in_the_way
 from vdcache.backends.inductor import compile_now, frame_of_backend_call
 from vdcache.backends.program import Program
 from vdcache.backends.settings import Settings
@@ -18,6 +19,7 @@ from vdcache.errors import CaptureError, ConfigError, VdcacheError
 from vdcache.ir import dialect
 from vdcache.ir.capture import capture
 from vdcache.ir.ops import ATTENTION, is_work
+from vdcache.ir.stand_ins import brought, stored
 from vdcache.passes import TileAttention
 from vdcache.policies.base import Deciding
 
@@ -64,6 +66,13 @@ def compile_graph(
         if settings.strict or isinstance(error, ConfigError):
             raise
         return _plain(graph, example_inputs, settings, str(error))
+    if verdict is None and not program.slots and hook_in_the_way():
+        settings.warn_once(
+            "hooks",
+            "vdcache: Dynamo breaks this model at the hooks of its layers (offloading, layerwise casting), and a backend is given only pieces that "
+            "hold nothing to cache. vdcache.compile(model) takes the hooks off while the compiled model runs: use it instead of "
+            "torch.compile(model, backend='vdcache')",
+        )
     found = _Found(graph, example_inputs, program, verdict, whole=split is None and not resumes)
     if verdict is not None:
         verdict.ends = verdict.ends or split or ""
@@ -76,7 +85,7 @@ def compile_graph(
 
 def _why_plain(example_inputs: Sequence[Any], mode: str | None) -> str:
     """Why a graph is compiled as without vdcache, before anything is looked at; "" where it is not."""
-    if mode in ("reduce-overhead", "max-autotune"):
+    if mode == "reduce-overhead":  # is nothing but CUDA graphs
         return f"mode={mode!r} uses CUDA graphs, which vdcache does not support yet"
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in example_inputs):
         return "gradients are enabled, and cached values have none; sample under torch.no_grad() or torch.inference_mode()"
@@ -198,8 +207,12 @@ def _plain(graph: fx.GraphModule, example_inputs: Sequence[Any], settings: Setti
 
 def _inner(graph: fx.GraphModule, example_inputs: Sequence[Any], settings: Settings) -> Callable[..., Any]:
     if settings.inner == "eager":
-        return graph.forward if torch.is_grad_enabled() else run_eagerly(graph)
-    return compile_now(graph, example_inputs, dict(settings.inductor))
+        run = graph.forward if torch.is_grad_enabled() else run_eagerly(graph)
+    else:
+        run = compile_now(graph, example_inputs, dict(settings.inductor))
+    if not any(stored(x) is not None for x in example_inputs):
+        return run
+    return lambda *inputs: run(*(x if (weight := stored(x)) is None else brought(weight, x) for x in inputs))
 
 
 def _with_mode(settings: Settings, mode: str) -> Settings:
@@ -210,6 +223,6 @@ def _with_mode(settings: Settings, mode: str) -> Settings:
         known = dict(torch._inductor.list_mode_options(mode))
     except RuntimeError as error:
         raise ConfigError(
-            f"torch.compile has no mode {mode!r}; there are default, reduce-overhead, max-autotune-no-cudagraphs"
+            f"torch.compile has no mode {mode!r}; there are default, max-autotune, max-autotune-no-cudagraphs, reduce-overhead"
         ) from error
     return replace(settings, inductor=tuple(sorted({**known, **dict(settings.inductor)}.items())))

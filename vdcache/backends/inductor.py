@@ -21,7 +21,18 @@ from torch import fx
 from vdcache.ir.capture import first_line
 from vdcache.ir.edit import inputs as graph_inputs
 
-__all__ = ["Context", "compile_now", "compile_own", "frame_of_backend_call", "no_autocast", "package_ahead"]
+__all__ = [
+    "CUDA_GRAPHS",
+    "Context",
+    "asks_for_cuda_graphs",
+    "compile_now",
+    "compile_own",
+    "frame_of_backend_call",
+    "no_autocast",
+    "package_ahead",
+]
+
+CUDA_GRAPHS = "triton.cudagraphs"  # Inductor's option
 
 Compiled = Callable[..., Sequence[Any]]
 
@@ -75,6 +86,11 @@ def _tells_sizes(node: fx.Node) -> bool:
     """Whether an input is a size, or one is read off it."""
     value = node.meta.get("val")
     return not isinstance(value, torch.Tensor) or any(isinstance(d, torch.SymInt) for d in value.shape)
+
+
+def asks_for_cuda_graphs(options: Mapping[str, Any]) -> bool:
+    """Whether Inductor would record CUDA graphs: by these options, or by its settings for the process."""
+    return bool(options.get(CUDA_GRAPHS, torch._inductor.config.triton.cudagraphs))
 
 
 def package_ahead(program: Any, path: Path) -> None:

@@ -202,8 +202,8 @@ class Program:
             "no session",
             f"vdcache: a graph runs outside any session and is computed in full: no timestep is seen in it. {broken}A timestep is a tensor "
             "that reaches a sine or cosine and then a layer (a Python float reaches none: pass a tensor). If the model embeds its time otherwise, "
-            "breaks into several graphs, or is compiled block by block (compile_repeated_blocks), compile the whole of it: "
-            "model = vdcache.compile(model); model.vdcache.begin(steps) and .step() then say the step.",
+            "breaks into several graphs, or is compiled block by block (compile_repeated_blocks), compile the whole of it, in which vdcache "
+            "compiles equal blocks once: model = vdcache.compile(model); model.vdcache.begin(steps) and .step() then say the step.",
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,9 +11,12 @@ import torch
 from torch import nn
 
 from vdcache.backends.dynamo import Backend
+from vdcache.backends.hooked import HookedModel, differ
 from vdcache.backends.settings import Settings
 from vdcache.backends.verdict import Verdict
 from vdcache.errors import CaptureError, VdcacheError
+from vdcache.ir.capture import first_line
+from vdcache.passes import TileAttention
 from vdcache.runtime import registry
 from vdcache.runtime.session import Session
 from vdcache.util.isolated import compile_isolated
@@ -80,7 +84,9 @@ class ModelRunner:
         **torch_compile: Any,
     ) -> None:
         self._but = ("slot", "probe") if slots_are_told else ()
-        self.settings = settings
+        self._model, self.settings = model, settings
+        # Models of which nothing is cached: a graph that is compiled plainly would bring all its weights at once.
+        self._plain: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.verdict = Verdict(settings, model)
         self._backend = Backend(settings, torch_compile.pop("mode", None), self.verdict)
         if settings.recipe.fixed_sizes and torch_compile.get("dynamic") is None:
@@ -99,7 +105,7 @@ class ModelRunner:
             self.verdict.runs()
         try:
             with registry.using(session):
-                result = session.watch(run or self.compiled, args, kwargs)
+                result = self._run(session, run or self.compiled, args, kwargs)
         except torch._dynamo.exc.BackendCompilerFailed as error:
             if isinstance(error.inner_exception, VdcacheError):
                 raise error.inner_exception from None  # what the user can catch and read
@@ -111,6 +117,47 @@ class ModelRunner:
             _never_called(self.settings, self.verdict.because())
         self.verdict.judge(session.step_index >= 0, self._but)
         return result
+
+    def _run(self, session: Session, run: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """One forward, with the hooks on inner modules off where the compiled graph can do their work."""
+        root = self._model if isinstance(self._model, nn.Module) else next(iter(args), None)
+        if torch.is_grad_enabled() or not isinstance(root, nn.Module) or root in self._plain:
+            return session.watch(run, args, kwargs)
+        hooked = HookedModel.of(root)
+        expected = None if hooked.watched else hooked.watch(self._model, args, kwargs)
+        if not hooked.layers or hooked.why_not:
+            if hooked.why_not:
+                self._leave(hooked, hooked.why_not)
+            return session.watch(run, args, kwargs)
+        try:
+            with hooked.bare():
+                result = session.watch(run, args, kwargs)
+            if not session.graphs:
+                self._plain.add(root)
+            if expected is None or not self._computes(session) or not differ(result, expected, self.settings.inner == "eager"):
+                return result
+            why = "without them the model computes something else"  # it looks at its weights where the hooks have not brought them
+            session.failed()
+        except Exception as error:
+            if isinstance(getattr(error, "inner_exception", error), VdcacheError):
+                raise
+            expected = self._model(*args, **kwargs)  # an error of the user's own is raised here once more
+            why = f"without them the compiled model fails: {type(error).__name__}: {first_line(error)}"
+        self._leave(hooked, why)
+        return expected
+
+    def _computes(self, session: Session) -> bool:
+        """Whether the last call did what the model does without vdcache."""
+        masked = any(isinstance(p, TileAttention) for p in self.settings.recipe.passes)
+        return not masked and len(session.history) > 0 and not session.history[-1].plan
+
+    def _leave(self, hooked: HookedModel, why: str) -> None:
+        """The hooks of a model stay on, and every one of them cuts it."""
+        hooked.why_not = why
+        message = f"the hooks on inner modules of this model stay on, and what they cut in two is not cached: {why}"
+        if self.settings.strict:
+            raise CaptureError(message)
+        self.settings.warn_once("hooks", f"vdcache: {message}")
 
 
 def original(model: Callable[..., Any]) -> Callable[..., Any]:

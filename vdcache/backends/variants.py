@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from vdcache.attention.autotune import TuningResult
 from vdcache.backends.eager import run_eagerly
 from vdcache.backends.guarded import GuardedGraph
-from vdcache.backends.inductor import Compiled, Context, compile_own, no_autocast
+from vdcache.backends.inductor import CUDA_GRAPHS, Compiled, Context, asks_for_cuda_graphs, compile_own, no_autocast
 from vdcache.backends.lowering import lower_tiles, tile_sites
 from vdcache.backends.settings import Settings
 from vdcache.errors import ConfigError
@@ -57,6 +57,13 @@ class VariantCompiler:
         if settings.inner == "eager":
             return run_eagerly(own)
         options = dict(settings.inductor)
+        if asks_for_cuda_graphs(options):
+            options[CUDA_GRAPHS] = False
+            settings.log_once(
+                "cuda graphs",
+                "vdcache: cached graphs are compiled without CUDA graphs, because a replay overwrites what earlier steps cached; "
+                "everything else that you asked Inductor for is done",
+            )
         with no_autocast():
             if settings.outline and Outline().run(own).rewrites:
                 try:

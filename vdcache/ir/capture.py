@@ -32,8 +32,9 @@ from torch import fx, nn
 from vdcache.errors import CaptureError
 from vdcache.ir.composites import whole_composites
 from vdcache.ir.edit import backward_slice, copy_graph, outputs, set_outputs
-from vdcache.ir.ops import is_work, tensor_of
+from vdcache.ir.ops import CASTS, is_work, tensor_of, unviewed
 from vdcache.ir.regions import call_regions, inline_regions, repeated_modules
+from vdcache.ir.stand_ins import stored
 from vdcache.ir.subclasses import TensorSubclasses
 
 __all__ = [
@@ -105,7 +106,7 @@ def capture(graph: nn.Module, example_inputs: Sequence[Any]) -> Captured:
 
     owned = dict(graph.named_parameters(remove_duplicate=False)) | dict(graph.named_buffers(remove_duplicate=False))
     wrapped = TensorSubclasses(example_inputs)
-    around, flat_inputs = wrapped.around(graph), wrapped.flat(example_inputs)
+    around, flat_inputs = wrapped.around(graph, example_inputs), wrapped.flat(_of_fixed_size(example_inputs))
     if isinstance(around, fx.GraphModule):
         around = _with_repeated_once(around)
     try:
@@ -122,16 +123,20 @@ def capture(graph: nn.Module, example_inputs: Sequence[Any]) -> Captured:
     assert isinstance(traced, fx.GraphModule)  # what aot_export_module makes of a module
     flat = traced
     inline_regions(flat)
+    if wrapped:
+        _bring_late(flat)
     _own_again(flat, list(owned.items()))
     inputs = flat.graph.find_nodes(op="placeholder")
     position = {node.name: i for i, node in enumerate(inputs)}
     if sig.buffers_to_mutate or sig.parameters_to_mutate:
         raise CaptureError("the graph writes into a tensor that it owns; only inputs can be written back")
     mutations = tuple((i, position[name]) for i, name in enumerate(sig.user_inputs_to_mutate.values()))
-    static = frozenset(i for i, fixed in enumerate(wrapped.spread([_is_static(v) for v in example_inputs])) if fixed)
+    static = frozenset(
+        i for i, fixed in enumerate(wrapped.spread([_is_static(v) for v in example_inputs], example_inputs)) if fixed
+    )
     results = len(outputs(flat.graph)) - len(mutations)
     names = _input_names(graph)
-    sig_ = Signature(mutations, results, static, tuple(wrapped.spread(names)) if wrapped else names)
+    sig_ = Signature(mutations, results, static, tuple(wrapped.spread(names, example_inputs)) if wrapped else names)
     return replace(_captured(flat, sig_), wrapped=wrapped)
 
 
@@ -150,6 +155,28 @@ def _with_repeated_once(graph: fx.GraphModule) -> fx.GraphModule:
         return graph
     call_regions(outlined, regions, f"traced_{next(_numbers)}")
     return outlined
+
+
+def _of_fixed_size(inputs: Sequence[Any]) -> list[Any]:
+    """Inputs with fakes in the place of stored weights, whose sizes are constants as those of any weight, whatever Dynamo traces."""
+    from torch._guards import TracingContext
+
+    context = TracingContext.try_get()
+    if context is None or (mode := context.fake_mode) is None:
+        return list(inputs)
+    weights = map(stored, inputs)
+    return [x if w is None else mode.from_tensor(w, static_shapes=True) for x, w in zip(inputs, weights, strict=True)]
+
+
+def _bring_late(graph: fx.GraphModule) -> None:
+    """Cast and move inputs right before their first use, in place, so that no more of them than needed is there at a time."""
+    order = {node: i for i, node in enumerate(graph.graph.nodes)}
+    for node in reversed(list(order)):
+        if node.target in CASTS and node.users and unviewed(node).op == "placeholder":
+            first = min(node.users, key=order.__getitem__)
+            first.prepend(node)
+            order[node] = order[first]
+    graph.recompile()
 
 
 def _input_names(graph: nn.Module) -> tuple[str, ...]:

@@ -15,7 +15,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+from torch._C import DispatchKey
 from torch._subclasses.fake_impls import op_implementations_dict
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
 
 __all__ = ["whole_composites"]
 
@@ -43,7 +47,7 @@ class _Tables:
 
         ops = _composites()
         before, plain = dict(op_implementations_dict), {op: dict(op.py_kernels) for op in ops}
-        with _override_composite_implicit_decomp(dict.fromkeys(ops, _stay_whole)):
+        with _override_composite_implicit_decomp({op: functools.partial(_stay_whole, op) for op in ops}):
             whole = {op: dict(op.py_kernels) for op in ops}
             rules = {op: op_implementations_dict[op] for op in ops if op not in before}
         op_implementations_dict.update(before)  # torch drops those that it found as well
@@ -54,7 +58,10 @@ class _Tables:
         return all(op.py_kernels == kernels for op, kernels in self.plain.items())
 
 
-def _stay_whole(*args: Any, **kwargs: Any) -> Any:
+def _stay_whole(op: Any, *args: Any, **kwargs: Any) -> Any:
+    """Stay one operation, unless a tensor subclass asks what it is made of, as a DTensor does of one for which it has no rule."""
+    if any(isinstance(x, Tensor) and is_traceable_wrapper_subclass(x) for x in tree_leaves((args, kwargs))):
+        return op._op_dk(DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
     return NotImplemented
 
 

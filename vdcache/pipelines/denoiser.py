@@ -12,9 +12,9 @@ from typing import Any, Protocol
 from torch import nn
 
 from vdcache.backends import Settings
+from vdcache.backends.hooks import places
 from vdcache.backends.runner import ModelRunner
 from vdcache.pipelines.override import Override, method_of
-from vdcache.pipelines.third_party import places
 from vdcache.runtime.session import Session
 
 __all__ = ["CacheContextHook", "CompiledCallWrapper", "Denoiser", "ForwardWrapper", "here"]

@@ -13,6 +13,7 @@ from torch import nn
 
 from vdcache.api import check_options, settings_of
 from vdcache.backends import Settings
+from vdcache.backends.hooked import HookedModel
 from vdcache.backends.runner import ModelRunner
 from vdcache.errors import CacheStateError, CaptureError, ConfigError, warn_once
 from vdcache.methods.recipe import Recipe
@@ -20,7 +21,7 @@ from vdcache.pipelines.denoiser import CacheContextHook, CompiledCallWrapper, De
 from vdcache.pipelines.experts import Experts
 from vdcache.pipelines.forecast import most_reused
 from vdcache.pipelines.loop import DenoisingLoop, ProgressBarHook
-from vdcache.pipelines.third_party import cache_on, instead_of, is_encoder, layer_hooks, runs_loop
+from vdcache.pipelines.third_party import cache_on, is_encoder, runs_loop
 from vdcache.util.checks import is_pipeline
 
 __all__ = ["PipelineCache", "applied_to", "apply", "remove"]
@@ -333,8 +334,11 @@ class PipelineCache:
         ]
         message = f"the recipe '{recipe.name}' finds no slot in {denoiser.name} ({type(denoiser.module).__name__}), so every step of it is computed"
         message += f"; {', '.join(others)} is cached" if others else ""
-        if hooks := layer_hooks(denoiser.module):
-            hint = f"Hooks on its single layers ({', '.join(sorted(hooks))}) break it into pieces that hold no branch: {instead_of(hooks)}"
+        if hooks := HookedModel.of(denoiser.module).staying:
+            hint = (
+                f"Hooks on its single layers ({', '.join(sorted(hooks))}) break it into pieces that hold no branch. vdcache replaces those of "
+                "diffusers and accelerate that only bring weights (offloading, layerwise casting); take the others off"
+            )
         else:
             hint = f"vdcache.apply(pipe, {{{denoiser.name!r}: another_recipe, …}}) gives each its own; vdcache.explain shows what there is"
             hint += f". {why[0].upper()}{why[1:]}" if (why := denoiser.why_no_slot) else ""

@@ -147,7 +147,7 @@ def sample(weight: Tensor) -> Tensor:
             flat = flat.contiguous()
         flat = flat.reshape(-1)
         every = 1 if flat.numel() <= WHOLE else flat.numel() // SAMPLES
-        picked = flat[::every].clone()
+        picked = flat[::every].clone(memory_format=torch.contiguous_format)
         if picked.is_complex():
             picked = torch.view_as_real(picked)
         return picked.contiguous().view(torch.uint8).reshape(-1)
