@@ -491,11 +491,11 @@ def test_every_other_mode_caches_without_cuda_graphs(asked, monkeypatch):
     """Whether they come with the mode or with Inductor's settings for the process."""
     given = []
 
-    def compile_now(graph, inputs, options):
+    def compile_own(graph, inputs, options, static):
         given.append(options)
         return run_eagerly(graph)
 
-    monkeypatch.setattr("vdcache.backends.variants.compile_now", compile_now)
+    monkeypatch.setattr("vdcache.backends.variants.compile_own", compile_own)
     model, mode = TinyDiT(), None if asked == "the process" else asked
     compiled = vdcache.compile(model, "every-2", num_steps=4, mode=mode)
     graphs = torch._inductor.config.patch({"triton.cudagraphs": asked == "the process"})
