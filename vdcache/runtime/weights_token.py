@@ -14,7 +14,7 @@ import itertools
 import struct
 import sys
 import weakref
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -57,22 +57,35 @@ class WeightsToken:
             known.step = now
             return known.number, False
         seen = _Weights(kind, weights)
+        seen.step = now
         written = known is not None and known.alive
-        others = [] if written else [w for w in reversed(own.values()) if now is None or w.step != now]
-        moved = next((w for w in others if w.moved_to(seen)), None)
-        twins = [w for of, group in self._known.items() if of is not graph for w in group.values() if w.kind == kind]
-        gone = [w for w in twins if now is None or w.step != now]
-        same = moved or next((w for w in twins if w.holds(seen)), None) or next((w for w in gone if w.equals(seen)), None)
-        seen.number, seen.step = next(self._numbers) if same is None or written else same.number, now
-        for old in {id(w): w for w in (known, moved) if w is not None}.values():
-            own.pop(old.identities, None)
-            self._held -= len(weights)
+        same, replaced = (None, True) if written else self._counterpart(graph, seen)
+        seen.number = next(self._numbers) if same is None else same.number
+        for old in (known, same):
+            if old is not None and own.get(old.identities) is old:
+                del own[old.identities]
+                self._held -= len(weights)
         own[identities] = seen
         self._held += len(weights)
         while self._held > MOST and len(own) > 1:
             del own[next(iter(own))]
             self._held -= len(weights)
-        return seen.number, written or (same is None and bool(others or gone))
+        return seen.number, replaced
+
+    def _counterpart(self, graph: object, seen: _Weights) -> tuple[_Weights | None, bool]:
+        """The weights from before that these are, and whether these are others that take the place of some."""
+
+        def earlier(group: Iterable[_Weights]) -> list[_Weights]:
+            return [w for w in group if seen.step is None or w.step != seen.step]
+
+        own = earlier(reversed(self._known[graph].values()))
+        if (moved := next((w for w in own if w.moved_to(seen)), None)) is not None:
+            return moved, False
+        groups = (group.values() for of, group in self._known.items() if of is not graph)
+        twins = [w for w in itertools.chain(*groups) if w.kind == seen.kind]
+        gone = earlier(twins)
+        same = next((w for w in twins if w.holds(seen)), None) or next((w for w in gone if w.equals(seen)), None)
+        return same, same is None and bool(own or gone)
 
 
 class _Weights:
