@@ -388,15 +388,15 @@ BUGS = (
     _runtime(
         "weights that were written into",
         "weights_token",
-        "return self.alive and _versions(weights) == self.versions",
-        "return self.alive",
+        "return self.alive and _versions(weights) == self.versions and",
+        "return self.alive and",
     ),
     _runtime("an address that is used again", "weights_token", "        self.alive = False", "        pass"),
     _runtime(
         "a weight that was moved is another",
         "weights_token",
-        "return now == then",
-        "return not moved",
+        "        number = self._numbers.get(content)",
+        "        number = None",
     ),
     _runtime("lanes told by nothing", "step_lanes", "return (self._name, self._id, own.id) if", "return (self._name, 0, 0) if"),
     _runtime(
@@ -467,7 +467,7 @@ BUGS = (
     _runtime(
         "memory of others trusted",
         "lane_table",
-        "if not value.is_inference() and _is_torchs(value):",
+        "if counts_versions(value):",
         "if not value.is_inference():",
     ),
     _runtime("a run the other way round not doubted", "step_tracker", "unsure = direction > 0 and", "unsure = False and"),

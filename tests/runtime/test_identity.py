@@ -6,6 +6,7 @@ import dataclasses
 import threading
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -240,9 +241,12 @@ class Switching(TinyDiT):
         super().__init__()
         self.adapters = torch.nn.ModuleDict({name: torch.nn.Linear(4, 4) for name in ("cat", "dog")})
         self.active, self.times, self.extra = "cat", 1, torch.zeros(1, 1, 4)
+        self.array = torch.from_numpy(np.zeros((1, 1, 4), np.float32))
+        self.bend, self.scale = torch.relu, None
 
     def forward(self, x, timestep, text):
-        return super().forward(x + self.times * self.adapters[self.active](x) + self.extra, timestep, text)
+        x = self.bend(x + self.times * self.adapters[self.active](x) + self.extra + self.array)
+        return super().forward(x if self.scale is None else x * self.scale, timestep, text)
 
 
 def timeless(model: TinyDiT) -> TinyDiT:
@@ -261,9 +265,13 @@ EXTRAS = torch.randn(2, 1, 1, 4, generator=torch.Generator().manual_seed(5)).unb
         lambda model, of: setattr(model, "active", ("cat", "dog")[of]),
         lambda model, of: setattr(model, "times", 2 + of),
         lambda model, of: setattr(model, "extra", EXTRAS[of]),
+        lambda model, of: setattr(model, "extra", EXTRAS[of].clone()),
+        lambda model, of: setattr(model, "bend", (torch.relu, torch.tanh)[of]),
+        lambda model, of: setattr(model, "scale", (None, EXTRAS[0])[of]),
+        lambda model, of: model.array.numpy().__setitem__(slice(None), EXTRAS[of].numpy()),
         lambda model, of: model.adapters["cat"].weight.fill_(float(of)),
     ],
-    ids=["adapter", "whole number", "attribute", "written"],
+    ids=["adapter", "whole number", "attribute", "new attribute", "function", "with and without", "numpy", "written"],
 )
 @pytest.mark.parametrize("by_lane", [True, False], ids=["lanes", "steps"])
 def test_what_a_model_is_set_to_belongs_to_a_value(change, by_lane, request):
@@ -516,6 +524,39 @@ def test_a_warm_up_call_is_no_step_of_the_run_after_it():
         out = compiled(x, torch.tensor([1000 - 100 * step]), words)
         assert torch.allclose(out, model(x, time_of(step), words), atol=1e-6), f"step {step}"
     assert reused(compiled)
+
+
+@torch.no_grad()
+def test_a_model_in_parts_does_not_take_a_prompt_for_its_latent():
+    """The first part takes the prompt alone, which differs from the latent in one dimension."""
+
+    class Parts(TinyDiT):
+        def forward(self, x, timestep, words):
+            words = words + self.time(self.sinusoids(timestep, x.dtype))[:, None, :4] * 0
+            torch._dynamo.graph_break()
+            return super().forward(x, timestep, words)
+
+    model, compiled = made(model=timeless(Parts()))
+    x = latent(1)
+    for step in range(STEPS):
+        for lane in (1, 2):
+            out = compiled(x, time_of(step), prompt(lane))
+            assert torch.allclose(out, model(x, time_of(step), prompt(lane)), atol=1e-6), f"step {step}, lane {lane}"
+    assert reused(compiled)
+
+
+@torch.no_grad()
+def test_hooks_that_come_or_go_change_who_tells_the_time():
+    accelerate = pytest.importorskip("accelerate")
+    model, compiled = made()
+    for change in (None, accelerate.cpu_offload, accelerate.hooks.remove_hook_from_submodules):
+        if change is not None:
+            change(model)
+        for _ in range(2):
+            compiled.vdcache.begin()
+            for step in range(STEPS):
+                compiled(latent(step), time_of(step), prompt(1))
+        assert reused(compiled) == [1, 3, 5], change
 
 
 @torch.no_grad()

@@ -91,10 +91,14 @@ class GuardedGraph:
 
     @property
     def numbers(self) -> tuple[Hashable, ...]:
-        """All numbers that stand in the graph, in order, sizes too: where two graphs are for the same sizes, others are settings."""
-        calls = (n for n in self.module.graph.nodes if n.op == "call_function")
-        leaves = (leaf for n in calls for leaf in pytree.tree_leaves((n.args, n.kwargs)))
-        return tuple((type(leaf), leaf) for leaf in leaves if isinstance(leaf, (bool, int, float, str)))
+        """All operations and numbers in the graph, in order, sizes too: where two graphs are for the same sizes, others are settings."""
+        found: list[Hashable] = []
+        for n in self.module.graph.nodes:
+            if n.op == "call_function":
+                found.append(str(n.target))
+                leaves = pytree.tree_leaves((n.args, n.kwargs))
+                found += [(type(x), x) for x in leaves if isinstance(x, (bool, int, float, str, torch.dtype))]
+        return tuple(found)
 
 
 def inputs_of(captured: Captured, analysis: GraphAnalysis) -> GraphInputs:

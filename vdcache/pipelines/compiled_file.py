@@ -49,7 +49,7 @@ def save_compiled(compiled: Any, path: str | Path) -> int:
     ran = any(session.graphs for session in sessions)
     saved = torch.compiler.save_cache_artifacts() if ran else None
     if saved is None:
-        why = "torch's compile caches are off" if ran else "it was not called yet: call it once"
+        why = "Inductor compiled nothing, or torch's compile caches are off" if ran else "it was not called yet: call it once"
         raise CacheStateError(f"save_compiled: there is nothing to save, because {why}")
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as file:
@@ -69,13 +69,16 @@ def load_compiled(path: str | Path) -> None:
     """
     try:
         with zipfile.ZipFile(path) as file:
-            written: dict[str, str] = json.loads(file.read(HEADER))
+            written = dict(json.loads(file.read(HEADER)))
             artifacts = file.read(ARTIFACTS)
-    except (OSError, zipfile.BadZipFile, KeyError, ValueError) as error:
+    except (OSError, zipfile.BadZipFile, KeyError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"load_compiled: {path} is no file of save_compiled ({error})") from error
     if wrong := _differences(written, _here()):
         raise ConfigError(f"load_compiled: {path} does not fit, and nothing is loaded: {wrong}. Save it anew here.")
-    torch.compiler.load_cache_artifacts(artifacts)
+    if torch.compiler.load_cache_artifacts(artifacts) is None:
+        raise ConfigError(
+            f"load_compiled: what {path} holds cannot be read by this torch, and nothing is loaded. Save it anew."
+        )
 
 
 def _here() -> dict[str, str]:

@@ -43,6 +43,7 @@ class CallPlacement:
         self._notices, self._reads = notices, reads
         self._tracker = StepTracker()
         self._ticker: Hashable = None  # the family that tells the time
+        self._ticked = 0  # the last forward in which it did
         self._early: set[Hashable] = set()  # families that run before the step is known
         self._driver: Hashable = None  # under explicit control: the call that began the current lane
         self._explicit_step = False  # step() was called in this generation
@@ -65,7 +66,8 @@ class CallPlacement:
 
     def forget(self) -> None:
         """What ran so far teaches nothing."""
-        self._tracker = StepTracker()
+        self._tracker, self._ticker = StepTracker(), None
+        self._early.clear()
 
     def begin_explicit_step(self) -> bool:
         """The caller says that a step begins. Whether a generation was begun before."""
@@ -105,7 +107,8 @@ class CallPlacement:
                 self._begin_lane(graph, *self.own_lane(graph, who, inputs), self._lanes.count)
             return True
         if self._drives(graph):
-            self._ticker = graph.family
+            self._ticker, self._ticked = graph.family, self._forward.count
+            self._early.discard(graph.family)
             return self._tick(graph, inputs, who)
         if self._planner.step < 0 or self._ticker is None:
             self._early.add(graph.family)
@@ -127,7 +130,10 @@ class CallPlacement:
         self.repeated = tick.repeated or self._unsure
 
     def _drives(self, graph: CompiledGraph) -> bool:
-        return bool(graph.inputs.timesteps) and self._ticker in (None, graph.family)
+        if not graph.inputs.timesteps or self._ticker == graph.family:
+            return bool(graph.inputs.timesteps)
+        # Dynamo takes another frame for the model where hooks were put on it or taken off: the old one never runs again.
+        return self._ticker is None or (self._forward.ran is not None and self._forward.count > self._ticked + 1)
 
     def _begin_lane(self, graph: CompiledGraph, lane: Lane, new: bool, place: int) -> None:
         name, self.explicit_lane = self.explicit_lane, None

@@ -28,9 +28,10 @@ class ForwardWatch:
     def __init__(self) -> None:
         self.graphs: dict[CompiledGraph, None] = {}  # that have run under this session
         self.entered = 0  # how many calls of graphs have come through
+        self.count = 0  # forwards that were watched
         self.ran: int | None = None  # graphs that ran in this forward; None where nobody watches forwards
-        # What this forward was given, by identity; None where nobody watches, or one graph is all.
-        self._given: set[int] | None = None
+        # What this forward was given, shapes by identity; None where nobody watches, or one graph is all.
+        self._given: dict[int, tuple[int, ...]] | None = None
         # Shapes of what the last watched forward of a model in parts returned.
         self._results: list[tuple[int, ...]] | None = None
         self._latents: set[int] = set()  # of this forward, by identity, as far as its graphs have taken them
@@ -42,9 +43,9 @@ class ForwardWatch:
 
     def begin(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         """A forward begins that is watched to its end."""
-        self.ran = 0
+        self.ran, self.count = 0, self.count + 1
         self._latents = set()
-        self._given = {id(x) for x in _tensors((*args, *kwargs.values()))} if len(self.graphs) != 1 else None
+        self._given = {id(x): tuple(x.shape) for x in _tensors((*args, *kwargs.values()))} if len(self.graphs) != 1 else None
 
     def end(self) -> None:
         """The forward is over, however it ended."""
@@ -103,6 +104,8 @@ class ForwardWatch:
             # Where an earlier graph of the forward has taken the latent, what else looks like it is a prompt.
             if self._latents:
                 outer = {i: shape for i, shape in outer.items() if id(inputs[i]) in self._latents}
+            elif self._given is not None and (exact := set(self._results) & set(self._given.values())):
+                outer = {i: shape for i, shape in outer.items() if tuple(shape) in exact}
             found = self._latents_of[graph] = tuple(updated_by(outer, self._results))
         if self.ran is not None:
             self._latents.update(id(inputs[i]) for i in found)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vdcache.runtime.weights_token import sample
+from vdcache.runtime.weights_token import counts_versions, sample
 
 __all__ = ["LATENT", "Lane", "LaneQuery", "LaneTable", "RememberedInput", "compare"]
 
@@ -53,7 +53,7 @@ class RememberedInput:
         self.sampled = sampled and isinstance(value, Tensor)
         if not isinstance(value, Tensor):
             return
-        if not value.is_inference() and _is_torchs(value):
+        if counts_versions(value):
             self.version = value._version
         if weak:
             self._ref, self._value, self.sampled = weakref.ref(value), None, False
@@ -83,11 +83,6 @@ class RememberedInput:
             return self._copy
         value = self.object
         return value if isinstance(value, Tensor) and self.version is not None and value._version == self.version else None
-
-
-def _is_torchs(value: Tensor) -> bool:
-    """Whether torch owns the memory, so that who writes into it counts a version."""
-    return value.layout is not torch.strided or value.device.type != "cpu" or value.untyped_storage().resizable()
 
 
 def compare(held: RememberedInput, value: Any) -> bool | Tensor:

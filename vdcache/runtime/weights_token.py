@@ -1,30 +1,32 @@
 """Which weights are these? A number that is another one for other weights.
 
 Identity and version of every parameter and buffer tell, and cost some 0.06 µs each, at every call: a tensor that a model holds as an attribute
-counts as a weight for Dynamo, and lanes may differ in it. Weights that were there before have the number that they had, so adapters may come
-and go. A weight that was moved, as offloading does, is another object of the same value: that is found out by its bits, all of a small
-tensor and a sample of a large one, and is no change. What is written through `.data` (as PEFT's merge does) shows in neither identity nor
-version; no value crosses generations, so it counts from the next one on.
+counts as a weight for Dynamo, and lanes may differ in it. Other objects are compared by their bits, all of a small tensor, a sum over one
+of middle size, and a sample of a large one. So a weight that was moved, as offloading does, is the same one, and weights that come back have
+the number that they had: adapters may come and go. What is written through `.data` (as PEFT's merge does) shows in neither identity
+nor version; no value crosses generations, so it counts from the next one on.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 import struct
 import sys
 import weakref
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = ["WeightsToken", "sample"]
 
-SAMPLES = 1024  # elements of a weight that are compared where it is another object
+SAMPLES = 1024  # elements of a large weight that are compared where it is another object
 WHOLE = 4096  # elements of a weight that is compared whole
+SUMMED = 2**18  # elements of a weight that is summed up besides
 MOST = 100_000  # weights that are remembered
 
 _version = attrgetter("_version")
@@ -34,8 +36,10 @@ class WeightsToken:
     """The weights of the graphs of one model, as far as they were seen."""
 
     def __init__(self) -> None:
-        self._known: dict[object, dict[bytes, _Weights]] = {}  # of each graph, by identity, the last one at the end
-        self._numbers = itertools.count()
+        self._known: dict[object, dict[bytes, _Weights]] = {}  # of each graph, by identity
+        self._numbers: dict[Hashable, int] = {}  # by kind of graph and bits
+        self._count = itertools.count()
+        self._samples: dict[int, _Sample] = {}  # of the weights that are alive, by address
         self._held = 0  # weights that are remembered
 
     def check(self, graph: object, kind: Hashable, weights: Sequence[Tensor], now: Hashable = None) -> tuple[int, bool]:
@@ -45,9 +49,9 @@ class WeightsToken:
             graph: whose weights these are.
             kind: graphs of one kind compute the same; one that Dynamo made anew goes on with the weights of the other.
             weights: its parameters and buffers, always in the same order.
-            now: the step. What was used in this very step is the weights of another block or lane, not these ones as they were.
+            now: the step.
 
-        Returns also whether they were written into, or take the place of others: then nobody will come back to those.
+        Returns also whether they were written into, or are new ones in the place of others: then nobody will come back to those.
         """
         weights = tuple(weights)
         own = self._known.setdefault(graph, {})
@@ -56,13 +60,18 @@ class WeightsToken:
         if known is not None and known.unchanged(weights):
             known.step = now
             return known.number, False
-        seen = _Weights(kind, weights)
+        seen = _Weights(weights, [self._sampled(w) for w in weights])
         seen.step = now
-        written = known is not None and known.alive
-        same, replaced = (None, True) if written else self._counterpart(graph, seen)
-        seen.number = next(self._numbers) if same is None else same.number
-        for old in (known, same):
-            if old is not None and own.get(old.identities) is old:
+        content = kind, seen.content()
+        number = self._numbers.get(content)
+        written = known is not None and known.alive and not known.differs_by_look(weights)
+        # What was used in this very step is the weights of another block or lane, and is still there.
+        replaced = written or (number is None and any(now is None or w.step != now for w in own.values()))
+        if number is None or written:
+            number = self._numbers[content] = next(self._count)
+        seen.number = number
+        if known is not None or len(own) > 1:
+            for old in [w for w in own.values() if w is known or not w.alive]:
                 del own[old.identities]
                 self._held -= len(weights)
         own[identities] = seen
@@ -70,62 +79,72 @@ class WeightsToken:
         while self._held > MOST and len(own) > 1:
             del own[next(iter(own))]
             self._held -= len(weights)
-        return seen.number, replaced
+        if len(self._numbers) > MOST:
+            self._numbers.clear()  # weights that come back are computed once more
+        return number, replaced
 
-    def _counterpart(self, graph: object, seen: _Weights) -> tuple[_Weights | None, bool]:
-        """The weights from before that these are, and whether these are others that take the place of some."""
+    def _sampled(self, weight: Tensor) -> _Sample:
+        """The sample of a weight, taken once for each version of it."""
+        found = self._samples.get(id(weight))
+        if found is None or found.ref() is not weight or found.version is None or found.version != _version_of(weight):
+            found = _Sample(weight, functools.partial(_forget, self._samples, id(weight)))
+            self._samples[id(weight)] = found
+        return found
 
-        def earlier(group: Iterable[_Weights]) -> list[_Weights]:
-            return [w for w in group if seen.step is None or w.step != seen.step]
 
-        own = earlier(reversed(self._known[graph].values()))
-        if (moved := next((w for w in own if w.moved_to(seen)), None)) is not None:
-            return moved, False
-        groups = (group.values() for of, group in self._known.items() if of is not graph)
-        twins = [w for w in itertools.chain(*groups) if w.kind == seen.kind]
-        gone = earlier(twins)
-        same = next((w for w in twins if w.holds(seen)), None) or next((w for w in gone if w.equals(seen)), None)
-        return same, same is None and bool(own or gone)
+class _Sample:
+    """Some bits of a weight, on its device until they are asked for."""
+
+    def __init__(self, weight: Tensor, died: Callable[[Any], None]) -> None:
+        self.ref = weakref.ref(weight, died)
+        self.version = _version_of(weight)
+        self._bits: Tensor | None = sample(weight)
+        self._bytes = b""
+
+    @staticmethod
+    def bytes_of(samples: Sequence[_Sample]) -> list[bytes]:
+        """The bits of each; waits once for each device whose bits are not known yet."""
+        unread = [s for s in samples if s._bits is not None]
+        for one, bits in zip(unread, _on_host([s._bits for s in unread if s._bits is not None]), strict=True):
+            one._bytes, one._bits = bits, None
+        return [s._bytes for s in samples]
+
+
+def _forget(samples: dict[int, _Sample], at: int, ref: Any) -> None:
+    if (found := samples.get(at)) is not None and found.ref is ref:
+        del samples[at]
 
 
 class _Weights:
     """Weights as they were once."""
 
-    def __init__(self, kind: Hashable, weights: tuple[Tensor, ...]) -> None:
-        self.kind = kind
+    def __init__(self, weights: tuple[Tensor, ...], samples: list[_Sample]) -> None:
         self.number = -1
         self.step: Hashable = None  # in which they were seen last
         self.identities, self.versions = _identities(weights), _versions(weights)
         self.alive = True
         self._refs = [weakref.ref(w, self._died) for w in weights]  # an id may be given to another object
-        self._samples = [sample(w) for w in weights]
+        self._samples = samples
+        # Others may write into these unseen: they are looked at. Parameters are trusted, for a model may hold a thousand of them.
+        self._unsure = [i for i, w in enumerate(weights) if not isinstance(w, nn.Parameter) and not counts_versions(w)]
 
     def _died(self, _: Any) -> None:
         self.alive = False
 
     def unchanged(self, weights: tuple[Tensor, ...]) -> bool:
         """Whether these are the weights. They have the same identities, as far as those tell."""
-        return self.alive and _versions(weights) == self.versions
+        return self.alive and _versions(weights) == self.versions and not self.differs_by_look(weights)
 
-    def moved_to(self, other: _Weights) -> bool:
-        """Whether the same graph's weights are these now: the same objects, not written into, or others of the same bits."""
-        moved = []
-        for i, (mine, its) in enumerate(zip(self._refs, other._refs, strict=True)):
-            if mine() is not its():
-                moved.append(i)
-            elif self.versions[i] != other.versions[i]:
-                return False
-        now, then = (_on_host([of._samples[i] for i in moved]) for of in (other, self))
-        return now == then
+    def differs_by_look(self, weights: tuple[Tensor, ...]) -> bool:
+        """Whether one of those that count no version has other bits now."""
+        if not self._unsure:
+            return False
+        before = _Sample.bytes_of([self._samples[i] for i in self._unsure])
+        return before != _on_host([sample(weights[i]) for i in self._unsure])
 
-    def holds(self, other: _Weights) -> bool:
-        """Whether another graph's weights are among these very objects, in whatever order."""
-        mine = {(id(w), v) for ref, v in zip(self._refs, self.versions, strict=True) if (w := ref()) is not None}
-        return all((id(ref()), v) in mine for ref, v in zip(other._refs, other.versions, strict=True))
-
-    def equals(self, other: _Weights) -> bool:
-        """Whether another graph's weights are among these by their bits."""
-        return set(_on_host(other._samples)) <= set(_on_host(self._samples))
+    def content(self) -> int:
+        """A hash of the bits, in whatever order: Dynamo hands over the weights of a graph that it makes anew in another one."""
+        return hash(tuple(sorted(_Sample.bytes_of(self._samples))))
 
 
 def _addresses(values: tuple[Any, ...]) -> bytes:
@@ -150,20 +169,36 @@ def _versions(weights: Sequence[Tensor]) -> list[int | None]:
         return [None if w.is_inference() else w._version for w in weights]
 
 
+def _version_of(weight: Tensor) -> int | None:
+    return weight._version if counts_versions(weight) else None
+
+
+def counts_versions(value: Tensor) -> bool:
+    """Whether who writes into a tensor counts a version: inference tensors count none, and numpy's memory is not torch's."""
+    if value.is_inference():
+        return False
+    return value.layout is not torch.strided or value.device.type != "cpu" or value.untyped_storage().resizable()
+
+
 def sample(weight: Tensor) -> Tensor:
-    """Bits of a small tensor, or of `SAMPLES` elements from all over a large one, on its device, [n] uint8; waits for nothing."""
+    """Bits of a small tensor, or of `SAMPLES` elements from all over a larger one and sums over one of middle size, on its device,
+    [n] uint8; waits for nothing.
+    """
     with torch.no_grad():
         flat = weight.detach()
-        if not flat.is_contiguous():
-            whole = flat.numel() <= WHOLE
-            flat = flat if whole else flat[tuple(slice(None, None, max(1, s // 32)) for s in flat.shape)]
-            flat = flat.contiguous()
-        flat = flat.reshape(-1)
-        every = 1 if flat.numel() <= WHOLE else flat.numel() // SAMPLES
-        picked = flat[::every].clone(memory_format=torch.contiguous_format)
-        if picked.is_complex():
-            picked = torch.view_as_real(picked)
-        return picked.contiguous().view(torch.uint8).reshape(-1)
+        if flat.numel() > SUMMED and not flat.is_contiguous():
+            flat = flat[tuple(slice(None, None, max(1, s // 32)) for s in flat.shape)]
+        flat = flat.contiguous().reshape(-1)
+        if flat.is_complex():
+            flat = torch.view_as_real(flat).reshape(-1)
+        picked = flat[:: 1 if flat.numel() <= WHOLE else flat.numel() // SAMPLES].clone(memory_format=torch.contiguous_format)
+        bits = picked.view(torch.uint8).reshape(-1)
+        if not WHOLE < flat.numel() <= SUMMED:
+            return bits
+        numbers = flat.view(torch.uint8).to(torch.int64)
+        places = torch.arange(numbers.numel(), device=numbers.device) % 65521
+        sums = torch.stack([numbers.sum(), (numbers * places).sum()])
+        return torch.cat([bits, sums.view(torch.uint8)])
 
 
 def _on_host(samples: Sequence[Tensor]) -> list[bytes]:
@@ -173,7 +208,7 @@ def _on_host(samples: Sequence[Tensor]) -> list[bytes]:
     for i, one in enumerate(samples):
         by_device.setdefault(one.device, []).append(i)
     for members in by_device.values():
-        flat = bytes(torch.cat([samples[i] for i in members]).tolist())
+        flat = torch.cat([samples[i] for i in members]).cpu().numpy().tobytes()
         at = 0
         for i in members:
             found[i] = flat[at : at + samples[i].numel()]
