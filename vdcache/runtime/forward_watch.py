@@ -98,18 +98,21 @@ class ForwardWatch:
         if self._results is None or (graph.inputs.whole and len(self.graphs) == 1):
             return graph.inputs.latents
         if (found := self._latents_of.get(graph)) is None:
-            tensors = ((i, v) for i in graph.inputs.told if isinstance(v := inputs[i], Tensor))
-            given = {i: v for i, v in tensors if v.is_floating_point() and v.ndim > 1}
-            outer = {i: v.shape for i, v in given.items() if self._given is None or id(v) in self._given}
-            # Where an earlier graph of the forward has taken the latent, what else looks like it is a prompt.
-            if self._latents:
-                outer = {i: shape for i, shape in outer.items() if id(inputs[i]) in self._latents}
-            elif self._given is not None and (exact := set(self._results) & set(self._given.values())):
-                outer = {i: shape for i, shape in outer.items() if tuple(shape) in exact}
-            found = self._latents_of[graph] = tuple(updated_by(outer, self._results))
+            found = self._latents_of[graph] = self._updated(graph, inputs, self._results)
         if self.ran is not None:
             self._latents.update(id(inputs[i]) for i in found)
         return found
+
+    def _updated(self, graph: CompiledGraph, inputs: Sequence[Any], results: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+        """Which inputs of a part of a model the loop updates with what the forward returns."""
+        given = {i: v for i in graph.inputs.told if isinstance(v := inputs[i], Tensor) and v.is_floating_point() and v.ndim > 1}
+        outer = {i: tuple(v.shape) for i, v in given.items() if self._given is None or id(v) in self._given}
+        # Where an earlier graph has taken the latent, or the forward was given just what it returns, what else looks like it is a prompt.
+        if self._latents:
+            outer = {i: shape for i, shape in outer.items() if id(inputs[i]) in self._latents}
+        elif self._given is not None and (exact := set(results) & set(self._given.values())):
+            outer = {i: shape for i, shape in outer.items() if shape in exact}
+        return tuple(updated_by(outer, results))
 
     def conditioning(
         self, graph: CompiledGraph, inputs: Sequence[Any], begins: bool, early: Set[Hashable]

@@ -70,18 +70,22 @@ class WeightsToken:
         if number is None or written:
             number = self._numbers[content] = next(self._count)
         seen.number = number
-        if known is not None or len(own) > 1:
-            for old in [w for w in own.values() if w is known or not w.alive]:
-                del own[old.identities]
-                self._held -= len(weights)
-        own[identities] = seen
-        self._held += len(weights)
+        self._remember(own, seen, known)
+        return number, replaced
+
+    def _remember(self, own: dict[bytes, _Weights], seen: _Weights, known: _Weights | None) -> None:
+        """Take the place of what a graph's weights were, and let go of those that are no more."""
+        count = len(seen.versions)
+        for old in [w for w in own.values() if w is known or not w.alive]:
+            del own[old.identities]
+            self._held -= count
+        own[seen.identities] = seen
+        self._held += count
         while self._held > MOST and len(own) > 1:
             del own[next(iter(own))]
-            self._held -= len(weights)
+            self._held -= count
         if len(self._numbers) > MOST:
             self._numbers.clear()  # weights that come back are computed once more
-        return number, replaced
 
     def _sampled(self, weight: Tensor) -> _Sample:
         """The sample of a weight, taken once for each version of it."""
