@@ -395,8 +395,8 @@ BUGS = (
     _runtime(
         "a weight that was moved is another",
         "weights_token",
-        "        number = self._numbers.get(content)",
-        "        number = None",
+        "number = self._numbers.get((graph, in_order))",
+        "number = None",
     ),
     _runtime("lanes told by nothing", "step_lanes", "return (self._name, self._id, own.id) if", "return (self._name, 0, 0) if"),
     _runtime(

@@ -200,6 +200,14 @@ def test_graphs_of_one_kind_share_their_weights_in_whatever_order():
     assert token.check("made again", "kind", [w + 1 for w in weights])[0] != first
 
 
+def test_two_weights_that_change_places_are_others():
+    a, b = torch.randn(4, 4), torch.randn(4, 4)
+    token = WeightsToken()
+    first, _ = token.check("graph", "kind", [a, b], 0)
+    assert token.check("graph", "kind", [b, a], 1)[0] != first
+    assert token.check("graph", "kind", [a.clone(), b.clone()], 2)[0] == first
+
+
 def test_weights_that_come_back_have_the_number_that_they_had():
     cat, dog = [torch.randn(4, 4)], [torch.randn(4, 4)]
     token = WeightsToken()

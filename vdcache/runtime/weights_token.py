@@ -37,7 +37,7 @@ class WeightsToken:
 
     def __init__(self) -> None:
         self._known: dict[object, dict[bytes, _Weights]] = {}  # of each graph, by identity
-        self._numbers: dict[Hashable, int] = {}  # by kind of graph and bits
+        self._numbers: dict[Hashable, int] = {}  # by graph and bits in order, and by kind of graph and bits in any order
         self._count = itertools.count()
         self._samples: dict[int, _Sample] = {}  # of the weights that are alive, by address
         self._held = 0  # weights that are remembered
@@ -62,14 +62,15 @@ class WeightsToken:
             return known.number, False
         seen = _Weights(weights, [self._sampled(w) for w in weights])
         seen.step = now
-        content = kind, seen.content()
-        number = self._numbers.get(content)
+        in_order, in_any = seen.contents()
+        number = self._numbers.get((graph, in_order))
+        if number is None and not own:  # Dynamo hands over the weights of a graph that it makes anew in another order
+            number = self._numbers.get((kind, in_any))
         written = known is not None and known.alive and not known.differs_by_look(weights)
         # What was used in this very step is the weights of another block or lane, and is still there.
         replaced = written or (number is None and any(now is None or w.step != now for w in own.values()))
-        if number is None or written:
-            number = self._numbers[content] = next(self._count)
-        seen.number = number
+        seen.number = number = next(self._count) if number is None or written else number
+        self._numbers[graph, in_order] = self._numbers[kind, in_any] = number
         self._remember(own, seen, known)
         return number, replaced
 
@@ -146,9 +147,10 @@ class _Weights:
         before = _Sample.bytes_of([self._samples[i] for i in self._unsure])
         return before != _on_host([sample(weights[i]) for i in self._unsure])
 
-    def content(self) -> int:
-        """A hash of the bits, in whatever order: Dynamo hands over the weights of a graph that it makes anew in another one."""
-        return hash(tuple(sorted(_Sample.bytes_of(self._samples))))
+    def contents(self) -> tuple[int, int]:
+        """Hashes of all bits: in the order of the weights, and in whatever order."""
+        bits = _Sample.bytes_of(self._samples)
+        return hash(tuple(bits)), hash(tuple(sorted(bits)))
 
 
 def _addresses(values: tuple[Any, ...]) -> bytes:
