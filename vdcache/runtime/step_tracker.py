@@ -15,6 +15,7 @@ from dataclasses import dataclass
 __all__ = ["Reading", "StepTracker", "Tick"]
 
 MOST_ENDS = 64  # timesteps that are remembered
+NEAR_TOP = 0.9  # of the largest timestep, which is 1 or 1000
 Form = tuple[tuple[int, ...], object, object]  # shape, dtype, device
 
 
@@ -43,7 +44,7 @@ class Tick:
         new_generation: the first call of a generation.
         repeated: a call of this step with the same conditioning had another latent, or a neighbouring step may be such a call:
             nobody can tell whose values are cached.
-        unsure: nobody knows yet which way the timesteps of this session run, and this one is higher: what was before may be another run's.
+        unsure: nobody knows yet which way the timesteps of this session run, and this one went up to where runs begin: what was before may be another's.
         mixed: some samples of the batch went on, others began anew: this generation says nothing of how long one is.
     """
 
@@ -110,7 +111,7 @@ class StepTracker:
             guessed_wrong = not self._direction and self.step == 0
             if not (guessed_wrong and self._in_doubt):
                 return self._new_generation(reading, in_doubt=guessed_wrong)
-        unsure = direction > 0 and not self._direction and not self._usual_direction
+        unsure = direction > 0 and not self._direction and not self._usual_direction and self._is_near_top(before, reading)
         self._direction = self._direction or direction
         self._in_doubt = False
         return self._new_step(reading, unsure=unsure)
@@ -167,6 +168,11 @@ class StepTracker:
     def _timestep(self, reading: Reading) -> float | None:
         found = reading.keys[self._which] if self._which < len(reading.keys) else ()
         return max(found) if found else None
+
+    def _is_near_top(self, before: Reading, now: Reading) -> bool:
+        """Whether a timestep is one at which runs begin that fall: models whose timesteps rise come there by small steps."""
+        last, value = self._timestep(before), self._timestep(now)
+        return last is not None and value is not None and value >= NEAR_TOP * (1.0 if max(last, value) <= 1 else 1000.0)
 
     def _direction_to(self, before: Reading, now: Reading) -> int | None:
         """Where the first candidate that changed went: 1 up, −1 down, 0 where that cannot be said; None where some of its values
