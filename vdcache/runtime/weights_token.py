@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["WeightsToken", "sample"]
+__all__ = ["WeightsToken", "counts_versions", "sample"]
 
 SAMPLES = 1024  # elements of a large weight that are compared where it is another object
 WHOLE = 4096  # elements of a weight that is compared whole
