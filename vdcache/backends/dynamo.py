@@ -78,7 +78,7 @@ def compile_graph(
         verdict.ends = verdict.ends or split or ""
     if (run := found.instead(nested=split == "" and not resumes)) is not None:
         return run
-    program.variants.compile_first(captured.wrapped.flat(example_inputs))
+    program.variants.compile_first(captured.wrapped.examples(example_inputs))
     settings.programs.append(program)
     return program if not captured.wrapped else lambda *inputs: program(*captured.wrapped.flat(inputs))
 

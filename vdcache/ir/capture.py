@@ -34,7 +34,6 @@ from vdcache.ir.composites import whole_composites
 from vdcache.ir.edit import backward_slice, copy_graph, outputs, set_outputs
 from vdcache.ir.ops import CASTS, is_work, tensor_of, unviewed
 from vdcache.ir.regions import call_regions, inline_regions, repeated_modules
-from vdcache.ir.stand_ins import stored
 from vdcache.ir.subclasses import TensorSubclasses
 
 __all__ = [
@@ -106,7 +105,7 @@ def capture(graph: nn.Module, example_inputs: Sequence[Any]) -> Captured:
 
     owned = dict(graph.named_parameters(remove_duplicate=False)) | dict(graph.named_buffers(remove_duplicate=False))
     wrapped = TensorSubclasses(example_inputs)
-    around, flat_inputs = wrapped.around(graph, example_inputs), wrapped.flat(_of_fixed_size(example_inputs))
+    around, flat_inputs = wrapped.around(graph, example_inputs), wrapped.examples(example_inputs)
     if isinstance(around, fx.GraphModule):
         around = _with_repeated_once(around)
     try:
@@ -155,17 +154,6 @@ def _with_repeated_once(graph: fx.GraphModule) -> fx.GraphModule:
         return graph
     call_regions(outlined, regions, f"traced_{next(_numbers)}")
     return outlined
-
-
-def _of_fixed_size(inputs: Sequence[Any]) -> list[Any]:
-    """Inputs with fakes in the place of stored weights, whose sizes are constants as those of any weight, whatever Dynamo traces."""
-    from torch._guards import TracingContext
-
-    context = TracingContext.try_get()
-    if context is None or (mode := context.fake_mode) is None:
-        return list(inputs)
-    weights = map(stored, inputs)
-    return [x if w is None else mode.from_tensor(w, static_shapes=True) for x, w in zip(inputs, weights, strict=True)]
 
 
 def _bring_late(graph: fx.GraphModule) -> None:
