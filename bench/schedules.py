@@ -8,6 +8,7 @@ solver's 30 steps and to the converged video; differences are paired over videos
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import warnings
@@ -170,7 +171,9 @@ def in_use(model: Any, conditions: list[Any], solver: str, count: int) -> tuple[
     with tempfile.TemporaryDirectory() as folder:
         os.environ["VDCACHE_CACHE_DIR"] = folder  # else it would know the schedule already
         speedup = STEPS / (count + (STEPS - count) * REUSE) - 1e-3
-        way = vdcache.compile(model, vdcache.methods.auto(speedup=speedup), num_steps=STEPS, dynamic=False)
+        way = vdcache.compile(
+            model, vdcache.methods.auto(speedup=speedup), num_steps=STEPS, dynamic=False, search_share=math.inf
+        )
         seconds = []
         for _ in range(2):  # the second time everything is compiled
             generate(way, conditions, solver=solver, seed=77, begin=way.vdcache.begin)

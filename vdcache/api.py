@@ -39,6 +39,7 @@ def compile(
     inductor: Mapping[str, Any] | None = None,
     tiles: str = "auto",
     outline: bool = True,
+    search_share: float = 0.1,
     pipeline: Any = None,
     **torch_compile: Any,
 ) -> Any:
@@ -55,6 +56,8 @@ def compile(
         inductor: Inductor's own settings.
         tiles: how attention under masks is computed: "auto" measures on this device, or "gather", "flex", "triton", "masked".
         outline: compile blocks that are equal up to weights once, and call them; False compiles every block on its own.
+        search_share: how much the search of `vdcache-auto` may add to one generation, as a share of an uncached one (but one step at
+            least). `math.inf` searches all at once, when the first generation ends.
         pipeline: passes in place of the recipe's: a `Pipeline`, its text, or a sequence of passes.
         torch_compile: `fullgraph`, `dynamic`, `mode` of torch.compile. A recipe with masks compiles every size on its own
             (dynamic=False) unless told otherwise.
@@ -78,6 +81,7 @@ def compile(
         "inductor": inductor,
         "tiles": tiles,
         "outline": outline,
+        "search_share": search_share,
         "pipeline": pipeline,
     }
     settings = settings_of(options)
@@ -141,7 +145,12 @@ def _searching_session(settings: Settings) -> Session:
     assert recipe.goal is not None
     session = Session(Always(), settings.num_steps, name=recipe.name)
     session.recorder = AutoCalibrator(
-        session, recipe.goal, strict=settings.strict, warn=settings.warn_once, log=settings.log_once
+        session,
+        recipe.goal,
+        share=settings.search_share,
+        strict=settings.strict,
+        warn=settings.warn_once,
+        log=settings.log_once,
     )
     return session
 

@@ -38,6 +38,7 @@ DEMO_ROW = Row("adacache-fast", 10, 30, 1.0, 2.8, 29.0, 0.85, 2.25, 10.0)
 # Of each bench: its arguments, what is other than in a run that counts, and what must be installed.
 FIRST_ROW = {
     "analysis": ((), {"DEPTHS": (1,)}, ()),
+    "calibrating": (("--inner", "eager"), {"STEPS": 6, "load_model": small}, ()),
     "coverage": (("--models", "pixart"), {}, ("cache_dit",)),
     "demo": ((), {"run_demo": lambda out, rounds: [DEMO_ROW]}, ()),
     "export": (

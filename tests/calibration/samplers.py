@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import math
+import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tests.support.logs import informed
+from vdcache import VdcacheWarning
+from vdcache.calibration import Calibration
 from vdcache.testing import TinyDiT, latent
 
 TEXT, OTHER = latent(99, 1, 3, 4), latent(98, 1, 3, 4)
@@ -178,3 +183,51 @@ def explicit(call, steps: int):
         return x
 
     return generation
+
+
+def small(seed=0, dim=8):
+    return TinyDiT(blocks=1, dim=dim, seed=seed)
+
+
+def quiet(call, *args, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", VdcacheWarning)
+        return call(*args, **options)
+
+
+def said(call, *args, **options):
+    """What it returns, and what vdcache told and warned of."""
+    with informed() as told, warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        result = call(*args, **options)
+    return result, told + [str(w.message) for w in heard if issubclass(w.category, VdcacheWarning)]
+
+
+def kept(folder):
+    return [Calibration.from_json(p) for p in sorted(folder.glob("*.json"))]
+
+
+def by_hand(model, found, seed=0, steps=8, shift=1.0, sampler=euler, texts=(TEXT,), tokens=6):
+    """The generation under a schedule, told by the model's own arithmetic: line through the last two computed steps."""
+    known = [[] for _ in texts]  # (step, what the blocks add)
+    step, calls = -1, 0
+
+    def call(x, t, text):
+        nonlocal step, calls
+        lane = calls % len(texts)
+        step += lane == 0
+        calls += 1
+        own = known[lane]
+        if step in found.computed:
+            own.append((step, model.branches(x, t, text)))
+            return model(x, t, text)
+        (at, value), before = own[-1], own[-2] if len(own) > 1 else None
+        if before is not None:
+            value = value + (step - at) * (value - before[1]) / (at - before[0])
+        return model.with_branches(x, text, value)
+
+    return generate(call, seed, steps, shift, sampler, tokens, texts)
+
+
+def psnr(a, b):
+    return 10 * math.log10((b.max() - b.min()).item() ** 2 / (a - b).square().mean().item())

@@ -24,17 +24,21 @@ from tests.calibration.samplers import (
     UNEVEN,
     Skipping,
     ancestral,
+    by_hand,
     clamped,
     euler,
     explicit,
     generate,
+    kept,
+    psnr,
+    quiet,
+    said,
     sigmas,
+    small,
     time,
 )
-from tests.support.logs import informed
 from tests.support.thorough import examples, in_turn, some
 from vdcache import VdcacheWarning
-from vdcache.calibration import Calibration
 from vdcache.calibration.auto_calibrator import AutoCalibrator
 from vdcache.calibration.choose import Goal
 from vdcache.calibration.trajectory_replay import RecordedRun
@@ -53,52 +57,9 @@ def folder(monkeypatch, tmp_path):
     return tmp_path / "cache" / "schedules"
 
 
-def small(seed=0, dim=8):
-    return TinyDiT(blocks=1, dim=dim, seed=seed)
-
-
 def made(model, num_steps=STEPS, **options):
-    return vdcache.compile(model, num_steps=num_steps, inner="eager", **options)
-
-
-def quiet(call, *args, **options):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", VdcacheWarning)
-        return call(*args, **options)
-
-
-def said(call, *args, **options):
-    """What it returns, and what vdcache told and warned of."""
-    with informed() as told, warnings.catch_warnings(record=True) as heard:
-        warnings.simplefilter("always")
-        result = call(*args, **options)
-    return result, told + [str(w.message) for w in heard if issubclass(w.category, VdcacheWarning)]
-
-
-def kept(folder):
-    return [Calibration.from_json(p) for p in sorted(folder.glob("*.json"))]
-
-
-def by_hand(model, found, seed=0, steps=STEPS, shift=1.0, sampler=euler, texts=(TEXT,), tokens=6):
-    """The generation under a schedule, told by the model's own arithmetic: line through the last two computed steps."""
-    known = [[] for _ in texts]  # (step, what the blocks add)
-    step, calls = -1, 0
-
-    def call(x, t, text):
-        nonlocal step, calls
-        lane = calls % len(texts)
-        step += lane == 0
-        calls += 1
-        own = known[lane]
-        if step in found.computed:
-            own.append((step, model.branches(x, t, text)))
-            return model(x, t, text)
-        (at, value), before = own[-1], own[-2] if len(own) > 1 else None
-        if before is not None:
-            value = value + (step - at) * (value - before[1]) / (at - before[0])
-        return model.with_branches(x, text, value)
-
-    return generate(call, seed, steps, shift, sampler, tokens, texts)
+    """Searches all at once, unless told otherwise."""
+    return vdcache.compile(model, num_steps=num_steps, **{"inner": "eager", "search_share": math.inf, **options})
 
 
 # --- the usual way -------------------------------------------------------------------------------------------------------------
@@ -126,7 +87,7 @@ def test_first_generation_is_untouched_and_the_next_follow_what_it_taught(num_st
 
 def test_it_is_the_default_of_the_string_door(folder):
     model = small()
-    fast = torch.compile(model, backend="vdcache", options={"num_steps": STEPS, "inner": "eager"})
+    fast = torch.compile(model, backend="vdcache", options={"num_steps": STEPS, "inner": "eager", "search_share": math.inf})
     assert torch.equal(quiet(generate, fast), generate(model))
     (found,) = kept(folder)
     torch.testing.assert_close(quiet(generate, fast, 1), by_hand(model, found.schedule, 1))
@@ -134,7 +95,7 @@ def test_it_is_the_default_of_the_string_door(folder):
 
 def test_the_string_door_without_num_steps(folder):
     model = small()
-    fast = torch.compile(model, backend="vdcache", options={"inner": "eager"})
+    fast = torch.compile(model, backend="vdcache", options={"inner": "eager", "search_share": math.inf})
     assert torch.equal(quiet(generate, fast), generate(model))
     second = quiet(generate, fast, 1)
     (found,) = kept(folder)
@@ -266,17 +227,13 @@ def test_the_history_holds_what_the_user_ran():
 
 
 def test_a_recording_holds_what_the_user_ran():
-    fast = torch.compile(small(), backend="vdcache", options={"num_steps": STEPS, "inner": "eager"})
+    fast = torch.compile(small(), backend="vdcache", options={"num_steps": STEPS, "inner": "eager", "search_share": math.inf})
     with vdcache.record() as history:
         quiet(generate, fast)
     assert [(r.generation, r.step) for r in history] == [(0, s) for s in range(STEPS)]
 
 
 # --- goals ---------------------------------------------------------------------------------------------------------------------
-
-
-def psnr(a, b):
-    return 10 * math.log10((b.max() - b.min()).item() ** 2 / (a - b).square().mean().item())
 
 
 def test_goals_have_calibrations_of_their_own(folder):
@@ -489,7 +446,10 @@ def test_two_models_of_one_class_side_by_side():
 
 def test_two_models_at_the_string_door():
     models = small(0), small(1)
-    both = [torch.compile(m, backend="vdcache", options={"num_steps": STEPS, "inner": "eager"}) for m in models]
+    both = [
+        torch.compile(m, backend="vdcache", options={"num_steps": STEPS, "inner": "eager", "search_share": math.inf})
+        for m in models
+    ]
     for fast, model in zip(both, models, strict=True):
         assert torch.equal(quiet(generate, fast), generate(model))
     for fast in both:
@@ -735,12 +695,12 @@ def test_trouble_that_does_not_pass_is_tried_ever_more_rarely(folder):
 
 @pytest.mark.parametrize("goal", [{}, {"quality_db": 30.0}], ids=str)
 def test_no_memory_for_running_it_again_is_tried_again(goal, folder, monkeypatch):
-    def full(self, policy):
+    def full(self):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate much")
 
     model, fast = small(), made(small(), **goal)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vdcache.calibration.trajectory_replay.TrajectoryReplay.of", full)
+        patch.setattr("vdcache.calibration.trajectory_replay.Rerun.step", full)
         first, heard = said(generate, fast)
     assert torch.equal(first, generate(model)) and not kept(folder)
     assert any("taught nothing, because it cannot be run again: OutOfMemoryError: CUDA out of memory." in h for h in heard)
@@ -749,7 +709,7 @@ def test_no_memory_for_running_it_again_is_tried_again(goal, folder, monkeypatch
 
 
 def test_running_it_again_that_never_works_goes_by_the_table(folder, monkeypatch):
-    monkeypatch.setattr("vdcache.calibration.trajectory_replay.TrajectoryReplay.of", lambda self, policy: 1 / 0)
+    monkeypatch.setattr("vdcache.calibration.trajectory_replay.Rerun.step", lambda self: 1 / 0)
     fast = made(small(), speedup=2.0)
     for seed in range(5):
         quiet(generate, fast, seed)
@@ -859,7 +819,12 @@ def test_every_generation_is_plain_or_follows_its_own_schedule(pair, tmp_path, e
         session = fast.vdcache
         session.num_steps = None
         session.recorder = AutoCalibrator(
-            session, Goal(speedup=2.0, floor_db=30.0), strict=False, warn=lambda key, text: None, log=lambda key, text: None
+            session,
+            Goal(speedup=2.0, floor_db=30.0),
+            share=math.inf,
+            strict=False,
+            warn=lambda key, text: None,
+            log=lambda key, text: None,
         )
         session.reset()
     keys = {}  # of each model, which are its own

@@ -17,7 +17,7 @@ from vdcache.backends.settings import Settings
 from vdcache.backends.verdict import Verdict, breaks_since
 from vdcache.errors import CaptureError, ConfigError, VdcacheError
 from vdcache.ir import dialect
-from vdcache.ir.capture import capture
+from vdcache.ir.capture import capture, faked
 from vdcache.ir.ops import ATTENTION, is_work
 from vdcache.ir.stand_ins import brought, stored
 from vdcache.passes import TileAttention
@@ -78,7 +78,7 @@ def compile_graph(
         verdict.ends = verdict.ends or split or ""
     if (run := found.instead(nested=split == "" and not resumes)) is not None:
         return run
-    program.variants.compile_first(captured.wrapped.examples(example_inputs))
+    program.variants.compile_first(captured.wrapped.flat(faked(example_inputs)))
     settings.programs.append(program)
     return program if not captured.wrapped else lambda *inputs: program(*captured.wrapped.flat(inputs))
 

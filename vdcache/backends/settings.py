@@ -13,7 +13,7 @@ from vdcache.attention.autotune import check_lowering
 from vdcache.errors import ConfigError, inform_once, warn_once
 from vdcache.methods.recipe import Recipe
 from vdcache.runtime.session import Session
-from vdcache.util.checks import step_count
+from vdcache.util.checks import number, step_count
 
 __all__ = ["Settings"]
 
@@ -33,6 +33,7 @@ class Settings:
         tiles: how attention under masks is computed: "auto" measures on this device (gathers under the eager inner compiler),
             or "gather", "flex", "triton", "masked".
         outline: whether blocks that are equal up to weights are compiled once.
+        search_share: how much `vdcache-auto` may add to one generation while it searches, as a share of an uncached one.
         session: the session of the model, where somebody else has made it.
         make_session: makes one; a plain session that follows the recipe's policy without.
 
@@ -47,6 +48,7 @@ class Settings:
     inductor: tuple[tuple[str, Any], ...] = ()
     tiles: str = "auto"
     outline: bool = True
+    search_share: float = 0.1
     session: Session | None = field(default=None, compare=False)
     make_session: Callable[[Settings], Session] | None = field(default=None, compare=False)
     on_warning: Callable[[str], None] | None = field(default=None, compare=False)  # is told what would be a warning
@@ -65,6 +67,8 @@ class Settings:
         _check_inductor(dict(self.inductor))
         if not isinstance(self.outline, bool):
             raise ConfigError(f"outline is True or False; got {self.outline!r}")
+        if not number(self.search_share, "search_share is a number") > 0:
+            raise ConfigError(f"search_share is a share of a generation above 0; got {self.search_share!r}")
         goal = self.recipe.goal
         if goal is not None and self.num_steps is not None and goal.speedup is not None and not goal.floor_db:
             goal.count(self.num_steps)  # what no schedule of so few steps reaches is an error now

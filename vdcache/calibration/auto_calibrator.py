@@ -1,7 +1,8 @@
-"""Calibration in use: the first generation runs uncached and is recorded, the schedule is searched, and the next ones follow it."""
+"""Calibration in use: the first generation runs uncached and is recorded; the next ones follow a schedule while a better one is searched."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,8 +15,10 @@ from torch import Tensor
 
 from vdcache.calibration.calibration import Calibration, CalibrationKey, find, keep, key_of, time_of
 from vdcache.calibration.choose import ScheduleScores, choose
+from vdcache.calibration.piecewise_search import PiecewiseSearch
+from vdcache.calibration.schedule import Schedule
 from vdcache.calibration.tables import StepTable, StepTableBuilder
-from vdcache.calibration.trajectory_replay import RecordedRun, TrajectoryReplay, TrajectoryReplays
+from vdcache.calibration.trajectory_replay import RecordedRun, TrajectoryReplay
 from vdcache.errors import ConfigError, VdcacheError
 from vdcache.policies.base import Always
 from vdcache.policies.goal import Goal
@@ -37,48 +40,84 @@ class _Passing(ConfigError):
 
 @dataclass
 class _Run:
-    """One uncached generation as it goes."""
+    """A generation that is recorded, as it goes.
+
+    Args:
+        table: of its steps, where it follows a schedule; else it is gathered.
+    """
 
     recording: RecordedRun
     gathering: StepTableBuilder
+    table: StepTable | None = None
     calls: list[int] = field(default_factory=list)  # of each step
     programs: dict[Any, None] = field(default_factory=dict)  # the graphs that ran
+
+
+@dataclass
+class _Generation:
+    """The generation that runs now.
+
+    Args:
+        key: without timesteps.
+        times: of its steps, as far as they are known.
+        run: where it is recorded.
+        following: whose schedule it follows.
+    """
+
+    number: int | None = None
+    key: CalibrationKey = field(default_factory=lambda: CalibrationKey("", 0, ""))
+    times: list[float] = field(default_factory=list)
+    run: _Run | None = None
+    following: Calibration | None = None
 
 
 class AutoCalibrator:
     """A session's recorder that finds its schedule.
 
     Where a calibration is known for the model, number of steps, sizes and timesteps, it is followed. Else one generation runs
-    uncached; when it ends, candidates are run on what was recorded (at most two generations' worth), the best is kept on disk
-    and followed from the next generation on. Whatever goes wrong, the user's generation is computed in full. What cannot be run again
-    gets the table's best. After trouble that may pass (NaN, memory) the next generation is tried, then ever rarer ones; only a goal that the model
-    cannot reach is given up.
+    uncached; when it ends, the table of its steps names a first schedule, and candidates are run on what was recorded, a few steps of them
+    within each later generation. What is found is kept on disk, and followed from the next generation on. Whatever goes wrong, the user's
+    generation is computed in full. What cannot be run again gets the table's best. After trouble that may pass (NaN, memory) a later
+    generation is tried, ever more rarely; only a goal that the model cannot reach is given up.
 
     Args:
         session: whose policy it sets.
         goal: speed or quality.
+        share: how much the search may add to one generation, as a share of an uncached one (at least one step); `math.inf`
+            searches all at once, when the first generation ends.
         strict: what cannot be done is an error.
-        say: is given what went wrong, once by a key.
-        tell: is given what is done, once by a key.
+        warn: is given what went wrong, once by a key.
+        log: is given what is done, once by a key.
     """
 
     def __init__(
-        self, session: Session, goal: Goal, *, strict: bool, warn: Callable[[str, str], None], log: Callable[[str, str], None]
+        self,
+        session: Session,
+        goal: Goal,
+        *,
+        share: float,
+        strict: bool,
+        warn: Callable[[str, str], None],
+        log: Callable[[str, str], None],
     ) -> None:
-        self._session, self._goal, self._strict, self._warn, self._log = session, goal, strict, warn, log
-        self._generation: int | None = None
-        self._now: _Run | None = None  # the generation that is recorded
-        self._following: Calibration | None = None  # in this generation
-        self._key = CalibrationKey("", 0, "")  # of this generation, without timesteps
-        self._times: list[float] = []  # of this generation's steps, as far as they are known
+        self._session, self._goal, self._share, self._strict, self._warn, self._log = session, goal, share, strict, warn, log
+        self._now = _Generation()
         self._seen: dict[CalibrationKey, tuple[float, ...]] = {}  # timesteps of the last generation of each key
-        self._found: list[Calibration] = []  # by this session, should the disk take none
-        self._hopeless: set[CalibrationKey] = set()
+        self._found: list[Calibration] = []  # by this session, should the disk take none; the newest last
+        self._searches: dict[CalibrationKey, PiecewiseSearch] = {}  # that go on, by the key of what is followed meanwhile
+        self._closed: set[CalibrationKey] = set()  # for which no schedule is searched any more
         self._tries: dict[CalibrationKey, tuple[int, int]] = {}  # generations that failed, and the one that is tried next
         self._cut: set[CalibrationKey] = set()  # of which a generation ended with fewer calls than a step has
         self._before: set[Any] = set()  # graphs of which nobody knows the step
+        self.frozen = False  # nothing is searched any more, and what is known is followed
         self.calibration: Calibration | None = None  # the last that was found
         session.prepare = lambda steps: Always()
+
+    def freeze(self) -> None:
+        """From now on every generation follows what is known now; what nothing is known for is computed in full."""
+        self.frozen = True
+        self._searches.clear()
+        self._now.run = None
 
     def __call__(
         self, program: Any, inputs: Sequence[Any], results: Sequence[Any], kept: dict[str, Tensor], record: Record
@@ -86,92 +125,114 @@ class AutoCalibrator:
         if not self._session.follows(program):  # it runs before the step is known, and is computed whatever the plan
             self._before.add(program)
             return
-        new = record.generation != self._generation
+        new = record.generation != self._now.number
         if new:
             self._end()
-        if record.step == len(self._times) and (self._now or new or record.timestep is not None or record.step < 2):
-            self._times.append(time_of(program, inputs, record.timestep))  # else it would wait for the device
+        now = self._now
+        if record.step == len(now.times) and (now.run or new or record.timestep is not None or record.step < 2):
+            now.times.append(time_of(program, inputs, record.timestep))  # else it would wait for the device
         if new:
             self._begin(program, inputs, record)
-        if self._now is None:
+        if now.following is not None:
             self._check(record.step)
-        else:
-            self._record(self._now, program, inputs, results, kept, record)
+            self._go_on(program, inputs)
+        if now.run is not None:
+            self._record(now.run, program, inputs, results, kept, record)
+
+    # ---- one generation ------------------------------------------------------------------------------------------
+
+    def _begin(self, program: Any, inputs: Sequence[Any], record: Record) -> None:
+        """Follow what is known, or record."""
+        now, steps = self._now, self._session.num_steps
+        now.number, now.key = record.generation, key_of(program, inputs, steps or 0)
+        if now.key in self._closed:
+            return
+        expected = self._seen.get(now.key, ())
+        if not same_times(expected, now.times):
+            expected = tuple(now.times)
+        now.following = self._known(expected or tuple(now.times)) if steps is not None else None
+        if (found := now.following) is not None:
+            self._take(found)
+            schedule = found.schedule
+            if (
+                record.timestep is None and schedule.steps > 1
+            ):  # what this generation's second timestep is, its second step tells
+                schedule = replace(schedule, computed=tuple(sorted({1, *schedule.computed})))
+            self._session.follow(schedule.policy(found.key.times))
+            if (search := self._searches.get(found.key)) is not None and search.is_lost:
+                del self._searches[found.key]  # Dynamo has let go of its graph; it goes on from another generation
+            elif search is not None:
+                search.begin(self._share * found.key.steps)
+        if self.frozen or record.generation < self._tries.get(now.key, (0, 0))[1]:
+            return
+        if found is None:
+            now.run = _Run(RecordedRun(), StepTableBuilder(steps))
+        elif found.tentative and found.key not in self._searches:
+            # It was taken from the disk, or its search had trouble: it goes on from a generation that follows it.
+            now.run = _Run(RecordedRun(uncached=False), StepTableBuilder(steps), found.table)
 
     def _record(
         self, run: _Run, program: Any, inputs: Sequence[Any], results: Sequence[Any], kept: dict[str, Tensor], record: Record
     ) -> None:
-        """Take one call of the generation that is recorded; the last one finds the schedule."""
+        """Take one call of the generation that is recorded; the last one begins the search."""
         while len(run.calls) <= record.step:
             run.calls.append(0)
         if record.step == 1 and not run.calls[1] and not self._reachable(run):
             return
-        run.gathering.add(record.step, record.lane, {n: kept[n] for n in program.slots if n in kept})
+        if run.table is None:
+            run.gathering.add(record.step, record.lane, {n: kept[n] for n in program.slots if n in kept})
         run.calls[record.step] += 1
         run.programs[program] = None
         if self._before:
             run.recording.unfit = "the model runs as several graphs"
         run.recording.add(program, inputs, results, record)
         steps = self._session.num_steps
-        if record.step == 0 and run.calls[0] == 1:
-            unknown = "no schedule is known for this model, number of steps and size"
-            if steps is None:
-                unknown = "no schedule is known for this model while nobody says how many steps there will be (num_steps)"
-            size = (run.gathering.will_hold() + run.recording.bytes * (steps or 50)) / 2**20
-            self._log(
-                f"calibrating {self._key}",
-                f"vdcache: {unknown}: this generation is computed in full and keeps "
-                f"{size:.0f} MiB beside. When it ends, schedules are tried on it, once, for about the time of two generations; from then on the best "
-                f"is followed ({self._goal}).",
-            )
+        if record.step == 0 and run.calls[0] == 1 and run.table is None:
+            self._say_that_it_calibrates(run)
         if steps is not None and record.step == steps - 1 and run.calls[-1] == run.calls[max(0, steps - 2)]:
             self._finish()
 
     def _end(self) -> None:
         """A generation has ended, or was given up."""
-        run, steps = self._now, self._session.num_steps
-        if self._times:
-            self._seen[self._key] = tuple(self._times)
-        if run is not None and steps == len(run.calls):
+        now, steps = self._now, self._session.num_steps
+        if now.times:
+            self._seen[now.key] = tuple(now.times)
+        if (run := now.run) is not None and steps == len(run.calls):
             # Its length was not known before, or its last step was called less often than the one before it: cut short, unless it comes again.
-            if run.calls[-1] >= run.calls[max(0, steps - 2)] or self._key in self._cut:
+            if run.calls[-1] >= run.calls[max(0, steps - 2)] or now.key in self._cut:
                 self._finish()
             else:
-                self._cut.add(self._key)
+                self._cut.add(now.key)
         elif run is not None and len(run.calls) < (steps or 0):
             self._warn(
-                f"short {self._key}",
+                f"short {now.key}",
                 f"vdcache: a generation that was to calibrate ended after {len(run.calls)} of {steps} steps, and taught nothing; the next "
                 f"one is tried. If this is its real number, pass num_steps={len(run.calls)}.",
             )
-        self._now, self._following, self._times = None, None, []
+        self._now = _Generation()
 
-    def _begin(self, program: Any, inputs: Sequence[Any], record: Record) -> None:
-        """Follow what is known, or record."""
-        self._generation = record.generation
-        steps = self._session.num_steps
-        self._key = key_of(program, inputs, steps or 0)
-        if self._key in self._hopeless or record.generation < self._tries.get(self._key, (0, 0))[1]:
+    def _finish(self) -> None:
+        """A whole generation was recorded."""
+        now = self._now
+        run, now.run = now.run, None
+        assert run is not None
+        now.key = replace(now.key, steps=len(run.calls))  # which was not known before
+        self._seen[now.key] = tuple(now.times)
+        if run.table is None and (known := self._known(now.times)) is not None:
+            self._take(known)
             return
-        expected = self._seen.get(self._key, ())
-        if not same_times(expected, self._times):
-            expected = tuple(self._times)
-        self._following = self._known(expected or tuple(self._times)) if steps is not None else None
-        if self._following is not None:
-            self._take(self._following)
-            schedule = self._following.schedule
-            if (
-                record.timestep is None and schedule.steps > 1
-            ):  # what this generation's second timestep is, its second step tells
-                schedule = replace(schedule, computed=tuple(sorted({1, *schedule.computed})))
-            self._session.follow(schedule.policy(self._following.key.times))
-        else:
-            self._now = _Run(RecordedRun(), StepTableBuilder(steps))
+        try:
+            self._start_search(run)
+        except Exception as error:  # it is the user's generation, and it is done: nothing here may lose it
+            if self._strict:
+                raise
+            self._give_up(error, now.key)
 
     def _known(self, times: Sequence[float]) -> Calibration | None:
         """What was found before for this generation's key, by this session or any other, if its timesteps begin so."""
-        wanted = replace(self._key, times=tuple(times))
-        own = (c for c in reversed(self._found) if replace(c.key, times=()) == self._key and same_times(c.key.times, times))
+        key = self._now.key
+        wanted = replace(key, times=tuple(times))
+        own = (c for c in reversed(self._found) if replace(c.key, times=()) == key and same_times(c.key.times, times))
         return next(own, None) or find(wanted, self._goal)
 
     def _take(self, known: Calibration) -> None:
@@ -186,14 +247,16 @@ class AutoCalibrator:
             f"size and timesteps:\n{known.schedule}\nSolvers that ask at the same timesteps share it. To calibrate anew, as for another solver, "
             f"delete {known.path}",
         )
-        self._say_if_nothing_is_reused(known)
+        if not known.tentative:
+            self._say_if_nothing_is_reused(known)
 
     def _check(self, step: int) -> None:
         """A calibration whose timesteps are not those of this generation is left."""
-        left = self._following
-        if left is None or step >= len(self._times) or same_times(left.key.times, self._times):
+        now = self._now
+        left = now.following
+        if left is None or step >= len(now.times) or same_times(left.key.times, now.times):
             return
-        self._following = None
+        now.following = now.run = None
         self._session.follow(Always())
         self._warn(
             f"other timesteps {left.key}",
@@ -201,29 +264,160 @@ class AutoCalibrator:
             "or another shift): the rest is computed in full, and the next generation is calibrated where nothing fits it.",
         )
 
-    def _finish(self) -> None:
-        run, self._now = self._now, None
-        assert run is not None
-        self._key = key = replace(self._key, steps=len(run.calls))  # which was not known before
-        self._seen[key] = tuple(self._times)
+    # ---- the search ----------------------------------------------------------------------------------------------
+
+    def _start_search(self, run: _Run) -> None:
+        """Begin to look for a schedule on a generation that was recorded; one that is good by the table alone is followed meanwhile.
+
+        Raises:
+            ConfigError: the goal is out of reach, or this generation teaches nothing.
+        """
+        began, now = time.perf_counter(), self._now
+        key = replace(now.key, times=tuple(now.times)) if now.following is None else now.following.key
+        table = run.table or StepTable(np.stack([run.gathering.products()]), run.gathering.bytes)
+        wrong = [step for step, own in enumerate(table.products[0].diagonal()) if not np.isfinite(own)]
+        if (step := run.recording.not_finite()) is not None or wrong:
+            raise _Passing(
+                f"the model was given or gave NaN or infinity in step {min([*wrong[:1], *([] if step is None else [step])])}"
+            )
+        cost = cost_of_reuse([*run.programs, *self._before])
         try:
-            if (known := self._known(self._times)) is not None:
-                self._take(known)
-                return
-            self.calibration = self._calibrated(run)
-        except Exception as error:  # it is the user's generation, and it is done: nothing here may lose it
+            replay = TrajectoryReplay(run.recording)
+        except (VdcacheError, RuntimeError, MemoryError) as error:
+            self._go_by_the_table(key, table, cost, error, began)
+            return
+        search = PiecewiseSearch(replay, table, self._goal, cost, {"orders": [ORDER]})
+        search.seconds = time.perf_counter() - began
+        self._searches[key] = search
+        try:
+            if self._share == math.inf:
+                search.begin(math.inf)
+                self._advance(key, search, math.inf)
+            if key in self._searches and now.following is None:
+                self._follow_meanwhile(key, search)
+        except Exception:
+            self._searches.pop(key, None)
+            raise
+
+    def _follow_meanwhile(self, key: CalibrationKey, search: PiecewiseSearch) -> None:
+        """Take the best by the table until something better has been run; where only running tells, every step is computed."""
+        try:
+            schedule = choose(search.table, None, self._goal, orders=[ORDER], reuse_cost=search.reuse_cost)
+        except ConfigError:
+            if self._goal.quality_db is None:
+                raise
+            schedule = Schedule(search.table.steps, tuple(range(search.table.steps)), ORDER)
+        self._found_one(key, search, schedule, tentative=True)
+
+    def _go_on(self, program: Any, inputs: Sequence[Any]) -> None:
+        """Run a piece of the search that belongs to this generation, whose model runs now."""
+        following = self._now.following
+        if following is None or (search := self._searches.get(following.key)) is None:
+            return
+        search.saw(program, inputs)
+        key = following.key
+        try:
+            self._advance(key, search, self._share * search.steps_per_call)
+        except Exception as error:
+            self._searches.pop(key, None)
             if self._strict:
                 raise
-            self._give_up(error)
-            return
+            self._give_up(error, replace(key, times=()))
+
+    def _advance(self, key: CalibrationKey, search: PiecewiseSearch, allowed: float) -> None:
+        """Let a search go on, and take what it has found."""
         try:
-            self.calibration = replace(self.calibration, path=keep(self.calibration))
-            where = f"kept in {self.calibration.path}"
+            ended = search.advance(allowed)
+        except Exception as error:
+            if isinstance(error, VdcacheError):
+                raise  # what was run says that the goal is out of reach
+            self._searches.pop(key, None)
+            self._go_by_the_table(key, search.table, search.reuse_cost, error, time.perf_counter() - search.seconds)
+            return
+        if search.found is not None:
+            del self._searches[key]
+            self._found_one(key, search, search.found)
+        elif ended and self._now.following is not None:
+            better = search.best_so_far(self._known_by(key).schedule)
+            if better is not None:
+                self._found_one(key, search, better, tentative=True)
+
+    def _known_by(self, key: CalibrationKey) -> Calibration:
+        """The newest that this session follows for a key."""
+        return next(c for c in reversed(self._found) if c.key == key)
+
+    def _go_by_the_table(self, key: CalibrationKey, table: StepTable, cost: float, error: Exception, began: float) -> None:
+        """A generation cannot be run again.
+
+        Raises:
+            ConfigError: a later one may be, or the goal takes it.
+        """
+        may_pass = not isinstance(error, VdcacheError)  # no memory, for one
+        if may_pass and self._tries.get(replace(key, times=()), (0, 0))[0] < TRIES - 1:
+            raise _Passing(f"it cannot be run again: {_words(error)}") from error
+        if self._goal.quality_db is not None:
+            raise (_Passing if may_pass else ConfigError)(
+                f"which schedule keeps {self._goal.quality_db:g} dB cannot be tried, because {_words(error)}. "
+                "vdcache.calibrate(model, run, quality_db=…) tries it with your own loop"
+            ) from error
+        note = f"chosen by the table of steps alone, because {_words(error)}"
+        schedule = choose(table, None, self._goal, orders=[ORDER], reuse_cost=cost)
+        self._keep(Calibration.of(key, self._goal, schedule, table, ScheduleScores(), reuse_cost=cost, began=began, note=note))
+
+    def _found_one(self, key: CalibrationKey, search: PiecewiseSearch, schedule: Schedule, *, tentative: bool = False) -> None:
+        began = time.perf_counter() - search.seconds
+        note = "the search goes on within later generations" if tentative else ""
+        self._keep(
+            Calibration.of(
+                key,
+                self._goal,
+                schedule,
+                search.table,
+                search.scored,
+                reuse_cost=search.reuse_cost,
+                began=began,
+                note=note,
+                tentative=tentative,
+            )
+        )
+
+    def _keep(self, found: Calibration) -> None:
+        """Follow a calibration from the next generation on, and keep it for other processes."""
+        before = [c for c in self._found if c.key == found.key]
+        try:
+            found = replace(found, path=keep(found))
+            where = f"kept in {found.path}"
         except OSError as error:
             where = f"not kept for other processes: {error}"
-        self._found.append(self.calibration)
-        self._log(f"calibrated {key}", f"vdcache: calibrated in {self.calibration.seconds:.1f} s: {self.calibration}\n{where}")
-        self._say_if_nothing_is_reused(self.calibration)
+        self.calibration = found
+        self._found = [c for c in self._found if c.key != found.key] + [found]
+        told = f"vdcache: calibrated in {found.seconds:.1f} s: {found}\n{where}"
+        if before and before[-1].schedule.computed != found.schedule.computed:
+            told = f"vdcache: another schedule is followed from the next generation on.\n{found}\n{where}"
+        elif before:
+            told = f"vdcache: the schedule that is followed stays.\n{found}\n{where}"
+        self._log(f"calibrated {found.key} {found.schedule} {found.tentative}", told)
+        if not found.tentative:
+            self._say_if_nothing_is_reused(found)
+
+    # ---- what is said --------------------------------------------------------------------------------------------
+
+    def _say_that_it_calibrates(self, run: _Run) -> None:
+        steps = self._session.num_steps
+        unknown = "no schedule is known for this model, number of steps and size"
+        if steps is None:
+            unknown = "no schedule is known for this model while nobody says how many steps there will be (num_steps)"
+        size = (run.gathering.will_hold() + run.recording.bytes * (steps or 50)) / 2**20
+        when = "When it ends, schedules are tried on it, once, for about the time of two generations; from then on the best is followed"
+        if self._share < math.inf:
+            when = (
+                f"The next ones follow a schedule, while others are tried on this one, for about the time of two generations in all and at most "
+                f"{self._share:.0%} of one within each; the best is followed then"
+            )
+        self._log(
+            f"calibrating {self._now.key}",
+            f"vdcache: {unknown}: this generation is computed in full and keeps {size:.0f} MiB beside. {when} ({self._goal}).",
+        )
 
     def _say_if_nothing_is_reused(self, found: Calibration) -> None:
         """A floor that no list of steps is known to keep; few steps leave nothing to skip, and that is no trouble."""
@@ -245,57 +439,31 @@ class AutoCalibrator:
         try:
             self._goal.count(steps, cost_of_reuse([*run.programs, *self._before]))
         except ConfigError as error:
-            self._now = None
+            self._now.run = None
             if self._strict:
                 raise
-            self._give_up(error)
+            self._give_up(error, self._now.key)
             return False
         return True
 
-    def _give_up(self, error: Exception) -> None:
+    def _give_up(self, error: Exception, key: CalibrationKey) -> None:
         """No schedule was found for what has this key; after trouble that may pass another generation is tried."""
         if isinstance(error, VdcacheError) and not isinstance(error, _Passing):
-            self._hopeless.add(self._key)
-            self._warn(f"hopeless {self._key}", f"vdcache: no schedule was found, and every step is computed: {_words(error)}")
+            self._closed.add(key)
+            for left in [c for c in self._found if c.tentative and replace(c.key, times=()) == key]:
+                self._found.remove(left)
+                if left.path is not None:
+                    left.path.unlink(missing_ok=True)
+            self._warn(f"hopeless {key}", f"vdcache: no schedule was found, and every step is computed: {_words(error)}")
             return
-        failed = self._tries.get(self._key, (0, 0))[0] + 1
-        self._tries[self._key] = failed, (self._generation or 0) + 2 ** (failed - 1)
+        failed = self._tries.get(key, (0, 0))[0] + 1
+        self._tries[key] = failed, (self._now.number or 0) + 2 ** (failed - 1)
+        meanwhile = "the schedule that is known is followed" if self._now.following is not None else "every step is computed"
         self._warn(
-            f"passing {self._key}",
-            f"vdcache: a generation that was to calibrate taught nothing, because {_words(error)}. Until one does, every step is computed: the "
+            f"passing {key}",
+            f"vdcache: a generation that was to calibrate taught nothing, because {_words(error)}. Until one does, {meanwhile}: the "
             "next one is tried, and after further trouble ever rarer ones.",
         )
-
-    def _calibrated(self, run: _Run) -> Calibration:
-        began = time.perf_counter()
-        table = StepTable(np.stack([run.gathering.products()]), run.gathering.bytes)
-        wrong = [step for step, own in enumerate(table.products[0].diagonal()) if not np.isfinite(own)]
-        if (step := run.recording.not_finite()) is not None or wrong:
-            raise _Passing(
-                f"the model was given or gave NaN or infinity in step {min([*wrong[:1], *([] if step is None else [step])])}"
-            )
-        cost = cost_of_reuse([*run.programs, *self._before])
-        scored, tried, note = ScheduleScores(), False, ""
-        options: dict[str, Any] = {"orders": [ORDER], "reuse_cost": cost, "scored": scored}
-        try:
-            rerun = TrajectoryReplay(run.recording)
-            tried = True
-            schedule = choose(table, TrajectoryReplays([rerun]), self._goal, **options)
-        except Exception as error:
-            may_pass = not isinstance(error, VdcacheError)  # no memory, for one
-            if tried and not may_pass:
-                raise  # what was run says that the goal is out of reach
-            if may_pass and self._tries.get(self._key, (0, 0))[0] < TRIES - 1:
-                raise _Passing(f"it cannot be run again: {_words(error)}") from error
-            if self._goal.quality_db is not None:
-                raise (_Passing if may_pass else ConfigError)(
-                    f"which schedule keeps {self._goal.quality_db:g} dB cannot be tried, because {_words(error)}. "
-                    "vdcache.calibrate(model, run, quality_db=…) tries it with your own loop"
-                ) from error
-            note = f"chosen by the table of steps alone, because {_words(error)}"
-            schedule = choose(table, None, self._goal, **options)
-        key = replace(self._key, times=tuple(self._times))
-        return Calibration.of(key, self._goal, schedule, table, scored, reuse_cost=cost, began=began, note=note)
 
 
 def _words(error: Exception) -> str:

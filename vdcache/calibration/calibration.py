@@ -66,6 +66,7 @@ class Calibration:
         reuse_cost: of a reused step, as a share of a computed one, by FLOPs.
         seconds: what the search took, after the uncached generations.
         note: what could not be done.
+        tentative: the search for a better one is not over.
         versions: of vdcache and torch.
         path: the file that it is kept in, where it was read from one or written to one; deleting it makes vdcache calibrate anew.
     """
@@ -78,6 +79,7 @@ class Calibration:
     reuse_cost: float = 0.0
     seconds: float = 0.0
     note: str = ""
+    tentative: bool = False
     versions: dict[str, str] = field(default_factory=dict)
     path: Path | None = field(default=None, compare=False, repr=False)
 
@@ -104,6 +106,7 @@ class Calibration:
         reuse_cost: float,
         began: float,
         note: str = "",
+        tentative: bool = False,
     ) -> Calibration:
         """What a search found that began at `time.perf_counter() == began`."""
         return Calibration(
@@ -115,6 +118,7 @@ class Calibration:
             reuse_cost=reuse_cost,
             seconds=time.perf_counter() - began,
             note=note,
+            tentative=tentative,
             versions={"vdcache": vdcache.__version__, "torch": torch.__version__},
         )
 

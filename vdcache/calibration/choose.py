@@ -92,19 +92,19 @@ def choose(
             return _trusted(table, count, orders)
         budget = BUDGET * runs.prompts
         if not goal.floor_db:
-            best = _nearest(runs, found, scored, tries, budget)
+            best = _nearest(runs, found, scored, tries, budget, reuse_cost)
             if best.psnr == -math.inf:
                 raise ConfigError(f"every schedule of {count} of {table.steps} steps that was tried gives what is not a number")
             return best
         if (_nearest(runs, found, scored, 1, budget).psnr or 0) >= goal.floor_db:
-            return _nearest(runs, found, scored, tries, budget)
+            return _nearest(runs, found, scored, tries, budget, reuse_cost)
         try:
-            return _fewest(table, runs, goal.floor_db, orders, scored, tries, above=count)
+            return _fewest(table, runs, goal.floor_db, orders, scored, tries, reuse_cost, above=count)
         except ConfigError:  # few steps leave little to skip
             return Schedule(table.steps, tuple(range(table.steps)), orders[-1], psnr=LOSSLESS)
     if runs is None or tries == 0:
         raise ConfigError(f"whether a schedule keeps {goal.quality_db:g} dB is only known by running it")
-    return _fewest(table, runs, goal.quality_db, orders, scored, tries)
+    return _fewest(table, runs, goal.quality_db, orders, scored, tries, reuse_cost)
 
 
 def _trusted(table: StepTable, count: int, orders: Sequence[int]) -> Schedule:
@@ -116,9 +116,21 @@ def _trusted(table: StepTable, count: int, orders: Sequence[int]) -> Schedule:
     raise AssertionError("computing every step has no error")
 
 
-def _nearest(runs: Runs, tried: Sequence[Schedule], scored: ScheduleScores, tries: int | None, budget: float) -> Schedule:
+def _work(computed: int, steps: int, reuse_cost: float) -> float:
+    """What a run takes, as a share of an uncached one."""
+    return (computed + (steps - computed) * reuse_cost) / steps
+
+
+def _nearest(
+    runs: Runs,
+    tried: Sequence[Schedule],
+    scored: ScheduleScores,
+    tries: int | None,
+    budget: float,
+    reuse_cost: float = 0.0,
+) -> Schedule:
     """The candidate whose results are nearest to the uncached ones."""
-    share = len(tried[0].computed) / tried[0].steps
+    share = _work(len(tried[0].computed), tried[0].steps, reuse_cost)
 
     def rounds(first: int) -> list[int]:
         return [max(1, -(-first // 2**p)) for p in range(runs.prompts)]
@@ -140,6 +152,7 @@ def _fewest(
     orders: Sequence[int],
     scored: ScheduleScores,
     tries: int | None,
+    reuse_cost: float,
     above: int = 0,
 ) -> Schedule:
     """The fewest computed steps that reach a quality: found on the first prompt, then seen on all.
@@ -148,12 +161,12 @@ def _fewest(
     """
     steps, many = table.steps, tries or 1
     ranked = dict(enumerate(candidates_up_to(table, max(1, steps - 1), orders), start=1))
-    left = BUDGET * runs.prompts - sum(len(c) / steps for c, _, _ in scored.known)
+    left = BUDGET * runs.prompts - sum(_work(len(c), steps, reuse_cost) for c, _, _ in scored.known)
     seen: dict[int, Schedule] = {}
     low, high = above, steps  # what is known to fail, and to be good enough
 
     def cost(count: int, prompts: int) -> float:
-        return prompts * many * count / steps
+        return prompts * many * _work(count, steps, reuse_cost)
 
     middle = (low + high) // 2
     while high - low > 1:

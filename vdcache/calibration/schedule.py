@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path as File
@@ -145,16 +146,28 @@ def candidates_up_to(table: StepTable, computed: int, orders: Sequence[int] = OR
         )
     if computed > table.steps:
         raise ConfigError(f"{computed} computed steps were asked for, and a generation has {table.steps}")
+    # A search in pieces asks the same again and again.
+    return [
+        list(own)
+        for own in _ranked(
+            np.ascontiguousarray(table.products, dtype=np.float64).tobytes(), table.steps, computed, tuple(orders)
+        )
+    ]
+
+
+@functools.lru_cache(maxsize=8)
+def _ranked(products: bytes, steps: int, computed: int, orders: tuple[int, ...]) -> list[list[Schedule]]:
+    table = StepTable(np.frombuffer(products).reshape(-1, steps, steps))
     ranked: list[list[list[tuple[float, Schedule]]]] = [[] for _ in range(computed)]
     for order in orders:
         errors = np.nan_to_num(table.errors(order))
         for early in EARLY:
-            weights = np.linspace(early, 1.0, table.steps)
+            weights = np.linspace(early, 1.0, steps)
             for objective in ("sum", "max"):
                 found = paths_up_to(errors * (weights / weights.mean()), computed, objective=objective, keep=KEEP)
                 for own, paths in zip(ranked, found, strict=True):
                     sums = [(cost_of(errors, p.steps), p.steps) for p in paths]
-                    own.append([(cost, Schedule(table.steps, steps, order, cost)) for cost, steps in sums])
+                    own.append([(cost, Schedule(steps, chosen, order, cost)) for cost, chosen in sums])
     return [_in_turn(rows, count) for count, rows in enumerate(ranked, start=1)]
 
 

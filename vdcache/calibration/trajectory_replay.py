@@ -8,6 +8,7 @@ uncached generation by least squares, exactly up to rounding, and then any sched
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,7 +23,7 @@ from vdcache.runtime import registry
 from vdcache.runtime.history import Record, unused
 from vdcache.runtime.session import Session
 
-__all__ = ["RecordedRun", "TrajectoryReplay", "TrajectoryReplays"]
+__all__ = ["RecordedRun", "Rerun", "TrajectoryReplay", "TrajectoryReplays"]
 
 BACK = 3  # steps that an update may look back over: UniPC of third order
 EXACT = 1e-4  # of the change from one latent to the next, which an update may leave unexplained in float32
@@ -30,23 +31,62 @@ EXACT = 1e-4  # of the change from one latent to the next, which an update may l
 
 @dataclass
 class _Call:
-    program: Any
+    program: int  # number of the graph in `_Programs`
     lane: int | str
     latent: Tensor
     inputs: dict[int, Any]  # without parameters and the latent
     results: tuple[Any, ...]  # None in the place of what has not the form of a latent
 
 
+class _Programs:
+    """Graphs by number, and their weights, where they were when the graphs last ran. Holds neither."""
+
+    def __init__(self) -> None:
+        self._numbers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._refs: list[weakref.ref[Any]] = []
+        self._weights: dict[int, dict[int, Any]] = {}
+
+    def saw(self, program: Any, inputs: Sequence[Any]) -> int:
+        """A graph runs with these inputs. Returns its number."""
+        number = self._numbers.setdefault(program, len(self._refs))
+        if number == len(self._refs):
+            self._refs.append(weakref.ref(program))
+        given = {i: inputs[i] for i in program.inputs.static}
+        self._weights[number] = {i: weakref.ref(v) if isinstance(v, Tensor) else v for i, v in given.items()}
+        return number
+
+    @property
+    def are_alive(self) -> bool:
+        """Whether all graphs are still there."""
+        return all(ref() is not None for ref in self._refs)
+
+    def __getitem__(self, number: int) -> tuple[Any, dict[int, Any]]:
+        """A graph, and its weights by position.
+
+        Raises:
+            ReferenceError: it or one of them is gone.
+        """
+        program = self._refs[number]()
+        found = {i: v() if isinstance(v, weakref.ref) else v for i, v in self._weights[number].items()}
+        if program is None or any(v is None for v in found.values()):
+            raise ReferenceError("a graph is gone, or a weight is no longer where it was when its graph last ran")
+        return program, found
+
+
 @dataclass
 class RecordedRun:
-    """What the graphs of a model were given and what they returned in one uncached generation.
+    """What the graphs of a model were given and what they returned in one generation.
 
     Values are kept in main memory; those that come again unchanged, as text embeddings do, once.
+
+    Args:
+        uncached: every step of it was computed.
     """
 
+    uncached: bool = True
     steps: list[list[_Call]] = field(default_factory=list)
-    static: dict[Any, dict[int, Any]] = field(default_factory=dict)  # parameters, by program and position
-    devices: dict[tuple[Any, int], torch.device] = field(default_factory=dict)  # of inputs, by program and position
+    programs: _Programs = field(default_factory=_Programs)
+    devices: dict[tuple[int, int], torch.device] = field(default_factory=dict)  # of inputs, by program and position
     unfit: str = ""  # why it cannot be run again
 
     def add(self, program: Any, inputs: Sequence[Any], results: Sequence[Any], record: Record) -> None:
@@ -59,17 +99,17 @@ class RecordedRun:
         if program.inputs.latent is None:
             self.unfit = "no latent is known in it"
         if self.unfit:
-            self.steps, self.static = [], {}
+            self.steps = []
             return
         before = self.steps[record.step - 1] if record.step else calls
         like = before[min(len(calls), len(before) - 1)].inputs if before else {}
         given_at = [i for i in range(len(inputs)) if i not in program.inputs.static]
-        self.static[program] = {i: inputs[i] for i in program.inputs.static}
-        self.devices |= {(program, i): inputs[i].device for i in given_at if isinstance(inputs[i], Tensor)}
+        number = self.programs.saw(program, inputs)
+        self.devices |= {(number, i): inputs[i].device for i in given_at if isinstance(inputs[i], Tensor)}
         kept = {i: _kept(inputs[i], like.get(i)) for i in given_at if i != program.inputs.latent}
         latent = _kept(inputs[program.inputs.latent])
         given = tuple(_kept(r) if _alike(r, latent) else None for r in results)
-        calls.append(_Call(program, record.lane, latent, kept, given))
+        calls.append(_Call(number, record.lane, latent, kept, given))
 
     def not_finite(self) -> int | None:
         """The first step whose latent or output holds NaN or infinity; None where all are numbers."""
@@ -162,7 +202,7 @@ class _Parts:
         moving: bool, of the form that all parts have in common: what changes from step to step. Larger parts begin with it.
     """
 
-    cuts: dict[tuple[Any, torch.Size], _Cut]
+    cuts: dict[tuple[int, torch.Size], _Cut]
     moving: Tensor
 
     def of_latent(self, call: _Call) -> Tensor:
@@ -191,12 +231,16 @@ def _corner(part: Tensor, sizes: Sequence[int]) -> Tensor:
     return part[tuple(slice(n) for n in sizes)]
 
 
-def _parts(recording: RecordedRun) -> _Parts | str:
-    """How latents and outputs fit together, or why they do not."""
-    alike: dict[tuple[Any, torch.Size], list[_Call]] = {}
-    for call in itertools.chain(*recording.steps):
+def _parts(recorded: Sequence[Sequence[_Call]]) -> _Parts | str:
+    """How latents and outputs fit together, or why they do not.
+
+    Args:
+        recorded: the calls of each step.
+    """
+    alike: dict[tuple[int, torch.Size], list[_Call]] = {}
+    for call in itertools.chain(*recorded):
         alike.setdefault((call.program, call.latent.shape), []).append(call)
-    cuts: dict[tuple[Any, torch.Size], _Cut] = {}
+    cuts: dict[tuple[int, torch.Size], _Cut] = {}
     for key, calls in alike.items():
         if (found := _cut(calls)) is None:
             return "the model's outputs do not have the form of its latent"
@@ -205,7 +249,7 @@ def _parts(recording: RecordedRun) -> _Parts | str:
     if len({len(form) for form in forms}) > 1 or len({form[0] for form in forms}) > 1:
         return "the latents of a generation differ in size"
     sizes = [min(n) for n in zip(*forms, strict=True)]
-    steps = [[_corner(cuts[c.program, c.latent.shape].latents(c.latent)[0], sizes) for c in calls] for calls in recording.steps]
+    steps = [[_corner(cuts[c.program, c.latent.shape].latents(c.latent)[0], sizes) for c in calls] for calls in recorded]
     if any(not torch.equal(calls[0], other) for calls in steps for other in calls[1:]):
         return "the lanes of a step are given different latents"
     moving = torch.zeros(sizes, dtype=torch.bool)
@@ -256,6 +300,8 @@ def _cut(calls: Sequence[_Call]) -> _Cut | None:
 class TrajectoryReplay:
     """One generation that can be run again under any policy.
 
+    Of what was recorded only that stays which the model must be given again.
+
     Raises:
         ConfigError: it was not made by a sampler that is linear in what the model returns, or the model cannot be run apart.
     """
@@ -263,73 +309,138 @@ class TrajectoryReplay:
     def __init__(self, recording: RecordedRun) -> None:
         if recording.unfit:
             raise ConfigError(recording.unfit)
-        if len({len(calls) for calls in recording.steps}) > 1:
-            recording = replace(recording, steps=[_unlike(calls) for calls in recording.steps])
-        if len(recording.steps) < 2:
+        steps = recording.steps
+        if len({len(calls) for calls in steps}) > 1:
+            steps = [_unlike(calls) for calls in steps]
+        if len(steps) < 2:
             raise ConfigError("a generation of one step shows no update")
-        if not all(recording.steps):
+        if not all(steps):
             raise ConfigError("a step of the generation does not call the model")
-        found = _parts(recording)
+        found = _parts(steps)
         if isinstance(found, str):
             raise ConfigError(found)
-        self._recording, self._cut = recording, found
-        self._latents = latents = [found.of_latent(calls[0]) for calls in recording.steps]
-        self._outputs = outputs = [[p for c in calls for p in found.of_results(c, c.results)] for calls in recording.steps]
-        rounding = torch.finfo(recording.steps[0][0].latent.dtype).eps
-        self._coarse = rounding if rounding > 1e-6 else 0.0
-        self._updates = [_fitted(latents, outputs, s, self._coarse) for s in range(len(latents) - 1)]
-        self._updates.append(self._last_update())
-        self._wanted: Tensor | None = None
-
-    def _last_update(self) -> _Update:
-        """Not seen, since the model is not called after it: taken to be as the last one that was made of as many outputs."""
-
-        def made_of(step: int, back: int) -> list[int]:
-            return [len(outputs) for outputs in self._outputs[max(0, step - back) : step + 1]]
-
-        last = len(self._outputs) - 1
-        for step in reversed(range(last)):
-            if made_of(step, self._updates[step].back) == made_of(last, self._updates[step].back):
-                return self._updates[step]
-        raise ConfigError("the last step of the generation calls the model another number of times than any step before it")
+        latents = [found.of_latent(calls[0]) for calls in steps]
+        outputs = [[p for c in calls for p in found.of_results(c, c.results)] for calls in steps]
+        rounding = torch.finfo(steps[0][0].latent.dtype).eps
+        coarse = rounding if rounding > 1e-6 else 0.0
+        updates = [_fitted(latents, outputs, s, coarse) for s in range(len(latents) - 1)]
+        updates.append(_last_update(updates, outputs))
+        self.programs, self._devices = recording.programs, recording.devices
+        self._cut, self._updates, self._start = found, updates, latents[0]
+        # What 16-bit latents hide is seen by running it again.
+        self._wanted = updates[-1].of(latents, outputs) if recording.uncached and not coarse else None
+        like: dict[tuple[int, torch.Size], Tensor] = {}  # but for what the sampler moves, all latents of one form are the same
+        self.steps = [
+            [replace(c, latent=like.setdefault((c.program, c.latent.shape), c.latent), results=()) for c in calls]
+            for calls in steps
+        ]
 
     @property
     def solver(self) -> tuple[tuple[float, ...], ...]:
         """The weights of every update that was seen: of the latents and outputs of a step, the newest step first."""
         return tuple(tuple(u.weights) for u in self._updates[:-1])
 
+    @property
+    def knows_its_end(self) -> bool:
+        """Whether what it ends with when every step is computed is known."""
+        return self._wanted is not None
+
     def wanted(self) -> Tensor:
-        """What it ends with when every step is computed: as recorded, or run again where 16-bit latents hid some of it."""
+        """What it ends with when every step is computed: as recorded, or run again where that does not tell it."""
         if self._wanted is None:
-            self._wanted = self._run(Always())[-1] if self._coarse else self._updates[-1].of(self._latents, self._outputs)
+            self._wanted = self.of(Always())
         return self._wanted
+
+    def ended(self, result: Tensor) -> None:
+        """With every step computed it ends with this."""
+        self._wanted = result
 
     def of(self, policy: Policy) -> Tensor:
         """What the generation ends with under a policy: float32, what the sampler moves, as a vector."""
-        return self._run(policy)[-1]
+        rerun = Rerun(self, policy)
+        while not rerun.is_over:
+            rerun.step()
+        return rerun.result
 
-    def _run(self, policy: Policy) -> list[Tensor]:
-        recording = self._recording
-        session = Session(policy, len(recording.steps), name="rerun")
-        latents = [self._latents[0]]
-        outputs: list[list[Tensor]] = []
+    def run_step(self, session: Session, latents: list[Tensor], outputs: list[list[Tensor]]) -> None:
+        """Call the model as in the next step, under a session, and append what it returns and the latent after it.
+
+        Raises:
+            ReferenceError: a graph or a weight is gone; nothing has run.
+        """
+        step = len(outputs)
+        ready = [self.programs[call.program] for call in self.steps[step]]
+        session.step()
+        made: list[Tensor] = []
+        for call, (program, inputs) in zip(self.steps[step], ready, strict=True):
+            session.lane(call.lane)
+            for i, value in (call.inputs | {program.inputs.latent: self._cut.placed(latents[-1], call)}).items():
+                inputs[i] = _copied(value, self._devices[call.program, i]) if isinstance(value, Tensor) else value
+            results = session.watch(program, [inputs[i] for i in range(len(inputs))], {})
+            made += self._cut.of_results(call, [r.cpu() if isinstance(r, Tensor) else r for r in results])
+        outputs.append(made)
+        latents.append(self._updates[step].of(latents, outputs))
+        for old in (latents, outputs):
+            if len(old) > BACK + 2:
+                old[-BACK - 3] = []  # type: ignore[call-overload]  # nothing looks back so far
+
+    def start(self) -> Tensor:
+        """What the sampler began with."""
+        return self._start
+
+
+class Rerun:
+    """A recorded generation that is run again under a policy, a step at a time.
+
+    `latents` has what the sampler made after each step, as vectors; old ones are empty.
+    """
+
+    def __init__(self, replay: TrajectoryReplay, policy: Policy) -> None:
+        self._replay = replay
+        self._session = Session(policy, len(replay.steps), name="rerun")
+        self.latents: list[Tensor] = [replay.start()]
+        self._outputs: list[list[Tensor]] = []
+        with unused():
+            self._session.begin(len(replay.steps))
+
+    @property
+    def at(self) -> int:
+        """The next step."""
+        return len(self._outputs)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether every step has run."""
+        return self.at == len(self._replay.steps)
+
+    @property
+    def result(self) -> Tensor:
+        """What it ended with: float32, what the sampler moves, as a vector."""
+        return self.latents[-1]
+
+    def step(self) -> None:
+        """Run the next step."""
+        session = self._session
         with registry.using(session), unused(), torch.no_grad():
-            session.begin(len(recording.steps))
-            for step, calls in enumerate(recording.steps):
-                session.step()
-                outputs.append([])
-                for call in calls:
-                    session.lane(call.lane)
-                    program = call.program
-                    inputs = dict(recording.static[program])
-                    for i, value in (call.inputs | {program.inputs.latent: self._cut.placed(latents[-1], call)}).items():
-                        inputs[i] = _copied(value, recording.devices[program, i]) if isinstance(value, Tensor) else value
-                    results = program(*(inputs[i] for i in range(len(inputs))))
-                    outputs[-1] += self._cut.of_results(call, [r.cpu() if isinstance(r, Tensor) else r for r in results])
-                latents.append(self._updates[step].of(latents, outputs))
-                if len(outputs) > BACK + 1:
-                    outputs[-BACK - 2] = []  # nothing looks back so far
-        return latents
+            session.store.bring_back()
+            self._replay.run_step(session, self.latents, self._outputs)
+
+    def rest(self) -> None:
+        """Nothing of it stays on a device until the next step."""
+        self._session.store.put_aside()
+
+
+def _last_update(updates: Sequence[_Update], outputs: Sequence[Sequence[Tensor]]) -> _Update:
+    """Not seen, since the model is not called after it: taken to be as the last one that was made of as many outputs."""
+
+    def made_of(step: int, back: int) -> list[int]:
+        return [len(own) for own in outputs[max(0, step - back) : step + 1]]
+
+    last = len(outputs) - 1
+    for step in reversed(range(last)):
+        if made_of(step, updates[step].back) == made_of(last, updates[step].back):
+            return updates[step]
+    raise ConfigError("the last step of the generation calls the model another number of times than any step before it")
 
 
 def _regressors(latents: Sequence[Tensor], outputs: Sequence[Sequence[Tensor]], step: int, back: int) -> list[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -121,7 +122,7 @@ def run_demo(
         ways: dict[str, Callable[..., Tensor]] = {"eager": model}
         ways["torch.compile"] = torch.compile(model) if inner == "inductor" else model
         for r in chosen:
-            ways[r.name] = vdcache.compile(model, r, num_steps=steps, inner=inner)
+            ways[r.name] = vdcache.compile(model, r, num_steps=steps, inner=inner, search_share=math.inf)
         compile_seconds = {}
         if STATIC in wanted:
             exporting = stages.stage("exporting the static schedule", 1)

@@ -34,6 +34,7 @@ from vdcache.ir.composites import whole_composites
 from vdcache.ir.edit import backward_slice, copy_graph, outputs, set_outputs
 from vdcache.ir.ops import CASTS, is_work, tensor_of, unviewed
 from vdcache.ir.regions import call_regions, inline_regions, repeated_modules
+from vdcache.ir.stand_ins import stored
 from vdcache.ir.subclasses import TensorSubclasses
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "CapturedPart",
     "Signature",
     "capture",
+    "faked",
     "first_line",
     "is_control_flow",
     "parts",
@@ -105,7 +107,7 @@ def capture(graph: nn.Module, example_inputs: Sequence[Any]) -> Captured:
 
     owned = dict(graph.named_parameters(remove_duplicate=False)) | dict(graph.named_buffers(remove_duplicate=False))
     wrapped = TensorSubclasses(example_inputs)
-    around, flat_inputs = wrapped.around(graph, example_inputs), wrapped.examples(example_inputs)
+    around, flat_inputs = wrapped.around(graph, example_inputs), wrapped.flat(faked(example_inputs))
     if isinstance(around, fx.GraphModule):
         around = _with_repeated_once(around)
     try:
@@ -154,6 +156,18 @@ def _with_repeated_once(graph: fx.GraphModule) -> fx.GraphModule:
         return graph
     call_regions(outlined, regions, f"traced_{next(_numbers)}")
     return outlined
+
+
+def faked(inputs: Sequence[Any]) -> list[Any]:
+    """Inputs inside a backend call, with fakes in the place of stored weights: a compiler would take the sizes of a tensor that Dynamo has
+    not seen for symbols, and no guard can read those."""
+    from torch._guards import TracingContext
+
+    context = TracingContext.try_get()
+    if context is None or (mode := context.fake_mode) is None:
+        return list(inputs)
+    weights = map(stored, inputs)
+    return [x if w is None else mode.from_tensor(w, static_shapes=True) for x, w in zip(inputs, weights, strict=True)]
 
 
 def _bring_late(graph: fx.GraphModule) -> None:

@@ -1,7 +1,4 @@
-"""Inputs that wrap other tensors (quantised weights are such) or stand in for them: a functional graph takes plain tensors only.
-
-The private torch names were seen to work on torch 2.11.0, 2.12.1 and 2.13.0.
-"""
+"""Inputs that wrap other tensors (quantised weights are such) or stand in for them: a functional graph takes plain tensors only."""
 
 from __future__ import annotations
 
@@ -35,19 +32,6 @@ class TensorSubclasses:
         if self._plain:
             return list(inputs)
         return [leaf for x, apart in zip(inputs, self._apart, strict=True) for leaf in (_leaves(x) if apart else (x,))]
-
-    def examples(self, inputs: Sequence[Any]) -> list[Any]:
-        """Inputs as `flat` gives them, for compiling inside a backend call: fakes are in the place of stored weights, because a compiler
-        would take the sizes of a tensor that Dynamo has not seen for symbols, and no guard can read those."""
-        from torch._guards import TracingContext
-
-        context = TracingContext.try_get()
-        if self._plain or context is None or (mode := context.fake_mode) is None:
-            return self.flat(inputs)
-        weights = map(stored, inputs)
-        return self.flat(
-            [x if w is None else mode.from_tensor(w, static_shapes=True) for x, w in zip(inputs, weights, strict=True)]
-        )
 
     def spread(self, values: Sequence[Any], examples: Sequence[Any]) -> list[Any]:
         """One value an input, repeated for each of its plain tensors."""

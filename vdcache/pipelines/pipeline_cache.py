@@ -45,6 +45,7 @@ def apply(
     inductor: Mapping[str, Any] | None = None,
     tiles: str = "auto",
     outline: bool = True,
+    search_share: float = 0.1,
     **torch_compile: Any,
 ) -> Any:
     """Make a diffusers pipeline skip work by a caching recipe.
@@ -61,7 +62,8 @@ def apply(
         inner: "inductor" or "eager".
         strict: raise where vdcache would otherwise step aside with a warning.
         inductor: Inductor's own settings.
-        tiles, outline: how attention under masks is computed and blocks that repeat are compiled, as for `vdcache.compile`.
+        tiles, outline, search_share: how attention under masks is computed, how blocks that repeat are compiled, how much of the search
+            of `vdcache-auto` runs within one generation, as for `vdcache.compile`.
         torch_compile: `fullgraph`, `dynamic`, `mode` of torch.compile.
 
     Returns the pipeline itself.
@@ -75,7 +77,14 @@ def apply(
             f"vdcache is applied to this pipeline already, with {applied_to(pipe).recipe_names}; for another recipe call vdcache.remove(pipe) first"
         )
     check_options(torch_compile, apply)
-    options = {"inner": inner, "strict": strict, "inductor": inductor, "tiles": tiles, "outline": outline}
+    options = {
+        "inner": inner,
+        "strict": strict,
+        "inductor": inductor,
+        "tiles": tiles,
+        "outline": outline,
+        "search_share": search_share,
+    }
     goal = {"speedup": speedup, "quality_db": quality_db}
     if isinstance(recipe, Mapping):
         if speedup is not None or quality_db is not None:

@@ -209,6 +209,12 @@ class Session:
         self._planner.timestep = at
         self._begin_step()
 
+    def freeze(self) -> None:
+        """From now on `vdcache-auto` follows what it has found, and searches no further, so that outputs do not change any more. What no
+        schedule is known for is computed in full. Other recipes never change."""
+        if (freeze := getattr(self.recorder, "freeze", None)) is not None:
+            freeze()
+
     def end(self) -> None:
         """The generation is over, also where it was cut short: free what it kept. The next call begins another one."""
         self._forget()

@@ -20,6 +20,7 @@ class Store:
 
     def __init__(self) -> None:
         self._values: dict[Hashable, dict[str, Tensor]] = {}
+        self._aside: dict[Hashable, dict[str, torch.device]] | None = None  # where they are to be, while they are not
         self.peak_bytes = 0
 
     def get(self, key: Hashable, slots: Sequence[str]) -> list[Tensor] | None:
@@ -66,6 +67,18 @@ class Store:
             self._values.clear()
         elif held := {slot: v for slot, v in self._values.pop(key, {}).items() if slot in but}:
             self._values[key] = held
+
+    def put_aside(self) -> None:
+        """Move all values to main memory until `bring_back`."""
+        if self._aside is None:
+            self._aside = {key: {slot: v.device for slot, v in held.items()} for key, held in self._values.items()}
+            self._values = {key: {slot: v.cpu() for slot, v in held.items()} for key, held in self._values.items()}
+
+    def bring_back(self) -> None:
+        """Move what was put aside to where it was."""
+        if (devices := self._aside) is not None:
+            self._values = {k: {slot: v.to(devices[k][slot]) for slot, v in held.items()} for k, held in self._values.items()}
+            self._aside = None
 
     def keys(self) -> list[Hashable]:
         """The keys under which something is held."""

@@ -1,0 +1,154 @@
+"""The search for a schedule in pieces: a recorded generation is run again a few steps at a time, whenever its model runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from vdcache.calibration.choose import ScheduleScores, choose
+from vdcache.calibration.schedule import Schedule
+from vdcache.calibration.tables import StepTable
+from vdcache.calibration.trajectory_replay import Rerun, TrajectoryReplay
+from vdcache.policies.base import Always, Policy
+from vdcache.policies.goal import Goal
+
+__all__ = ["PiecewiseSearch"]
+
+
+class _Unknown(Exception):
+    """`choose` asks how a generation ends with these steps computed, and that has not been run."""
+
+    def __init__(self, policy: Policy, computed: Sequence[int]) -> None:
+        self.policy, self.computed = policy, computed
+
+
+class _Seen:
+    """One generation, as `choose` takes it: what has been run is known, and asking for anything else stops it."""
+
+    prompts = 1
+
+    def __init__(self, replay: TrajectoryReplay) -> None:
+        self._replay = replay
+        self.results: dict[Policy, Tensor] = {}
+
+    def of(self, schedule: Schedule, prompt: int) -> Tensor:
+        if not self._replay.knows_its_end:
+            raise _Unknown(Always(), range(schedule.steps))
+        policy = schedule.policy()
+        if (found := self.results.pop(policy, None)) is None:
+            raise _Unknown(policy, schedule.computed)
+        return found
+
+    def wanted(self, prompt: int) -> Tensor:
+        return self._replay.wanted()
+
+
+@dataclass
+class PiecewiseSearch:
+    """What `choose` does, a few steps of a generation at a time.
+
+    `choose` is asked again and again; it always asks for the same runs in the same order. Where it asks for one that has not been made, that
+    one is made, a step at a time.
+
+    Args:
+        replay: the generation that the candidates are run on.
+        table: of its steps.
+        goal: what the schedule is for.
+        reuse_cost: of a reused step, as a share of a computed one.
+        options: of `choose`.
+    """
+
+    replay: TrajectoryReplay
+    table: StepTable
+    goal: Goal
+    reuse_cost: float
+    options: dict[str, Any]
+    scored: ScheduleScores = field(default_factory=ScheduleScores)
+    seconds: float = 0.0
+    found: Schedule | None = None  # what was chosen, when the search is over
+    _left: float = 0.0  # computed steps that this generation may still have
+    _open: float = 0.0  # and those that it may have now
+    _rerun: Rerun | None = None
+    _policy: Policy = field(default_factory=Always)  # of `_rerun`
+    _computed: Sequence[int] = ()  # by it
+
+    def __post_init__(self) -> None:
+        self._seen = _Seen(self.replay)
+
+    @property
+    def steps_per_call(self) -> float:
+        """Steps of a generation for each call of the model."""
+        return len(self.replay.steps) / sum(map(len, self.replay.steps))
+
+    def saw(self, program: Any, inputs: Sequence[Any]) -> None:
+        """A graph of the model runs: its weights are here."""
+        self.replay.programs.saw(program, inputs)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether a graph of the generation is gone, so that it can never be run again."""
+        return not self.replay.programs.are_alive
+
+    def begin(self, most: float) -> None:
+        """A generation begins, in which as many computed steps may be run again; what is less than one step is saved up for one."""
+        self._left = most if most >= 1 else min(1.0, self._left + most)
+        self._open = min(1.0, self._left)
+
+    def advance(self, share: float) -> bool:
+        """Go on with as many computed steps of those that this generation has. Returns whether anything was run to its end.
+
+        Raises:
+            ConfigError: no schedule reaches the goal.
+        """
+        self._open += share
+        began, ended = time.perf_counter(), False
+        try:
+            while self.found is None and self._step():
+                ended = ended or self._rerun is None
+        except ReferenceError:
+            pass  # until the graph that has this weight has run again
+        finally:
+            if self._rerun is not None:
+                self._rerun.rest()
+            self.seconds += time.perf_counter() - began
+        return ended
+
+    def _step(self) -> bool:
+        """Run one step, or begin the next run. Returns whether that was allowed."""
+        if self._rerun is None:
+            try:
+                self.found = choose(
+                    self.table, self._seen, self.goal, scored=self.scored, reuse_cost=self.reuse_cost, **self.options
+                )
+                return True
+            except _Unknown as unknown:
+                self._policy, self._computed = unknown.policy, unknown.computed
+            self._rerun = Rerun(self.replay, self._policy)
+        rerun = self._rerun
+        cost = 1.0 if rerun.at in self._computed else self.reuse_cost
+        if min(self._left, self._open) < cost - 1e-9:
+            return False
+        rerun.step()
+        self._left, self._open = self._left - cost, self._open - cost
+        if rerun.is_over:
+            self._rerun = None
+            if isinstance(self._policy, Always):
+                self.replay.ended(rerun.result)
+            else:
+                self._seen.results[self._policy] = rerun.result
+        return True
+
+    def best_so_far(self, than: Schedule) -> Schedule | None:
+        """The best of what was run, where it keeps what is asked with fewer computed steps than another schedule; else None."""
+        least, steps = self.goal.quality_db or self.goal.floor_db, self.table.steps
+        count = 1 if self.goal.quality_db else self.goal.count(steps, self.reuse_cost)
+        good = [
+            Schedule(steps, computed, order, psnr=psnr)
+            for (computed, order, _), psnr in self.scored.known.items()
+            if psnr >= least and count <= len(computed) < len(than.computed)
+        ]
+        return min(good, key=lambda s: (len(s.computed), -(s.psnr or 0)), default=None)
