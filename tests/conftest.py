@@ -36,7 +36,7 @@ def pytest_collection_finish():
     """What was imported stays, so it is no longer looked through for garbage; graphs are many small objects, most of them kept."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(20_000, 10, 20)
+    gc.set_threshold(500_000, 20, 20)
     if "torch" in sys.modules:
         from torch._dynamo import guards
 

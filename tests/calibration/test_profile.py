@@ -276,7 +276,7 @@ def test_bad_input(options, message):
                 vdcache.profile(Stack(False), generate, prompts=prompts)
         return
     with pytest.raises(ConfigError, match=message):
-        profiled(blocks=2, **options)
+        profiled(blocks=1, **options)
 
 
 def test_models_that_cannot_be_profiled_say_why():

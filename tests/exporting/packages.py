@@ -19,7 +19,7 @@ FORMATS = ("onnx", "onnx-single", "onnx-unrolled")
 
 @functools.cache
 def model() -> TinyDiT:
-    return TinyDiT(blocks=3, dim=32, seed=1)
+    return TinyDiT(blocks=2, dim=32, seed=1)
 
 
 def call(step: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,4 +72,4 @@ def tiny() -> Any:
 
 def nothing() -> Any:
     """Another model."""
-    return TinyDiT(blocks=3, dim=32, seed=2), call(), {}, loop, inputs()
+    return TinyDiT(blocks=2, dim=32, seed=2), call(), {}, loop, inputs()

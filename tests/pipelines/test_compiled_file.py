@@ -10,6 +10,7 @@ import zipfile
 
 import pytest
 import torch
+from torch._inductor.cpu_vec_isa import pick_vec_isa
 
 import vdcache
 from vdcache.testing import TinyDiT
@@ -22,7 +23,7 @@ from vdcache.testing import TinyDiT, latent, time_of
 what, path = sys.argv[1:]
 if what == "load":
     vdcache.load_compiled(path)
-compiled = vdcache.compile(TinyDiT(4), "every-2", num_steps=4)
+compiled = vdcache.compile(TinyDiT(2), "every-2", num_steps=4)
 with torch.no_grad():
     out = [compiled(latent(step), time_of(step), latent(9, 1, 3, 4)).sum().item() for step in range(4)]
 if what == "save":
@@ -33,7 +34,9 @@ print(json.dumps({"hits": found["autograd_cache_hit"], "misses": found["autograd
 
 
 def child(what, path, caches):
-    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(caches), "OMP_NUM_THREADS": "1"}
+    # Where its folder is empty, Inductor compiles a program to see whether vectors can be compiled: what it sees here holds there.
+    known = {"TORCHINDUCTOR_VEC_ISA_OK": str(int(bool(pick_vec_isa()))), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    env = {**os.environ, **known, "TORCHINDUCTOR_CACHE_DIR": str(caches), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", CHILD, what, str(path)], env=env, capture_output=True, text=True, check=False
     )

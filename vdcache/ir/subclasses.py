@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.fx.traceback import preserve_node_meta
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from vdcache.ir.stand_ins import brought, stored
@@ -47,7 +48,11 @@ class TensorSubclasses:
 
             def forward(self, *flat: Any) -> Any:
                 rest = iter(flat)
-                return self.graph(*(_rebuilt(x, rest) for x in examples))
+                inputs = [_rebuilt(x, rest) for x in examples]
+                if not isinstance(graph, fx.GraphModule):
+                    return graph(*inputs)
+                with preserve_node_meta():  # each new node has the module and the line of the one that it was made of
+                    return fx.Interpreter(graph).run(*inputs)
 
         return graph if self._plain else Around()
 
