@@ -48,6 +48,7 @@ FIRST_ROW = {
     ),
     "methods": (("--videos", "1"), {"STEPS": 2}, ("cache_dit",)),
     "moreg": (("--videos", "1"), {"STEPS": 3, "load_model": small}, ("torchmetrics",)),
+    "outlined": (("--models", "tiny", "--pairs", "2"), {}, ()),
     "passes": ((), {"DEPTHS": (1,), "compile_now": lambda graph, inputs, options: None}, ()),
     "peers": ((), {}, ("cache_dit",)),
     "profilingdit": (("--picture", "profile.png"), {"STEPS": 2, "load_model": small}, ("skimage", "matplotlib")),

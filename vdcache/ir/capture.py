@@ -16,12 +16,11 @@ and 2.13.0.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import re
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -112,7 +111,7 @@ def capture(graph: nn.Module, example_inputs: Sequence[Any]) -> Captured:
     if isinstance(around, fx.GraphModule):
         around = _with_repeated_once(around)
     try:
-        with torch.no_grad(), whole_composites(), _stacks_of(graph):
+        with torch.no_grad(), whole_composites():
             traced, sig = aot_export_module(around, flat_inputs, trace_joint=False, pre_dispatch=False, decompositions={})
     except Exception as error:
         if is_control_flow(error):
@@ -143,21 +142,6 @@ def capture(graph: nn.Module, example_inputs: Sequence[Any]) -> Captured:
 
 
 _numbers = itertools.count()
-
-
-@contextlib.contextmanager
-def _stacks_of(graph: nn.Module) -> Iterator[None]:
-    """In this block torch looks at no stack where a graph of Dynamo's says whose line each node is: it would for each input and cast."""
-    config, name = fx.config, "do_not_emit_stack_traces"
-    if not isinstance(graph, fx.GraphModule) or not hasattr(config, name):
-        yield
-        return
-    before = getattr(config, name)
-    setattr(config, name, True)
-    try:
-        yield
-    finally:
-        setattr(config, name, before)
 
 
 def is_control_flow(error: BaseException) -> bool:
