@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import math
 import warnings
 import weakref
 
@@ -327,7 +328,7 @@ def test_without_a_recipe_the_steps_are_found_on_the_pipeline(monkeypatch, tmp_p
     monkeypatch.setenv("VDCACHE_CACHE_DIR", str(tmp_path))
     pipe = made(NAME)
     plain, again = sample(pipe, NAME, 8), sample(pipe, NAME, 8, seed=1)
-    vdcache.apply(pipe, inner="eager", speedup=1.5)
+    vdcache.apply(pipe, inner="eager", speedup=1.5, search_share=math.inf)
     with informed() as told:
         assert torch.equal(sample(pipe, NAME, 8), plain)
     assert ["computed in full" in t for t in told] == [True, False]
@@ -339,11 +340,25 @@ def test_without_a_recipe_the_steps_are_found_on_the_pipeline(monkeypatch, tmp_p
     )
     assert not found.note and not torch.equal(cached, again)
     vdcache.remove(pipe)
-    vdcache.apply(pipe, inner="eager", speedup=1.5)  # as another process would
+    vdcache.apply(pipe, inner="eager", speedup=1.5, search_share=math.inf)  # as another process would
     assert torch.equal(sample(pipe, NAME, 8, seed=1), cached)
     vdcache.remove(pipe)
     with pytest.raises(vdcache.errors.ConfigError, match="a goal stands there"):
         vdcache.apply(pipe, {"transformer": "vdcache-auto"}, speedup=2.0)
+
+
+def test_the_search_in_pieces_on_a_pipeline_finds_the_same(monkeypatch, tmp_path):
+    pipe, found = made(NAME), []
+    for share in (math.inf, 0.25):
+        monkeypatch.setenv("VDCACHE_CACHE_DIR", str(tmp_path / str(share)))
+        vdcache.apply(pipe, inner="eager", speedup=1.5, search_share=share)
+        for seed in range(30):
+            sample(pipe, NAME, 8, seed=seed)
+            if not session(pipe).calibration.tentative:
+                break
+        found.append((session(pipe).calibration.schedule, session(pipe).calibration.tried))
+        vdcache.remove(pipe)
+    assert found[0] == found[1] and seed > 3
 
 
 def test_summary(pipe, capsys):
