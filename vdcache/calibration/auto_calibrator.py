@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from vdcache.calibration.calibration import Calibration, CalibrationKey, find, keep, key_of, time_of
+from vdcache.calibration.calibration import Calibration, CalibrationKey, find, keep, key_of, of_other_sizes, time_of
 from vdcache.calibration.choose import ScheduleScores, choose
 from vdcache.calibration.piecewise_search import PiecewiseSearch
 from vdcache.calibration.schedule import Schedule
@@ -31,6 +31,9 @@ __all__ = ["AutoCalibrator", "cost_of_reuse"]
 
 ORDER = 1  # of the recipe's predictor
 FEW_STEPS = 4  # leave nothing to skip
+NEAR = (
+    1.4  # logarithm of the ratio of latents' elements, up to which the schedule of one is where the search for the other begins
+)
 TRIES = 3  # generations that cannot be run again for reasons that may pass, before the table decides alone
 
 
@@ -49,6 +52,7 @@ class _Run:
     recording: RecordedRun
     gathering: StepTableBuilder
     table: StepTable | None = None
+    reused: bool = False  # something of it was
     calls: list[int] = field(default_factory=list)  # of each step
     programs: dict[Any, None] = field(default_factory=dict)  # the graphs that ran
 
@@ -148,9 +152,9 @@ class AutoCalibrator:
         if now.key in self._closed:
             return
         expected = self._seen.get(now.key, ())
-        if not same_times(expected, now.times):
+        if not expected or not same_times(expected, now.times):
             expected = tuple(now.times)
-        now.following = self._known(expected or tuple(now.times)) if steps is not None else None
+        now.following = self._known(expected) or self._of_a_near_size(expected) if steps is not None else None
         if (found := now.following) is not None:
             self._take(found)
             schedule = found.schedule
@@ -179,7 +183,8 @@ class AutoCalibrator:
             run.calls.append(0)
         if record.step == 1 and not run.calls[1] and not self._reachable(run):
             return
-        if run.table is None:
+        run.reused = run.reused or bool(record.reused)
+        if not run.reused:
             run.gathering.add(record.step, record.lane, {n: kept[n] for n in program.slots if n in kept})
         run.calls[record.step] += 1
         run.programs[program] = None
@@ -229,11 +234,43 @@ class AutoCalibrator:
             self._give_up(error, now.key)
 
     def _known(self, times: Sequence[float]) -> Calibration | None:
-        """What was found before for this generation's key, by this session or any other, if its timesteps begin so."""
-        key = self._now.key
-        wanted = replace(key, times=tuple(times))
-        own = (c for c in reversed(self._found) if replace(c.key, times=()) == key and same_times(c.key.times, times))
-        return next(own, None) or find(wanted, self._goal)
+        """What was found before for this generation, by this session or any other, if its timesteps begin so. What was found for a prompt of
+        another length serves it too: the latent, which is what a schedule is about, has the same form."""
+        key = replace(self._now.key, times=tuple(times))
+        own = next((c for c in reversed(self._found) if c.key.is_like(key)), None)
+        if (found := own or find(key, self._goal)) is not None:
+            return found
+        others = [c for c in reversed(self._found) if c.key.apart(key) == 0]
+        others = others or [c for c in of_other_sizes(key, self._goal) if c.key.apart(key) == 0]
+        return min(others, key=lambda c: c.tentative, default=None)
+
+    def _of_a_near_size(self, times: Sequence[float]) -> Calibration | None:
+        """A schedule of a near size, to be followed until the search for this one has found its own; None where only running tells."""
+        if self.frozen or self._goal.quality_db is not None:
+            return None
+        key = replace(self._now.key, times=tuple(times))
+        known = [
+            c
+            for c in [*reversed(self._found), *of_other_sizes(key, self._goal)]
+            if 0 < c.key.apart(key) <= NEAR and not c.tentative
+        ]
+        if not known:
+            return None
+        near = min(known, key=lambda c: c.key.apart(key))
+        note = f"begun with the schedule of {near.key.sizes}; the search goes on within later generations"
+        begun = replace(
+            near,
+            key=replace(key, times=near.key.times),
+            schedule=replace(near.schedule, psnr=None),
+            tried=(),
+            seconds=0.0,
+            note=note,
+            tentative=True,
+            path=None,
+        )
+        self._found.append(begun)
+        self._log(f"near {begun.key}", f"vdcache: no schedule is known for {begun.key.sizes}: {note}\n{begun.schedule}")
+        return begun
 
     def _take(self, known: Calibration) -> None:
         """From now on this one is followed; one that is not of this session's own is announced."""
@@ -256,8 +293,13 @@ class AutoCalibrator:
         left = now.following
         if left is None or step >= len(now.times) or same_times(left.key.times, now.times):
             return
-        now.following = now.run = None
+        now.following = None
         self._session.follow(Always())
+        if now.run is not None and left.path is None and not now.run.reused:  # another size may have other timesteps
+            self._found.remove(left)
+            now.run.table, now.run.recording.uncached = None, True
+            return
+        now.run = None
         self._warn(
             f"other timesteps {left.key}",
             f"vdcache: the timesteps of this generation are not those of the calibration from step {step} on (another solver, "

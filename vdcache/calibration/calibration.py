@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,7 +27,18 @@ from vdcache.util.checks import number, whole
 from vdcache.util.files import cache_folder, write_aside
 from vdcache.util.json import read_json, write_json
 
-__all__ = ["Calibration", "CalibrationKey", "as_real", "find", "folder", "keep", "key_of", "time_of", "weights_of"]
+__all__ = [
+    "Calibration",
+    "CalibrationKey",
+    "as_real",
+    "find",
+    "folder",
+    "keep",
+    "key_of",
+    "of_other_sizes",
+    "time_of",
+    "weights_of",
+]
 
 
 @dataclass(frozen=True)
@@ -38,6 +50,7 @@ class CalibrationKey:
         steps: of a generation.
         sizes: shapes and types of what the model is given.
         times: timesteps of the generation; empty where they are not known.
+        latent: shape and type of the latent, which `sizes` has too; "" where nobody knows it.
 
     Raises:
         ConfigError: timesteps that are none, or not one a step.
@@ -47,10 +60,32 @@ class CalibrationKey:
     steps: int
     sizes: str
     times: tuple[float, ...] = ()
+    latent: str = ""
 
     def __post_init__(self) -> None:
         whole(self.steps, "the number of steps that a calibration is for")
         object.__setattr__(self, "times", tuple(number(t, "a timestep is a number") for t in self.times))
+
+    def is_like(self, other: CalibrationKey) -> bool:
+        """Whether both are for one model, number of steps and sizes, and for the same timesteps as far as both know them."""
+        same = (self.model, self.steps, self.sizes) == (other.model, other.steps, other.sizes)
+        return same and same_times(self.times, other.times)
+
+    def apart(self, other: CalibrationKey) -> float:
+        """How far the sizes of two keys of one model, number of steps and timesteps are apart: 0 where the latents are of one form, the logarithm
+        of the ratio of their elements where they have as many dimensions and one type; else, or where nobody knows, infinity."""
+        if self.model != other.model or self.steps != other.steps or not same_times(self.times, other.times):
+            return math.inf
+        (a, kind), (b, other_kind) = _form(self.latent), _form(other.latent)
+        if not a or not b or len(a) != len(b) or kind != other_kind:
+            return math.inf
+        return 0.0 if a == b else max(abs(math.log(math.prod(a) / math.prod(b))), 1e-9)
+
+
+def _form(text: str) -> tuple[list[int], str]:
+    shape, _, kind = text.partition(":")
+    sizes = shape.split("×")
+    return ([max(1, int(n)) for n in sizes] if all(n.isdigit() for n in sizes) else []), kind
 
 
 @dataclass(frozen=True)
@@ -194,24 +229,39 @@ def keep(found: Calibration) -> Path:
 
 def find(key: CalibrationKey, goal: Goal) -> Calibration | None:
     """The newest calibration for this model, number of steps, sizes and goal, whose timesteps begin as those of `key`."""
+    return next((one for one in _read(f"{_stem(key, goal)}-*.json", goal) if one.key.is_like(key)), None)
+
+
+def of_other_sizes(key: CalibrationKey, goal: Goal) -> list[Calibration]:
+    """What is kept for this model, number of steps and goal at other sizes, and for timesteps that begin as those of `key`."""
+    found = _read(f"{key.model}-{key.steps}-*.json", goal)
+    return [one for one in found if one.key.apart(key) < math.inf and one.key.sizes != key.sizes]
+
+
+def _read(pattern: str, goal: Goal) -> list[Calibration]:
+    """The calibrations in files of such names, the newest first."""
     known = []
-    for path in folder().glob(f"{_stem(key, goal)}-*.json"):
+    for path in folder().glob(pattern):
         try:
             one, when = Calibration.from_json(path), path.stat().st_mtime
         except (ConfigError, OSError):
             continue  # of another version, or half gone: it is measured again
-        same = replace(one.key, times=()) == replace(key, times=()) and one.goal == goal
-        if same and same_times(one.key.times, key.times):
+        if one.goal == goal:
             known.append((when, one))
-    return max(known, key=lambda k: k[0])[1] if known else None
+    return [one for _, one in sorted(known, key=lambda k: -k[0])]
 
 
 def key_of(program: Any, inputs: Sequence[Any], steps: int) -> CalibrationKey:
     """What a calibration of this graph, with these parameters and sizes, holds for; the timesteps come later."""
-    given = (inputs[i] for i in program.inputs.activations if isinstance(inputs[i], Tensor))
-    sizes = " ".join(f"{'×'.join(map(str, v.shape))}:{str(v.dtype).removeprefix('torch.')}" for v in given)
+
+    def form(value: Tensor) -> str:
+        return f"{'×'.join(map(str, value.shape))}:{str(value.dtype).removeprefix('torch.')}"
+
+    sizes = " ".join(form(inputs[i]) for i in program.inputs.activations if isinstance(inputs[i], Tensor))
     params = [inputs[i] for i in program.inputs.static if isinstance(inputs[i], Tensor)]
-    return CalibrationKey(_digest(program.guarded.structure, weights_of(params)), steps, sizes)
+    at = program.inputs.latent
+    latent = "" if at is None else form(inputs[at])
+    return CalibrationKey(_digest(program.guarded.structure, weights_of(params)), steps, sizes, latent=latent)
 
 
 def weights_of(params: Iterable[Tensor]) -> str:
