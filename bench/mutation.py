@@ -437,8 +437,8 @@ BUGS = (
     _runtime(
         "a value of another shape of latent",
         "session",
-        "(graph.numbers, *_forms(inputs, graph.activations))",
-        "(graph.numbers,)",
+        "(graph.content, *_forms(inputs, graph.activations))",
+        "(graph.content,)",
     ),
     _runtime(
         "a value of other weights",
@@ -449,7 +449,7 @@ BUGS = (
     _runtime(
         "other numbers in the graph taken for the same",
         "session",
-        "(graph.numbers, *_forms(",
+        "(graph.content, *_forms(",
         "(0, *_forms(",
     ),
     _runtime(

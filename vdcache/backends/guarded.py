@@ -90,7 +90,7 @@ class GuardedGraph:
         return tuple(a for n in calls for a in (*n.args, *n.kwargs.values()) if isinstance(a, float))
 
     @property
-    def numbers(self) -> tuple[Hashable, ...]:
+    def content(self) -> tuple[Hashable, ...]:
         """All operations and numbers in the graph, in order, sizes too: where two graphs are for the same sizes, others are settings."""
         found: list[Hashable] = []
         for n in self.module.graph.nodes:

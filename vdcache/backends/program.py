@@ -57,7 +57,7 @@ class Program:
         self.latents, self.activations, self.told, self.static = given.latents, given.activations, given.told, given.static
         kind = frame, self.guarded.structure, self.guarded.constants
         self.kind: Hashable = _kinds.setdefault(kind, len(_kinds))
-        self.numbers: Hashable = _kinds.setdefault((kind, self.guarded.numbers), len(_kinds))
+        self.content: Hashable = _kinds.setdefault((kind, self.guarded.content), len(_kinds))
         self.variants = Variants(self.guarded, settings)
         self.slots, self.lanes, head = self.variants.slots, self.variants.lanes, self.variants.head
         self.probes = head.probes if head is not None else ()

@@ -124,7 +124,7 @@ class CompiledGraph(Protocol):
     @property
     def kind(self) -> Hashable: ...  # graphs of one kind compute the same for other sizes: one goes on where another left off
     @property
-    def numbers(self) -> Hashable: ...  # tells it from graphs of its kind for the same sizes, in which other numbers stand
+    def content(self) -> Hashable: ...  # tells it from graphs of its kind for the same sizes, in which other operations or numbers stand
     @property
     def inputs(self) -> GraphInputs: ...
     @property
@@ -165,7 +165,7 @@ class CallKey:
         call: how often the graph ran before in this lane of the step.
         lane: the caller's name for the lane, the conditioning of the step's call, and that of the graph's own inputs.
         weights: the number of its weights (`WeightsToken`).
-        forms: shape, dtype and device of every activation, and the numbers that stand in the graph.
+        forms: shape, dtype and device of every activation, and the operations and numbers of the graph.
     """
 
     graph: Hashable

@@ -415,7 +415,7 @@ class Session:
         weights, changed = self._weights.check(graph, graph.kind, graph.weights(inputs), (planner.generation, planner.step))
         if changed:
             self._computed.drop_values()
-        key = self._computed.key(who, number, lane, weights, (graph.numbers, *_forms(inputs, graph.activations)))
+        key = self._computed.key(who, number, lane, weights, (graph.content, *_forms(inputs, graph.activations)))
         if repeated:
             self._computed.had_several_latents(lane, planner.step)
             self._computed.drop(key)  # of the other latent
