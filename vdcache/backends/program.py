@@ -71,6 +71,11 @@ class Program:
             found += inputs[part]
         return tuple(found)
 
+    @property
+    def writes_into_itself(self) -> bool:
+        """Whether it writes into a parameter or buffer of the model."""
+        return any(position in self.inputs.static for _, position in self.guarded.captured.signature.mutations)
+
     def narrow(self, plan: Plan) -> Plan:
         """What of a plan concerns this graph."""
         return self.variants.narrow(plan)

@@ -34,6 +34,8 @@ FEW_STEPS = 4  # leave nothing to skip
 NEAR = (
     1.4  # logarithm of the ratio of latents' elements, up to which the schedule of one is where the search for the other begins
 )
+SEARCHES = 4  # that go on at one time
+SESSIONS = 3  # that begin a search which none of them ends
 TRIES = 3  # generations that cannot be run again for reasons that may pass, before the table decides alone
 
 
@@ -117,9 +119,10 @@ class AutoCalibrator:
         self.calibration: Calibration | None = None  # the last that was found
         session.prepare = lambda steps: Always()
 
-    def freeze(self) -> None:
-        """From now on every generation follows what is known now; what nothing is known for is computed in full."""
+    def freeze(self, like: AutoCalibrator | None = None) -> None:
+        """From now on every generation follows what is known now, to this one or to another; what nothing is known for is computed in full."""
         self.frozen = True
+        self._found += like._found if like is not None else []
         self._searches.clear()
         self._now.run = None
 
@@ -163,14 +166,17 @@ class AutoCalibrator:
             ):  # what this generation's second timestep is, its second step tells
                 schedule = replace(schedule, computed=tuple(sorted({1, *schedule.computed})))
             self._session.follow(schedule.policy(found.key.times))
-            if (search := self._searches.get(found.key)) is not None and search.is_lost:
-                del self._searches[found.key]  # Dynamo has let go of its graph; it goes on from another generation
-            elif search is not None:
+            if not found.tentative:
+                self._searches.pop(found.key, None)  # another session was faster
+            elif (search := self._searches.get(found.key)) is not None:
                 search.begin(self._share * found.key.steps)
         if self.frozen or record.generation < self._tries.get(now.key, (0, 0))[1]:
             return
         if found is None:
             now.run = _Run(RecordedRun(), StepTableBuilder(steps))
+        elif found.tentative and found.key not in self._searches and found.searches >= SESSIONS:
+            note = f"{SESSIONS} sessions have begun to search for a better one, and none was long enough: vdcache.calibrate does it at once"
+            self._keep(replace(found, tentative=False, note=note))
         elif found.tentative and found.key not in self._searches:
             # It was taken from the disk, or its search had trouble: it goes on from a generation that follows it.
             now.run = _Run(RecordedRun(uncached=False), StepTableBuilder(steps), found.table)
@@ -238,10 +244,14 @@ class AutoCalibrator:
         another length serves it too: the latent, which is what a schedule is about, has the same form."""
         key = replace(self._now.key, times=tuple(times))
         own = next((c for c in reversed(self._found) if c.key.is_like(key)), None)
-        if (found := own or find(key, self._goal)) is not None:
-            return found
+        if (own is None or own.tentative) and not self.frozen:
+            kept = find(key, self._goal)
+            own = kept if own is None or (kept is not None and not kept.tentative) else own
+        if own is not None:
+            return own
         others = [c for c in reversed(self._found) if c.key.apart(key) == 0]
-        others = others or [c for c in of_other_sizes(key, self._goal) if c.key.apart(key) == 0]
+        if not others and not self.frozen:
+            others = [c for c in of_other_sizes(key, self._goal) if c.key.apart(key) == 0]
         return min(others, key=lambda c: c.tentative, default=None)
 
     def _of_a_near_size(self, times: Sequence[float]) -> Calibration | None:
@@ -331,12 +341,16 @@ class AutoCalibrator:
         search = PiecewiseSearch(replay, table, self._goal, cost, {"orders": [ORDER]})
         search.seconds = time.perf_counter() - began
         self._searches[key] = search
+        while len(self._searches) > SEARCHES:
+            del self._searches[next(iter(self._searches))]
         try:
             if self._share == math.inf:
                 search.begin(math.inf)
                 self._advance(key, search, math.inf)
             if key in self._searches and now.following is None:
                 self._follow_meanwhile(key, search)
+            elif key in self._searches and now.following is not None:
+                self._keep(replace(now.following, searches=now.following.searches + 1))
         except Exception:
             self._searches.pop(key, None)
             raise
@@ -358,6 +372,9 @@ class AutoCalibrator:
             return
         search.saw(program, inputs)
         key = following.key
+        if search.is_lost:  # Dynamo has let go of a graph, or there are other weights: it goes on from another generation
+            del self._searches[key]
+            return
         try:
             self._advance(key, search, self._share * search.steps_per_call)
         except Exception as error:
@@ -420,12 +437,17 @@ class AutoCalibrator:
                 began=began,
                 note=note,
                 tentative=tentative,
+                searches=max((c.searches for c in self._found if c.key == key), default=1),
             )
         )
 
     def _keep(self, found: Calibration) -> None:
         """Follow a calibration from the next generation on, and keep it for other processes."""
         before = [c for c in self._found if c.key == found.key]
+        if found.tentative and (ended := find(found.key, self._goal)) is not None and not ended.tentative:
+            self._searches.pop(found.key, None)  # another session was faster
+            self._take(ended)
+            return
         try:
             found = replace(found, path=keep(found))
             where = f"kept in {found.path}"

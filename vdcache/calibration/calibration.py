@@ -85,7 +85,7 @@ class CalibrationKey:
 def _form(text: str) -> tuple[list[int], str]:
     shape, _, kind = text.partition(":")
     sizes = shape.split("×")
-    return ([max(1, int(n)) for n in sizes] if all(n.isdigit() for n in sizes) else []), kind
+    return ([max(1, int(n)) for n in sizes] if all(n.isascii() and n.isdigit() for n in sizes) else []), kind
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,7 @@ class Calibration:
         seconds: what the search took, after the uncached generations.
         note: what could not be done.
         tentative: the search for a better one is not over.
+        searches: how many sessions have begun one.
         versions: of vdcache and torch.
         path: the file that it is kept in, where it was read from one or written to one; deleting it makes vdcache calibrate anew.
     """
@@ -115,6 +116,7 @@ class Calibration:
     seconds: float = 0.0
     note: str = ""
     tentative: bool = False
+    searches: int = 1
     versions: dict[str, str] = field(default_factory=dict)
     path: Path | None = field(default=None, compare=False, repr=False)
 
@@ -129,6 +131,9 @@ class Calibration:
                 f"a calibration for {self.key.steps} steps has a schedule of as many and a timestep for each, or none; got "
                 f"{self.schedule.steps} and {len(self.key.times)}"
             )
+        n = self.key.steps
+        if self.tentative and not (self.products and all([len(row) for row in own] == [n] * n for own in self.products)):
+            raise ConfigError(f"a search goes on from a table of {n} × {n} steps, and this calibration has none")
 
     @staticmethod
     def of(
@@ -142,6 +147,7 @@ class Calibration:
         began: float,
         note: str = "",
         tentative: bool = False,
+        searches: int = 1,
     ) -> Calibration:
         """What a search found that began at `time.perf_counter() == began`."""
         return Calibration(
@@ -154,6 +160,7 @@ class Calibration:
             seconds=time.perf_counter() - began,
             note=note,
             tentative=tentative,
+            searches=searches,
             versions={"vdcache": vdcache.__version__, "torch": torch.__version__},
         )
 
@@ -244,7 +251,7 @@ def _read(pattern: str, goal: Goal) -> list[Calibration]:
     for path in folder().glob(pattern):
         try:
             one, when = Calibration.from_json(path), path.stat().st_mtime
-        except (ConfigError, OSError):
+        except (ConfigError, OSError, RecursionError):
             continue  # of another version, or half gone: it is measured again
         if one.goal == goal:
             known.append((when, one))

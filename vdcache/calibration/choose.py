@@ -69,11 +69,12 @@ def choose(
     tries: int | None = None,
     reuse_cost: float = 0.0,
     scored: ScheduleScores | None = None,
+    work: float = BUDGET,
 ) -> Schedule:
     """The best schedule that is known of: by the table, and by running its best candidates.
 
     The candidates run on the first prompt, the better half of them on the next, and so on, so that all runs together take at most
-    `BUDGET` generations a prompt.
+    `work` generations a prompt.
 
     Args:
         runs: None to go by the table alone.
@@ -90,7 +91,7 @@ def choose(
             return found[0]
         if runs is None:
             return _trusted(table, count, orders)
-        budget = BUDGET * runs.prompts
+        budget = work * runs.prompts
         if not goal.floor_db:
             best = _nearest(runs, found, scored, tries, budget, reuse_cost)
             if best.psnr == -math.inf:
@@ -99,12 +100,12 @@ def choose(
         if (_nearest(runs, found, scored, 1, budget).psnr or 0) >= goal.floor_db:
             return _nearest(runs, found, scored, tries, budget, reuse_cost)
         try:
-            return _fewest(table, runs, goal.floor_db, orders, scored, tries, reuse_cost, above=count)
+            return _fewest(table, runs, goal.floor_db, orders, scored, tries, reuse_cost, work, above=count)
         except ConfigError:  # few steps leave little to skip
             return Schedule(table.steps, tuple(range(table.steps)), orders[-1], psnr=LOSSLESS)
     if runs is None or tries == 0:
         raise ConfigError(f"whether a schedule keeps {goal.quality_db:g} dB is only known by running it")
-    return _fewest(table, runs, goal.quality_db, orders, scored, tries, reuse_cost)
+    return _fewest(table, runs, goal.quality_db, orders, scored, tries, reuse_cost, work)
 
 
 def _trusted(table: StepTable, count: int, orders: Sequence[int]) -> Schedule:
@@ -153,6 +154,7 @@ def _fewest(
     scored: ScheduleScores,
     tries: int | None,
     reuse_cost: float,
+    work: float,
     above: int = 0,
 ) -> Schedule:
     """The fewest computed steps that reach a quality: found on the first prompt, then seen on all.
@@ -161,7 +163,7 @@ def _fewest(
     """
     steps, many = table.steps, tries or 1
     ranked = dict(enumerate(candidates_up_to(table, max(1, steps - 1), orders), start=1))
-    left = BUDGET * runs.prompts - sum(_work(len(c), steps, reuse_cost) for c, _, _ in scored.known)
+    left = work * runs.prompts - sum(_work(len(c), steps, reuse_cost) for c, _, _ in scored.known)
     seen: dict[int, Schedule] = {}
     low, high = above, steps  # what is known to fail, and to be good enough
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vdcache.calibration.choose import ScheduleScores, choose
+from vdcache.calibration.choose import BUDGET, ScheduleScores, choose
 from vdcache.calibration.schedule import Schedule
 from vdcache.calibration.tables import StepTable
 from vdcache.calibration.trajectory_replay import Rerun, TrajectoryReplay
@@ -78,6 +78,9 @@ class PiecewiseSearch:
 
     def __post_init__(self) -> None:
         self._seen = _Seen(self.replay)
+        # Where the recording does not tell how the generation ends, that is one whole run. Of the runs for a quality none can be spared.
+        spared = not self.replay.knows_its_end and self.goal.quality_db is None
+        self._work = BUDGET - spared
 
     @property
     def steps_per_call(self) -> float:
@@ -90,8 +93,8 @@ class PiecewiseSearch:
 
     @property
     def is_lost(self) -> bool:
-        """Whether a graph of the generation is gone, so that it can never be run again."""
-        return not self.replay.programs.are_alive
+        """Whether a graph of the generation is gone or has other weights now, so that it can never be run again."""
+        return self.replay.programs.changed or not self.replay.programs.are_alive
 
     def begin(self, most: float) -> None:
         """A generation begins, in which as many computed steps may be run again; what is less than one step is saved up for one."""
@@ -122,7 +125,13 @@ class PiecewiseSearch:
         if self._rerun is None:
             try:
                 self.found = choose(
-                    self.table, self._seen, self.goal, scored=self.scored, reuse_cost=self.reuse_cost, **self.options
+                    self.table,
+                    self._seen,
+                    self.goal,
+                    scored=self.scored,
+                    reuse_cost=self.reuse_cost,
+                    work=self._work,
+                    **self.options,
                 )
                 return True
             except _Unknown as unknown:
@@ -132,7 +141,13 @@ class PiecewiseSearch:
         cost = 1.0 if rerun.at in self._computed else self.reuse_cost
         if min(self._left, self._open) < cost - 1e-9:
             return False
-        rerun.step()
+        try:
+            rerun.step()
+        except ReferenceError:
+            raise
+        except BaseException:  # it has stopped halfway through a step, and is begun again
+            self._rerun = None
+            raise
         self._left, self._open = self._left - cost, self._open - cost
         if rerun.is_over:
             self._rerun = None

@@ -22,6 +22,7 @@ from vdcache.policies.base import Always, Policy
 from vdcache.runtime import registry
 from vdcache.runtime.history import Record, unused
 from vdcache.runtime.session import Session
+from vdcache.runtime.weights_token import WeightsToken
 
 __all__ = ["RecordedRun", "Rerun", "TrajectoryReplay", "TrajectoryReplays"]
 
@@ -45,12 +46,16 @@ class _Programs:
         self._numbers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._refs: list[weakref.ref[Any]] = []
         self._weights: dict[int, dict[int, Any]] = {}
+        self._token, self._values = WeightsToken(), dict[int, int]()  # of each graph the number of its weights' values
+        self.changed = False  # a graph has other weights than when it ran first
 
     def saw(self, program: Any, inputs: Sequence[Any]) -> int:
         """A graph runs with these inputs. Returns its number."""
         number = self._numbers.setdefault(program, len(self._refs))
         if number == len(self._refs):
             self._refs.append(weakref.ref(program))
+        values, _ = self._token.check(number, number, program.weights(inputs))
+        self.changed = self.changed or self._values.setdefault(number, values) != values
         given = {i: inputs[i] for i in program.inputs.static}
         self._weights[number] = {i: weakref.ref(v) if isinstance(v, Tensor) else v for i, v in given.items()}
         return number
@@ -98,6 +103,8 @@ class RecordedRun:
             self.unfit = "the model runs as several graphs"
         if program.inputs.latent is None:
             self.unfit = "no latent is known in it"
+        if program.writes_into_itself:
+            self.unfit = "the model writes into its own buffers, and would do so when it is run again"
         if self.unfit:
             self.steps = []
             return
@@ -309,6 +316,8 @@ class TrajectoryReplay:
     def __init__(self, recording: RecordedRun) -> None:
         if recording.unfit:
             raise ConfigError(recording.unfit)
+        if recording.programs.changed:
+            raise ConfigError("its weights changed within the generation")
         steps = recording.steps
         if len({len(calls) for calls in steps}) > 1:
             steps = [_unlike(calls) for calls in steps]

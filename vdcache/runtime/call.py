@@ -124,7 +124,9 @@ class CompiledGraph(Protocol):
     @property
     def kind(self) -> Hashable: ...  # graphs of one kind compute the same for other sizes: one goes on where another left off
     @property
-    def content(self) -> Hashable: ...  # tells it from graphs of its kind for the same sizes, in which other operations or numbers stand
+    def content(
+        self,
+    ) -> Hashable: ...  # tells it from graphs of its kind for the same sizes, in which other operations or numbers stand
     @property
     def inputs(self) -> GraphInputs: ...
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -85,6 +86,7 @@ class _Turn:
         self._lock = threading.Lock()
         self.thread: int | None = None  # that is in the middle of a call
         self.own = threading.local()  # `session`: the calling thread's own, where it has one
+        self.others: weakref.WeakSet[Session] = weakref.WeakSet()  # of all threads
 
     def take(self) -> bool:
         if not self._lock.acquire(blocking=False):
@@ -212,8 +214,9 @@ class Session:
     def freeze(self) -> None:
         """From now on `vdcache-auto` follows what it has found, and searches no further, so that outputs do not change any more. What no
         schedule is known for is computed in full. Other recipes never change."""
-        if (freeze := getattr(self.recorder, "freeze", None)) is not None:
-            freeze()
+        for one in (self, *self._turn.others):
+            if (freeze := getattr(one.recorder, "freeze", None)) is not None:
+                freeze()
 
     def end(self) -> None:
         """The generation is over, also where it was cut short: free what it kept. The next call begins another one."""
@@ -305,6 +308,9 @@ class Session:
         if own._turn.take():
             return own, True
         own = self._turn.own.session = make()
+        self._turn.others.add(own)
+        if getattr(self.recorder, "frozen", False):
+            own.recorder.freeze(self.recorder)  # type: ignore[union-attr]
         self._notices.threads()
         return own.claim(make)
 
