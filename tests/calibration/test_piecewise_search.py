@@ -318,16 +318,22 @@ def test_a_search_that_ended_elsewhere_is_taken_and_never_overwritten(folder):
     assert slow.vdcache.calibration == ended and schedule_of(slow).computed == ended.schedule.computed
 
 
-def test_sessions_that_are_too_short_search_three_times(folder, ran):
+@pytest.mark.parametrize("goal", [{"speedup": 2.0}, {}], ids=str)
+def test_sessions_that_are_too_short_search_three_times(goal, folder, ran):
+    """Then the schedule stays; one that computes every step is searched at once."""
     for session in range(6):
         torch._dynamo.reset()
         ran.clear()
-        fast = made(small(), speedup=2.0)
+        fast = made(small(), **goal)
         for seed in range(4):
             quiet(generate, fast, seed, STEPS)
-        assert bool(ran) == (session < 3), session
+        assert bool(ran) == (session < (3 if goal else 4)), session
     (found,) = kept(folder)
-    assert not found.tentative and "none was long enough: vdcache.calibrate" in found.note
+    assert not found.tentative and len(found.schedule.computed) < STEPS
+    if goal:
+        assert "none was long enough: vdcache.calibrate" in found.note
+    else:
+        assert found.schedule.psnr > 30
 
 
 def test_weights_that_change_end_a_search(folder, ran):
@@ -456,3 +462,62 @@ def test_files_that_are_not_whole_harm_no_generation(change, folder):
     for seed, tokens in ((0, 6), (1, 5), (2, 6)):
         result = quiet(generate, fast, seed, STEPS, tokens=tokens)
         torch.testing.assert_close(result, by_hand(model, schedule_of(fast), seed, STEPS, tokens=tokens))
+
+
+def test_shifts_in_turn_are_followed_each(folder):
+    """Both begin at one timestep, so that the second step tells which schedule it is."""
+    model, fast = small(), made(small(), math.inf)
+    for shift in (1.0, 1.0, 3.0, 3.0, 3.0):
+        quiet(generate, fast, 0, STEPS, shift=shift)
+    for seed, shift in enumerate((1.0, 3.0, 1.0, 3.0)):
+        result, heard = said(generate, fast, seed, STEPS, shift=shift)
+        assert len(fast.vdcache.history.computed_steps()) < STEPS and not heard
+        torch.testing.assert_close(result, by_hand(model, schedule_of(fast), seed, STEPS, shift=shift))
+
+
+def test_what_a_model_draws_in_a_piece_is_given_back():
+    class Drawing(TinyDiT):
+        def forward(self, x, timestep, text):
+            return super().forward(x, timestep, text) + 1e-3 * torch.randn_like(x)
+
+    def generated(model):
+        torch.manual_seed(4)
+        return quiet(generate, model, 1, STEPS)
+
+    fast = made(Drawing(1, 8), 1.0, quality_db=149.0)
+    quiet(generate, fast, 0, STEPS)
+    for _ in range(2):
+        assert torch.equal(generated(fast), generated(Drawing(1, 8)))
+
+
+def test_a_near_size_that_cannot_be_run_again_keeps_the_schedule(folder):
+    fast = made(small(), math.inf, speedup=2.0)
+    quiet(generate, fast, 0, STEPS)
+    first = fast.vdcache.calibration.schedule
+    quiet(generate, fast, 1, STEPS, tokens=5, sampler=ancestral)
+    found = fast.vdcache.calibration
+    assert found.schedule.computed == first.computed and not found.tentative and "it stays as it was, because" in found.note
+
+
+def test_numbers_in_a_model_tell_calibrations_apart(folder):
+    class Scaled(TinyDiT):
+        strength = 0.125
+
+        def forward(self, x, timestep, text):
+            return super().forward(x, timestep, text) * self.strength
+
+    for strength in (0.125, 2.5):
+        model = Scaled(1, 8)
+        model.strength = strength
+        assert torch.equal(quiet(generate, made(model), 0, STEPS), generate(model, 0, STEPS))
+    assert len({c.key.model for c in kept(folder)}) == 2
+
+
+def test_a_goal_out_of_reach_in_a_folder_that_cannot_be_written(folder, monkeypatch):
+    def denied(self, missing_ok=False):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr("pathlib.Path.unlink", denied)
+    model, fast = small(), made(small(), quality_db=149.0)
+    for seed in range(40):
+        assert torch.equal(quiet(generate, fast, seed, STEPS), generate(model, seed, STEPS))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -55,6 +56,7 @@ class _Run:
     gathering: StepTableBuilder
     table: StepTable | None = None
     reused: bool = False  # something of it was
+    at_once: bool = False  # the whole search runs when it ends
     calls: list[int] = field(default_factory=list)  # of each step
     programs: dict[Any, None] = field(default_factory=dict)  # the graphs that ran
 
@@ -174,12 +176,20 @@ class AutoCalibrator:
             return
         if found is None:
             now.run = _Run(RecordedRun(), StepTableBuilder(steps))
-        elif found.tentative and found.key not in self._searches and found.searches >= SESSIONS:
-            note = f"{SESSIONS} sessions have begun to search for a better one, and none was long enough: vdcache.calibrate does it at once"
-            self._keep(replace(found, tentative=False, note=note))
         elif found.tentative and found.key not in self._searches:
             # It was taken from the disk, or its search had trouble: it goes on from a generation that follows it.
-            now.run = _Run(RecordedRun(uncached=False), StepTableBuilder(steps), found.table)
+            too_short = found.searches >= SESSIONS
+            if too_short and len(found.schedule.computed) < found.key.steps:
+                note = f"{SESSIONS} sessions have begun to search for a better one, and none was long enough: vdcache.calibrate does it at once"
+                self._keep(replace(found, tentative=False, note=note))
+                return
+            now.run = _Run(RecordedRun(uncached=False), StepTableBuilder(steps), found.table, at_once=too_short)
+            if too_short:  # else these would compute every step for ever
+                self._log(
+                    f"at once {found.key}",
+                    f"vdcache: {SESSIONS} sessions have begun to search for a schedule, and none was long enough. It is done at once when this "
+                    "generation ends, for about the time of three.",
+                )
 
     def _record(
         self, run: _Run, program: Any, inputs: Sequence[Any], results: Sequence[Any], kept: dict[str, Tensor], record: Record
@@ -276,6 +286,7 @@ class AutoCalibrator:
             seconds=0.0,
             note=note,
             tentative=True,
+            searches=0,
             path=None,
         )
         self._found.append(begun)
@@ -303,9 +314,14 @@ class AutoCalibrator:
         left = now.following
         if left is None or step >= len(now.times) or same_times(left.key.times, now.times):
             return
+        if (other := self._known(now.times)) is not None and other is not left:
+            now.following, now.run = other, None
+            self._take(other)
+            self._session.follow(other.schedule.policy(other.key.times))
+            return
         now.following = None
         self._session.follow(Always())
-        if now.run is not None and left.path is None and not now.run.reused:  # another size may have other timesteps
+        if now.run is not None and not left.searches and not now.run.reused:  # another size may have other timesteps
             self._found.remove(left)
             now.run.table, now.run.recording.uncached = None, True
             return
@@ -336,6 +352,10 @@ class AutoCalibrator:
         try:
             replay = TrajectoryReplay(run.recording)
         except (VdcacheError, RuntimeError, MemoryError) as error:
+            if now.following is not None and isinstance(error, VdcacheError):
+                note = f"it stays as it was, because {_words(error)}"
+                self._keep(replace(now.following, tentative=False, note=note))
+                return
             self._go_by_the_table(key, table, cost, error, began)
             return
         search = PiecewiseSearch(replay, table, self._goal, cost, {"orders": [ORDER]})
@@ -344,7 +364,7 @@ class AutoCalibrator:
         while len(self._searches) > SEARCHES:
             del self._searches[next(iter(self._searches))]
         try:
-            if self._share == math.inf:
+            if self._share == math.inf or run.at_once:
                 search.begin(math.inf)
                 self._advance(key, search, math.inf)
             if key in self._searches and now.following is None:
@@ -517,7 +537,8 @@ class AutoCalibrator:
             for left in [c for c in self._found if c.tentative and replace(c.key, times=()) == key]:
                 self._found.remove(left)
                 if left.path is not None:
-                    left.path.unlink(missing_ok=True)
+                    with contextlib.suppress(OSError):  # a folder that cannot be written
+                        left.path.unlink(missing_ok=True)
             self._warn(f"hopeless {key}", f"vdcache: no schedule was found, and every step is computed: {_words(error)}")
             return
         failed = self._tries.get(key, (0, 0))[0] + 1

@@ -268,7 +268,9 @@ def key_of(program: Any, inputs: Sequence[Any], steps: int) -> CalibrationKey:
     params = [inputs[i] for i in program.inputs.static if isinstance(inputs[i], Tensor)]
     at = program.inputs.latent
     latent = "" if at is None else form(inputs[at])
-    return CalibrationKey(_digest(program.guarded.structure, weights_of(params)), steps, sizes, latent=latent)
+    return CalibrationKey(
+        _digest(program.guarded.structure, program.guarded.constants, weights_of(params)), steps, sizes, latent=latent
+    )
 
 
 def weights_of(params: Iterable[Tensor]) -> str:

@@ -19,6 +19,9 @@ from vdcache.policies.goal import Goal
 __all__ = ["PiecewiseSearch"]
 
 
+PATIENCE = 2  # generations in which a weight is not there
+
+
 class _Unknown(Exception):
     """`choose` asks how a generation ends with these steps computed, and that has not been run."""
 
@@ -72,6 +75,8 @@ class PiecewiseSearch:
     found: Schedule | None = None  # what was chosen, when the search is over
     _left: float = 0.0  # computed steps that this generation may still have
     _open: float = 0.0  # and those that it may have now
+    _waits: bool = False  # for a weight
+    _waited: int = 0  # generations that ended so
     _rerun: Rerun | None = None
     _policy: Policy = field(default_factory=Always)  # of `_rerun`
     _computed: Sequence[int] = ()  # by it
@@ -94,10 +99,11 @@ class PiecewiseSearch:
     @property
     def is_lost(self) -> bool:
         """Whether a graph of the generation is gone or has other weights now, so that it can never be run again."""
-        return self.replay.programs.changed or not self.replay.programs.are_alive
+        return self._waited > PATIENCE or self.replay.programs.changed or not self.replay.programs.are_alive
 
     def begin(self, most: float) -> None:
         """A generation begins, in which as many computed steps may be run again; what is less than one step is saved up for one."""
+        self._waited += self._waits
         self._left = most if most >= 1 else min(1.0, self._left + most)
         self._open = min(1.0, self._left)
 
@@ -112,8 +118,9 @@ class PiecewiseSearch:
         try:
             while self.found is None and self._step():
                 ended = ended or self._rerun is None
+            self._waits = False
         except ReferenceError:
-            pass  # until the graph that has this weight has run again
+            self._waits = True  # until the graph that has this weight has run again
         finally:
             if self._rerun is not None:
                 self._rerun.rest()

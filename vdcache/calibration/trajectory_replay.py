@@ -350,6 +350,11 @@ class TrajectoryReplay:
         return tuple(tuple(u.weights) for u in self._updates[:-1])
 
     @property
+    def cuda(self) -> list[torch.device]:
+        """The CUDA devices of its inputs."""
+        return [d for d in {*self._devices.values()} if d.type == "cuda"]
+
+    @property
     def knows_its_end(self) -> bool:
         """Whether what it ends with when every step is computed is known."""
         return self._wanted is not None
@@ -430,7 +435,8 @@ class Rerun:
     def step(self) -> None:
         """Run the next step."""
         session = self._session
-        with registry.using(session), unused(), torch.no_grad():
+        # A model may draw random numbers: those of the user's generation stay what they are.
+        with registry.using(session), unused(), torch.no_grad(), torch.random.fork_rng(self._replay.cuda):
             session.store.bring_back()
             self._replay.run_step(session, self.latents, self._outputs)
 

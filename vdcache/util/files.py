@@ -43,4 +43,8 @@ def write_aside(path: Path, content: str | bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("wb", dir=path.parent, delete=False) as aside:
         aside.write(content.encode() if isinstance(content, str) else content)
-    os.replace(aside.name, path)
+    try:
+        os.replace(aside.name, path)
+    except OSError:
+        Path(aside.name).unlink(missing_ok=True)
+        raise
