@@ -163,9 +163,8 @@ class AutoCalibrator:
         if (found := now.following) is not None:
             self._take(found)
             schedule = found.schedule
-            if (
-                record.timestep is None and schedule.steps > 1
-            ):  # what this generation's second timestep is, its second step tells
+            if record.timestep is None and schedule.steps > 1:
+                # What this generation's second timestep is, its second step tells.
                 schedule = replace(schedule, computed=tuple(sorted({1, *schedule.computed})))
             self._session.follow(schedule.policy(found.key.times))
             if not found.tentative:
