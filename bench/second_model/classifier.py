@@ -11,6 +11,7 @@ These numbers were written before the model was trained.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ import typer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from bench.common import Bench
 from bench.second_model.scenes import COLOURS, NOTHING, PLACES, SHAPES, TEXTURES, TINTS, Scene, draw, random_scenes
 
 PATH = Path(__file__).parents[1] / "assets" / "second_classifier.safetensors"
@@ -155,6 +157,8 @@ def check(
     solver: Annotated[str, typer.Option()] = "ddim",
     scenes: Annotated[int, typer.Option(help="Held-out scenes.")] = CHECKED,
     picture: Annotated[Path | None, typer.Option(help="Where a picture of the first images goes.")] = None,
+    rows: Annotated[Path | None, typer.Option("--json", help="Where the rows go.")] = None,
+    log: Annotated[Path | None, typer.Option(help="Log of the training, whose losses become rows.")] = None,
 ) -> None:
     """Judge images of the trained model; the exit code is 1 where it does not pass."""
     from bench.second_model.network import generate
@@ -163,7 +167,17 @@ def check(
     asked = random_scenes(scenes, torch.Generator().manual_seed(3), held_out=True)
     images = generate(load(weights or WEIGHTS), asked, solver=solver, steps=steps, seed=500)
     verdict = judge(images, asked)
-    print(verdict)
+    bench = Bench("second_model", f"{steps} steps of {solver}, {scenes} held-out scenes")
+    bench.row("words shown as asked for", verdict.words, "share", f">= {MUST_SHOW}", by_kind=verdict.by_kind)
+    bench.row("empty places that are empty", verdict.empty, "share", f">= {MUST_BE_EMPTY}")
+    bench.row("images in which everything is right", verdict.scenes, "share")
+    read = on_drawn(load_classifier())
+    bench.row("words that the classifier reads on drawn images", read.words, "share", f">= {MUST_READ}", by_kind=read.by_kind)
+    for line in [] if log is None else log.read_text().splitlines():
+        told = json.loads(line)
+        if told["step"] % 250 == 0:
+            bench.row(f"loss at step {told['step']}", told["loss"], "weighted", minutes=told["minutes"])
+    bench.write(rows)
     if picture is not None:
         show(images, asked, picture)
     if not verdict.passes:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import tomllib
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -13,6 +17,7 @@ from bench.second_model import classifier, train
 from bench.second_model.network import SCHEDULE, SOLVERS, generate, psnr_of, scheduler, signal, untrained
 from bench.second_model.scenes import TEXT_DIM, WORDS, draw, encode, random_scenes, unconditional
 
+ROOT = Path(__file__).parents[2]
 SCENES = random_scenes(12, torch.Generator().manual_seed(3), held_out=True)
 
 
@@ -91,6 +96,27 @@ def test_weights_of_another_definition_are_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(train.TRAINING, "steps", 1)
     with pytest.raises(ValueError, match="was trained for the definition"):
         train.load(tmp_path / "w.safetensors")
+
+
+def test_the_trained_model_does_as_told():
+    """The committed weights, with fewer scenes and steps than `python -m bench.second_model.classifier check`."""
+    verdict = classifier.judge(generate(train.load(), SCENES, solver="unipc", steps=16, seed=500), SCENES)
+    assert verdict.passes, verdict
+
+
+def test_the_whole_check_was_passed():
+    rows = {r["case"]: r for r in json.loads((ROOT / "bench" / "results" / "second_model.json").read_text())}
+    assert rows["words shown as asked for"]["must"] == f">= {classifier.MUST_SHOW}"
+    assert (
+        all(r["holds"] for r in rows.values() if r["must"])
+        and "50 steps of ddim, 128" in rows["words shown as asked for"]["pipeline"]
+    )
+
+
+def test_the_weights_are_small_and_not_in_the_wheel():
+    assert sum(p.stat().st_size for p in train.ASSETS.iterdir()) < 8e6
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]
+    assert packages == {"include": ["vdcache*"]}
 
 
 def test_the_classifier_reads_drawn_images():
