@@ -48,7 +48,7 @@ gpu:
 # Each script answers one question and writes its rows.
 bench: setup
 	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev,bench]'
-	for question in steps compile_time outlined calibrating passes analysis coverage demo moreg profilingdit solvers peers methods tiles schedules export mutation; do \
+	for question in steps compile_time outlined calibrating passes analysis coverage demo moreg profilingdit solvers peers methods second tiles schedules export mutation; do \
 	  $(BIN)/python -m bench.$$question --json bench/results/$$question.json || exit 1; done
 
 # The documentation as a site in site/, which opens from the disk: site/index.html. vdcache is read, not imported, so this

@@ -136,13 +136,13 @@ def entries(model: nn.Module) -> list[Entry]:
 class Ways:
     """Compiled models by scope and predictor; a policy is exchanged without compiling."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.made = model, {}
+    def __init__(self, model: nn.Module, **options: Any) -> None:
+        self.model, self.options, self.made = model, options, {}
 
     def take(self, recipe: vdcache.Recipe) -> Any:
         key = f"{recipe.pipeline} | {recipe.predictor}"
         if key not in self.made:
-            self.made[key] = vdcache.compile(self.model, recipe, num_steps=STEPS, dynamic=False)
+            self.made[key] = vdcache.compile(self.model, recipe, num_steps=STEPS, dynamic=False, **self.options)
         way = self.made[key]
         way.vdcache.prepare = lambda n: recipe.for_steps(n).policy
         way.vdcache.reset()

@@ -18,6 +18,7 @@ import vdcache
 pytest.importorskip("diffusers")
 
 from bench.common import Bench
+from bench.second_model.network import untrained
 from bench.solvers import generate
 from tests.support.thorough import some
 from vdcache.demo import fixed
@@ -55,6 +56,11 @@ FIRST_ROW = {
     "schedules": (
         ("--videos", "1", "--solvers", "euler"),
         {"STEPS": 2, "load_model": small, "converged": functools.partial(generate, steps=2)},
+        (),
+    ),
+    "second": (
+        ("--images", "1", "--inner", "eager"),
+        {"STEPS": 2, "LADDER": (1,), "CONVERGED": ("unipc", 2), "load": untrained},
         (),
     ),
     "solvers": (("--videos", "1"), {"CONVERGED": ("unipc", 2), "load_model": small}, ()),
