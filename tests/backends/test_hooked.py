@@ -48,7 +48,7 @@ FORMS = [cast, sequential, cast_leaves]  # in which the weights arrive in anothe
 
 
 def made(*modes, seed: int = 0, layers: int = 2) -> DemoDiT:
-    """Dynamo follows every hooked layer of every block, so there are no more blocks than a test needs: two repeat, one holds all layers."""
+    """As few blocks as a test needs, because Dynamo follows each hooked layer: two show that blocks repeat, one has every kind of layer."""
     torch.manual_seed(seed)
     layers = 3 if blocks in modes else layers  # one whole group of two and one that is not
     model = DemoDiT(DemoConfig(num_layers=layers)).eval().requires_grad_(False)

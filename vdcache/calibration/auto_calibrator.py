@@ -32,9 +32,7 @@ __all__ = ["AutoCalibrator", "cost_of_reuse"]
 
 ORDER = 1  # of the recipe's predictor
 FEW_STEPS = 4  # leave nothing to skip
-NEAR = (
-    1.4  # logarithm of the ratio of latents' elements, up to which the schedule of one is where the search for the other begins
-)
+NEAR = 1.4  # logarithm of the ratio of latents' elements, up to which one size begins with the schedule of the other
 SEARCHES = 4  # that go on at one time
 SESSIONS = 3  # that begin a search which none of them ends
 TRIES = 3  # generations that cannot be run again for reasons that may pass, before the table decides alone
@@ -357,7 +355,7 @@ class AutoCalibrator:
                 return
             self._go_by_the_table(key, table, cost, error, began)
             return
-        search = PiecewiseSearch(replay, table, self._goal, cost, {"orders": [ORDER]})
+        search = PiecewiseSearch(replay, table, self._goal, cost, [ORDER])
         search.seconds = time.perf_counter() - began
         self._searches[key] = search
         while len(self._searches) > SEARCHES:
@@ -366,9 +364,11 @@ class AutoCalibrator:
             if self._share == math.inf or run.at_once:
                 search.begin(math.inf)
                 self._advance(key, search, math.inf)
-            if key in self._searches and now.following is None:
+            if key not in self._searches:
+                return  # it is over
+            if now.following is None:
                 self._follow_meanwhile(key, search)
-            elif key in self._searches and now.following is not None:
+            else:
                 self._keep(replace(now.following, searches=now.following.searches + 1))
         except Exception:
             self._searches.pop(key, None)

@@ -76,7 +76,7 @@ def paths_up_to(errors: Errors, computed: int, *, objective: str = "sum", keep: 
         found.append([Path(float(ends[p]), _traced(before, *map(int, p))) for p in places])
         if count < computed:
             onward, came = np.full_like(costs, np.inf), np.zeros((steps, steps, keep), dtype=np.intp)
-            for j in range(count - 1, steps - 1):  # the last step of so many is no earlier
+            for j in range(count - 1, steps - 1):  # so many computed steps end no earlier than this
                 some = join(costs[j, None, : j + 1], skipped[j, j + 1 : steps, : j + 1, None])  # [n, i + 1, k]
                 came[j, j + 1 :], onward[j + 1 :, j + 1] = _smallest(some.reshape(len(some), -1), keep)
             costs = onward

@@ -18,7 +18,6 @@ from vdcache.policies.goal import Goal
 
 __all__ = ["PiecewiseSearch"]
 
-
 PATIENCE = 2  # generations in which a weight is not there
 
 
@@ -62,14 +61,14 @@ class PiecewiseSearch:
         table: of its steps.
         goal: what the schedule is for.
         reuse_cost: of a reused step, as a share of a computed one.
-        options: of `choose`.
+        orders: of the predictors that are tried.
     """
 
     replay: TrajectoryReplay
     table: StepTable
     goal: Goal
     reuse_cost: float
-    options: dict[str, Any]
+    orders: Sequence[int]
     scored: ScheduleScores = field(default_factory=ScheduleScores)
     seconds: float = 0.0
     found: Schedule | None = None  # what was chosen, when the search is over
@@ -138,7 +137,7 @@ class PiecewiseSearch:
                     scored=self.scored,
                     reuse_cost=self.reuse_cost,
                     work=self._work,
-                    **self.options,
+                    orders=self.orders,
                 )
                 return True
             except _Unknown as unknown:

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vdcache.calibration.schedule import Schedule
 from vdcache.errors import ConfigError
 from vdcache.policies.base import Always, Policy
 from vdcache.runtime import registry
@@ -24,7 +23,7 @@ from vdcache.runtime.history import Record, unused
 from vdcache.runtime.session import Session
 from vdcache.runtime.weights_token import WeightsToken
 
-__all__ = ["RecordedRun", "Rerun", "TrajectoryReplay", "TrajectoryReplays"]
+__all__ = ["RecordedRun", "Rerun", "TrajectoryReplay"]
 
 BACK = 3  # steps that an update may look back over: UniPC of third order
 EXACT = 1e-4  # of the change from one latent to the next, which an update may leave unexplained in float32
@@ -335,7 +334,8 @@ class TrajectoryReplay:
         updates = [_fitted(latents, outputs, s, coarse) for s in range(len(latents) - 1)]
         updates.append(_last_update(updates, outputs))
         self.programs, self._devices = recording.programs, recording.devices
-        self._cut, self._updates, self._start = found, updates, latents[0]
+        self._cut, self._updates = found, updates
+        self.start = latents[0]  # what the sampler began with
         # What 16-bit latents hide is seen by running it again.
         self._wanted = updates[-1].of(latents, outputs) if recording.uncached and not coarse else None
         like: dict[tuple[int, torch.Size], Tensor] = {}  # but for what the sampler moves, all latents of one form are the same
@@ -398,10 +398,6 @@ class TrajectoryReplay:
             if len(old) > BACK + 2:
                 old[-BACK - 3] = []  # type: ignore[call-overload]  # nothing looks back so far
 
-    def start(self) -> Tensor:
-        """What the sampler began with."""
-        return self._start
-
 
 class Rerun:
     """A recorded generation that is run again under a policy, a step at a time.
@@ -412,7 +408,7 @@ class Rerun:
     def __init__(self, replay: TrajectoryReplay, policy: Policy) -> None:
         self._replay = replay
         self._session = Session(policy, len(replay.steps), name="rerun")
-        self.latents: list[Tensor] = [replay.start()]
+        self.latents: list[Tensor] = [replay.start]
         self._outputs: list[list[Tensor]] = []
         with unused():
             self._session.begin(len(replay.steps))
@@ -501,20 +497,3 @@ def _fitted(latents: Sequence[Tensor], outputs: Sequence[Sequence[Tensor]], step
         f"the sampler's update after step {step} does not follow from latents and outputs (it leaves {missed / max(change, 1e-30):.1%} of "
         "the change): it draws random numbers, or changes values in other ways"
     )
-
-
-class TrajectoryReplays:
-    """Recorded generations, as `choose` takes them."""
-
-    def __init__(self, runs: Sequence[TrajectoryReplay]) -> None:
-        self._runs = runs
-
-    @property
-    def prompts(self) -> int:
-        return len(self._runs)
-
-    def of(self, schedule: Schedule, prompt: int) -> Tensor:
-        return self._runs[prompt].of(schedule.policy())
-
-    def wanted(self, prompt: int) -> Tensor:
-        return self._runs[prompt].wanted()
