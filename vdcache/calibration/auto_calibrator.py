@@ -109,7 +109,8 @@ class AutoCalibrator:
         self._session, self._goal, self._share, self._strict, self._warn, self._log = session, goal, share, strict, warn, log
         self._now = _Generation()
         self._seen: dict[CalibrationKey, tuple[float, ...]] = {}  # timesteps of the last generation of each key
-        self._found: list[Calibration] = []  # by this session, should the disk take none; the newest last
+        # What this session follows, should the disk take none; the newest last.
+        self._found: dict[CalibrationKey, Calibration] = {}
         self._searches: dict[CalibrationKey, PiecewiseSearch] = {}  # that go on, by the key of what is followed meanwhile
         self._closed: set[CalibrationKey] = set()  # for which no schedule is searched any more
         self._tries: dict[CalibrationKey, tuple[int, int]] = {}  # generations that failed, and the one that is tried next
@@ -122,7 +123,7 @@ class AutoCalibrator:
     def freeze(self, like: AutoCalibrator | None = None) -> None:
         """From now on every generation follows what is known now, to this one or to another; what nothing is known for is computed in full."""
         self.frozen = True
-        self._found += like._found if like is not None else []
+        self._found |= like._found if like is not None else {}
         self._searches.clear()
         self._now.run = None
 
@@ -250,13 +251,14 @@ class AutoCalibrator:
         """What was found before for this generation, by this session or any other, if its timesteps begin so. What was found for a prompt of
         another length serves it too: the latent, which is what a schedule is about, has the same form."""
         key = replace(self._now.key, times=tuple(times))
-        own = next((c for c in reversed(self._found) if c.key.is_like(key)), None)
+        found = [*reversed(self._found.values())]
+        own = next((c for c in found if c.key.is_like(key)), None)
         if (own is None or own.tentative) and not self.frozen:
             kept = find(key, self._goal)
             own = kept if own is None or (kept is not None and not kept.tentative) else own
         if own is not None:
             return own
-        others = [c for c in reversed(self._found) if c.key.apart(key) == 0]
+        others = [c for c in found if c.key.apart(key) == 0]
         if not others and not self.frozen:
             others = [c for c in of_other_sizes(key, self._goal) if c.key.apart(key) == 0]
         return min(others, key=lambda c: c.tentative, default=None)
@@ -268,7 +270,7 @@ class AutoCalibrator:
         key = replace(self._now.key, times=tuple(times))
         known = [
             c
-            for c in [*reversed(self._found), *of_other_sizes(key, self._goal)]
+            for c in [*reversed(self._found.values()), *of_other_sizes(key, self._goal)]
             if 0 < c.key.apart(key) <= NEAR and not c.tentative
         ]
         if not known:
@@ -286,16 +288,16 @@ class AutoCalibrator:
             searches=0,
             path=None,
         )
-        self._found.append(begun)
+        self._follow(begun)
         self._log(f"near {begun.key}", f"vdcache: no schedule is known for {begun.key.sizes}: {note}\n{begun.schedule}")
         return begun
 
     def _take(self, known: Calibration) -> None:
         """From now on this one is followed; one that is not of this session's own is announced."""
         self.calibration = known
-        if any(known is own for own in self._found):
+        if self._found.get(known.key) is known:
             return
-        self._found.append(known)
+        self._follow(known)
         self._log(
             f"taken {known.key}",
             f"vdcache: taking the schedule that was found {_when(known.path)}for {known.goal}, which was kept for this model, number of steps, "
@@ -304,6 +306,11 @@ class AutoCalibrator:
         )
         if not known.tentative:
             self._say_if_nothing_is_reused(known)
+
+    def _follow(self, found: Calibration) -> None:
+        """The newest for its key."""
+        self._found.pop(found.key, None)
+        self._found[found.key] = found
 
     def _check(self, step: int) -> None:
         """A calibration whose timesteps are not those of this generation is left."""
@@ -319,7 +326,7 @@ class AutoCalibrator:
         now.following = None
         self._session.follow(Always())
         if now.run is not None and not left.searches and not now.run.reused:  # another size may have other timesteps
-            self._found.remove(left)
+            del self._found[left.key]
             now.run.table, now.run.recording.uncached = None, True
             return
         now.run = None
@@ -416,13 +423,9 @@ class AutoCalibrator:
             del self._searches[key]
             self._found_one(key, search, search.found)
         elif ended and self._now.following is not None:
-            better = search.best_so_far(self._known_by(key).schedule)
+            better = search.best_so_far(self._found[key].schedule)
             if better is not None:
                 self._found_one(key, search, better, tentative=True)
-
-    def _known_by(self, key: CalibrationKey) -> Calibration:
-        """The newest that this session follows for a key."""
-        return next(c for c in reversed(self._found) if c.key == key)
 
     def _go_by_the_table(self, key: CalibrationKey, table: StepTable, cost: float, error: Exception, began: float) -> None:
         """A generation cannot be run again.
@@ -456,13 +459,13 @@ class AutoCalibrator:
                 began=began,
                 note=note,
                 tentative=tentative,
-                searches=max((c.searches for c in self._found if c.key == key), default=1),
+                searches=self._found[key].searches if key in self._found else 1,
             )
         )
 
     def _keep(self, found: Calibration) -> None:
         """Follow a calibration from the next generation on, and keep it for other processes."""
-        before = [c for c in self._found if c.key == found.key]
+        before = self._found.get(found.key)
         if found.tentative and (ended := find(found.key, self._goal)) is not None and not ended.tentative:
             self._searches.pop(found.key, None)  # another session was faster
             self._take(ended)
@@ -473,11 +476,11 @@ class AutoCalibrator:
         except OSError as error:
             where = f"not kept for other processes: {error}"
         self.calibration = found
-        self._found = [c for c in self._found if c.key != found.key] + [found]
+        self._follow(found)
         told = f"vdcache: calibrated in {found.seconds:.1f} s: {found}\n{where}"
-        if before and before[-1].schedule.computed != found.schedule.computed:
+        if before is not None and before.schedule.computed != found.schedule.computed:
             told = f"vdcache: another schedule is followed from the next generation on.\n{found}\n{where}"
-        elif before:
+        elif before is not None:
             told = f"vdcache: the schedule that is followed stays.\n{found}\n{where}"
         self._log(f"calibrated {found.key} {found.schedule} {found.tentative}", told)
         if not found.tentative:
@@ -533,8 +536,8 @@ class AutoCalibrator:
         """No schedule was found for what has this key; after trouble that may pass another generation is tried."""
         if isinstance(error, VdcacheError) and not isinstance(error, _Passing):
             self._closed.add(key)
-            for left in [c for c in self._found if c.tentative and replace(c.key, times=()) == key]:
-                self._found.remove(left)
+            for left in [c for c in self._found.values() if c.tentative and replace(c.key, times=()) == key]:
+                del self._found[left.key]
                 if left.path is not None:
                     with contextlib.suppress(OSError):  # a folder that cannot be written
                         left.path.unlink(missing_ok=True)
