@@ -23,8 +23,9 @@ from vdcache.passes import (
     Specialise,
     put_cache_guard,
 )
-from vdcache.passes.predictors import LAST, Blended, ByGroup, Extrapolated, Frequencies, Scaled, Taylor
+from vdcache.passes.predictors import LAST, Blended, ByGroup, Frequencies
 from vdcache.policies.base import EveryN
+from vdcache.policies.weights import Extrapolated, Scaled, Taylor
 from vdcache.testing import TinyDiT, run_pass, try_recipe
 
 PASSES = (

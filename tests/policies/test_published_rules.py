@@ -15,6 +15,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from tests.support import published_rules as rules
+from tests.support.predicting import Predicting
 from vdcache.methods import (
     MAGCACHE_RATIOS,
     PAB,
@@ -35,7 +36,7 @@ from vdcache.methods import (
     teacache,
     tgate,
 )
-from vdcache.passes.predictors import StepInfo, predictor_of
+from vdcache.passes.predictors import predictor_of
 from vdcache.policies import RECOMPUTE, BroadcastWindow, MagCache, MetricValue, Plan, SchedulePolicy, TimestepWindow
 
 steps_st = st.integers(1, 60)
@@ -412,16 +413,13 @@ def test_fastercache(model, made_for, seed):
     computed = steps_of(play(made.policy, made_for), "attention")
     assert computed == rules.fastercache_attention(made_for, model)
     predictor = predictor_of(made.predictor, "attention")
-    got, last, count = [], -1, 0
-    kept = [torch.zeros(()) for _ in range(predictor.tensors)]
+    got, predicting = [], Predicting(predictor)
     for step, value in enumerate(values):
-        when = StepInfo(*(torch.tensor(float(n)) for n in (step - last, count, step)))
         if step in computed:
-            kept = list(predictor.store(torch.tensor(value), kept, when))
-            last, count = step, count + 1
+            predicting.computed(step, torch.tensor(value))
             got.append(value)
         else:
-            got.append(predictor.predict(kept, when).item())
+            got.append(predicting.predicted(step).item())
     assert got == pytest.approx(rules.fastercache_attention_values(values, made_for, model), rel=1e-5, abs=1e-5)
 
 

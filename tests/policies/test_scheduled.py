@@ -19,6 +19,8 @@ from vdcache.policies import (
     Codebook,
     CombinedPolicy,
     EveryN,
+    GrowingIntervals,
+    LeadingSteps,
     LinearIntervals,
     MetricValue,
     Plan,
@@ -296,3 +298,24 @@ def test_with_learnt_steps_it_steps_aside_and_says_so():
             for step in range(6):
                 x = latent(step)
                 assert torch.equal(compiled(x, time_of(step), text), model(x, time_of(step), text))
+
+
+@pytest.mark.parametrize(
+    ("steps", "growth", "computed"),
+    [
+        (50, 0.75, [*range(5), 6, 8, 11, 15, 20, 25, 31, 38, 46]),
+        (50, 3.0, [*range(5), 6, 11, 19, 30, 44]),
+        (28, 0.75, 11),
+        (28, 3.0, 8),
+        (20, 0.75, 9),
+        (20, 3.0, 8),
+    ],
+)
+def test_intervals_of_spectrum(steps, growth, computed):
+    found = GrowingIntervals(growth=growth).computed(steps)
+    assert list(found) == computed if isinstance(computed, list) else len(found) == computed
+
+
+@pytest.mark.parametrize(("share", "many"), [(0.0, 1), (0.5, 5), (0.79, 7), (1.0, 10)])
+def test_leading_steps(share, many):
+    assert LeadingSteps(share).computed(10) == tuple(range(many))

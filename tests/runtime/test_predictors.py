@@ -13,14 +13,15 @@ from torch import nn
 
 import vdcache
 from tests.support.drift import Drift
+from tests.support.predicting import Predicting
 from tests.support.thorough import examples, in_turn
-from vdcache import Recipe
+from vdcache import Recipe, methods
 from vdcache.errors import ConfigError
 from vdcache.ir.dump import dump
+from vdcache.methods import recipe
 from vdcache.passes import MarkBranches, MergeSlots, variant_io
-from vdcache.passes.predictors import StepInfo
 from vdcache.policies import CombinedPolicy, SchedulePolicy, StepList
-from vdcache.predictors import Extrapolated, LastValue, Scaled, Taylor
+from vdcache.predictors import Chebyshev, Extrapolated, Fixed, FoCa, Hermite, LastValue, Scaled, Taylor
 from vdcache.testing import TinyDiT, latent, time_of
 from vdcache.testing.graphs import guarded, run_variant, variant
 
@@ -31,12 +32,10 @@ def number(x):
 
 def play(predictor, values, steps):
     """Computed at `steps`, with these values; the prediction for any step after the last."""
-    cached = [torch.zeros(()) for _ in range(predictor.tensors)]
-    previous = steps[0] - 1
-    for count, (step, value) in enumerate(zip(steps, values, strict=True)):
-        cached = list(predictor.store(value, cached, StepInfo(number(step - previous), number(count), number(step))))
-        previous = step
-    return lambda step: predictor.predict(cached, StepInfo(number(step - previous), number(len(steps)), number(step)))
+    predicting = Predicting(predictor)
+    for step, value in zip(steps, values, strict=True):
+        predicting.computed(step, value)
+    return predicting.predicted
 
 
 @given(st.integers(1, 4), st.floats(-2, 2), st.floats(-2, 2), st.integers(1, 4), st.integers(1, 6))
@@ -100,7 +99,7 @@ def test_through_torch_compile_a_line_is_predicted_exactly(dtype, merged):
     assert compiled.vdcache.history.computed_steps() == [0, 1, 4, 6]
     (graph,) = compiled.vdcache.graphs
     assert (
-        compiled.vdcache.store.peak_bytes == 2 * graph.variants.cache_bytes() == 2 * 2 * 4 * 16
+        compiled.vdcache.store.peak_bytes == 2 * graph.variants.cache_bytes() == 2 * 2 * dtype.itemsize * 16
     )  # lanes × tensors × bytes × numbers
 
 
@@ -133,18 +132,15 @@ def test_any_schedule_against_the_recursion_by_hand(steps, order):
     step_info = StepList(tuple(sorted(steps)))
     recipe = Recipe("t", SchedulePolicy(step_info), (MarkBranches(), MergeSlots()), predictor=Taylor(order))
     compiled = vdcache.compile(model, recipe, num_steps=8, inner="eager")
-    text, cached, last, count = latent(9, 1, 3, 4), [0.0] * (order + 1), -1, 0
+    text, predicting = latent(9, 1, 3, 4), Predicting(Taylor(order))
     for step in range(8):
         x = latent(step)
         out = compiled(x, time_of(step), text)
         if step in step_info.computed(8):
             assert torch.equal(out, model(x, time_of(step), text))
-            cached = Taylor(order).store(
-                model.branches(x, time_of(step), text), cached, StepInfo(number(step - last), number(count), number(step))
-            )
-            last, count = step, count + 1
+            predicting.computed(step, model.branches(x, time_of(step), text))
         else:
-            total = Taylor(order).predict(cached, StepInfo(number(step - last), number(count), number(step)))
+            total = predicting.predicted(step)
             torch.testing.assert_close(out, model.with_branches(x, text, total), rtol=1e-3, atol=1e-3)
 
 
@@ -226,7 +222,8 @@ class TGateSteps:
     """FORA and TaylorSeer by hand on TinyDiT with one block: what is kept lies before the gate, and every step applies its own."""
 
     def __init__(self, model, predictor):
-        self.model, self.predictor, self.cached, self.count, self.last = model, predictor, {}, 0, -1
+        self.model = model
+        self.cached = {kind: Predicting(predictor) for kind in ("attention", "mlp")}
 
     def __call__(self, x, timestep, text, step, computed):
         m = self.model
@@ -239,17 +236,10 @@ class TGateSteps:
                     value = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
                 else:
                     value = m.mlp[0](h)
-                previous = self.cached.get(kind, [0.0] * self.predictor.tensors)
-                self.cached[kind] = self.predictor.store(
-                    value, previous, StepInfo(number(step - self.last), number(self.count), number(step))
-                )
+                self.cached[kind].computed(step, value)
             else:
-                value = self.predictor.predict(
-                    self.cached[kind], StepInfo(number(step - self.last), number(self.count), number(step))
-                )
+                value = self.cached[kind].predicted(step)
             h = h + gates[kind == "mlp"] * value
-        if computed:
-            self.last, self.count = step, self.count + 1
         return m.out(h)
 
 
@@ -260,6 +250,8 @@ class TGateSteps:
         ("fora-4", [0, 1, 5, 9], LastValue()),
         ("taylorseer-3-1", [0, 1, 2, 5, 8], Taylor(1)),
         ("taylorseer-4-2", [0, 1, 2, 6], Taylor(2)),
+        ("hicache-4-1", [0, 1, 5, 9], Hermite(1, 0.5)),
+        ("foca-3", [0, 1, 2, 5, 8], FoCa()),
     ],
 )
 @torch.no_grad()
@@ -277,7 +269,64 @@ def test_published_recipes_before_the_gate(name, computed, predictor):
     assert len(graph.slots) == 2 and compiled.vdcache.store.peak_bytes == graph.variants.cache_bytes()
 
 
-@pytest.mark.parametrize("name", ["fora-0", "taylorseer-0-1", "taylorseer-4-9", "taylorseer-4--1"])
+@pytest.mark.parametrize(
+    ("made", "computed", "predictor"),
+    [
+        (methods.spectrum(0.75), [0, 1, 2, 3, 4, 6, 8, 11], Chebyshev()),
+        (methods.spectrum(3.0, share=0.4, tensors=4), [0, 1, 2, 3, 4, 6, 11], Chebyshev(share=0.4, tensors=4)),
+        (methods.zeus(2, first=20, last=4), [0, 1, 2, 3, 4, 6, 8, 10, 11], Fixed()),
+        (methods.zeus(3, first=8, last=4), [0, 1, 2, 5, 8, 11], Fixed()),
+    ],
+    ids=lambda v: getattr(v, "name", None),
+)
+@torch.no_grad()
+def test_forecasts_of_hidden_states_and_outputs(made, computed, predictor):
+    """By hand on TinyDiT: hidden states lie behind the last block, and its head runs at every step."""
+    torch._dynamo.reset()
+    model, text, predicting = TinyDiT(blocks=2), latent(9, 1, 3, 4), Predicting(predictor)
+    compiled = vdcache.compile(model, made, num_steps=12, inner="eager", strict=True)
+    hidden = made.name.startswith("spectrum")
+    kept = []
+    watching = model.out.register_forward_pre_hook(lambda module, args: kept.append(args[0]))
+    for step in range(12):
+        x = latent(0) + 0.1 * step * latent(1)
+        if step in computed:
+            want = model(x, time_of(step), text)
+            predicting.computed(step, kept[-1] if hidden else want)
+        else:
+            want = model.out(predicting.predicted(step)) if hidden else predicting.predicted(step)
+        watching.remove()
+        torch.testing.assert_close(compiled(x, time_of(step), text), want, rtol=1e-3, atol=1e-3)
+        watching = model.out.register_forward_pre_hook(lambda module, args: kept.append(args[0]))
+    assert compiled.vdcache.history.computed_steps() == computed
+
+
+@torch.no_grad()
+def test_a_published_table_of_meancache():
+    """Of 50 steps, at a model whose output is a line: K steps back the mean lags, and (K − 1) / 2K of the slope is regained."""
+    torch._dynamo.reset()
+    made = recipe("meancache-qwen-image-2512-17")
+    assert len(made.policy.when.computed(50)) == 17 and made.predictor.tensors == 6
+    assert [made.predictor.spans[s] for s in (10, 12, 44, 48)] == [2, 1, 5, 5]
+    with pytest.raises(
+        ConfigError, match="has no table of 12 steps for 'qwen-image'; there are qwen-image-2512 at 10, 17 steps"
+    ):
+        methods.meancache("qwen-image", 12)
+    model, text, predicting = TinyDiT(blocks=1), latent(9, 1, 3, 4), Predicting(made.predictor)
+    compiled = vdcache.compile(model, made, num_steps=50, inner="eager", strict=True)
+    for step in range(50):
+        x, when = latent(0) + 0.1 * step * latent(1), time_of(step)
+        if step in made.policy.when.computed(50):
+            want = model(x, when, text)
+            predicting.computed(step, want, when.item())
+        else:
+            want = predicting.predicted(step, when.item())
+        torch.testing.assert_close(compiled(x, when, text), want, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "name", ["fora-0", "taylorseer-0-1", "taylorseer-4-9", "taylorseer-4--1", "hicache-0-1", "foca-0", "zeus-1", "cfg-gate-1.5"]
+)
 def test_published_recipes_refuse_what_cannot_be(name):
     with pytest.raises(ConfigError):
         vdcache.methods.recipe(name)
@@ -332,7 +381,7 @@ def test_sums_in_float32_stay_within_float16_where_they_are_cast_back():
     x, w = torch.full((2, 4), 30000.0).half(), torch.eye(4).half()
     reuse = variant(guarded(net, x, w), {"all"}, Taylor(1))
     cached = [torch.full(v.shape, 60000.0, dtype=v.dtype) for v in variant_io(reuse).read_values]
-    (found,) = run_variant(reuse, x, w, extra=[*cached, *[number(3)] * 3])
+    (found,) = run_variant(reuse, x, w, extra=[*cached, *[number(3)] * 2])
     assert found.isfinite().all()
 
 
@@ -349,11 +398,11 @@ def test_what_is_added_to_a_base_stays_within_float16(predictor):
     reuse = variant(GUARDED.replace("TYPE", "f16"), {"all"}, predictor)
     cached = [torch.full(v.shape, 60000.0, dtype=v.dtype) for v in variant_io(reuse).read_values]
     (found,) = run_variant(
-        reuse, torch.full((2,), 60000.0).half(), extra=[*cached, *[number(1)] * len(variant_io(reuse).time_values)]
+        reuse, torch.full((2,), 60000.0).half(), extra=[*cached, *[number(1)] * len(variant_io(reuse).number_values)]
     )
     assert found.dtype == torch.float16 and found.tolist() == [65504.0] * 2
     opposite = torch.full((2,), -60000.0).half()
-    (found,) = run_variant(reuse, opposite, extra=[*cached, *[number(1)] * len(variant_io(reuse).time_values)])
+    (found,) = run_variant(reuse, opposite, extra=[*cached, *[number(1)] * len(variant_io(reuse).number_values)])
     assert found.isfinite().all() and (predictor != LastValue() or (found == 0).all())
 
 

@@ -25,7 +25,7 @@ from vdcache.passes import (
     SplitAtProbe,
     TileAttention,
 )
-from vdcache.passes.predictors import Taylor
+from vdcache.predictors import Taylor
 from vdcache.testing import (
     WIDTH,
     Net,

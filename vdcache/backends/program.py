@@ -164,7 +164,7 @@ class Program:
         before = compiler.zeros(io.before_values, inputs) if call.before is None else call.before
         previous = compiler.zeros(io.previous_values, inputs) if call.previous is None else call.previous
         with no_autocast():
-            outputs = io.unpack(run(*inputs, *carried, *call.reads, *before, *previous, *call.times))
+            outputs = io.unpack(run(*inputs, *carried, *call.reads, *before, *previous, *call.numbers))
         self._hand_out(session, call, inputs, outputs)
         return outputs.results
 

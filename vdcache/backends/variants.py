@@ -23,6 +23,7 @@ from vdcache.ir.edit import inputs as graph_inputs
 from vdcache.passes import DeadCode, Pipeline, Specialise, head_io, variant_io
 from vdcache.passes.mark_lanes import halve_lanes, lanes_io
 from vdcache.passes.outline import Outline
+from vdcache.passes.predictors import numbers_of, predictor_of
 from vdcache.patterns.cost import flops
 from vdcache.policies.metrics import MetricSpec
 from vdcache.policies.plan import RECOMPUTE, Plan
@@ -273,7 +274,8 @@ class Variants:
         io = variant_io(graph)
         frames: dict[str, Any] = {str(n.args[1]): n.args[4] for n in dialect.observations(guarded.body.graph)}
         layouts = tuple(MetricSpec(slot, distance, strides, frames[slot]) for slot, distance, strides in io.measures)
-        needs = VariantInputs(io.reads, io.before, layouts, io.times, tuple(self._groups - plan.reuse), io.reused)
+        numbers = tuple((group, numbers_of(predictor_of(recipe.predictor, group))) for group in io.numbers)
+        needs = VariantInputs(io.reads, io.before, layouts, numbers, tuple(self._groups - plan.reuse), io.reused)
         carried = self.head.io.carried_values if self.head is not None else ()
         return PlanVariant(graph, needs, self.compiler, carried)
 

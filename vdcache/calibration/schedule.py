@@ -14,8 +14,9 @@ from vdcache.calibration.tables import ORDERS, StepTable
 from vdcache.errors import ConfigError
 from vdcache.methods.recipe import Recipe
 from vdcache.passes import MarkBranches, MergeSlots, Pass
-from vdcache.passes.predictors import LAST, Taylor
+from vdcache.passes.predictors import LAST
 from vdcache.policies.scheduled import PlanTable
+from vdcache.policies.weights import Taylor
 from vdcache.runtime.history import Record, any_computed, by_generation
 from vdcache.util.checks import number, whole, whole_numbers
 from vdcache.util.json import read_json, write_json

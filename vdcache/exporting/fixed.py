@@ -25,9 +25,9 @@ from vdcache.ir.edit import inputs as graph_inputs
 from vdcache.ir.exported import ExportedModel, whole
 from vdcache.methods import recipe as named
 from vdcache.methods.recipe import Recipe
-from vdcache.passes.predictors import StepInfo
 from vdcache.policies.plan import Plan
 from vdcache.policies.simulate import simulate
+from vdcache.policies.weights import Position
 from vdcache.util.files import text_of
 from vdcache.util.sizes import is_symbolic
 
@@ -266,7 +266,7 @@ def _variant(
     ]
     for slot in (*needs.reads, *needs.before):
         roles.append(("cache", _cache(caches, slot, graph_inputs(g)[len(roles)]).name))
-    roles += [("number", f"{_plain(group)}_{n}") for group in needs.times for n in StepInfo._fields]
+    roles += [("number", f"{_plain(group)}_{n}") for group, told in needs.numbers for n in told.names]
     returned = variant.io.unpack(outputs(g))
     results = [v for v in returned.results if isinstance(v, fx.Node)]
     writes = [_cache(caches, slot, node).name for slot, node in returned.saved.items()]
@@ -314,7 +314,7 @@ def _steps(program: Program, plans: Sequence[Plan], variants: Sequence[FixedVari
         ConfigError: a step reads what no step before it has kept.
     """
     by_plan = {v.plan: v for v in variants}
-    last: dict[str, tuple[int, int]] = {}
+    computed: dict[str, list[Position]] = {}
     written: set[str] = set()
     steps = []
     for number, plan in enumerate(plans):
@@ -322,10 +322,9 @@ def _steps(program: Program, plans: Sequence[Plan], variants: Sequence[FixedVari
         if missing := set(needs.reads) - written:
             raise ConfigError(f"step {number} reuses {min(missing).partition('#')[0]}, which no step before it has computed")
         numbers: dict[str, float] = {}
-        for group in needs.times:
-            at, count = last.get(group, (number - 1, 0))
-            values = (number - at, count, number)
-            numbers |= {f"{_plain(group)}_{n}": float(v) for n, v in zip(StepInfo._fields, values, strict=True)}
+        for group, told in needs.numbers:
+            values = told.values(Position(number), computed.get(group, ()))
+            numbers |= {f"{_plain(group)}_{n}": float(v) for n, v in zip(told.names, values, strict=True)}
         wanted = {name for kind, name in variant.roles if kind == "number"}
         steps.append(
             ScheduledStep(
@@ -334,7 +333,7 @@ def _steps(program: Program, plans: Sequence[Plan], variants: Sequence[FixedVari
         )
         written.update(program.variants[plan].io.saves)
         for group in needs.computes:
-            last[group] = (number, last.get(group, (0, 0))[1] + 1)
+            computed.setdefault(group, []).insert(0, Position(number))
     return tuple(steps)
 
 

@@ -7,10 +7,11 @@ from vdcache.methods.constants import PAB
 from vdcache.methods.recipe import Recipe
 from vdcache.passes import MarkBranches, MarkLanes, Pass
 from vdcache.passes.mark_branches import TYPES
-from vdcache.passes.predictors import ByGroup, Extrapolated, Frequencies
+from vdcache.passes.predictors import ByGroup, Frequencies
 from vdcache.policies.base import Policy
 from vdcache.policies.scheduled import CombinedPolicy, SchedulePolicy
 from vdcache.policies.steps import EveryNth, StepList, TGateSteps
+from vdcache.policies.weights import Extrapolated
 from vdcache.policies.windows import BroadcastWindow, TimestepWindow
 from vdcache.util.checks import numbers, whole
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from vdcache.errors import ConfigError
 from vdcache.methods.recipe import Recipe
 from vdcache.passes import MarkBranches, MergeSlots
-from vdcache.passes.predictors import Taylor
 from vdcache.policies.base import Always
 from vdcache.policies.goal import Goal
+from vdcache.policies.weights import Taylor
 
 __all__ = ["auto"]
 

@@ -13,10 +13,11 @@ from vdcache.methods.schedules import magcache
 from vdcache.methods.thresholds import dbcache, fbcache, seacache
 from vdcache.passes import MarkBranches, MarkLanes, MergeSlots, Pass
 from vdcache.passes.mark_branches import TYPES
-from vdcache.passes.predictors import ByGroup, Extrapolated, Frequencies, Taylor
+from vdcache.passes.predictors import ByGroup, Frequencies
 from vdcache.policies.base import Policy
 from vdcache.policies.scheduled import CombinedPolicy, SchedulePolicy
 from vdcache.policies.steps import EveryNth, StepList
+from vdcache.policies.weights import Extrapolated, Taylor
 from vdcache.policies.windows import TimestepWindow
 
 __all__ = ["from_config"]

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-__all__ = ["MAGCACHE_LIMITS", "MAGCACHE_RATIOS", "PAB", "TEACACHE_COEFFICIENTS"]
+__all__ = ["MAGCACHE_LIMITS", "MAGCACHE_RATIOS", "MEANCACHE", "PAB", "TEACACHE_COEFFICIENTS"]
 
 # fmt: off
 # TeaCache (ali-vilab/TeaCache): coefficients of the polynomial, the highest power first.
@@ -103,3 +103,12 @@ MAGCACHE_LIMITS: Mapping[str, tuple[float, int, float]] = {
     "flux": (0.24, 5, 0.1),
 }
 # fmt: on
+
+# MeanCache (UnicomAI/MeanCache): by the number of computed steps of 50, the steps, and K of the last gaps; K is 1 before them.
+MEANCACHE: Mapping[str, Mapping[int, tuple[tuple[int, ...], tuple[int, ...]]]] = {
+    "qwen-image-2512": {
+        10: ((0, 2, 4, 7, 14, 21, 28, 35, 42, 49), (1, 3, 1, 1, 1, 1, 1, 1, 4)),
+        17: ((*range(10), 11, 19, 27, 35, 43, 47, 49), (2, 1, 1, 1, 1, 5, 5)),
+    },
+    "qwen-image": {10: ((0, 1, 3, 7, 14, 21, 28, 35, 42, 49), (1, 2, 1, 1, 1, 1, 1, 1, 4))},
+}

@@ -9,19 +9,19 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from vdcache.errors import ConfigError
 from vdcache.passes import Canonicalise, MarkBranches, MergeSlots, Observe, Pass, Pipeline, Probe, TileAttention
 from vdcache.passes.base import passes_of
 from vdcache.passes.catalogue import known_passes
-from vdcache.passes.predictors import LAST, ByGroup, Extrapolated, Frequencies, LastValue, Predictor, Scaled, Taylor
+from vdcache.passes.predictors import LAST, PREDICTORS, AnyPredictor, ByGroup
 from vdcache.policies.adacache import AdaCache, Codebook, MoReg, scaled
 from vdcache.policies.base import Always, Deciding, EveryN, Policy
 from vdcache.policies.goal import Goal
 from vdcache.policies.plan import Plan
 from vdcache.policies.scheduled import CombinedPolicy, MagCache, PlanTable, SchedulePolicy, scaled_to
-from vdcache.policies.steps import EveryNth, LinearIntervals, StepList, TGateSteps
+from vdcache.policies.steps import EveryNth, GrowingIntervals, LeadingSteps, LinearIntervals, StepList, TGateSteps
 from vdcache.policies.thresholds import Bounds, EasyCache, Threshold
 from vdcache.policies.windows import BroadcastWindow, TimestepWindow
 from vdcache.runtime.history import Record, by_generation
@@ -51,7 +51,7 @@ class Recipe:
     passes: tuple[Pass, ...] = (MarkBranches(), MergeSlots())
     source: str = ""
     books: tuple[tuple[int, Codebook], ...] = ()
-    predictor: Predictor | ByGroup = LAST
+    predictor: AnyPredictor | ByGroup = LAST
     derived: tuple[int, ...] = ()
     goal: Goal | None = None
 
@@ -244,8 +244,8 @@ KINDS: dict[str, Any] = {
             TimestepWindow,
             BroadcastWindow,
         ),
-        *(Goal, Threshold, EasyCache, Bounds, StepList, LinearIntervals, EveryNth, TGateSteps),
-        *(LastValue, Taylor, Scaled, Extrapolated, Frequencies, ByGroup),
+        *(Goal, Threshold, EasyCache, Bounds, StepList, LinearIntervals, EveryNth, GrowingIntervals, LeadingSteps, TGateSteps),
+        *cast("tuple[type, ...]", tuple(PREDICTORS.values())),
     )
 }
 

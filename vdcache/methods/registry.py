@@ -12,7 +12,8 @@ from vdcache.errors import ConfigError
 from vdcache.methods.adacache import adacache
 from vdcache.methods.attention import FASTERCACHE, fastercache, pab_of, tgate
 from vdcache.methods.auto import auto
-from vdcache.methods.constants import MAGCACHE_LIMITS, MAGCACHE_RATIOS, PAB, TEACACHE_COEFFICIENTS
+from vdcache.methods.constants import MAGCACHE_LIMITS, MAGCACHE_RATIOS, MEANCACHE, PAB, TEACACHE_COEFFICIENTS
+from vdcache.methods.forecasts import cfg_gate, foca, hicache, meancache, spectrum, zeus
 from vdcache.methods.profilingdit import profilingdit_hunyuanvideo, profilingdit_wan
 from vdcache.methods.recipe import Recipe
 from vdcache.methods.schedules import delta_dit, fora, magcache, taylorseer
@@ -186,6 +187,49 @@ NAMES = (
         "TaylorSeer (arXiv 2503.06923): compute three steps and then every N-th; in between a Taylor expansion of the order that is the second number",
         "the reference code: N 4 to 6 and order 1 to 2 for FLUX",
         example=("4", "1"),
+    ),
+    RecipeFamily(
+        "hicache-N-N",
+        lambda n, order: hicache(int(n), int(order)),
+        "HiCache (arXiv 2508.16984): as taylorseer, after two steps, under Hermite polynomials, which move less than half as far",
+        "the reference code: N 4, order 1, sigma 0.5",
+        example=("4", "1"),
+    ),
+    RecipeFamily(
+        "foca-N",
+        lambda n: foca(int(n)),
+        "FoCa (arXiv 2508.16211): compute three steps and then every N-th; in between each branch goes on as it moved, corrected by its own forecasts",
+        "N is yours to choose; the formula is cache-dit's",
+        example=("3",),
+    ),
+    RecipeFamily(
+        "spectrum-D",
+        lambda d: spectrum(float(d)),
+        "Spectrum (arXiv 2603.01623): the last block's output by regression on Chebyshev polynomials; intervals grow from 2 by D a computed step",
+        "the reference code: D .75 or 3, degree 4, ridge .1",
+        example=("0.75",),
+    ),
+    RecipeFamily(
+        "zeus-N",
+        lambda n: zeus(int(n)),
+        "ZEUS (arXiv 2604.01552): one of N steps is computed; in between the model's output is extrapolated once from its last two values",
+        "the reference code: N 2, or 3 for FLUX; ten steps first and three or five last, of 50",
+        example=("2",),
+    ),
+    RecipeFamily(
+        "meancache-MODEL-N",
+        lambda model, n: meancache(model, int(n)),
+        "MeanCache (arXiv 2601.19961) with a published table of N of 50 steps: the output moved along the trend of its mean",
+        "the tables of the reference code that name all of their gaps",
+        tuple(MEANCACHE),
+        ("qwen-image-2512", "10"),
+    ),
+    RecipeFamily(
+        "cfg-gate-D",
+        lambda d: cfg_gate(float(d)),
+        "the gate of guidance: after the share D of the run, the unconditional lane keeps its last difference to the conditional one",
+        "D is yours to choose (SGLang has the switch, off by default)",
+        example=("0.5",),
     ),
     RecipeFamily(
         "delta-dit-N",

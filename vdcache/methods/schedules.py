@@ -11,9 +11,9 @@ from vdcache.errors import ConfigError
 from vdcache.methods.recipe import Recipe
 from vdcache.passes import MarkBranches, MergeSlots
 from vdcache.passes.mark_branches import TYPES
-from vdcache.passes.predictors import Taylor
 from vdcache.policies.scheduled import CombinedPolicy, MagCache, PlanTable, SchedulePolicy
 from vdcache.policies.steps import EveryNth, LinearIntervals, StepList
+from vdcache.policies.weights import Taylor
 from vdcache.util.checks import number, numbers, whole, whole_numbers
 
 __all__ = ["delta_dit", "fora", "l2c", "magcache", "smoothcache", "taylorseer"]

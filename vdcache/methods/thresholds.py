@@ -8,7 +8,7 @@ from vdcache.errors import ConfigError
 from vdcache.methods.constants import TEACACHE_COEFFICIENTS
 from vdcache.methods.recipe import Recipe
 from vdcache.passes import MarkBranches, MarkOutput, MergeSlots, Observe, Probe
-from vdcache.passes.predictors import LAST, Predictor
+from vdcache.passes.predictors import LAST, AnyPredictor
 from vdcache.policies.thresholds import Bounds, EasyCache, Threshold
 from vdcache.util.checks import numbers, whole, whole_numbers
 
@@ -37,7 +37,7 @@ def dbcache(
     max_total: int = 0,
     limit: float = 0.0,
     mask: Sequence[int] = (),
-    predictor: Predictor = LAST,
+    predictor: AnyPredictor = LAST,
     name: str = "",
 ) -> Recipe:
     """DBCache (cache-dit): the first `front` and the last `back` blocks run at every step, those between where the probe says
@@ -58,7 +58,7 @@ def dbcache(
     whole(front, "front, the number of blocks that DBCache looks at,", 1)
     whole(back, "back, the number of blocks at the end that always run,")
     whole(warm_up, "warm_up, the number of steps that are computed first,")
-    if not isinstance(predictor, Predictor):
+    if not isinstance(predictor, AnyPredictor):
         raise ConfigError(f"predictor is a vdcache.Predictor such as vdcache.predictors.Taylor(1); got {predictor!r}")
     passes = (
         MarkBranches(start=front, stop=-back if back else None),

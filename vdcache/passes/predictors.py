@@ -1,13 +1,14 @@
 """What a reused slot is given: functions of what was kept at computed steps. They are traced into the variants.
 
-A predictor is a frozen value with two functions of tensors. `store` says what a computed step leaves behind, `predict` what a
-reused one puts in the place of the value. Both become part of the compiled graph, so a prediction costs no call of its own.
+Most predictors are weighted sums of the last values, with rules for the weights that know no tensors (`policies.weights`); one graph,
+`Ring`, serves them all. What is no such sum is a frozen value with two functions of tensors: `store` says what a computed step
+leaves behind, `predict` what a reused one puts in the place of the value. Both become part of the compiled graph, so a prediction
+costs no call of its own.
 """
 
 from __future__ import annotations
 
 import ast
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple, Protocol, runtime_checkable
@@ -17,28 +18,47 @@ from torch import Tensor
 
 from vdcache.errors import ConfigError
 from vdcache.passes.filters import sinusoids
-from vdcache.util.fields import Bound, Checked, above, at_least, between
+from vdcache.policies.weights import (
+    STEP_INFO,
+    AdamsBashforth,
+    ByStep,
+    Chebyshev,
+    Extrapolated,
+    Fixed,
+    FoCa,
+    Hermite,
+    MeanVelocity,
+    Newton,
+    Numbers,
+    RingWeights,
+    Scaled,
+    Table,
+    Taylor,
+    WeightRule,
+)
+from vdcache.util.fields import Bound, Checked, between
 from vdcache.util.plugins import plugins
 
 __all__ = [
     "LAST",
     "PREDICTORS",
+    "AnyPredictor",
     "Blended",
     "ByGroup",
-    "Extrapolated",
     "Frequencies",
     "LastValue",
     "Predictor",
-    "Scaled",
+    "Ring",
     "StepInfo",
-    "Taylor",
+    "graph_of",
+    "numbers_of",
     "predictor_of",
     "read_predictor",
 ]
 
 
 class StepInfo(NamedTuple):
-    """Where a step stands, as float32, 0-d tensors, so that no step compiles anything.
+    """Where a step stands, as float32, 0-d tensors, so that no step compiles anything (`policies.weights.StepNumbers`).
 
     Args:
         elapsed: steps since the group was last computed (in `store`: from that step to this one).
@@ -90,103 +110,44 @@ class LastValue:
 LAST = LastValue()
 
 
-@dataclass(frozen=True)
-class Taylor(Checked):
-    """Taylor expansion over the computed steps (TaylorSeer, arXiv 2503.06923, equations 3 and 4).
-
-    With Δ⁰F = F and ΔⁱF = (Δⁱ⁻¹F now − Δⁱ⁻¹F before) / k, k steps apart, a step x steps later is given Σ ΔⁱF · xⁱ / i!, over
-    the orders for which enough steps were computed. Differences are formed and kept in float32.
-
-    Args:
-        order: highest order; 0 is the last value. A slot keeps `order` + 1 tensors.
-
-    Raises:
-        ConfigError: an order below 0 or above 4.
-    """
-
-    order: Annotated[int, between(0, 4)] = 1
-
-    @property
-    def tensors(self) -> int:
-        return self.order + 1
-
-    def store(self, new: Tensor, previous: Sequence[Tensor], step_info: StepInfo) -> list[Tensor]:
-        cached = [new.float()]
-        for i in range(self.order):
-            # where too few steps were computed the order is left out, whatever zeros went in
-            cached.append(
-                (cached[i] - previous[i])
-                * torch.where(step_info.computed > i, 1 / step_info.elapsed, torch.zeros_like(step_info.elapsed))
-            )
-        return cached
-
-    def predict(self, cached: Sequence[Tensor], step_info: StepInfo) -> Tensor:
-        value = cached[-1] * (1 / math.factorial(self.order))
-        for i in reversed(range(self.order)):
-            value = value * step_info.elapsed + cached[i] * (1 / math.factorial(i))
-        return value
-
-    def __str__(self) -> str:
-        return f"taylor({self.order})"
+AnyPredictor = Predictor | WeightRule
 
 
-@dataclass(frozen=True)
-class Scaled(Checked):
-    """The last value times a factor of the elapsed steps: factor ** elapsed (MagCache's ratio of magnitudes, arXiv 2506.09045,
-    held constant).
+class Ring:
+    """The graph of every predictor that is a weighted sum (`policies.weights`): the newest value in its own type, and the differences of
+    successive ones. Weights for those (`ring_weights`) are inputs of the variants.
+
+    Differences are formed in float32 and kept in bfloat16, float32 for values of 32 bits: they are small beside the value, which
+    loses nothing.
 
     Args:
-        factor: above 0.
-
-    Raises:
-        ConfigError: another factor.
+        tensors: how many values a slot keeps.
     """
 
-    factor: Annotated[float, above(0)] = 1.0
+    def __init__(self, tensors: int) -> None:
+        self.tensors = tensors
 
-    tensors = 1
+    def kept_type(self, place: int, own: torch.dtype) -> torch.dtype:
+        """In what type the tensor at a place is kept."""
+        return own if place == 0 or own.itemsize > 2 else torch.bfloat16
 
-    def store(self, new: Tensor, previous: Sequence[Tensor], step_info: StepInfo) -> tuple[Tensor]:
-        return (new,)
+    def store(self, new: Tensor, previous: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+        new = new.to(previous[0].dtype) if previous else new  # what is kept and what the next difference is from are one value
+        if self.tensors == 1:
+            return [new]
+        moved = (_wide(new) - _wide(previous[0])).to(self.kept_type(1, new.dtype))
+        return [new, moved, *previous[1 : self.tensors - 1]]
 
-    def predict(self, cached: Sequence[Tensor], step_info: StepInfo) -> Tensor:
-        return cached[0] * self.factor**step_info.elapsed
+    def predict(self, cached: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+        total = _wide(cached[0]) * weights[0]
+        for value, weight in zip(cached[1:], weights[1:], strict=True):
+            total = total + _wide(value) * weight
+        return total
 
-    def __str__(self) -> str:
-        return f"scaled({self.factor:g})"
 
-
-@dataclass(frozen=True)
-class Extrapolated(Checked):
-    """The last computed value and a share of its difference to the one before: a₁ + (a₁ − a₂) · w (FasterCache, arXiv
-    2410.19355, equation 4).
-
-    Args:
-        weight: w where `ramp` is 0; else w = weight · (step − start) / ramp, which may grow over the run.
-        start, ramp: steps, counted from 0.
-
-    Raises:
-        ConfigError: numbers that are none, or a negative ramp.
-    """
-
-    weight: float = 0.5
-    start: int = 0
-    ramp: Annotated[int, at_least(0)] = 0
-
-    tensors = 2
-
-    def store(self, new: Tensor, previous: Sequence[Tensor], step_info: StepInfo) -> list[Tensor]:
-        new = new.float()
-        return [new, torch.where(step_info.computed > 0, previous[0], new)]
-
-    def predict(self, cached: Sequence[Tensor], step_info: StepInfo) -> Tensor:
-        weight: Tensor | float = self.weight
-        if self.ramp:
-            weight = self.weight * (step_info.step - self.start) / self.ramp
-        return cached[0] + (cached[0] - cached[1]) * weight
-
-    def __str__(self) -> str:
-        return f"extrapolated({self.weight:g}{f', {self.start}, {self.ramp}' if self.ramp else ''})"
+def _wide(value: Tensor) -> Tensor:
+    """In at least float32."""
+    return value.float() if value.dtype.itemsize < 4 else value
 
 
 Weight = Annotated[tuple[float, int, int], Bound(lambda weight: weight[0] > 0, noun="(weight above 0, first step, last step)")]
@@ -291,15 +252,17 @@ class ByGroup:
         ConfigError: no such pairs.
     """
 
-    groups: tuple[tuple[str, Predictor], ...]
-    other: Predictor = LAST
+    groups: tuple[tuple[str, AnyPredictor], ...]
+    other: AnyPredictor = LAST
 
     def __post_init__(self) -> None:
         pairs = self.groups if isinstance(self.groups, tuple) else (self.groups,)
         if not all(isinstance(p, tuple) and len(p) == 2 and isinstance(p[0], str) for p in pairs):
             raise ConfigError(f"predictors of groups are (group, predictor) pairs; got {self.groups!r}")
-        if wrong := next((p for p in (*(p for _, p in self.groups), self.other) if not isinstance(p, Predictor)), None):
-            raise ConfigError(f"{wrong!r} is no predictor: it has no 'tensors', 'store' and 'predict'")
+        if wrong := next((p for p in (*(p for _, p in self.groups), self.other) if not isinstance(p, AnyPredictor)), None):
+            raise ConfigError(
+                f"{wrong!r} is no predictor: it has neither 'tensors' and 'weights' nor 'tensors', 'store' and 'predict'"
+            )
 
     def __str__(self) -> str:
         groups = ", ".join(f"({group!r}, {p})" for group, p in self.groups)
@@ -309,14 +272,23 @@ class ByGroup:
 PREDICTORS: dict[str, Callable[..., Any]] = {
     "last": LastValue,
     "taylor": Taylor,
+    "hermite": Hermite,
+    "newton": Newton,
+    "adams_bashforth": AdamsBashforth,
+    "fixed": Fixed,
     "scaled": Scaled,
     "extrapolated": Extrapolated,
+    "foca": FoCa,
+    "chebyshev": Chebyshev,
+    "mean_velocity": MeanVelocity,
+    "table": Table,
+    "by_step": ByStep,
     "frequencies": Frequencies,
     "by_group": ByGroup,
 }
 
 
-def read_predictor(text: str) -> Predictor | ByGroup:
+def read_predictor(text: str) -> AnyPredictor | ByGroup:
     """The predictor that prints as `text`: "last", "taylor(1)", or the class of an installed package, "Damped(damping=0.3)".
 
     Raises:
@@ -337,11 +309,21 @@ def read_predictor(text: str) -> Predictor | ByGroup:
         found = value(ast.parse(text, mode="eval").body)
     except (SyntaxError, ValueError, TypeError) as error:
         raise ConfigError(f"{text!r} is no predictor that a text can name; there are {', '.join(kinds)}") from error
-    if not isinstance(found, (Predictor, ByGroup)):
+    if not isinstance(found, (Predictor, WeightRule, ByGroup)):
         raise ConfigError(f"{text!r} is no predictor; there are {', '.join(kinds)}")
     return found
 
 
-def predictor_of(predictor: Predictor | ByGroup, group: str) -> Predictor:
+def predictor_of(predictor: AnyPredictor | ByGroup, group: str) -> AnyPredictor:
     """The predictor of a group's slots."""
     return dict(predictor.groups).get(group, predictor.other) if isinstance(predictor, ByGroup) else predictor
+
+
+def graph_of(predictor: AnyPredictor) -> Predictor:
+    """What becomes part of the graphs: the predictor itself, or the ring of one that is a weighted sum."""
+    return Ring(predictor.tensors) if isinstance(predictor, WeightRule) else predictor  # type: ignore[return-value]
+
+
+def numbers_of(predictor: AnyPredictor) -> Numbers:
+    """What the graph of a predictor is told of the step."""
+    return RingWeights(predictor) if isinstance(predictor, WeightRule) else STEP_INFO

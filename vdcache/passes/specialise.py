@@ -27,7 +27,19 @@ from vdcache.ir.edit import add_input, backward_slice, call, evaluate, inline, i
 from vdcache.ir.facts import Fact
 from vdcache.ir.ops import CASTS, VIEWS, is_effectful, is_work
 from vdcache.passes.base import Pass, PassResult, drop_dead_code
-from vdcache.passes.predictors import LAST, ByGroup, LastValue, Predictor, StepInfo, predictor_of, read_predictor
+from vdcache.passes.predictors import (
+    LAST,
+    AnyPredictor,
+    ByGroup,
+    LastValue,
+    Predictor,
+    Ring,
+    StepInfo,
+    graph_of,
+    numbers_of,
+    predictor_of,
+    read_predictor,
+)
 from vdcache.passes.sums import sums_of
 from vdcache.util.slots import group_of
 
@@ -69,18 +81,18 @@ class VariantIO:
         reads: kept values that are inputs: a slot's name, with "#1", "#2" … where its predictor keeps several.
         before: values kept at the computed step before that are inputs (after `reads`): a predictor of higher order needs them.
         previous: observations whose previous values are inputs (after `before`).
-        times: groups of which `predictors.StepInfo` is an input (after `previous`), three float32 0-d tensors each.
+        numbers: groups whose predictors are told of the step (after `previous`): float32 0-d tensors, as many as `predictors.numbers_of` names.
         results: how many results of the model it returns.
         saves: kept values that are outputs. The observations of `previous` are outputs too.
         emits: names of the emitted values that are outputs.
         measures: (observation, distance, strides) of all sums; empty for none.
-        read_values, before_values, previous_values, time_values: fake tensors of the added inputs, contiguous.
+        read_values, before_values, previous_values, number_values: fake tensors of the added inputs, contiguous.
     """
 
     reads: tuple[str, ...] = ()
     before: tuple[str, ...] = ()
     previous: tuple[str, ...] = ()
-    times: tuple[str, ...] = ()
+    numbers: tuple[str, ...] = ()
     results: int = 1
     saves: tuple[str, ...] = ()
     emits: tuple[str, ...] = ()
@@ -88,12 +100,12 @@ class VariantIO:
     read_values: tuple[torch.Tensor, ...] = ()
     before_values: tuple[torch.Tensor, ...] = ()
     previous_values: tuple[torch.Tensor, ...] = ()
-    time_values: tuple[torch.Tensor, ...] = ()
+    number_values: tuple[torch.Tensor, ...] = ()
 
     @property
     def added_values(self) -> tuple[torch.Tensor, ...]:
         """All added inputs, in order."""
-        return (*self.read_values, *self.before_values, *self.previous_values, *self.time_values)
+        return (*self.read_values, *self.before_values, *self.previous_values, *self.number_values)
 
     @property
     def reused(self) -> tuple[str, ...]:
@@ -123,30 +135,29 @@ class _Added:
     def __init__(self, graph: fx.Graph, provenance: str) -> None:
         self._graph, self._made_by = graph, provenance
         self._inputs: dict[str, dict[str, fx.Node]] = {"read": {}, "before": {}, "previous": {}}
-        self._times: dict[str, StepInfo] = {}
+        self._numbers: dict[str, tuple[fx.Node, ...]] = {}
 
     def input(self, kind: str, name: str, like: torch.Tensor) -> fx.Node:
         own = self._inputs[kind]
         own[name] = add_input(self._graph, f"{kind}_{len(own)}", like, self._made_by)
         return own[name]
 
-    def time(self, group: str, like: torch.Tensor) -> StepInfo:
-        """Where a group stands. On the CPU, where it is known: a kernel takes the numbers as they are."""
-        if group not in self._times:
-            number = like.new_empty((), dtype=torch.float32, device="cpu")
-            nodes = [add_input(self._graph, f"{n}_{len(self._times)}", number, self._made_by) for n in StepInfo._fields]
-            self._times[group] = StepInfo(*nodes)  # type: ignore[arg-type]
-        return self._times[group]
+    def numbers(self, group: str, names: Sequence[str], like: torch.Tensor) -> tuple[fx.Node, ...]:
+        """What a group's predictor is told of the step. On the CPU, where it is known: a kernel takes the numbers as they are."""
+        if group not in self._numbers:
+            number, place = like.new_empty((), dtype=torch.float32, device="cpu"), len(self._numbers)
+            self._numbers[group] = tuple(add_input(self._graph, f"{n}_{place}", number, self._made_by) for n in names)
+        return self._numbers[group]
 
     def _drop_unread(self) -> None:
         for own in self._inputs.values():
             for name, node in list(own.items()):
                 if not node.users:
                     self._graph.erase_node(own.pop(name))
-        for group, when in list(self._times.items()):
-            if not any(n.users for n in when):  # type: ignore[attr-defined]
-                for n in self._times.pop(group):
-                    self._graph.erase_node(n)  # type: ignore[arg-type]
+        for group, nodes in list(self._numbers.items()):
+            if not any(n.users for n in nodes):
+                for n in self._numbers.pop(group):
+                    self._graph.erase_node(n)
 
     def finish(self) -> dict[str, Any]:
         """Drop the inputs that nothing reads (of slots behind other reused slots), put the rest in order, and say which there
@@ -154,7 +165,7 @@ class _Added:
         """
         self._drop_unread()
         kinds = {kind: list(own.values()) for kind, own in self._inputs.items()}
-        kinds["time"] = [node for when in self._times.values() for node in when]  # type: ignore[misc]
+        kinds["number"] = [node for nodes in self._numbers.values() for node in nodes]
         added = [node for own in kinds.values() for node in own]
         for before, node in itertools.pairwise([*(n for n in inputs(self._graph) if n not in added)][-1:] + added):
             before.append(node)
@@ -162,7 +173,7 @@ class _Added:
             "reads": tuple(self._inputs["read"]),
             "before": tuple(self._inputs["before"]),
             "previous": tuple(self._inputs["previous"]),
-            "times": tuple(self._times),
+            "numbers": tuple(self._numbers),
             **{f"{kind}_values": tuple(n.meta["val"] for n in own) for kind, own in kinds.items()},
         }
 
@@ -187,7 +198,7 @@ class Specialise(Pass):
     reuse: frozenset[str] = frozenset()
     save: str = "all"
     slots: tuple[str, ...] = ()
-    predictor: Predictor | ByGroup = field(default=LAST, metadata={"read": read_predictor})
+    predictor: AnyPredictor | ByGroup = field(default=LAST, metadata={"read": read_predictor})
     observe: bool = True
 
     def run(self, graph: fx.GraphModule) -> PassResult:
@@ -244,15 +255,20 @@ class Specialise(Pass):
     def _keeps(self, slot: str) -> bool:
         return self.save == "all" or (self.save == "needed" and slot in self.slots)
 
+    def _predictor(self, slot: str, like: torch.Tensor, added: _Added) -> tuple[Predictor, Sequence[fx.Node]]:
+        """What is traced for a slot, and what it is told of the step."""
+        found = predictor_of(self.predictor, group_of(slot))
+        numbers, graph = added.numbers(group_of(slot), numbers_of(found).names, like), graph_of(found)
+        return graph, numbers if isinstance(graph, Ring) else StepInfo(*numbers)  # type: ignore[arg-type, return-value]
+
     def _reuse(self, g: fx.Graph, cache_guard: fx.Node, added: _Added) -> None:
         """Put what a predictor makes of new inputs in the place of a guarded value."""
         slot, like = str(cache_guard.args[1]), cache_guard.meta["val"]
         base = cache_guard.args[2] if len(cache_guard.args) > 2 else None
-        predictor = predictor_of(self.predictor, group_of(slot))
-        kept = [added.input("read", name, _kept_form(predictor, like)) for name in _names(predictor, slot)]
-        step_info = added.time(group_of(slot), like)
+        predictor, numbers = self._predictor(slot, like, added)
+        kept = [added.input("read", name, _kept_form(predictor, i, like)) for i, name in enumerate(_names(predictor, slot))]
         with g.inserting_before(cache_guard):
-            value = _traced(g, predictor, "predict", (kept, step_info), like, provenance=str(self))[0]
+            value = _traced(g, predictor, "predict", (kept, numbers), like, provenance=str(self))[0]
             half, own = like.dtype == torch.float16, value.meta["val"].dtype
             if own != like.dtype and not half:
                 value = call(g, aten._to_copy.default, value, dtype=like.dtype, provenance=str(self))
@@ -273,7 +289,7 @@ class Specialise(Pass):
     def _saved(self, g: fx.Graph, cache_guard: fx.Node, added: _Added) -> dict[str, fx.Node]:
         """What a recomputed slot keeps, by name."""
         slot = str(cache_guard.args[1])
-        predictor = predictor_of(self.predictor, group_of(slot))
+        predictor, numbers = self._predictor(slot, cache_guard.meta["val"], added)
         new, base = cache_guard.args[0], cache_guard.args[2] if len(cache_guard.args) > 2 else None
         after = cache_guard.next
         with g.inserting_before(after):
@@ -285,11 +301,16 @@ class Specialise(Pass):
                 new = call(g, aten.sub.Tensor, new, base, provenance=str(self))
             previous: list[fx.Node] = []
             if predictor.tensors > 1:
-                like = _kept_form(predictor, cache_guard.meta["val"])
-                previous = [added.input("before", name, like) for name in _names(predictor, slot)]
-            step_info = added.time(group_of(slot), cache_guard.meta["val"])
-            values = _traced(g, predictor, "store", (new, previous, step_info), cache_guard.meta["val"], provenance=str(self))
-        return {name: contiguous(g, v, after, str(self)) for name, v in zip(_names(predictor, slot), values, strict=True)}
+                like = cache_guard.meta["val"]
+                previous = [
+                    added.input("before", name, _kept_form(predictor, i, like))
+                    for i, name in enumerate(_names(predictor, slot))
+                ]
+            values = _traced(g, predictor, "store", (new, previous, numbers), cache_guard.meta["val"], provenance=str(self))
+        return {
+            name: v if v in previous else contiguous(g, v, after, str(self))
+            for name, v in zip(_names(predictor, slot), values, strict=True)
+        }
 
 
 def _traced(g: fx.Graph, predictor: Predictor, what: str, args: Any, like: torch.Tensor, provenance: str) -> list[fx.Node]:
@@ -359,8 +380,11 @@ def _names(predictor: Predictor, slot: str) -> list[str]:
     return [slot, *(f"{slot}#{i}" for i in range(1, predictor.tensors))]
 
 
-def _kept_form(predictor: Predictor, like: torch.Tensor) -> torch.Tensor:
-    """The form of a kept tensor: the value's own, float32 where differences are kept."""
+def _kept_form(predictor: Predictor, place: int, like: torch.Tensor) -> torch.Tensor:
+    """The form of a kept tensor: the value's own, or float32 where a predictor of no ring keeps several."""
+    if isinstance(predictor, Ring):
+        kind = predictor.kept_type(place, like.dtype)
+        return like if kind == like.dtype else like.to(kind)
     return like.float() if predictor.tensors > 1 and like.dtype != torch.float32 else like
 
 

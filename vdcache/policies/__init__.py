@@ -6,7 +6,7 @@ from vdcache.policies.goal import Goal
 from vdcache.policies.metrics import MetricSpec, MetricValue
 from vdcache.policies.plan import RECOMPUTE, Plan
 from vdcache.policies.scheduled import CombinedPolicy, MagCache, PlanTable, SchedulePolicy
-from vdcache.policies.steps import EveryNth, LinearIntervals, StepList, TGateSteps
+from vdcache.policies.steps import EveryNth, GrowingIntervals, LeadingSteps, LinearIntervals, StepList, TGateSteps
 from vdcache.policies.thresholds import Bounds, EasyCache, Threshold
 from vdcache.policies.windows import BroadcastWindow, TimestepWindow
 
@@ -23,6 +23,8 @@ __all__ = [
     "EveryN",
     "EveryNth",
     "Goal",
+    "GrowingIntervals",
+    "LeadingSteps",
     "LinearIntervals",
     "MagCache",
     "MetricSpec",

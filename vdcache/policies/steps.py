@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Annotated
 
 from vdcache.errors import ConfigError
-from vdcache.util.fields import Checked, ascending, at_least, one_of, some
+from vdcache.util.fields import Checked, ascending, at_least, between, one_of, some
 
-__all__ = ["EveryNth", "LinearIntervals", "StepList", "Steps", "TGateSteps"]
+__all__ = ["EveryNth", "GrowingIntervals", "LeadingSteps", "LinearIntervals", "StepList", "Steps", "TGateSteps"]
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,57 @@ class EveryNth(Checked):
 
 
 @dataclass(frozen=True)
+class GrowingIntervals(Checked):
+    """Intervals that grow with every computed step (Spectrum, arXiv 2603.01623, as its code has it).
+
+    After the warm-up a step is computed if the number of reused ones before it, and itself, is a multiple of the window rounded down;
+    then the window grows.
+
+    Args:
+        warm_up: steps at the beginning that are all computed.
+        window: the first interval.
+        growth: what every computed step after the warm-up adds to it.
+
+    Raises:
+        ConfigError: a warm-up or window below 1, a negative growth.
+    """
+
+    warm_up: Annotated[int, at_least(1)] = 5
+    window: Annotated[float, at_least(1)] = 2.0
+    growth: Annotated[float, at_least(0)] = 0.75
+
+    def computed(self, num_steps: int) -> tuple[int, ...]:
+        """The computed steps of a generation."""
+        steps = list(range(min(self.warm_up, num_steps)))
+        window, reused = self.window, 0
+        for step in range(self.warm_up, num_steps):
+            if (reused + 1) % math.floor(window) == 0:
+                steps.append(step)
+                window, reused = round(window + self.growth, 3), 0
+            else:
+                reused += 1
+        return tuple(steps)
+
+
+@dataclass(frozen=True)
+class LeadingSteps(Checked):
+    """The first steps of a run, and none after them.
+
+    Args:
+        share: of the run, rounded down; the first step is always computed.
+
+    Raises:
+        ConfigError: no share.
+    """
+
+    share: Annotated[float, between(0, 1)]
+
+    def computed(self, num_steps: int) -> tuple[int, ...]:
+        """The computed steps of a generation."""
+        return tuple(range(max(1, int(num_steps * self.share))))
+
+
+@dataclass(frozen=True)
 class TGateSteps(Checked):
     """The steps of T-GATE (arXiv 2404.02747) for self-attention: up to the gate every `interval`-th, from there every
     `after`-th.
@@ -187,4 +238,6 @@ class TGateSteps(Checked):
         return replace(self, gate=max(1, round(self.gate * num_steps / (self.of_steps or num_steps))), of_steps=num_steps)
 
 
-Steps = StepList | LinearIntervals | EveryNth | TGateSteps  # what says which steps are computed
+Steps = (
+    StepList | LinearIntervals | EveryNth | GrowingIntervals | LeadingSteps | TGateSteps
+)  # what says which steps are computed

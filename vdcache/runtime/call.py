@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vdcache.policies.metrics import MetricSpec
 from vdcache.policies.plan import Plan
+from vdcache.policies.weights import Numbers
 from vdcache.runtime.device_time import DeviceTime
 from vdcache.runtime.history import Record
 
@@ -36,7 +37,7 @@ class VariantInputs:
         reads: names of kept values.
         before: names of values that the computed step before kept; zeros where there was none.
         layouts: what it measures, in order; each measure needs its previous value.
-        times: groups of which it must know the elapsed steps, the number of computed steps and the step.
+        numbers: groups, and what their predictors are told of the step.
         computes: groups that it computes.
         slots: slots that it reuses.
     """
@@ -44,7 +45,7 @@ class VariantInputs:
     reads: tuple[str, ...] = ()
     before: tuple[str, ...] = ()
     layouts: tuple[MetricSpec, ...] = ()
-    times: tuple[str, ...] = ()
+    numbers: tuple[tuple[str, Numbers], ...] = ()
     computes: tuple[str, ...] = ()
     slots: tuple[str, ...] = ()
 
@@ -193,7 +194,7 @@ class CallContext:
     reads: list[Tensor]
     before: list[Tensor] | None
     previous: list[Tensor] | None
-    times: list[Tensor]
+    numbers: list[Tensor]
     record: Record
     began: float
     look: ProbeResult

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable
+from collections.abc import Collection, Hashable, Iterable, Sequence
 
 from vdcache.policies.plan import Plan
+from vdcache.policies.weights import Position
 from vdcache.runtime.call import CallKey
 from vdcache.runtime.store import Store
 
@@ -23,7 +24,7 @@ class ComputedSteps:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._keys: dict[tuple[Hashable, ...], CallKey] = {}
-        self._computed: dict[CallKey, dict[str, tuple[int, int]]] = {}  # of each lane: group -> last computed step, how many
+        self._computed: dict[CallKey, dict[str, list[Position]]] = {}  # of each lane: group -> computed steps, newest first
         # Graph, call and group -> the last step that was planned to compute it.
         self._due: dict[tuple[Hashable, int, str], int] = {}
         self._ambiguous: dict[LaneKey, int] = {}  # lanes, and the last step of several latents
@@ -35,7 +36,7 @@ class ComputedSteps:
             found = self._keys[parts] = CallKey(*parts)
         return found
 
-    def computed(self, key: CallKey, groups: Iterable[str], step: int, planned: Plan) -> None:
+    def computed(self, key: CallKey, groups: Iterable[str], at: Position, planned: Plan) -> None:
         """A call has computed these groups.
 
         Args:
@@ -43,23 +44,22 @@ class ComputedSteps:
         """
         own = self._computed.setdefault(key, {})
         for group in groups:
-            own[group] = (step, own.get(group, (0, 0))[1] + 1)
+            own.setdefault(group, []).insert(0, at)
             if group not in planned.reuse:
-                self._due[key.graph, key.call, group] = step
+                self._due[key.graph, key.call, group] = at.step
 
     def at(self, key: CallKey, step: int) -> bool:
         """Whether this very call computed something in this step."""
-        return any(last == step for last, _ in self._computed.get(key, {}).values())
+        return any(steps[0].step == step for steps in self._computed.get(key, {}).values())
 
-    def elapsed(self, key: CallKey, group: str, step: int) -> tuple[int, int, int]:
-        """Steps since a group was last computed, how often it was in this generation (1 and 0 where it never was), and the step."""
-        last, count = self._computed.get(key, {}).get(group, (step - 1, 0))
-        return step - last, count, step
+    def steps(self, key: CallKey, group: str) -> Sequence[Position]:
+        """The steps of this generation in which a group was computed, newest first."""
+        return self._computed.get(key, {}).get(group, ())
 
     def is_stale(self, key: CallKey, plan: Plan, step: int) -> bool:
         """Whether the model was computed at a later step than this lane last was, as where guidance was off in between."""
         own = self._computed.get(key, {})
-        return any(own.get(g, (step, 0))[0] < self._due.get((key.graph, key.call, g), -1) for g in plan.reuse)
+        return any(g in own and own[g][0].step < self._due.get((key.graph, key.call, g), -1) for g in plan.reuse)
 
     def had_several_latents(self, lane: LaneKey, step: int) -> None:
         self._ambiguous[lane] = step
@@ -69,7 +69,7 @@ class ComputedSteps:
         if not self._ambiguous or (several := self._ambiguous.get(key.lane)) is None:
             return False
         own = self._computed.get(key, {})
-        return any(own.get(g, (-1, 0))[0] <= several for g in plan.reuse)
+        return any(g not in own or own[g][0].step <= several for g in plan.reuse)
 
     def drop(self, key: CallKey) -> None:
         self._store.drop(key)

@@ -15,6 +15,7 @@ from torch import Tensor
 from vdcache.errors import CacheStateError, ConfigError
 from vdcache.policies.base import Policy
 from vdcache.policies.plan import RECOMPUTE, Plan
+from vdcache.policies.weights import Position
 from vdcache.runtime.call import CallContext, CallKey, CompiledGraph, Emitted, Listener, ProbeResult, Recorder, VariantInputs
 from vdcache.runtime.call_placement import CallPlacement
 from vdcache.runtime.computed_steps import ComputedSteps
@@ -382,7 +383,12 @@ class Session:
             syncs=self._reads.syncs,
             probe=planner.now.probe or (),
         )
-        times = [torch.tensor(float(n)) for group in needs.times for n in self._computed.elapsed(key, group, planner.step)]
+        at = Position(planner.step, planner.timestep)
+        numbers = [
+            torch.tensor(n, dtype=torch.float32)
+            for group, told in needs.numbers
+            for n in told.values(at, self._computed.steps(key, group))
+        ]
         keep = follows and planner.num_steps is not None and not planner.is_last and not again
         return CallContext(
             graph,
@@ -392,7 +398,7 @@ class Session:
             chosen.reads,
             before,
             previous,
-            times,
+            numbers,
             record,
             began,
             seen,
@@ -494,7 +500,7 @@ class Session:
             kept = {**saved, **observed, **(_probed(call) if graph.probes else {})}
             if kept:
                 self.store.put(key, list(kept), list(kept.values()), [*inputs, *results], call.rows)
-            self._computed.computed(key, call.needs.computes, planner.step, planner.now.plan)
+            self._computed.computed(key, call.needs.computes, Position(planner.step, planner.timestep), planner.now.plan)
         elif not call.plan and not call.again:
             self._computed.drop(key)
         if planner.is_last:  # nothing will read this lane again

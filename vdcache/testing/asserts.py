@@ -19,11 +19,12 @@ from vdcache.ir.dump import dump
 from vdcache.ir.oracle import example_inputs, skipped, unskippable
 from vdcache.ir.parse import parse
 from vdcache.passes import Pass, Pipeline, Specialise
-from vdcache.passes.predictors import Predictor, StepInfo
+from vdcache.passes.predictors import AnyPredictor, StepInfo, graph_of, numbers_of
 from vdcache.policies.base import Policy
 from vdcache.policies.metrics import MetricValue
 from vdcache.policies.plan import Plan
 from vdcache.policies.simulate import simulate
+from vdcache.policies.weights import Position, StepNumbers
 from vdcache.testing.graphs import Graph, graph_from, run_pass
 from vdcache.util.slots import group_of
 
@@ -224,26 +225,38 @@ def _texts(plans: Iterable[Plan]) -> str:
     return "[" + ", ".join(map(str, plans)) + "]"
 
 
-def assert_predictor(predictor: Predictor, *, shape: Sequence[int] = (2, 3), steps: int = 4) -> list[Tensor]:
-    """The predictor keeps its contract over some computed steps: as many tensors as it says, of the shape of the value.
+def assert_predictor(predictor: AnyPredictor, *, shape: Sequence[int] = (2, 3), steps: int = 4) -> list[Tensor]:
+    """The predictor keeps its contract over some computed steps: as many tensors as it says, of the shape of the value; or as many weights
+    as there are values, where it is a rule of weights.
 
     Also where nothing was kept before (`before` holds zeros), and in float32 and bfloat16. Returns what it predicts one
     step after each computed one, in float32: the values are 1, 4, 9, 16 … in every element, one step apart.
     """
+    graph, told = graph_of(predictor), numbers_of(predictor)
+
+    def numbers(at: int, computed: int) -> Any:
+        """Of a step after `computed` ones."""
+        found = told.values(Position(at), [Position(i) for i in reversed(range(computed))])
+        assert len(found) == len(told.names), (
+            f"{predictor} gives more weights than it keeps values, or than were computed ({computed})"
+        )
+        given = [torch.tensor(float(n)) for n in found]
+        return StepInfo(*given) if isinstance(told, StepNumbers) else given
+
     found: list[Tensor] = []
     for dtype in (torch.float32, torch.bfloat16):
         found.clear()
-        kept: Sequence[Tensor] = [torch.zeros(tuple(shape))] * predictor.tensors
+        kept: Sequence[Tensor] = [torch.zeros(tuple(shape), dtype=dtype)] * graph.tensors
         for i in range(steps):
             fresh = torch.full(tuple(shape), float((i + 1) ** 2), dtype=dtype)
-            kept = predictor.store(fresh, kept, _when(1 if i else 0, i, i))
+            kept = graph.store(fresh, kept, numbers(i, i))
             assert not isinstance(kept, Tensor), (
                 f"'store' of {predictor} gives a tensor; it gives a sequence of them, (fresh,) for one"
             )
-            assert len(kept) == predictor.tensors, f"{predictor} keeps {len(kept)} tensors and says {predictor.tensors}"
+            assert len(kept) == graph.tensors, f"{predictor} keeps {len(kept)} tensors and says {graph.tensors}"
             assert all(k.shape == fresh.shape for k in kept), f"{predictor} keeps a tensor of another shape than the value's"
             assert all(k.isfinite().all() for k in kept), f"{predictor} keeps no number after {i + 1} computed steps"
-            value = predictor.predict(kept, _when(1, i + 1, i + 1))
+            value = graph.predict(kept, numbers(i + 1, i + 1))
             assert value.shape == fresh.shape, f"{predictor} predicts {tuple(value.shape)} for a value of {tuple(fresh.shape)}"
             assert value.isfinite().all(), f"{predictor} predicts no number after {i + 1} computed steps"
             found.append(value.float())
@@ -253,7 +266,7 @@ def assert_predictor(predictor: Predictor, *, shape: Sequence[int] = (2, 3), ste
     return exact
 
 
-def _assert_traceable(predictor: Predictor, value: Tensor) -> None:
+def _assert_traceable(predictor: AnyPredictor, value: Tensor) -> None:
     """Compiled steps hold what a predictor does, not what it did once: it must not ask a tensor for its number."""
     sizes = ",".join(map(str, value.shape))
     text = f"%0 = input() : f32[{sizes}]\n%1 = sin(%0)\n%2 = cache_guard(%1, 'all/x')\nreturn (%2)"
@@ -262,7 +275,3 @@ def _assert_traceable(predictor: Predictor, value: Tensor) -> None:
             run_pass(Specialise(reuse=frozenset(reuse), predictor=predictor), text)
     except ContractError as error:
         raise AssertionError(str(error)) from error
-
-
-def _when(elapsed: int, computed: int, step: int) -> StepInfo:
-    return StepInfo(*(torch.tensor(float(n)) for n in (elapsed, computed, step)))

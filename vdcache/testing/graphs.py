@@ -17,7 +17,7 @@ from vdcache.ir.oracle import PoisonInterpreter, example_inputs, record_slots, v
 from vdcache.ir.parse import parse
 from vdcache.passes import Canonicalise, DeadCode, MarkBranches, Pass, PassResult, Pipeline, Specialise, variant_io
 from vdcache.passes.base import passes_of
-from vdcache.passes.predictors import LAST, Predictor
+from vdcache.passes.predictors import LAST, AnyPredictor
 
 __all__ = [
     "PoisonInterpreter",
@@ -71,7 +71,7 @@ def guarded(fn: Callable[..., Any], *args: Tensor, more: Sequence[Any] = (), ver
     return graph
 
 
-def variant(graph: Graph, reuse: Iterable[str] = (), predictor: Predictor = LAST) -> fx.GraphModule:
+def variant(graph: Graph, reuse: Iterable[str] = (), predictor: AnyPredictor = LAST) -> fx.GraphModule:
     """The static graph of one plan: the groups that are reused."""
     passes = (Specialise(reuse=frozenset(reuse), predictor=predictor), DeadCode())
     return Pipeline(passes, verify=True, given=frozenset(Specialise.requires)).run(graph_from(graph))[0]
