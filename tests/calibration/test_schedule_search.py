@@ -6,6 +6,7 @@ import itertools
 import math
 import warnings
 from collections import defaultdict
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from vdcache.calibration.tables import StepTableBuilder
 from vdcache.calibration.uncached_run import watch
 from vdcache.errors import CacheStateError, ConfigError
 from vdcache.passes import Emit
+from vdcache.policies.weights import Newton, Taylor
 from vdcache.testing import TinyDiT, latent, time_of
 
 STEPS = 8
@@ -152,7 +154,7 @@ def table_of(residuals):
 @given(st.integers(2, 7), st.integers(1, 3), SEEDS)
 def test_errors_are_those_of_the_predictions(steps, generations, seed):
     r = np.random.default_rng(seed).standard_normal((generations, steps, 11))
-    last, line = table_of(r).errors(0), table_of(r).errors(1)
+    last, line = table_of(r).errors(Newton(0)), table_of(r).errors(Newton(1))
     assert last.shape == line.shape == (steps + 1, steps, steps)
     for i, j, s in itertools.product(range(-1, steps), range(steps), range(steps)):
         if not i < j < s:
@@ -168,7 +170,7 @@ def test_errors_are_those_of_the_predictions(steps, generations, seed):
 def test_what_is_linear_in_the_step_is_predicted_without_error(seed):
     a, b = np.random.default_rng(seed).integers(-9, 10, (2, 2, 1, 5))
     r = (a + b * np.arange(STEPS)[:, None] + [0, 0, 0, 0, 100]).astype(float)
-    errors = table_of(r).errors(1)
+    errors = table_of(r).errors(Newton(1))
     for i, j, s in itertools.combinations(range(STEPS), 3):
         exact = (j - i) in (1, 2, 4)  # (s − j) / (j − i) is a binary fraction, and all sums are exact
         assert errors[i + 1, j, s] == 0 if exact else errors[i + 1, j, s] < 1e-6
@@ -176,13 +178,13 @@ def test_what_is_linear_in_the_step_is_predicted_without_error(seed):
 
 
 def test_a_residual_of_nothing_is_predicted_from_nothing():
-    assert np.nanmax(table_of(np.zeros((1, 4, 3))).errors(1)) == 0
+    assert np.nanmax(table_of(np.zeros((1, 4, 3))).errors(Newton(1))) == 0
 
 
-@pytest.mark.parametrize("order", [2, -1, 0.5, "1"])
+@pytest.mark.parametrize("order", [2, 6])
 def test_orders_that_are_not_searched_are_refused(order):
     with pytest.raises(ConfigError, match=f"schedules are searched for orders 0, 1; got {order}"):
-        table_of(np.ones((1, 3, 2))).errors(order)
+        table_of(np.ones((1, 3, 2))).errors(Newton(order))
 
 
 # --- tables of a model ---------------------------------------------------------------------------------------------------------
@@ -504,7 +506,26 @@ def test_a_search_costs_at_most_three_generations_a_prompt(prompts):
 def test_one_order_alone():
     for order in (0, 1):
         assert search(small(), orders=(order,), tries=1, table=shared()).order == order
-        assert {c.order for c in candidates(shared(), 4, (order,))} == {order}
+        assert {c.order for c in candidates(shared(), 4, [Newton(order)])} == {order}
+
+
+def test_powers_of_the_timestep_are_rules_of_their_own():
+    """Values on a line in the timestep to the power ¾ are predicted without error by that rule alone, and it comes first."""
+    times = tuple(1000.0 - 10 * s * (s + 3) for s in range(8))
+    line = np.array([[t**0.75 * np.ones(3) for t in times]])
+    table = replace(table_of(line), times=times)
+    assert np.nanmax(table.errors(Newton(1, 0.75))[1:]) < 1e-6 < 1e-3 < np.nanmax(table.errors(Newton(1))[1:])
+    found = candidates(table, 4)
+    assert found[0].rule == Newton(1, 0.75) and {c.rule for c in found[:4]} == {
+        Newton(1, 0.75),
+        *(Taylor(n) for n in (0, 1)),
+        Newton(1, 1.0),
+    }
+    assert "order 1 in the timestep to the power 0.75" in str(found[0])
+    assert found[0].recipe().predictor == Newton(1, 0.75)
+    assert Schedule.from_json(found[0].to_json()) == found[0]
+    even = replace(table_of(line), times=tuple(1000.0 - 10 * s for s in range(8)))
+    assert {c.power for c in candidates(even, 4)} == {0.0, 0.75}  # the timestep itself goes as the number of the step does
 
 
 @settings(deadline=None)
@@ -516,14 +537,16 @@ def test_candidates_are_lists_of_the_right_length_and_each_comes_once(steps, dat
     assert len({(c.computed, c.order) for c in found}) == len(found) > 0
     for c in found:
         assert c.steps == steps and len(c.computed) == computed
-        assert c.error == pytest.approx(restated(table.errors(c.order), c.computed, "sum"), rel=1e-9)
+        assert c.error == pytest.approx(restated(table.errors(Newton(c.order)), c.computed, "sum"), rel=1e-9)
     lists = every_list(steps, computed)
     for order, early, objective in itertools.product((0, 1), (1, 2, 5), ("sum", "max")):
-        errors = table.errors(order) * np.linspace(early, 1, steps)  # a step counts as much as any other, or more when early
+        errors = table.errors(Newton(order)) * np.linspace(
+            early, 1, steps
+        )  # a step counts as much as any other, or more when early
         costs = [restated(errors, p, objective) for p in lists]
         own = [restated(errors, c.computed, objective) for c in found if c.order == order or computed == 1]
         assert min(own) == pytest.approx(min(costs), rel=1e-9)
-    best = min(restated(table.errors(order), p, "sum") for order in (0, 1) for p in lists)
+    best = min(restated(table.errors(Newton(order)), p, "sum") for order in (0, 1) for p in lists)
     assert found[0].error == pytest.approx(best, rel=1e-9)
 
 
@@ -671,8 +694,8 @@ def test_small_changes_between_steps_are_seen():
 
     model = small()
     rows = [model.branches(x * (1 + e * s * s), torch.tensor([1000 - e * s]), TEXT) for s in range(STEPS)]
-    want = table_of(torch.stack([r.flatten() for r in rows]).double()[None].numpy()).errors(1)
-    np.testing.assert_allclose(tabled(run, None, model).errors(1), want, rtol=0.01)
+    want = table_of(torch.stack([r.flatten() for r in rows]).double()[None].numpy()).errors(Newton(1))
+    np.testing.assert_allclose(tabled(run, None, model).errors(Newton(1)), want, rtol=0.01)
 
 
 def test_a_residual_that_is_not_a_number_is_refused():

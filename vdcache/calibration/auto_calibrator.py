@@ -17,7 +17,7 @@ from torch import Tensor
 from vdcache.calibration.calibration import Calibration, CalibrationKey, find, keep, key_of, of_other_sizes, time_of
 from vdcache.calibration.choose import ScheduleScores, choose
 from vdcache.calibration.piecewise_search import PiecewiseSearch
-from vdcache.calibration.schedule import Schedule
+from vdcache.calibration.schedule import RULES, Schedule
 from vdcache.calibration.tables import StepTable, StepTableBuilder
 from vdcache.calibration.trajectory_replay import RecordedRun, TrajectoryReplay
 from vdcache.errors import ConfigError, VdcacheError
@@ -30,7 +30,7 @@ from vdcache.runtime.session import Session
 
 __all__ = ["AutoCalibrator", "cost_of_reuse"]
 
-ORDER = 1  # of the recipe's predictor
+CACHED = RULES[1:]  # those that the recipe's predictor has the values for
 FEW_STEPS = 4  # leave nothing to skip
 NEAR = 1.4  # logarithm of the ratio of latents' elements, up to which one size begins with the schedule of the other
 SEARCHES = 4  # that go on at one time
@@ -165,7 +165,7 @@ class AutoCalibrator:
             if record.timestep is None and schedule.steps > 1:
                 # What this generation's second timestep is, its second step tells.
                 schedule = replace(schedule, computed=tuple(sorted({1, *schedule.computed})))
-            self._session.follow(schedule.policy(found.key.times))
+            self._session.follow(schedule.policy(found.key.times), schedule.rule)
             if not found.tentative:
                 self._searches.pop(found.key, None)  # another session was faster
             elif (search := self._searches.get(found.key)) is not None:
@@ -321,7 +321,7 @@ class AutoCalibrator:
         if (other := self._known(now.times)) is not None and other is not left:
             now.following, now.run = other, None
             self._take(other)
-            self._session.follow(other.schedule.policy(other.key.times))
+            self._session.follow(other.schedule.policy(other.key.times), other.schedule.rule)
             return
         now.following = None
         self._session.follow(Always())
@@ -346,7 +346,9 @@ class AutoCalibrator:
         """
         began, now = time.perf_counter(), self._now
         key = replace(now.key, times=tuple(now.times)) if now.following is None else now.following.key
-        table = run.table or StepTable(np.stack([run.gathering.products()]), run.gathering.bytes)
+        table = run.table or StepTable(
+            np.stack([run.gathering.products()]), run.gathering.bytes, key.times if len(key.times) == key.steps else ()
+        )
         wrong = [step for step, own in enumerate(table.products[0].diagonal()) if not np.isfinite(own)]
         if (step := run.recording.not_finite()) is not None or wrong:
             raise _Passing(
@@ -362,7 +364,7 @@ class AutoCalibrator:
                 return
             self._go_by_the_table(key, table, cost, error, began)
             return
-        search = PiecewiseSearch(replay, table, self._goal, cost, [ORDER])
+        search = PiecewiseSearch(replay, table, self._goal, cost, CACHED)
         search.seconds = time.perf_counter() - began
         self._searches[key] = search
         while len(self._searches) > SEARCHES:
@@ -384,11 +386,11 @@ class AutoCalibrator:
     def _follow_meanwhile(self, key: CalibrationKey, search: PiecewiseSearch) -> None:
         """Take the best by the table until something better has been run; where only running tells, every step is computed."""
         try:
-            schedule = choose(search.table, None, self._goal, orders=[ORDER], reuse_cost=search.reuse_cost)
+            schedule = choose(search.table, None, self._goal, rules=CACHED, reuse_cost=search.reuse_cost)
         except ConfigError:
             if self._goal.quality_db is None:
                 raise
-            schedule = Schedule(search.table.steps, tuple(range(search.table.steps)), ORDER)
+            schedule = Schedule(search.table.steps, tuple(range(search.table.steps)))
         self._found_one(key, search, schedule, tentative=True)
 
     def _go_on(self, program: Any, inputs: Sequence[Any]) -> None:
@@ -442,7 +444,7 @@ class AutoCalibrator:
                 "vdcache.calibrate(model, run, quality_db=…) tries it with your own loop"
             ) from error
         note = f"chosen by the table of steps alone, because {_words(error)}"
-        schedule = choose(table, None, self._goal, orders=[ORDER], reuse_cost=cost)
+        schedule = choose(table, None, self._goal, rules=CACHED, reuse_cost=cost)
         self._keep(Calibration.of(key, self._goal, schedule, table, ScheduleScores(), reuse_cost=cost, began=began, note=note))
 
     def _found_one(self, key: CalibrationKey, search: PiecewiseSearch, schedule: Schedule, *, tentative: bool = False) -> None:

@@ -22,6 +22,7 @@ from vdcache.calibration.tables import StepTable
 from vdcache.errors import ConfigError
 from vdcache.policies.goal import Goal
 from vdcache.policies.scheduled import same_times
+from vdcache.policies.weights import Newton
 from vdcache.runtime.read import read
 from vdcache.util.checks import number, whole
 from vdcache.util.files import cache_folder, write_aside
@@ -167,7 +168,7 @@ class Calibration:
     @property
     def table(self) -> StepTable:
         """The measured table of steps."""
-        return StepTable(np.array(self.products))
+        return StepTable(np.array(self.products), times=self.key.times)
 
     @property
     def speedup(self) -> float:
@@ -178,7 +179,7 @@ class Calibration:
     def front(self) -> list[tuple[int, float]]:
         """For every number of computed steps the least predicted error, in dB below the value that is predicted."""
         n = self.schedule.steps
-        ranked = candidates_up_to(self.table, max(1, n - 1), [self.schedule.order])
+        ranked = candidates_up_to(self.table, max(1, n - 1), [Newton(self.schedule.order, self.schedule.power)])
         found = [(c, own[0].error / max(1, n - c)) for c, own in enumerate(ranked, start=1)]
         return [(c, -20 * float(np.log10(max(e, 1e-9)))) for c, e in found]
 
@@ -296,10 +297,10 @@ def time_of(program: Any, inputs: Sequence[Any], timestep: float | None) -> floa
 
 def _tried(scored: ScheduleScores, steps: int) -> tuple[Schedule, ...]:
     """Every schedule that was run, with its mean PSNR."""
-    by: dict[tuple[tuple[int, ...], int], list[float]] = {}
-    for (computed, order, _), psnr in scored.known.items():
-        by.setdefault((computed, order), []).append(psnr)
+    by: dict[tuple[tuple[int, ...], int, float], list[float]] = {}
+    for (*tried, _), psnr in scored.known.items():
+        by.setdefault(tuple(tried), []).append(psnr)  # type: ignore[arg-type]
     return tuple(
-        Schedule(steps, computed, order, psnr=float(np.mean(v)) if np.isfinite(v).all() else None)
-        for (computed, order), v in by.items()
+        Schedule(steps, computed, order, psnr=float(np.mean(v)) if np.isfinite(v).all() else None, power=power)
+        for (computed, order, power), v in by.items()
     )

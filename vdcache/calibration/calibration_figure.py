@@ -10,6 +10,7 @@ import numpy as np
 from vdcache.calibration.schedule import Schedule
 from vdcache.calibration.tables import StepTable
 from vdcache.policies.goal import Goal
+from vdcache.policies.weights import Newton
 
 __all__ = ["draw"]
 
@@ -64,7 +65,7 @@ def _changes(figure: Any, found: Drawn) -> None:
 
     steps, computed = found.schedule.steps, set(found.schedule.computed)
     axis = figure.subplots()
-    shares = 100 * np.where(np.tri(steps, k=-1, dtype=bool).T, found.table.errors(0)[0], np.nan)
+    shares = 100 * np.where(np.tri(steps, k=-1, dtype=bool).T, found.table.errors(Newton(0))[0], np.nan)
     highest = np.nanquantile(shares, 0.98) if steps > 1 else 1.0
     drawn = axis.imshow(shares, cmap="viridis_r", origin="upper", interpolation="nearest", vmin=0, vmax=highest)
     axis.set(xlabel="step that is reused", ylabel="step that was computed last")

@@ -23,6 +23,7 @@ from vdcache.calibration.tables import StepTable, StepTableBuilder
 from vdcache.calibration.uncached_run import checked_prompts, until_forgotten
 from vdcache.errors import CacheStateError, ConfigError
 from vdcache.policies.base import Always, Policy
+from vdcache.policies.weights import WeightRule
 from vdcache.runtime.history import Record
 from vdcache.util.checks import check_model
 from vdcache.util.files import text_of, write_aside
@@ -123,7 +124,10 @@ class _Search:
             data = json.loads(text_of(path))
             prompts, weights = list(data["prompts"]), str(data["weights"])
             self.products = [np.array(p) for p in data["products"]]
-            self.scored.known = {(tuple(c), int(o), int(p)): float(v) for c, o, p, v in data["scored"]}
+            # Before there were powers, a row had none.
+            self.scored.known = {
+                (tuple(c), int(o), float(w[0]) if w else 0.0, int(p)): float(v) for c, o, *w, p, v in data["scored"]
+            }
             self.times, self.held, self.reuse_cost = tuple(data["times"]), int(data["held"]), float(data["reuse_cost"])
             self.key = from_plain(CalibrationKey | None, data["key"], "key")
         except (ValueError, TypeError, KeyError) as error:
@@ -193,7 +197,7 @@ class SamplingLoop:
             raise ConfigError(
                 f"{self._caller}: the generations have {sorted(sizes)} steps; search one number of steps at a time"
             )
-        return StepTable(np.stack(self.search.products), self.search.held)
+        return StepTable(np.stack(self.search.products), self.search.held, self.search.times)
 
     def _measure(self, prompt: int) -> None:
         found: dict[int, StepTableBuilder] = {}
@@ -242,7 +246,8 @@ class SamplingLoop:
             ConfigError: it takes another number of steps.
         """
         full = self._uncached(prompt, schedule.steps)
-        made = self._sample(self._way(schedule.order), schedule.policy(), prompt, schedule.steps)
+        policy = schedule.policy(self.search.times if len(self.search.times) == schedule.steps else ())
+        made = self._sample(self._way(schedule.order), policy, prompt, schedule.steps, schedule.rule)
         self._same_steps(made, schedule.steps)
         if made.end.shape != full.end.shape or any(a.shape != b.shape for a, b in zip(made.starts, full.starts)):
             raise CacheStateError(
@@ -268,9 +273,9 @@ class SamplingLoop:
                 f"{self._caller}: run takes {made.steps} steps, and the table is of {steps} steps: measure one of this number"
             )
 
-    def _sample(self, way: _Way, policy: Policy, prompt: int, steps: int | None) -> _Made:
+    def _sample(self, way: _Way, policy: Policy, prompt: int, steps: int | None, rule: WeightRule | None = None) -> _Made:
         session = way.fast.vdcache
-        session.policy, session.prepare = policy, lambda n: policy
+        session.policy, session.prepare, session.rule = policy, lambda n: policy, rule
         self._now = []
         with torch.no_grad():
             session.begin(steps)

@@ -15,6 +15,7 @@ from vdcache.calibration.tables import StepTable
 from vdcache.calibration.trajectory_replay import Rerun, TrajectoryReplay
 from vdcache.policies.base import Always, Policy
 from vdcache.policies.goal import Goal
+from vdcache.policies.weights import Newton, WeightRule
 
 __all__ = ["PiecewiseSearch"]
 
@@ -22,10 +23,10 @@ PATIENCE = 2  # generations in which a weight is not there
 
 
 class _Unknown(Exception):
-    """`choose` asks how a generation ends with these steps computed, and that has not been run."""
+    """`choose` asks how a generation ends with these steps computed and the others predicted so, and that has not been run."""
 
-    def __init__(self, policy: Policy, computed: Sequence[int]) -> None:
-        self.policy, self.computed = policy, computed
+    def __init__(self, policy: Policy, computed: Sequence[int], rule: WeightRule | None = None) -> None:
+        self.policy, self.computed, self.rule = policy, computed, rule
 
 
 class _Seen:
@@ -33,16 +34,16 @@ class _Seen:
 
     prompts = 1
 
-    def __init__(self, replay: TrajectoryReplay) -> None:
-        self._replay = replay
-        self.results: dict[Policy, Tensor] = {}
+    def __init__(self, replay: TrajectoryReplay, times: tuple[float, ...]) -> None:
+        self._replay, self._times = replay, times
+        self.results: dict[tuple[Policy, WeightRule | None], Tensor] = {}
 
     def of(self, schedule: Schedule, prompt: int) -> Tensor:
         if not self._replay.knows_its_end:
             raise _Unknown(Always(), range(schedule.steps))
-        policy = schedule.policy()
-        if (found := self.results.pop(policy, None)) is None:
-            raise _Unknown(policy, schedule.computed)
+        policy = schedule.policy(self._times)
+        if (found := self.results.pop((policy, schedule.rule), None)) is None:
+            raise _Unknown(policy, schedule.computed, schedule.rule)
         return found
 
     def wanted(self, prompt: int) -> Tensor:
@@ -61,14 +62,14 @@ class PiecewiseSearch:
         table: of its steps.
         goal: what the schedule is for.
         reuse_cost: of a reused step, as a share of a computed one.
-        orders: of the predictors that are tried.
+        rules: of the predictors that are tried.
     """
 
     replay: TrajectoryReplay
     table: StepTable
     goal: Goal
     reuse_cost: float
-    orders: Sequence[int]
+    rules: Sequence[Newton]
     scored: ScheduleScores = field(default_factory=ScheduleScores)
     seconds: float = 0.0
     found: Schedule | None = None  # what was chosen, when the search is over
@@ -79,9 +80,10 @@ class PiecewiseSearch:
     _rerun: Rerun | None = None
     _policy: Policy = field(default_factory=Always)  # of `_rerun`
     _computed: Sequence[int] = ()  # by it
+    _rule: WeightRule | None = None  # of it
 
     def __post_init__(self) -> None:
-        self._seen = _Seen(self.replay)
+        self._seen = _Seen(self.replay, self.table.times if len(self.table.times) == self.table.steps else ())
         # Where the recording does not tell how the generation ends, that is one whole run. Of the runs for a quality none can be spared.
         spared = not self.replay.knows_its_end and self.goal.quality_db is None
         self._work = BUDGET - spared
@@ -137,12 +139,12 @@ class PiecewiseSearch:
                     scored=self.scored,
                     reuse_cost=self.reuse_cost,
                     work=self._work,
-                    orders=self.orders,
+                    rules=self.rules,
                 )
                 return True
             except _Unknown as unknown:
-                self._policy, self._computed = unknown.policy, unknown.computed
-            self._rerun = Rerun(self.replay, self._policy)
+                self._policy, self._computed, self._rule = unknown.policy, unknown.computed, unknown.rule
+            self._rerun = Rerun(self.replay, self._policy, self._rule)
         rerun = self._rerun
         cost = 1.0 if rerun.at in self._computed else self.reuse_cost
         if min(self._left, self._open) < cost - 1e-9:
@@ -160,7 +162,7 @@ class PiecewiseSearch:
             if isinstance(self._policy, Always):
                 self.replay.ended(rerun.result)
             else:
-                self._seen.results[self._policy] = rerun.result
+                self._seen.results[self._policy, self._rule] = rerun.result
         return True
 
     def best_so_far(self, than: Schedule) -> Schedule | None:
@@ -168,8 +170,8 @@ class PiecewiseSearch:
         least, steps = self.goal.quality_db or self.goal.floor_db, self.table.steps
         count = 1 if self.goal.quality_db else self.goal.count(steps, self.reuse_cost)
         good = [
-            Schedule(steps, computed, order, psnr=psnr)
-            for (computed, order, _), psnr in self.scored.known.items()
+            Schedule(steps, computed, order, psnr=psnr, power=power)
+            for (computed, order, power, _), psnr in self.scored.known.items()
             if psnr >= least and count <= len(computed) < len(than.computed)
         ]
         return min(good, key=lambda s: (len(s.computed), -(s.psnr or 0)), default=None)

@@ -11,8 +11,8 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from vdcache.calibration.choose import choose
 from vdcache.calibration.loop import SamplingLoop
-from vdcache.calibration.schedule import ORDERS, Schedule
-from vdcache.calibration.tables import StepTable, no_order
+from vdcache.calibration.schedule import RULES, Schedule
+from vdcache.calibration.tables import ORDERS, StepTable, no_order
 from vdcache.errors import ConfigError
 from vdcache.policies.goal import Goal
 from vdcache.util.checks import whole, whole_numbers
@@ -80,7 +80,7 @@ def search_schedule(
         speedup: how many times fewer computed steps than the generation has, at least 1; or
         quality_db: the least PSNR of the final latents to the uncached ones: the fewest steps that reach it, with `tries` lists
             (1 without) of each number of steps that is looked at.
-        orders: of the predictor, of 0 and 1.
+        orders: of the predictor, of 0 and 1; those of order 1 are tried in the step and in powers of the timestep.
         tries: how many lists are run on the first prompt; None for as many as the three generations allow, 0 takes the first one
             as predicted.
         table: of `step_table`, to search for several numbers of computed steps with one calibration.
@@ -106,7 +106,9 @@ def search_schedule(
     try:
         with progress(console, loop):
             table = table or loop.table()
-            return choose(table, loop, goal, orders=orders, tries=tries, scored=loop.search.scored)
+            return choose(
+                table, loop, goal, rules=[r for r in RULES if r.order in orders], tries=tries, scored=loop.search.scored
+            )
     finally:
         loop.forget()
 

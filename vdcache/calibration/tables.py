@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vdcache.errors import ConfigError
+from vdcache.policies.weights import Newton, Position
 
 __all__ = ["ORDERS", "StepTable", "StepTableBuilder", "no_order"]
 
@@ -36,26 +37,29 @@ class StepTable:
     Args:
         products: ⟨r_s, r_t⟩ over tokens and channels, float64 [generations, steps, steps]; lanes and samples are summed.
         kept: bytes that were held at one time.
+        times: timesteps of the steps; empty where they are not known.
     """
 
     products: np.ndarray
     kept: int = 0
+    times: tuple[float, ...] = ()
 
     @property
     def steps(self) -> int:
         """Of a generation."""
         return int(self.products.shape[-1])
 
-    def errors(self, order: int) -> np.ndarray:
+    def errors(self, rule: Newton) -> np.ndarray:
         """Relative error of predicting step s from the computed steps j and, for order 1, i before it: [i + 1, j, s], i = −1 for none.
         Mean over generations; NaN where i < j < s does not hold.
 
         Raises:
             ConfigError: another order than 0 or 1.
         """
-        if order not in ORDERS:
-            raise ConfigError(no_order(order))
+        if rule.order not in ORDERS:
+            raise ConfigError(no_order(rule.order))
         n, g = self.steps, self.products
+        at = [Position(s, self.times[s] if len(self.times) == n else None) for s in range(n)]
         size = np.sqrt(np.maximum(np.einsum("gss->gs", g), 1e-30))
         found = np.full((n + 1, n, n), np.nan)
         for j in range(n):
@@ -63,9 +67,8 @@ class StepTable:
             own, cross = g[:, s, s], g[:, j, s]
             last = np.maximum(g[:, j, j, None] - 2 * cross + own, 0)
             found[: j + 1, j, s] = (np.sqrt(last) / size[:, s]).mean(0)
-            for i in range(j) if order else ():
-                k = (s - j) / (j - i)
-                a, b = 1 + k, -k  # r_s ≈ a r_j + b r_i
+            for i in range(j) if rule.order else ():
+                a, b = np.array([rule.weights(at[t], (at[j], at[i])) for t in s]).reshape(-1, 2).T  # r_s ≈ a r_j + b r_i
                 square = (
                     a * a * g[:, j, j, None] + b * b * g[:, i, i, None] + own
                     + 2 * a * b * g[:, i, j, None] - 2 * a * cross - 2 * b * g[:, i, s]

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from vdcache.calibration.auto_calibrator import ORDER, cost_of_reuse
+from vdcache.calibration.auto_calibrator import CACHED, cost_of_reuse
 from vdcache.calibration.branch_errors import magnitudes
 from vdcache.calibration.calibration import Calibration, keep
 from vdcache.calibration.choose import choose
@@ -292,7 +292,7 @@ def _schedule(
     try:
         with progress(console, loop):
             table = loop.table()
-            schedule = choose(table, loop, goal, orders=[ORDER], reuse_cost=loop.search.reuse_cost, scored=loop.search.scored)
+            schedule = choose(table, loop, goal, rules=CACHED, reuse_cost=loop.search.reuse_cost, scored=loop.search.scored)
     finally:
         loop.forget()
     done = loop.search

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vdcache.errors import ConfigError
 from vdcache.policies.base import Always, Policy
+from vdcache.policies.weights import WeightRule
 from vdcache.runtime import registry
 from vdcache.runtime.history import Record, unused
 from vdcache.runtime.session import Session
@@ -369,9 +370,9 @@ class TrajectoryReplay:
         """With every step computed it ends with this."""
         self._wanted = result
 
-    def of(self, policy: Policy) -> Tensor:
+    def of(self, policy: Policy, rule: WeightRule | None = None) -> Tensor:
         """What the generation ends with under a policy: float32, what the sampler moves, as a vector."""
-        rerun = Rerun(self, policy)
+        rerun = Rerun(self, policy, rule)
         while not rerun.is_over:
             rerun.step()
         return rerun.result
@@ -400,14 +401,15 @@ class TrajectoryReplay:
 
 
 class Rerun:
-    """A recorded generation that is run again under a policy, a step at a time.
+    """A recorded generation that is run again under a policy, and a rule of what is predicted, a step at a time.
 
     `latents` has what the sampler made after each step, as vectors; old ones are empty.
     """
 
-    def __init__(self, replay: TrajectoryReplay, policy: Policy) -> None:
+    def __init__(self, replay: TrajectoryReplay, policy: Policy, rule: WeightRule | None = None) -> None:
         self._replay = replay
         self._session = Session(policy, len(replay.steps), name="rerun")
+        self._session.rule = rule
         self.latents: list[Tensor] = [replay.start]
         self._outputs: list[list[Tensor]] = []
         with unused():

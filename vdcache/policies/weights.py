@@ -94,8 +94,12 @@ class Numbers(Protocol):
     @property
     def names(self) -> tuple[str, ...]: ...
 
-    def values(self, now: Position, computed: Sequence[Position]) -> Sequence[float]:
-        """One number for each name, of a step after some computed ones (newest first; there may be none)."""
+    def values(self, now: Position, computed: Sequence[Position], rule: WeightRule | None = None) -> Sequence[float]:
+        """One number for each name, of a step after some computed ones (newest first; there may be none).
+
+        Args:
+            rule: in the place of the recipe's, where that is one of at least as many values.
+        """
 
 
 @dataclass(frozen=True)
@@ -108,8 +112,10 @@ class RingWeights:
     def names(self) -> tuple[str, ...]:
         return tuple(f"weight_{i}" for i in range(self.rule.tensors))
 
-    def values(self, now: Position, computed: Sequence[Position]) -> list[float]:
-        return ring_weights(self.rule, now, computed)
+    def values(self, now: Position, computed: Sequence[Position], rule: WeightRule | None = None) -> list[float]:
+        kept = self.rule.tensors
+        found = ring_weights(rule if rule is not None and rule.tensors <= kept else self.rule, now, computed)
+        return [*found, *[0.0] * (kept - len(found))]
 
 
 class StepNumbers:
@@ -117,7 +123,7 @@ class StepNumbers:
 
     names = ("elapsed", "computed", "step")
 
-    def values(self, now: Position, computed: Sequence[Position]) -> tuple[float, float, float]:
+    def values(self, now: Position, computed: Sequence[Position], rule: WeightRule | None = None) -> tuple[float, float, float]:
         elapsed = now.step - computed[0].step if computed else 1
         return float(elapsed), float(len(computed)), float(now.step)
 
@@ -213,27 +219,35 @@ class Hermite(Checked):
 
 @dataclass(frozen=True)
 class Newton(Checked):
-    """The polynomial through the newest values, by the step's number (SeaCache's and AB-Cache's extrapolation, of order 1 and any).
+    """The polynomial through the newest values (SeaCache's and AB-Cache's extrapolation, of order 1 and any).
 
     Args:
         order: of the polynomial; 0 is the last value. A slot keeps `order` + 1 tensors.
+        power: of what it is a polynomial: of the step's number with 0, else of the timestep to this power, where timesteps are known. What
+            the blocks add is seldom even in the steps: near the noise it moves slower or faster than near the end.
 
     Raises:
-        ConfigError: an order below 0 or above 6.
+        ConfigError: an order below 0 or above 6, or a power outside of 0 to 4.
     """
 
     order: Annotated[int, between(0, 6)] = 1
+    power: Annotated[float, between(0, 4)] = 0.0
 
     @property
     def tensors(self) -> int:
         return self.order + 1
 
     def weights(self, now: Position, computed: Sequence[Position]) -> list[float]:
-        at = [p.step for p in computed[: self.tensors]]
-        return [math.prod((now.step - b) / (a - b) for b in at if b != a) for a in at]
+        kept = computed[: self.tensors]
+        at, here = [float(p.step) for p in kept], float(now.step)
+        if self.power and all(p.timestep is not None for p in (now, *kept)):
+            warped = [math.copysign(abs(p.timestep) ** self.power, p.timestep) for p in (now, *kept)]  # type: ignore[arg-type]
+            if len(set(warped)) == len(warped):  # two steps at one timestep, as in solvers of second order
+                here, *at = warped
+        return [math.prod((here - b) / (a - b) for b in at if b != a) for a in at]
 
     def __str__(self) -> str:
-        return f"newton({self.order})"
+        return f"newton({self.order}{f', {self.power:g}' if self.power else ''})"
 
 
 _ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))

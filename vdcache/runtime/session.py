@@ -15,7 +15,7 @@ from torch import Tensor
 from vdcache.errors import CacheStateError, ConfigError
 from vdcache.policies.base import Policy
 from vdcache.policies.plan import RECOMPUTE, Plan
-from vdcache.policies.weights import Position
+from vdcache.policies.weights import WeightRule
 from vdcache.runtime.call import CallContext, CallKey, CompiledGraph, Emitted, Listener, ProbeResult, Recorder, VariantInputs
 from vdcache.runtime.call_placement import CallPlacement
 from vdcache.runtime.computed_steps import ComputedSteps
@@ -131,6 +131,7 @@ class Session:
             (prepare(num_steps) if prepare is not None else policy).start(num_steps)
         self.name = name
         self.history, self.store = History(), Store()
+        self.rule: WeightRule | None = None  # of what is predicted, in the place of the recipe's
         self.listeners: list[Listener] = []
         self.recorder: Recorder | None = None
         self._reads, self._notices = DeviceReads(), SessionWarnings(name)
@@ -328,13 +329,17 @@ class Session:
         if self.listeners:
             self._emitted.append((graph, values))
 
-    def follow(self, policy: Policy) -> None:
+    def follow(self, policy: Policy, rule: WeightRule | None = None) -> None:
         """From the next step on, this policy decides.
+
+        Args:
+            rule: of what is predicted, for at most as many values as the recipe's own predictor keeps; None for the recipe's own.
 
         Raises:
             ConfigError: it is not for this number of steps.
         """
         self._planner.follow(policy)
+        self.rule = rule
 
     def follows(self, graph: CompiledGraph) -> bool:
         """Whether a graph runs when the step is known; else it is computed whatever the plan."""
@@ -383,11 +388,10 @@ class Session:
             syncs=self._reads.syncs,
             probe=planner.now.probe or (),
         )
-        at = Position(planner.step, planner.timestep)
         numbers = [
             torch.tensor(n, dtype=torch.float32)
             for group, told in needs.numbers
-            for n in told.values(at, self._computed.steps(key, group))
+            for n in told.values(planner.position, self._computed.steps(key, group), self.rule)
         ]
         keep = follows and planner.num_steps is not None and not planner.is_last and not again
         return CallContext(
@@ -500,7 +504,7 @@ class Session:
             kept = {**saved, **observed, **(_probed(call) if graph.probes else {})}
             if kept:
                 self.store.put(key, list(kept), list(kept.values()), [*inputs, *results], call.rows)
-            self._computed.computed(key, call.needs.computes, Position(planner.step, planner.timestep), planner.now.plan)
+            self._computed.computed(key, call.needs.computes, planner.position, planner.now.plan)
         elif not call.plan and not call.again:
             self._computed.drop(key)
         if planner.is_last:  # nothing will read this lane again

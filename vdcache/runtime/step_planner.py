@@ -14,6 +14,7 @@ from vdcache.errors import ConfigError
 from vdcache.policies.base import Always, Policy
 from vdcache.policies.metrics import MetricSpec, MetricValue, count_of, measured
 from vdcache.policies.plan import RECOMPUTE, Plan
+from vdcache.policies.weights import Position
 from vdcache.runtime.call import CompiledGraph, ProbeResult
 from vdcache.runtime.history import Record
 from vdcache.runtime.read import DeviceReads
@@ -94,6 +95,12 @@ class StepPlanner:
         """What ran so far teaches nothing."""
         self.step, self._state = -1, None
         self.num_steps = self._given_steps
+
+    @property
+    def position(self) -> Position:
+        """Where the step stands: as it was told or read, else where the policy's own timesteps say."""
+        known = getattr(self.policy, "times", ()) if self.timestep is None else ()
+        return Position(self.step, known[self.step] if 0 <= self.step < len(known) else self.timestep)
 
     def follow(self, policy: Policy) -> None:
         """From the next step on, this policy decides.
