@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from vdcache import Schedule
 from vdcache.calibration import StepTable
 from vdcache.calibration.choose import BUDGET, MOST, ScheduleScores, choose, psnr_of
+from vdcache.calibration.schedule import Prediction
 from vdcache.errors import ConfigError
 from vdcache.policies.goal import Goal
-from vdcache.policies.weights import Newton
 
 STEPS = 12
 SEEDS = st.integers(0, 2**32 - 1)
@@ -238,7 +238,7 @@ def test_floors_keep_the_budget_too(goal):
 def test_by_the_table_alone_a_floor_asks_for_small_errors():
     for seed in range(10):
         table = table_of(seed)
-        found = choose(table, None, Goal(speedup=4.0, floor_db=30.0), rules=[Newton(1)])
+        found = choose(table, None, Goal(speedup=4.0, floor_db=30.0), predictions=[Prediction(1)])
         reused = STEPS - len(found.computed)
         assert len(found.computed) >= 3 and found.error <= 0.1 * reused and found.psnr is None
 

@@ -22,12 +22,12 @@ from tests.support.thorough import in_turn, some
 from vdcache import Recipe, Schedule, VdcacheWarning, search_schedule
 from vdcache.calibration import StepTable, step_table
 from vdcache.calibration.paths import Path, best_paths, cost_of
-from vdcache.calibration.schedule import candidates
+from vdcache.calibration.schedule import Prediction, candidates
 from vdcache.calibration.tables import StepTableBuilder
 from vdcache.calibration.uncached_run import watch
 from vdcache.errors import CacheStateError, ConfigError
 from vdcache.passes import Emit
-from vdcache.policies.weights import Newton, Taylor
+from vdcache.policies.weights import Newton
 from vdcache.testing import TinyDiT, latent, time_of
 
 STEPS = 8
@@ -506,7 +506,7 @@ def test_a_search_costs_at_most_three_generations_a_prompt(prompts):
 def test_one_order_alone():
     for order in (0, 1):
         assert search(small(), orders=(order,), tries=1, table=shared()).order == order
-        assert {c.order for c in candidates(shared(), 4, [Newton(order)])} == {order}
+        assert {c.order for c in candidates(shared(), 4, [Prediction(order)])} == {order}
 
 
 def test_powers_of_the_timestep_are_rules_of_their_own():
@@ -516,9 +516,9 @@ def test_powers_of_the_timestep_are_rules_of_their_own():
     table = replace(table_of(line), times=times)
     assert np.nanmax(table.errors(Newton(1, 0.75))[1:]) < 1e-6 < 1e-3 < np.nanmax(table.errors(Newton(1))[1:])
     found = candidates(table, 4)
-    assert found[0].rule == Newton(1, 0.75) and {c.rule for c in found[:4]} == {
+    assert found[0].prediction.rule == Newton(1, 0.75) and {c.prediction.rule for c in found[:4]} == {
         Newton(1, 0.75),
-        *(Taylor(n) for n in (0, 1)),
+        *(Newton(n) for n in (0, 1)),
         Newton(1, 1.0),
     }
     assert "order 1 in the timestep to the power 0.75" in str(found[0])
@@ -723,3 +723,21 @@ def test_orders_that_are_no_list_are_refused():
 def test_step_table_names_itself():
     with pytest.raises(CacheStateError, match=r"^step_table: run"):
         tabled(lambda m: None, None)
+
+
+def test_both_scopes_are_run():
+    """The best list of each prediction under each scope comes first; the recipe marks what its schedule says."""
+    found = candidates(shared(), 4, [Prediction(1, 0.0, scope) for scope in ("blocks", "branches")])
+    assert [c.scope for c in found[:2]] == ["blocks", "branches"] and found[0].computed == found[1].computed
+    scored: list[float] = []
+    for scope in ("blocks", "branches"):
+        best = search(small(), orders=(1,), scopes=scope, tries=1, table=shared())
+        assert best.scope == scope and best.recipe().passes == best.prediction.passes
+        scored.append(best.psnr)
+    assert scored[0] != scored[1]
+    both = search(small(), orders=(1,), scopes=("blocks", "branches"), tries=2, table=shared())
+    assert both.psnr == pytest.approx(max(scored))
+    with pytest.raises(ConfigError, match="scopes are of blocks, branches, at least one; got \\['heads'\\]"):
+        search(small(), scopes=("heads",), table=shared())
+    with pytest.raises(ConfigError, match="the scope of a schedule is blocks or branches; got 'heads'"):
+        Schedule(4, (0, 2), scope="heads")

@@ -166,3 +166,18 @@ def test_bad_options(options, message):
 def test_the_text_reads_back():
     pipeline = Pipeline((Canonicalise(), MarkOutput("zero", "whole")))
     assert Pipeline.parse(str(pipeline)) == pipeline and str(MarkOutput()) == "mark-output"
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3", "wan", "hunyuan_video"])
+@torch.no_grad()
+def test_hidden_states_are_guarded_behind_the_last_block(name):
+    """Reusing them leaves no attention, and the head of the model runs on what was kept."""
+    graph, inputs = graph_of(name)
+    found, refusals = marked(graph, location="hidden")
+    (guard,) = dialect.cache_guards(found.graph)
+    assert guard.args[1:] == ("all/hidden",) and not refusals
+    reuse, compute = variant(found, ["all"]), variant(found)
+    assert not any("attention" in str(n.target) for n in reuse.graph.nodes)
+    assert variant_io(compute).saves == ("all/hidden",)
+    *results, kept = run_variant(compute, *inputs)
+    assert all(torch.equal(a, b) for a, b in zip(run_variant(reuse, *inputs, extra=[kept]), results, strict=True))

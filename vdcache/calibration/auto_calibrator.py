@@ -17,7 +17,7 @@ from torch import Tensor
 from vdcache.calibration.calibration import Calibration, CalibrationKey, find, keep, key_of, of_other_sizes, time_of
 from vdcache.calibration.choose import ScheduleScores, choose
 from vdcache.calibration.piecewise_search import PiecewiseSearch
-from vdcache.calibration.schedule import RULES, Schedule
+from vdcache.calibration.schedule import PREDICTIONS, Schedule
 from vdcache.calibration.tables import StepTable, StepTableBuilder
 from vdcache.calibration.trajectory_replay import RecordedRun, TrajectoryReplay
 from vdcache.errors import ConfigError, VdcacheError
@@ -30,7 +30,7 @@ from vdcache.runtime.session import Session
 
 __all__ = ["AutoCalibrator", "cost_of_reuse"]
 
-CACHED = RULES[1:]  # those that the recipe's predictor has the values for
+CACHED = PREDICTIONS[1:]  # those that the recipe's graphs keep the values for
 FEW_STEPS = 4  # leave nothing to skip
 NEAR = 1.4  # logarithm of the ratio of latents' elements, up to which one size begins with the schedule of the other
 SEARCHES = 4  # that go on at one time
@@ -165,7 +165,7 @@ class AutoCalibrator:
             if record.timestep is None and schedule.steps > 1:
                 # What this generation's second timestep is, its second step tells.
                 schedule = replace(schedule, computed=tuple(sorted({1, *schedule.computed})))
-            self._session.follow(schedule.policy(found.key.times), schedule.rule)
+            self._session.follow(schedule.policy(found.key.times), schedule.prediction.rule)
             if not found.tentative:
                 self._searches.pop(found.key, None)  # another session was faster
             elif (search := self._searches.get(found.key)) is not None:
@@ -321,7 +321,7 @@ class AutoCalibrator:
         if (other := self._known(now.times)) is not None and other is not left:
             now.following, now.run = other, None
             self._take(other)
-            self._session.follow(other.schedule.policy(other.key.times), other.schedule.rule)
+            self._session.follow(other.schedule.policy(other.key.times), other.schedule.prediction.rule)
             return
         now.following = None
         self._session.follow(Always())
@@ -386,7 +386,7 @@ class AutoCalibrator:
     def _follow_meanwhile(self, key: CalibrationKey, search: PiecewiseSearch) -> None:
         """Take the best by the table until something better has been run; where only running tells, every step is computed."""
         try:
-            schedule = choose(search.table, None, self._goal, rules=CACHED, reuse_cost=search.reuse_cost)
+            schedule = choose(search.table, None, self._goal, predictions=CACHED, reuse_cost=search.reuse_cost)
         except ConfigError:
             if self._goal.quality_db is None:
                 raise
@@ -444,7 +444,7 @@ class AutoCalibrator:
                 "vdcache.calibrate(model, run, quality_db=…) tries it with your own loop"
             ) from error
         note = f"chosen by the table of steps alone, because {_words(error)}"
-        schedule = choose(table, None, self._goal, rules=CACHED, reuse_cost=cost)
+        schedule = choose(table, None, self._goal, predictions=CACHED, reuse_cost=cost)
         self._keep(Calibration.of(key, self._goal, schedule, table, ScheduleScores(), reuse_cost=cost, began=began, note=note))
 
     def _found_one(self, key: CalibrationKey, search: PiecewiseSearch, schedule: Schedule, *, tentative: bool = False) -> None:

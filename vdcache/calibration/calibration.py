@@ -17,12 +17,11 @@ from torch import Tensor
 import vdcache
 from vdcache.calibration import calibration_figure
 from vdcache.calibration.choose import ScheduleScores
-from vdcache.calibration.schedule import Schedule, candidates_up_to
+from vdcache.calibration.schedule import Prediction, Schedule, candidates_up_to
 from vdcache.calibration.tables import StepTable
 from vdcache.errors import ConfigError
 from vdcache.policies.goal import Goal
 from vdcache.policies.scheduled import same_times
-from vdcache.policies.weights import Newton
 from vdcache.runtime.read import read
 from vdcache.util.checks import number, whole
 from vdcache.util.files import cache_folder, write_aside
@@ -179,7 +178,7 @@ class Calibration:
     def front(self) -> list[tuple[int, float]]:
         """For every number of computed steps the least predicted error, in dB below the value that is predicted."""
         n = self.schedule.steps
-        ranked = candidates_up_to(self.table, max(1, n - 1), [Newton(self.schedule.order, self.schedule.power)])
+        ranked = candidates_up_to(self.table, max(1, n - 1), [self.schedule.prediction])
         found = [(c, own[0].error / max(1, n - c)) for c, own in enumerate(ranked, start=1)]
         return [(c, -20 * float(np.log10(max(e, 1e-9)))) for c, e in found]
 
@@ -297,10 +296,10 @@ def time_of(program: Any, inputs: Sequence[Any], timestep: float | None) -> floa
 
 def _tried(scored: ScheduleScores, steps: int) -> tuple[Schedule, ...]:
     """Every schedule that was run, with its mean PSNR."""
-    by: dict[tuple[tuple[int, ...], int, float], list[float]] = {}
-    for (*tried, _), psnr in scored.known.items():
-        by.setdefault(tuple(tried), []).append(psnr)  # type: ignore[arg-type]
+    by: dict[tuple[tuple[int, ...], Prediction], list[float]] = {}
+    for (computed, prediction, _), psnr in scored.known.items():
+        by.setdefault((computed, prediction), []).append(psnr)
     return tuple(
-        Schedule(steps, computed, order, psnr=float(np.mean(v)) if np.isfinite(v).all() else None, power=power)
-        for (computed, order, power), v in by.items()
+        Schedule(steps, computed, p.order, 0.0, float(np.mean(v)) if np.isfinite(v).all() else None, p.power, p.scope)
+        for (computed, p), v in by.items()
     )

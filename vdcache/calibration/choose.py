@@ -10,11 +10,10 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
-from vdcache.calibration.schedule import RULES, Schedule, candidates, candidates_up_to
+from vdcache.calibration.schedule import PREDICTIONS, Prediction, Schedule, candidates, candidates_up_to
 from vdcache.calibration.tables import StepTable
 from vdcache.errors import CacheStateError, ConfigError
 from vdcache.policies.goal import Goal
-from vdcache.policies.weights import Newton
 from vdcache.util.psnr import psnr
 
 __all__ = ["BUDGET", "MOST", "Runs", "ScheduleScores", "choose", "psnr_of"]
@@ -43,19 +42,21 @@ class ScheduleScores:
     """What was run so far: the PSNR of every schedule on every prompt that it was tried on. Handed in again, it is not run again.
 
     Args:
-        known: by computed steps, order, power and prompt.
+        known: by computed steps, prediction and prompt.
         tick: told what is being run, for progress bars.
         keep: told after every run.
     """
 
-    known: dict[tuple[tuple[int, ...], int, float, int], float] = field(default_factory=dict)
+    known: dict[tuple[tuple[int, ...], Prediction, int], float] = field(default_factory=dict)
     tick: Callable[[str], None] = lambda text: None
     keep: Callable[[ScheduleScores], None] = lambda scored: None
 
     def psnr(self, runs: Runs, schedule: Schedule, prompt: int) -> float:
-        key = schedule.computed, schedule.order, schedule.power, prompt
+        key = schedule.computed, schedule.prediction, prompt
         if key not in self.known:
-            self.tick(f"{len(schedule.computed)} of {schedule.steps} steps, {schedule.rule}, prompt {prompt + 1}")
+            self.tick(
+                f"{len(schedule.computed)} of {schedule.steps} steps, {schedule.prediction.rule}, {schedule.scope}, prompt {prompt + 1}"
+            )
             self.known[key] = psnr_of(runs.of(schedule, prompt), runs.wanted(prompt))
             self.keep(self)
         return self.known[key]
@@ -66,7 +67,7 @@ def choose(
     runs: Runs | None,
     goal: Goal,
     *,
-    rules: Sequence[Newton] = RULES,
+    predictions: Sequence[Prediction] = PREDICTIONS,
     tries: int | None = None,
     reuse_cost: float = 0.0,
     scored: ScheduleScores | None = None,
@@ -87,11 +88,11 @@ def choose(
     scored = scored or ScheduleScores()
     if goal.quality_db is None:
         count = goal.count(table.steps, reuse_cost)
-        found = candidates(table, count, rules)
+        found = candidates(table, count, predictions)
         if count == table.steps or (not goal.floor_db and (runs is None or tries == 0)):
             return found[0]
         if runs is None:
-            return _trusted(table, count, rules)
+            return _trusted(table, count, predictions)
         budget = work * runs.prompts
         if not goal.floor_db:
             best = _nearest(runs, found, scored, tries, budget, reuse_cost)
@@ -101,17 +102,17 @@ def choose(
         if (_nearest(runs, found, scored, 1, budget).psnr or 0) >= goal.floor_db:
             return _nearest(runs, found, scored, tries, budget, reuse_cost)
         try:
-            return _fewest(table, runs, goal.floor_db, rules, scored, tries, reuse_cost, work, above=count)
+            return _fewest(table, runs, goal.floor_db, predictions, scored, tries, reuse_cost, work, above=count)
         except ConfigError:  # few steps leave little to skip
-            return Schedule(table.steps, tuple(range(table.steps)), rules[-1].order, psnr=LOSSLESS, power=rules[-1].power)
+            return Schedule(table.steps, tuple(range(table.steps)), order=predictions[-1].order, psnr=LOSSLESS)
     if runs is None or tries == 0:
         raise ConfigError(f"whether a schedule keeps {goal.quality_db:g} dB is only known by running it")
-    return _fewest(table, runs, goal.quality_db, rules, scored, tries, reuse_cost, work)
+    return _fewest(table, runs, goal.quality_db, predictions, scored, tries, reuse_cost, work)
 
 
-def _trusted(table: StepTable, count: int, rules: Sequence[Newton]) -> Schedule:
+def _trusted(table: StepTable, count: int, predictions: Sequence[Prediction]) -> Schedule:
     """Nothing can be run: at least so many computed steps that what is reused is predicted well."""
-    for ranked in candidates_up_to(table, table.steps, rules)[count - 1 :]:
+    for ranked in candidates_up_to(table, table.steps, predictions)[count - 1 :]:
         best = ranked[0]
         if best.error <= TRUSTED * (table.steps - len(best.computed)):
             return best
@@ -151,7 +152,7 @@ def _fewest(
     table: StepTable,
     runs: Runs,
     quality: float,
-    rules: Sequence[Newton],
+    predictions: Sequence[Prediction],
     scored: ScheduleScores,
     tries: int | None,
     reuse_cost: float,
@@ -163,7 +164,7 @@ def _fewest(
     How good a number of steps will be is told from those that were run: PSNR falls by 20 log10 of the predicted error.
     """
     steps, many = table.steps, tries or 1
-    ranked = dict(enumerate(candidates_up_to(table, max(1, steps - 1), rules), start=1))
+    ranked = dict(enumerate(candidates_up_to(table, max(1, steps - 1), predictions), start=1))
     left = work * runs.prompts - sum(_work(len(c), steps, reuse_cost) for c, *_ in scored.known)
     seen: dict[int, Schedule] = {}
     low, high = above, steps  # what is known to fail, and to be good enough

@@ -18,7 +18,7 @@ from vdcache.backends.runner import compile_with, original
 from vdcache.calibration.auto_calibrator import cost_of_reuse
 from vdcache.calibration.calibration import CalibrationKey, key_of, time_of, weights_of
 from vdcache.calibration.choose import ScheduleScores, psnr_of
-from vdcache.calibration.schedule import Schedule
+from vdcache.calibration.schedule import Prediction, Schedule
 from vdcache.calibration.tables import StepTable, StepTableBuilder
 from vdcache.calibration.uncached_run import checked_prompts, until_forgotten
 from vdcache.errors import CacheStateError, ConfigError
@@ -124,9 +124,10 @@ class _Search:
             data = json.loads(text_of(path))
             prompts, weights = list(data["prompts"]), str(data["weights"])
             self.products = [np.array(p) for p in data["products"]]
-            # Before there were powers, a row had none.
+            # Files of earlier releases have the order alone.
             self.scored.known = {
-                (tuple(c), int(o), float(w[0]) if w else 0.0, int(p)): float(v) for c, o, *w, p, v in data["scored"]
+                (tuple(c), Prediction(*(how if isinstance(how, list) else [int(how)])), int(p)): float(v)
+                for c, how, p, v in data["scored"]
             }
             self.times, self.held, self.reuse_cost = tuple(data["times"]), int(data["held"]), float(data["reuse_cost"])
             self.key = from_plain(CalibrationKey | None, data["key"], "key")
@@ -166,7 +167,7 @@ class SamplingLoop:
         check_model(model, caller)
         self._model, self._run, self._caller, self._inner, self._console = original(model), run, caller, inner, console
         self._given = checked_prompts(prompts, caller)
-        self._ways: dict[int, _Way] = {}
+        self._ways: dict[Prediction, _Way] = {}
         self._full: dict[int, _Made] = {}  # uncached, by prompt
         self._heard: list[str] = []
         self._now: list[Tensor] = []  # latents of the generation that runs
@@ -218,7 +219,7 @@ class SamplingLoop:
                 size = own.bytes / 2**20
                 self._console.print(f"{self._caller} keeps {size:.1f} MiB a step and lane while a generation runs", style="dim")
 
-        way = self._way(1)
+        way = self._way(Prediction())
         way.fast.vdcache.recorder = record
         try:
             self._full[prompt] = self._sample(way, Always(), prompt, None)
@@ -247,7 +248,7 @@ class SamplingLoop:
         """
         full = self._uncached(prompt, schedule.steps)
         policy = schedule.policy(self.search.times if len(self.search.times) == schedule.steps else ())
-        made = self._sample(self._way(schedule.order), policy, prompt, schedule.steps, schedule.rule)
+        made = self._sample(self._way(schedule.prediction), policy, prompt, schedule.steps, schedule.prediction.rule)
         self._same_steps(made, schedule.steps)
         if made.end.shape != full.end.shape or any(a.shape != b.shape for a, b in zip(made.starts, full.starts)):
             raise CacheStateError(
@@ -263,7 +264,7 @@ class SamplingLoop:
 
     def _uncached(self, prompt: int, steps: int) -> _Made:
         if prompt not in self._full:  # the table was measured before
-            self._full[prompt] = self._sample(self._way(1), Always(), prompt, None)
+            self._full[prompt] = self._sample(self._way(Prediction()), Always(), prompt, None)
             self._same_steps(self._full[prompt], steps)
         return self._full[prompt]
 
@@ -291,13 +292,14 @@ class SamplingLoop:
         count = 1 + max((r.step for r in session.history.generation()), default=-1)
         return _Made(end.detach().float().clone(), self._now[:2], count)
 
-    def _way(self, order: int) -> _Way:
-        if order not in self._ways:
-            recipe = Schedule(2, (0,), order).recipe()  # its plans are those of every other
+    def _way(self, prediction: Prediction) -> _Way:
+        key = prediction._replace(power=0.0)  # which compiles nothing
+        if key not in self._ways:
+            recipe = Schedule(2, (0,), key.order, scope=key.scope).recipe()  # its plans are those of every other
             settings = Settings(recipe, inner=self._inner, on_warning=self._heard.append, on_inputs=self._take)
             fast = compile_with(self._model, settings)
-            self._ways[order] = _Way(fast, *until_forgotten(fast, self._model))
-        return self._ways[order]
+            self._ways[key] = _Way(fast, *until_forgotten(fast, self._model))
+        return self._ways[key]
 
     def _take(self, program: Any, inputs: Sequence[Any]) -> None:
         if program.inputs.latent is not None:

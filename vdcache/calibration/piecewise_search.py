@@ -10,12 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from vdcache.calibration.choose import BUDGET, ScheduleScores, choose
-from vdcache.calibration.schedule import Schedule
+from vdcache.calibration.schedule import Prediction, Schedule
 from vdcache.calibration.tables import StepTable
 from vdcache.calibration.trajectory_replay import Rerun, TrajectoryReplay
 from vdcache.policies.base import Always, Policy
 from vdcache.policies.goal import Goal
-from vdcache.policies.weights import Newton, WeightRule
+from vdcache.policies.weights import WeightRule
 
 __all__ = ["PiecewiseSearch"]
 
@@ -42,8 +42,9 @@ class _Seen:
         if not self._replay.knows_its_end:
             raise _Unknown(Always(), range(schedule.steps))
         policy = schedule.policy(self._times)
-        if (found := self.results.pop((policy, schedule.rule), None)) is None:
-            raise _Unknown(policy, schedule.computed, schedule.rule)
+        rule = schedule.prediction.rule
+        if (found := self.results.pop((policy, rule), None)) is None:
+            raise _Unknown(policy, schedule.computed, rule)
         return found
 
     def wanted(self, prompt: int) -> Tensor:
@@ -62,14 +63,14 @@ class PiecewiseSearch:
         table: of its steps.
         goal: what the schedule is for.
         reuse_cost: of a reused step, as a share of a computed one.
-        rules: of the predictors that are tried.
+        predictions: of the predictors that are tried.
     """
 
     replay: TrajectoryReplay
     table: StepTable
     goal: Goal
     reuse_cost: float
-    rules: Sequence[Newton]
+    predictions: Sequence[Prediction]
     scored: ScheduleScores = field(default_factory=ScheduleScores)
     seconds: float = 0.0
     found: Schedule | None = None  # what was chosen, when the search is over
@@ -139,7 +140,7 @@ class PiecewiseSearch:
                     scored=self.scored,
                     reuse_cost=self.reuse_cost,
                     work=self._work,
-                    rules=self.rules,
+                    predictions=self.predictions,
                 )
                 return True
             except _Unknown as unknown:
@@ -170,8 +171,8 @@ class PiecewiseSearch:
         least, steps = self.goal.quality_db or self.goal.floor_db, self.table.steps
         count = 1 if self.goal.quality_db else self.goal.count(steps, self.reuse_cost)
         good = [
-            Schedule(steps, computed, order, psnr=psnr, power=power)
-            for (computed, order, power, _), psnr in self.scored.known.items()
+            Schedule(steps, computed, prediction.order, psnr=psnr, power=prediction.power, scope=prediction.scope)
+            for (computed, prediction, _), psnr in self.scored.known.items()
             if psnr >= least and count <= len(computed) < len(than.computed)
         ]
         return min(good, key=lambda s: (len(s.computed), -(s.psnr or 0)), default=None)

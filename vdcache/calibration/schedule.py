@@ -6,6 +6,7 @@ import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path as File
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,17 +17,45 @@ from vdcache.methods.recipe import Recipe
 from vdcache.passes import MarkBranches, MergeSlots, Pass
 from vdcache.passes.predictors import LAST
 from vdcache.policies.scheduled import PlanTable
-from vdcache.policies.weights import Newton, Taylor, WeightRule
+from vdcache.policies.weights import Newton, Taylor
 from vdcache.runtime.history import Record, any_computed, by_generation
 from vdcache.util.checks import number, whole, whole_numbers
 from vdcache.util.json import read_json, write_json
 
-__all__ = ["POWERS", "RULES", "Schedule", "all_blocks", "candidates", "candidates_up_to"]
+__all__ = ["PREDICTIONS", "SCOPES", "Prediction", "Schedule", "all_blocks", "candidates", "candidates_up_to"]
 
 EARLY = (1.0, 2.0, 5.0)  # how many times more an error of the first step counts than one of the last
-KEEP = 4  # lists of each objective, weighting and rule: 24 of each rule
+KEEP = 4  # lists of each objective, weighting and prediction: 24 of each prediction
 POWERS = (0.0, 0.75, 1.0)  # of the timestep, of the rules of order 1; on trained models the best one lay between the last two
-RULES = (Newton(0), *(Newton(1, power) for power in POWERS))
+SCOPES = ("blocks", "branches")
+
+
+class Prediction(NamedTuple):
+    """How skipped steps are predicted.
+
+    Args:
+        order: of the polynomial; 0 is the last value.
+        power: of the timestep, in which it is one; 0 for the step's number.
+        scope: of "blocks", what all blocks add together; of "branches", what each branch gives before its gate, which a skipped step
+            applies as it is in that step.
+    """
+
+    order: int = 1
+    power: float = 0.0
+    scope: str = "blocks"
+
+    @property
+    def rule(self) -> Newton:
+        """The weights of computed steps."""
+        return Newton(self.order, self.power)
+
+    @property
+    def passes(self) -> tuple[Pass, ...]:
+        """What marks the slots."""
+        return all_blocks() if self.scope == "blocks" else (MarkBranches(gate="pre"),)
+
+
+PREDICTIONS = (Prediction(0), *(Prediction(1, power) for power in POWERS))
 
 
 @dataclass(frozen=True)
@@ -38,6 +67,8 @@ class Schedule:
         computed: which are computed; the others are predicted.
         order: of the polynomial that predicts them; 0 for the last value.
         power: of the timestep, in which it is a polynomial; 0 for one in the step's number (`predictors.Newton`).
+        scope: "blocks", what all blocks add is predicted together; "branches", what each branch gives before its gate, which costs a tensor
+            or two for each of them.
         error: relative error of the predicted values, summed over the skipped steps.
         psnr: of the final latents against the uncached ones, in dB of their range, where it was measured; over the prompts of the search.
     """
@@ -48,12 +79,15 @@ class Schedule:
     error: float = 0.0
     psnr: float | None = None
     power: float = 0.0
+    scope: str = "blocks"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "computed", whole_numbers(self.computed, "the computed steps of a schedule"))
         whole(self.steps, "the number of steps of a schedule", 1)
         whole(self.order, "the order of a schedule's predictor")
         number(self.power, "the power of a schedule's predictor is a number")
+        if self.scope not in SCOPES:
+            raise ConfigError(f"the scope of a schedule is {' or '.join(SCOPES)}; got {self.scope!r}")
         number(self.error, "the error of a schedule is a number")
         number(0.0 if self.psnr is None else self.psnr, "the PSNR of a schedule is a number or None")
         if not self.computed or self.computed[0] != 0 or list(self.computed) != sorted(set(self.computed)):
@@ -66,14 +100,15 @@ class Schedule:
         return PlanTable(tuple(() if s in self.computed else ("all",) for s in range(self.steps)), tuple(times))
 
     def recipe(self, name: str = "") -> Recipe:
-        """The schedule as a recipe: the stream's whole difference, predicted. Other numbers of steps are refused."""
+        """The schedule as a recipe. Other numbers of steps are refused."""
         name = name or f"schedule-{len(self.computed)}-of-{self.steps}"
-        return Recipe(name, self.policy(), all_blocks(), predictor=self.rule if self.order else LAST)
+        rule = Taylor(self.order) if not self.power else self.prediction.rule
+        return Recipe(name, self.policy(), self.prediction.passes, predictor=rule if self.order else LAST)
 
     @property
-    def rule(self) -> WeightRule:
+    def prediction(self) -> Prediction:
         """How skipped steps are predicted."""
-        return Newton(self.order, self.power) if self.power else Taylor(self.order)
+        return Prediction(self.order, self.power, self.scope)
 
     @staticmethod
     def from_history(history: Iterable[Record], order: int = 0) -> Schedule:
@@ -117,6 +152,8 @@ class Schedule:
         text = f"{self._row()}  {len(self.computed)} of {self.steps} steps, order {self.order}"
         if self.power:
             text += f" in the timestep to the power {self.power:g}"
+        if self.scope != "blocks":
+            text += ", each branch before its gate"
         if self.psnr is not None:
             return f"{text}, result at {self.psnr:.1f} dB (measured)"
         if self.error and len(self.computed) < self.steps:
@@ -138,20 +175,20 @@ class Schedule:
 
 
 def all_blocks() -> tuple[Pass, ...]:
-    """The scope of every schedule: what all blocks add, as one difference of each stream."""
+    """The scope of most schedules: what all blocks add, as one difference of each stream."""
     return MarkBranches(), MergeSlots()
 
 
-def candidates(table: StepTable, computed: int, rules: Sequence[Newton] = RULES) -> list[Schedule]:
-    """The lists that the table speaks for, best first: the best of every rule, then of every objective and weighting in turn.
+def candidates(table: StepTable, computed: int, predictions: Sequence[Prediction] = PREDICTIONS) -> list[Schedule]:
+    """The lists that the table speaks for, best first: the best of every prediction, then of every objective and weighting in turn.
 
     Raises:
         ConfigError: more computed steps than there are, or another order.
     """
-    return candidates_up_to(table, computed, rules)[-1]
+    return candidates_up_to(table, computed, predictions)[-1]
 
 
-def candidates_up_to(table: StepTable, computed: int, rules: Sequence[Newton] = RULES) -> list[list[Schedule]]:
+def candidates_up_to(table: StepTable, computed: int, predictions: Sequence[Prediction] = PREDICTIONS) -> list[list[Schedule]]:
     """As `candidates`, for 1, 2 … `computed` computed steps."""
     if not np.isfinite(table.products).all():
         raise ConfigError(
@@ -161,40 +198,46 @@ def candidates_up_to(table: StepTable, computed: int, rules: Sequence[Newton] = 
         raise ConfigError(f"{computed} computed steps were asked for, and a generation has {table.steps}")
     # A search in pieces asks the same again and again.
     numbers = np.ascontiguousarray(table.products, dtype=np.float64).tobytes()
-    return [list(own) for own in _ranked(numbers, table.times, table.steps, computed, tuple(rules))]
+    return [list(own) for own in _ranked(numbers, table.times, table.steps, computed, tuple(predictions))]
 
 
 @functools.lru_cache(maxsize=8)
 def _ranked(
-    products: bytes, times: tuple[float, ...], steps: int, computed: int, rules: tuple[Newton, ...]
+    products: bytes, times: tuple[float, ...], steps: int, computed: int, predictions: tuple[Prediction, ...]
 ) -> list[list[Schedule]]:
     table = StepTable(np.frombuffer(products).reshape(-1, steps, steps), times=times)
     ranked: list[list[list[tuple[float, Schedule]]]] = [[] for _ in range(computed)]
-    for rule, errors in _apart({rule: np.nan_to_num(table.errors(rule)) for rule in rules}).items():
+    for prediction, errors in _apart({p: np.nan_to_num(table.errors(p.rule)) for p in predictions}).items():
         for early in EARLY:
             weights = np.linspace(early, 1.0, steps)
             for objective in ("sum", "max"):
                 found = paths_up_to(errors * (weights / weights.mean()), computed, objective=objective, keep=KEEP)
                 for own, paths in zip(ranked, found, strict=True):
                     sums = [(cost_of(errors, p.steps), p.steps) for p in paths]
-                    own.append([(cost, Schedule(steps, chosen, rule.order, cost, power=rule.power)) for cost, chosen in sums])
+                    own.append(
+                        [
+                            (cost, Schedule(steps, chosen, prediction.order, cost, None, prediction.power, prediction.scope))
+                            for cost, chosen in sums
+                        ]
+                    )
     return [_in_turn(rows, count) for count, rows in enumerate(ranked, start=1)]
 
 
-def _apart(errors: dict[Newton, np.ndarray]) -> dict[Newton, np.ndarray]:
-    """The rules without the powers that predict as one before them does: where timesteps are even, they are as the numbers of the steps."""
-    found: dict[Newton, np.ndarray] = {}
-    for rule, own in errors.items():
-        if not rule.power or not any(np.allclose(own, other, rtol=1e-6, atol=1e-12) for other in found.values()):
-            found[rule] = own
+def _apart(errors: dict[Prediction, np.ndarray]) -> dict[Prediction, np.ndarray]:
+    """Those without the powers that predict as one before them: where timesteps are even, they are as the numbers of the steps."""
+    found: dict[Prediction, np.ndarray] = {}
+    for one, own in errors.items():
+        alike = [other for before, other in found.items() if before.scope == one.scope]
+        if not one.power or not any(np.allclose(own, other, rtol=1e-6, atol=1e-12) for other in alike):
+            found[one] = own
     return found
 
 
 def _in_turn(rows: list[list[tuple[float, Schedule]]], computed: int) -> list[Schedule]:
-    # A rule that predicts worse everywhere comes last; lists that are found in several ways come once.
+    # A prediction that is worse everywhere comes last; lists that are found in several ways come once.
     rows.sort(key=lambda row: row[0][0])
-    best: dict[WeightRule, Schedule] = {}
+    best: dict[Prediction, Schedule] = {}
     for row in rows:
-        best.setdefault(row[0][1].rule, row[0][1])
+        best.setdefault(row[0][1].prediction, row[0][1])
     found = [*best.values(), *(row[i][1] for i in range(KEEP) for row in rows if i < len(row))]
     return list(dict.fromkeys(found[:1] if computed == 1 else found))  # of one step every rule knows the last value alone

@@ -11,7 +11,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from vdcache.calibration.choose import choose
 from vdcache.calibration.loop import SamplingLoop
-from vdcache.calibration.schedule import RULES, Schedule
+from vdcache.calibration.schedule import PREDICTIONS, SCOPES, Schedule
 from vdcache.calibration.tables import ORDERS, StepTable, no_order
 from vdcache.errors import ConfigError
 from vdcache.policies.goal import Goal
@@ -57,6 +57,7 @@ def search_schedule(
     quality_db: float | None = None,
     prompts: Iterable[Any] | None = None,
     orders: Sequence[int] = ORDERS,
+    scopes: Sequence[str] = ("blocks",),
     tries: int | None = None,
     table: StepTable | None = None,
     inner: str = "inductor",
@@ -81,6 +82,8 @@ def search_schedule(
         quality_db: the least PSNR of the final latents to the uncached ones: the fewest steps that reach it, with `tries` lists
             (1 without) of each number of steps that is looked at.
         orders: of the predictor, of 0 and 1; those of order 1 are tried in the step and in powers of the timestep.
+        scopes: what is predicted: "blocks", what all blocks add together; "branches", what each branch gives before its gate, which is nearer
+            on some models, and keeps a tensor or two for each branch. Both may be given.
         tries: how many lists are run on the first prompt; None for as many as the three generations allow, 0 takes the first one
             as predicted.
         table: of `step_table`, to search for several numbers of computed steps with one calibration.
@@ -101,13 +104,21 @@ def search_schedule(
         raise ConfigError("orders is empty; give 0, 1 or both")
     if wrong := set(orders) - set(ORDERS):
         raise ConfigError(no_order(min(wrong)))
+    scopes = (scopes,) if isinstance(scopes, str) else tuple(scopes)
+    if not scopes or set(scopes) - set(SCOPES):
+        raise ConfigError(f"scopes are of {', '.join(SCOPES)}, at least one; got {list(scopes)}")
     console = console or Console(stderr=True)
     loop = SamplingLoop(model, run, prompts, "search_schedule", inner=inner, console=console, path=path)
     try:
         with progress(console, loop):
             table = table or loop.table()
             return choose(
-                table, loop, goal, rules=[r for r in RULES if r.order in orders], tries=tries, scored=loop.search.scored
+                table,
+                loop,
+                goal,
+                predictions=[p._replace(scope=s) for s in scopes for p in PREDICTIONS if p.order in orders],
+                tries=tries,
+                scored=loop.search.scored,
             )
     finally:
         loop.forget()

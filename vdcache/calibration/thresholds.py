@@ -292,7 +292,9 @@ def _schedule(
     try:
         with progress(console, loop):
             table = loop.table()
-            schedule = choose(table, loop, goal, rules=CACHED, reuse_cost=loop.search.reuse_cost, scored=loop.search.scored)
+            schedule = choose(
+                table, loop, goal, predictions=CACHED, reuse_cost=loop.search.reuse_cost, scored=loop.search.scored
+            )
     finally:
         loop.forget()
     done = loop.search

@@ -31,7 +31,11 @@ def schedule(steps: int = 30) -> Schedule:
     if steps == found.steps:
         return found
     return Schedule(
-        steps, StepList(found.computed, of_steps=found.steps).scaled(steps).computed(steps), found.order, power=found.power
+        steps,
+        StepList(found.computed, of_steps=found.steps).scaled(steps).computed(steps),
+        found.order,
+        power=found.power,
+        scope=found.scope,
     )
 
 

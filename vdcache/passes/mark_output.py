@@ -30,8 +30,8 @@ class MarkOutput(Pass):
     Args:
         base: "input" keeps output − latent; "zero" the output itself, as is also done, with a refusal, where the two are not
             of one shape and type. Hidden states have no base.
-        location: "output", or "hidden" for the stream of latent tokens behind the last block.
         group: the group that the slot belongs to.
+        location: "output", or "hidden" for the stream of latent tokens behind the last block.
 
     Raises:
         ConfigError: another base or location.
@@ -42,8 +42,8 @@ class MarkOutput(Pass):
     ensures: ClassVar[frozenset[Fact]] = frozenset({Fact.GUARDED})
 
     base: Annotated[str, one_of("input", "zero")] = "input"
-    location: Annotated[str, one_of("output", "hidden")] = "output"
     group: Group = "all"
+    location: Annotated[str, one_of("output", "hidden")] = "output"
 
     def run(self, graph: fx.GraphModule) -> PassResult:
         g = graph.graph
