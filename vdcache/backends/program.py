@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
@@ -11,9 +10,9 @@ import torch
 from torch import Tensor
 
 from vdcache.backends.guarded import GuardedGraph, inputs_of
-from vdcache.backends.inductor import Compiled, no_autocast
+from vdcache.backends.inductor import no_autocast
 from vdcache.backends.settings import Settings
-from vdcache.backends.variants import LazyVariant, Variants
+from vdcache.backends.variants import Variants
 from vdcache.backends.verdict import Verdict, breaks_since
 from vdcache.ir.capture import Captured
 from vdcache.passes import Observe, VariantOutputs
@@ -66,10 +65,10 @@ class Program:
 
     def weights(self, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
         """The parameters and buffers among the inputs of a call that the model does not write into itself."""
-        found: list[Tensor] = []
+        found: tuple[Tensor, ...] = ()
         for part in self.inputs.weights:
-            found += inputs[part]
-        return tuple(found)
+            found += tuple(inputs[part])
+        return found
 
     @property
     def writes_into_itself(self) -> bool:
@@ -136,27 +135,16 @@ class Program:
         session.adopt(self)
         if self.settings.on_inputs is not None:
             self.settings.on_inputs(self, inputs)
-        compiler, head = self.variants.compiler, self.variants.head
-        making = 0.0
-
-        def ready(part: LazyVariant, given: Sequence[Any]) -> Compiled:
-            nonlocal making
-            asked = time.perf_counter()
-            found = part.ready(given)
-            making += time.perf_counter() - asked
-            return found
-
-        def look(previous: list[Tensor] | None) -> ProbeResult:
-            assert head is not None
-            given = [*inputs, *compiler.zeros(compiler.pair, inputs)]
-            ready(head, given)
-            return head.look(given, previous)
-
-        call = session.enter(self, inputs, look)
+        compiler = self.variants.compiler
+        waited = compiler.waited.seconds
+        call = session.enter(self, inputs, self._look)
         variant = self.variants[call.plan]
-        pair = [call.pair] if call.pair is not None else compiler.zeros(compiler.pair, inputs)
-        carried = [*pair, *call.look.carried]
-        run = ready(variant, (*inputs, *carried) if carried else inputs)
+        given = inputs
+        if call.pair is not None or compiler.pair or call.look.carried:
+            pair = [call.pair] if call.pair is not None else compiler.zeros(compiler.pair, inputs)
+            given = (*inputs, *pair, *call.look.carried)
+        run = variant.ready(given)
+        making = compiler.waited.seconds - waited
         call.began += making  # making a variant is not what a step takes
         if call.device_time is not None and making > MAKING:
             call.device_time.restart()
@@ -164,9 +152,15 @@ class Program:
         before = compiler.zeros(io.before_values, inputs) if call.before is None else call.before
         previous = compiler.zeros(io.previous_values, inputs) if call.previous is None else call.previous
         with no_autocast():
-            outputs = io.unpack(run(*inputs, *carried, *call.reads, *before, *previous, *call.times))
+            outputs = variant.unpack(run(*given, *call.reads, *before, *previous, *call.times))
         self._hand_out(session, call, inputs, outputs)
         return outputs.results
+
+    def _look(self, inputs: Sequence[Any], previous: Sequence[Tensor] | None) -> ProbeResult:
+        """Run the head."""
+        head, compiler = self.variants.head, self.variants.compiler
+        assert head is not None
+        return head.look([*inputs, *compiler.zeros(compiler.pair, inputs)], previous)
 
     def _hand_out(self, session: Session, call: CallContext, inputs: Sequence[Any], outputs: VariantOutputs) -> None:
         """Give the session what a call has made."""
@@ -198,7 +192,7 @@ class Program:
             given += head.look(given, None).carried
         run = variant.ready(given)
         with no_autocast():
-            return variant.io.unpack(run(*given, *compiler.zeros(variant.added, inputs))).results
+            return variant.unpack(run(*given, *compiler.zeros(variant.added, inputs))).results
 
     def _say_no_session(self) -> None:
         if broken := next(iter(breaks_since({})), ""):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from vdcache.ir import dialect
 from vdcache.ir.capture import first_line, is_control_flow
 from vdcache.ir.edit import copy_graph
 from vdcache.ir.edit import inputs as graph_inputs
-from vdcache.passes import DeadCode, Pipeline, Specialise, head_io, variant_io
+from vdcache.passes import DeadCode, Pipeline, Specialise, VariantOutputs, head_io, variant_io
 from vdcache.passes.mark_lanes import halve_lanes, lanes_io
 from vdcache.passes.outline import Outline
 from vdcache.patterns.cost import flops
@@ -31,6 +32,12 @@ from vdcache.util.sizes import Bindings
 from vdcache.util.slots import group_of
 
 __all__ = ["Head", "LazyVariant", "PlanVariant", "VariantCompiler", "Variants"]
+
+
+class _Waited(threading.local):
+    """How many seconds each thread has waited for graphs to be compiled."""
+
+    seconds = 0.0
 
 
 class VariantCompiler:
@@ -48,6 +55,7 @@ class VariantCompiler:
         self.bindings = Bindings(fakes)
         self.choices: dict[str, TuningResult] = {}  # how attentions under masks are computed, by node
         self.lock = threading.RLock()  # threads may run one program at once
+        self.waited = _Waited()
         self._context = Context()
 
     def compile(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
@@ -111,6 +119,8 @@ class VariantCompiler:
 
     def zeros(self, values: Sequence[Tensor], inputs: Sequence[Any]) -> list[Tensor]:
         """Zeros in the place of fake values, of the sizes that a call has."""
+        if not values:
+            return []
         return [torch.zeros(self.bindings.shape(v, inputs), dtype=v.dtype, device=v.device) for v in values]
 
 
@@ -150,14 +160,16 @@ class LazyVariant:
 
     def ready(self, inputs: Sequence[Any]) -> Compiled:
         """The compiled graph for these inputs (the model's, and what is carried)."""
-        if not self._by_size and (found := self._compiled.get(())) is not None:
+        if (found := self._compiled.get(())) is not None:  # good for all inputs
             return found
+        began = time.perf_counter()
         with self._compiler.lock:
             self.warm_up()
             size = self._compiler.bindings.sizes(inputs) if self._by_size else ()
             if size not in self._compiled:
                 self._compiled[size] = self._compiler.compile_for(self.graph, inputs, self.added)
-            return self._compiled[size]
+        self._compiler.waited.seconds += time.perf_counter() - began
+        return self._compiled[size]
 
 
 class PlanVariant(LazyVariant):
@@ -170,8 +182,13 @@ class PlanVariant(LazyVariant):
     def __init__(
         self, graph: fx.GraphModule, needs: VariantInputs, compiler: VariantCompiler, carried: Sequence[Tensor]
     ) -> None:
-        self.io, self.needs = variant_io(graph), needs
-        super().__init__(graph, self.io.added_values, compiler, carried)
+        self.io, self.needs = io, needs = variant_io(graph), needs
+        super().__init__(graph, io.added_values, compiler, carried)
+        self._results_alone = not (io.saves or io.previous or io.emits or io.measures)
+
+    def unpack(self, outputs: Sequence[Any]) -> VariantOutputs:
+        """What it returned, by name."""
+        return VariantOutputs(list(outputs), {}, {}, {}) if self._results_alone else self.io.unpack(outputs)
 
 
 class Head(LazyVariant):

@@ -87,7 +87,7 @@ class CallPlacement:
 
     def begins_lane(self, graph: CompiledGraph) -> bool:
         """Whether a lane begins with this graph, as far as can be told before its call is placed."""
-        return self._forward.ran == 0 or (self._drives(graph) and not self._explicit_step)
+        return self._forward.ran == 0 or (not self._explicit_step and self._drives(graph))
 
     def own_lane(self, graph: CompiledGraph, who: Hashable, inputs: Sequence[Any], call: int = 0) -> tuple[Lane, bool]:
         """The lane that a graph's own conditioning tells, and whether it is new."""
@@ -97,14 +97,15 @@ class CallPlacement:
         """Place a call. What drives the step tracker comes back, to be settled once its generation and step have begun; of every other
         graph, whether it runs when the step is known.
         """
-        self._lanes.forget_placed()
+        self._lanes.placed = None
         self.repeated = False
         if self._explicit_step:
             # A lane begins with a forward; where nobody watches those, with the step's first graph, which comes again with every lane.
             ran = self._forward.ran
             if ran == 0 or (ran is None and self._driver in (None, who)):
                 self._driver = who
-                self._begin_lane(graph, *self.own_lane(graph, who, inputs), self._lanes.count)
+                asked = self._lanes.ask(graph, who, inputs, self.begins_lane(graph), self._early)
+                self._begin_lane(graph, *self._lanes.settle(*asked), self._lanes.count)
             return True
         if self._drives(graph):
             self._ticker, self._ticked = graph.family, self._forward.count

@@ -49,7 +49,8 @@ class ComputedSteps:
 
     def at(self, key: CallKey, step: int) -> bool:
         """Whether this very call computed something in this step."""
-        return any(last == step for last, _ in self._computed.get(key, {}).values())
+        own = self._computed.get(key)
+        return own is not None and any([last == step for last, _ in own.values()])
 
     def elapsed(self, key: CallKey, group: str, step: int) -> tuple[int, int, int]:
         """Steps since a group was last computed, how often it was in this generation (1 and 0 where it never was), and the step."""
@@ -58,8 +59,8 @@ class ComputedSteps:
 
     def is_stale(self, key: CallKey, plan: Plan, step: int) -> bool:
         """Whether the model was computed at a later step than this lane last was, as where guidance was off in between."""
-        own = self._computed.get(key, {})
-        return any(own.get(g, (step, 0))[0] < self._due.get((key.graph, key.call, g), -1) for g in plan.reuse)
+        own, due = self._computed.get(key, {}), self._due
+        return any([own.get(g, (step, 0))[0] < due.get((key.graph, key.call, g), -1) for g in plan.reuse])
 
     def had_several_latents(self, lane: LaneKey, step: int) -> None:
         self._ambiguous[lane] = step
