@@ -20,7 +20,7 @@ from vdcache.runtime.step_tracker import Reading, StepTracker, Tick
 __all__ = ["CallPlacement"]
 
 
-@dataclass
+@dataclass(slots=True)
 class _Drive:
     """A call of the graph that tells the time, before it is settled in its lane."""
 
@@ -174,18 +174,19 @@ class CallPlacement:
                 wanted.append(value)
             else:
                 keys[-1] = (float(value),)
-        asked = question.unread()
+        asked = question.unread() if question.equal else []
         wanted += asked
+        waits = self._reads.waits(wanted)
         same: bool | Tensor | None = None
-        if (lane := question.lane) is not None:
+        if waits and (lane := question.lane) is not None:  # else it is looked at where it matters
             same = self._lanes.latent_before(graph, who, inputs, (self.explicit_lane, lane.id, lane.id))
         if isinstance(same, Tensor):
             wanted.append(same)
-        waits = self._reads.waits(wanted)
         numbers = self._reads.read([*wanted, *self._planner.unread()] if waits else wanted)
         for place, values in zip(places, numbers, strict=False):
             keys[place] = tuple(values)
-        question.told([bool(values[0]) for values in numbers[len(places) : len(places) + len(asked)]])
+        if asked:
+            question.told([bool(values[0]) for values in numbers[len(places) : len(places) + len(asked)]])
         if isinstance(same, Tensor):
             same = bool(numbers[len(wanted) - 1][0])
         if waits:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterable
+from dataclasses import dataclass
 
 from vdcache.policies.plan import Plan
 from vdcache.runtime.call import CallKey
@@ -11,6 +12,22 @@ from vdcache.runtime.store import Store
 __all__ = ["ComputedSteps"]
 
 LaneKey = tuple[int | str | None, int, int]
+
+
+@dataclass(slots=True)
+class _OfCall:
+    """What equal calls have computed.
+
+    Args:
+        steps: of each group, the last computed step, and how many there were.
+        latest: the last step that computed any group; −1 before.
+    """
+
+    steps: dict[str, tuple[int, int]]
+    latest: int = -1
+
+
+_NEVER = _OfCall({})
 
 
 class ComputedSteps:
@@ -23,7 +40,7 @@ class ComputedSteps:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._keys: dict[tuple[Hashable, ...], CallKey] = {}
-        self._computed: dict[CallKey, dict[str, tuple[int, int]]] = {}  # of each lane: group -> last computed step, how many
+        self._computed: dict[CallKey, _OfCall] = {}
         # Graph, call and group -> the last step that was planned to compute it.
         self._due: dict[tuple[Hashable, int, str], int] = {}
         self._ambiguous: dict[LaneKey, int] = {}  # lanes, and the last step of several latents
@@ -41,26 +58,28 @@ class ComputedSteps:
         Args:
             planned: of the step; what it does not reuse is computed by every lane of it.
         """
-        own = self._computed.setdefault(key, {})
+        if (own := self._computed.get(key)) is None:
+            own = self._computed[key] = _OfCall({})
         for group in groups:
-            own[group] = (step, own.get(group, (0, 0))[1] + 1)
+            own.latest = step
+            own.steps[group] = (step, own.steps.get(group, (0, 0))[1] + 1)
             if group not in planned.reuse:
                 self._due[key.graph, key.call, group] = step
 
     def at(self, key: CallKey, step: int) -> bool:
         """Whether this very call computed something in this step."""
         own = self._computed.get(key)
-        return own is not None and any([last == step for last, _ in own.values()])
+        return own is not None and own.latest == step
 
     def elapsed(self, key: CallKey, group: str, step: int) -> tuple[int, int, int]:
         """Steps since a group was last computed, how often it was in this generation (1 and 0 where it never was), and the step."""
-        last, count = self._computed.get(key, {}).get(group, (step - 1, 0))
+        last, count = self._computed.get(key, _NEVER).steps.get(group, (step - 1, 0))
         return step - last, count, step
 
     def is_stale(self, key: CallKey, plan: Plan, step: int) -> bool:
         """Whether the model was computed at a later step than this lane last was, as where guidance was off in between."""
-        own, due = self._computed.get(key, {}), self._due
-        return any([own.get(g, (step, 0))[0] < due.get((key.graph, key.call, g), -1) for g in plan.reuse])
+        own, due = self._computed.get(key, _NEVER).steps, self._due
+        return any(own.get(g, (step, 0))[0] < due.get((key.graph, key.call, g), -1) for g in plan.reuse)
 
     def had_several_latents(self, lane: LaneKey, step: int) -> None:
         self._ambiguous[lane] = step
@@ -69,7 +88,7 @@ class ComputedSteps:
         """Whether the lane was last computed in a step in which it had several latents, so that nobody knows whose values are kept."""
         if not self._ambiguous or (several := self._ambiguous.get(key.lane)) is None:
             return False
-        own = self._computed.get(key, {})
+        own = self._computed.get(key, _NEVER).steps
         return any(own.get(g, (-1, 0))[0] <= several for g in plan.reuse)
 
     def drop(self, key: CallKey) -> None:

@@ -61,8 +61,8 @@ class Record:
 
     def timed(self, device: Timer | None, host_seconds: float) -> None:
         """How long the call took: on the host, and by its device's events where it has them."""
-        self.host_seconds = self._seconds = host_seconds
-        self._device = device
+        self.host_seconds = self._seconds = host_seconds  # type: ignore[misc]
+        self._device = device  # type: ignore[misc]
 
     def settle(self) -> bool:
         """Take the time from the device's events if nothing needs to be waited for. Whether it is known now."""

@@ -444,8 +444,8 @@ class Session:
             self._pair.returned(graph.lanes, key, results)
         self._forward.made(graph, key, results)
         if call.keep:
-            kept = {**saved, **observed, **(_probed(call) if graph.probes else {})}
-            if kept:
+            if saved or observed or graph.probes:
+                kept = {**saved, **observed, **_probed(call)}
                 self.store.put(key, list(kept), list(kept.values()), [*inputs, *results], call.rows)
             self._computed.computed(key, call.needs.computes, planner.step, planner.now.plan)
         elif not call.plan and not call.again:

@@ -81,6 +81,8 @@ class StepPlanner:
         self.timesteps: list[float] = []  # of this generation
         self.now = StepPlan()
         self._state: Any = None
+        self._listed_by: Policy | None = None
+        self._plans: dict[Plan, Plan] = {}  # of that policy
         self._lengths: dict[tuple[float, ...], int] = {}  # first two timesteps -> steps of the generation that began so
         self._pending: list[PendingSums] = []
         self._records: list[Record] = []  # of this step
@@ -146,7 +148,7 @@ class StepPlanner:
                 record.measures = measures or ()
             if self._state is not None:
                 self._state = self.policy.observe(self._state, self.step, self._ran(), measures)
-            computed = any(r.computed and not r.plan for r in self._records)
+            computed = any(r.computed and not r.plan.reuse for r in self._records)
         self._records = []
         if self.timestep is not None:
             self.timesteps.append(self.timestep)
@@ -193,10 +195,14 @@ class StepPlanner:
 
     def _listed(self, plan: Plan) -> Plan:
         """A plan of the policy's, if it is one of those for which the graphs were prepared."""
-        if not plan or plan in (listed := self.policy.plans()):
+        if not plan.reuse:
             return plan
-        self._notices.unlisted(plan, listed)
-        return RECOMPUTE
+        if self._listed_by is not self.policy:
+            self._listed_by, self._plans = self.policy, {p: p for p in self.policy.plans()}
+        if (found := self._plans.get(plan)) is None:
+            self._notices.unlisted(plan, tuple(self._plans))
+            return RECOMPUTE
+        return found
 
     def _ran(self) -> Plan:
         """The plan that the step before really followed: reuse only if some call reused."""
