@@ -154,6 +154,8 @@ class Program:
         with no_autocast():
             outputs = variant.unpack(run(*given, *call.reads, *before, *previous, *call.times))
         self._hand_out(session, call, inputs, outputs)
+        if call.to_come:  # while a device is at work on the first step, and not in the middle of the loop
+            self.variants.prepare(call.to_come, given)
         return outputs.results
 
     def _look(self, inputs: Sequence[Any], previous: Sequence[Tensor] | None) -> ProbeResult:

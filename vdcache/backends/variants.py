@@ -320,6 +320,14 @@ class Variants:
         for part in self._parts((RECOMPUTE,)):
             part.compile_now([*inputs, *part.carried])
 
+    def prepare(self, plans: Sequence[Plan], inputs: Sequence[Any]) -> None:
+        """Compile what runs under these plans, for the sizes of these inputs (the model's, and what is carried).
+
+        Not in a thread: while one traces, torch 2.13 refuses calls of compiled functions in all others.
+        """
+        for plan in plans:
+            self[self.narrow(plan)].ready(inputs)
+
     def warm_up(self) -> None:
         """Compile every variant that can be compiled without knowing more sizes."""
         for part in self._parts(self.plans):

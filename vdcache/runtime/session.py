@@ -103,6 +103,7 @@ class Session:
         self._pair = LanePair(self._reads, self._notices)
         self._running = RunningRecords()
         self._turn = _Turn()
+        self._turns: dict[CompiledGraph, int] = {}  # of each graph, the planner's turn at its last call
         self._emitted: list[Emitted] = []
 
     def __repr__(self) -> str:
@@ -229,7 +230,10 @@ class Session:
         return tuple(self._forward.graphs)
 
     def warm_up(self) -> None:
-        """Compile every variant of every graph that has run so far, so that no later step waits for a compiler."""
+        """Compile every variant of every graph that has run so far, so that no later generation waits for a compiler.
+
+        Without it a graph's first call in a generation compiles what the later steps may reuse, so that no step after the first one waits.
+        """
         for graph in self._forward.graphs:
             graph.warm_up()
 
@@ -349,6 +353,8 @@ class Session:
         )
         if needs.times:
             call.times = [torch.tensor(float(n)) for g in needs.times for n in self._computed.elapsed(key, g, step)]
+        if self._turns.get(graph) != planner.turn:
+            self._turns[graph], call.to_come = planner.turn, planner.to_come
         call.keep = call.follows and planner.num_steps is not None and not planner.is_last and not again
         return call
 
