@@ -24,6 +24,9 @@ from vdcache.util.slots import group_of
 
 __all__ = ["Program"]
 
+# What compiling a graph costs at least, in times of capturing it: 20 at 2 and 8 blocks of Wan with cold caches, less with more blocks or warm ones.
+COMPILING = 4.0
+WON = 0.5  # of eager's time, which compiling wins at most
 MAKING = 5e-3  # seconds that looking a variant up never takes, and making one always does
 
 _kinds: dict[Hashable, int] = {}  # a small number for each, because it is hashed at every call
@@ -58,6 +61,7 @@ class Program:
         self.kind: Hashable = _kinds.setdefault(kind, len(_kinds))
         self.content: Hashable = _kinds.setdefault((kind, self.guarded.content), len(_kinds))
         self.variants = Variants(self.guarded, settings)
+        self.capturing = 0.0  # seconds that tracing to here took, where somebody has measured it
         self.slots, self.lanes, head = self.variants.slots, self.variants.lanes, self.variants.head
         self.probes = head.probes if head is not None else ()
 
@@ -138,6 +142,8 @@ class Program:
         compiler = self.variants.compiler
         waited = compiler.waited.seconds
         call = session.enter(self, inputs, self._look)
+        if call.is_first and compiler.may_compile:
+            self._decide(session, call.record.generation)
         variant = self.variants[call.plan]
         given = inputs
         if call.pair is not None or compiler.pair or call.look.carried:
@@ -157,6 +163,19 @@ class Program:
         if call.to_come:  # while a device is at work on the first step, and not in the middle of the loop
             self.variants.prepare(call.to_come, given)
         return outputs.results
+
+    def _decide(self, session: Session, generation: int) -> None:
+        """The generation before ran eagerly: compile from here on if that can win back what it costs."""
+        if generation < 1 or not (before := session.history.generation(generation - 1)):
+            return
+        left = (self.settings.generations or 0) - generation
+        cost = COMPILING * sum(getattr(graph, "capturing", 0.0) for graph in session.graphs)
+        compiles = left * WON * sum(r.seconds for r in before) > cost
+        if compiles:
+            session.times.ran_eagerly(before)
+        for graph in session.graphs:
+            if isinstance(graph, Program):
+                graph.variants.decide(compiles)
 
     def _look(self, inputs: Sequence[Any], previous: Sequence[Tensor] | None) -> ProbeResult:
         """Run the head."""

@@ -56,13 +56,15 @@ class VariantCompiler:
         self.choices: dict[str, TuningResult] = {}  # how attentions under masks are computed, by node
         self.lock = threading.RLock()  # threads may run one program at once
         self.waited = _Waited()
+        self.eager = settings.starts_eagerly
+        self.may_compile = settings.starts_eagerly and settings.inner == "auto"  # nobody has decided yet
         self._context = Context()
 
     def compile(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
         """Compile a graph, which stays as it is, for all its inputs."""
         settings = self._settings
         own = self._lowered(graph)
-        if settings.inner == "eager":
+        if self.eager:
             return run_eagerly(own)
         options = dict(settings.inductor)
         if asks_for_cuda_graphs(options):
@@ -88,7 +90,7 @@ class VariantCompiler:
 
     def _lowered(self, graph: fx.GraphModule) -> fx.GraphModule:
         """What the inner compiler is given: a copy, where masks are lowered in it or Inductor takes possession of it."""
-        eager, masked = self._settings.inner == "eager", bool(tile_sites(graph))
+        eager, masked = self.eager, bool(tile_sites(graph))
         if masked or not eager:
             graph = copy_graph(graph)
         if masked:
@@ -149,6 +151,10 @@ class LazyVariant:
             inputs: the model's, and what is carried.
         """
         self._compiled[()] = self._compiler.compile(self.graph, [*inputs, *self.added])
+
+    def forget(self) -> None:
+        """Compile it anew when it is needed."""
+        self._compiled.clear()
 
     def warm_up(self) -> None:
         """Compile it, unless that takes more sizes than are known."""
@@ -319,6 +325,13 @@ class Variants:
         inputs = [*inputs, *self.compiler.pair]
         for part in self._parts((RECOMPUTE,)):
             part.compile_now([*inputs, *part.carried])
+
+    def decide(self, compiles: bool) -> None:
+        """From here on variants are compiled by Inductor, or run eagerly for good."""
+        with self.compiler.lock:
+            self.compiler.may_compile, self.compiler.eager = False, not compiles
+            for part in (*self._made.values(), *([self.head] if self.head is not None else [])) if compiles else ():
+                part.forget()
 
     def prepare(self, plans: Sequence[Plan], inputs: Sequence[Any]) -> None:
         """Compile what runs under these plans, for the sizes of these inputs (the model's, and what is carried).

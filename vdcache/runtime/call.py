@@ -216,7 +216,8 @@ class CallContext:
     keep: bool = True
     device_time: DeviceTime | None = None
     again: bool = False  # the very same call came in this step before, and its values are kept
-    to_come: tuple[Plan, ...] = ()  # at a graph's first call in a generation: what later calls may reuse
+    is_first: bool = False  # call of its graph in this generation
+    to_come: tuple[Plan, ...] = ()  # then: what later calls may reuse
 
     def __init__(
         self, graph: CompiledGraph, key: CallKey, follows: bool, is_new: bool, is_repeated: bool, weights_changed: bool

@@ -22,6 +22,7 @@ from vdcache.runtime.forward_watch import ForwardWatch
 from vdcache.runtime.history import History, Record, tell
 from vdcache.runtime.lane_pair import LanePair
 from vdcache.runtime.read import DeviceReads
+from vdcache.runtime.run_times import RunTimes
 from vdcache.runtime.session_warnings import SessionWarnings
 from vdcache.runtime.step_lanes import StepLanes
 from vdcache.runtime.step_planner import PendingSums, StepPlanner
@@ -102,6 +103,7 @@ class Session:
         self._weights = WeightsToken()
         self._pair = LanePair(self._reads, self._notices)
         self._running = RunningRecords()
+        self.times = RunTimes()
         self._turn = _Turn()
         self._turns: dict[CompiledGraph, int] = {}  # of each graph, the planner's turn at its last call
         self._emitted: list[Emitted] = []
@@ -243,6 +245,7 @@ class Session:
         before = forward.entered
         self._emitted.clear()
         forward.begin(args, kwargs)
+        began = self.times.begin()
         try:
             result = run(*args, **kwargs)
         except BaseException:
@@ -250,6 +253,7 @@ class Session:
             raise
         finally:
             forward.end()
+            self.times.end(began, self._planner.generation)
         forward.returned(result)
         for listen in self.listeners if forward.entered > before else ():
             listen(self.history[-1], tuple(self._emitted), result)
@@ -355,6 +359,7 @@ class Session:
             call.times = [torch.tensor(float(n)) for g in needs.times for n in self._computed.elapsed(key, g, step)]
         if self._turns.get(graph) != planner.turn:
             self._turns[graph], call.to_come = planner.turn, planner.to_come
+            call.is_first = self.times.compiles = True
         call.keep = call.follows and planner.num_steps is not None and not planner.is_last and not again
         return call
 
@@ -461,7 +466,9 @@ class Session:
         if sums is not None and call.keep:
             elements = tuple(v.numel() for v in observed.values())
             planner.observe(PendingSums(sums, call.needs.layouts, elements, call.previous is not None))
-        call.record.timed(call.device_time, time.perf_counter() - call.began)
+        spent = time.perf_counter() - call.began
+        call.record.timed(call.device_time, spent)
+        self.times.inside += spent
         if call.device_time is not None:
             call.device_time.stop()
             self._running.add(call.record)
