@@ -40,6 +40,7 @@ def compile(
     tiles: str = "auto",
     outline: bool = True,
     search_share: float = 0.1,
+    generations: int | None = None,
     pipeline: Any = None,
     **torch_compile: Any,
 ) -> Any:
@@ -51,7 +52,9 @@ def compile(
         speedup, quality_db: what `vdcache-auto` is to reach, one of the two: how many times faster (by FLOPs; 2 if neither is
             given), or the least PSNR of the final latents to the uncached ones, in dB.
         num_steps: denoising steps of a generation; learnt from the first generation if not given.
-        inner: "inductor" or "eager".
+        inner: "inductor", "eager", or "auto".
+        generations: how many generations the model will run, as far as you know; for inner="auto", which then runs the first one eagerly and compiles
+            the others if that can pay. Default: everything is compiled.
         strict: raise where vdcache would otherwise step aside with a warning.
         inductor: Inductor's own settings.
         tiles: how attention under masks is computed: "auto" measures on this device, or "gather", "flex", "triton", "masked".
@@ -82,6 +85,7 @@ def compile(
         "tiles": tiles,
         "outline": outline,
         "search_share": search_share,
+        "generations": generations,
         "pipeline": pipeline,
     }
     settings = settings_of(options)

@@ -19,6 +19,7 @@ from tests.pipelines.tiny import generator, made, sample, short, text
 from tests.support.logs import informed
 from tests.support.thorough import some
 from tests.zoo import build
+from vdcache.backends.variants import VariantCompiler
 from vdcache.pipelines.denoiser import ForwardWrapper, here
 from vdcache.pipelines.pipeline_cache import applied_to
 
@@ -235,6 +236,20 @@ def test_memory_is_freed_when_the_loop_ends(pipe):
             sample(pipe, NAME, 5, **call)
         assert len(session(pipe).store) == 0 and session(pipe).store.peak_bytes > 0
     assert not here.loops
+
+
+def test_no_step_but_the_first_one_waits_for_a_compiler(monkeypatch):
+    pipe = cached(made(NAME), "every-5")  # nothing of it is compiled yet
+    found, real = [], VariantCompiler.compile
+
+    def compile(self, graph, inputs):
+        found.append((session(pipe).history[-1].step, len(session(pipe).history)) if len(session(pipe).history) else (0, 0))
+        return real(self, graph, inputs)
+
+    monkeypatch.setattr(VariantCompiler, "compile", compile)
+    for _ in range(2):
+        sample(pipe, NAME, 6)
+    assert found == [(0, 0), (0, 1)], "what computes, then what reuses, when the first call of the first step has run"
 
 
 def test_components_may_be_exchanged(pipe):

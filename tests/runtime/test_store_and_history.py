@@ -235,7 +235,7 @@ def test_seconds_are_the_devices_and_are_read_when_they_are_asked_for(monkeypatc
             return 42.0
 
     made: list[Events] = []
-    monkeypatch.setattr(DeviceTime, "of", staticmethod(lambda inputs: made.append(Events()) or made[-1]))
+    monkeypatch.setattr(DeviceTime, "of", staticmethod(lambda inputs, positions: made.append(Events()) or made[-1]))
     compiled = vdcache.compile(TinyDiT(), "every-2", num_steps=4, inner="eager")
     for step in range(3):
         compiled(latent(step), time_of(step), latent(9))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -59,9 +60,11 @@ def compile_graph(
         return _plain(graph, example_inputs, settings, why)
     family, frame, split = frame_of_backend_call()
     resumes = frame.startswith("torch_dynamo_resume_in")
+    began = time.perf_counter()
     try:
         captured = capture(graph, example_inputs)
         program = Program(captured, settings, family, resumes, verdict)
+        program.capturing = time.perf_counter() - began
     except VdcacheError as error:
         if settings.strict or isinstance(error, ConfigError):
             raise

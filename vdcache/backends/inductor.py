@@ -36,6 +36,8 @@ CUDA_GRAPHS = "triton.cudagraphs"  # Inductor's option
 
 Compiled = Callable[..., Sequence[Any]]
 
+_AS_IT_IS = contextlib.nullcontext()
+
 
 def compile_now(graph: fx.GraphModule, inputs: Sequence[Any], options: Mapping[str, Any]) -> Compiled:
     """Compile with Inductor; `inputs` are real or fake tensors, numbers, symbols.
@@ -129,7 +131,7 @@ def no_autocast() -> contextlib.AbstractContextManager[Any]:
     """
     if torch._C._is_any_autocast_enabled():
         return torch._C._DisableAutocast()  # type: ignore[no-any-return]
-    return contextlib.nullcontext()
+    return _AS_IT_IS
 
 
 class Context:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
@@ -11,9 +10,9 @@ import torch
 from torch import Tensor
 
 from vdcache.backends.guarded import GuardedGraph, inputs_of
-from vdcache.backends.inductor import Compiled, no_autocast
+from vdcache.backends.inductor import no_autocast
 from vdcache.backends.settings import Settings
-from vdcache.backends.variants import LazyVariant, Variants
+from vdcache.backends.variants import Variants
 from vdcache.backends.verdict import Verdict, breaks_since
 from vdcache.ir.capture import Captured
 from vdcache.passes import Observe, VariantOutputs
@@ -25,6 +24,9 @@ from vdcache.util.slots import group_of
 
 __all__ = ["Program"]
 
+# What compiling a graph costs at least, in times of capturing it: 20 at 2 and 8 blocks of Wan with cold caches, less with more blocks or warm ones.
+COMPILING = 4.0
+WON = 0.5  # of eager's time, which compiling wins at most
 MAKING = 5e-3  # seconds that looking a variant up never takes, and making one always does
 
 _kinds: dict[Hashable, int] = {}  # a small number for each, because it is hashed at every call
@@ -59,6 +61,7 @@ class Program:
         self.kind: Hashable = _kinds.setdefault(kind, len(_kinds))
         self.content: Hashable = _kinds.setdefault((kind, self.guarded.content), len(_kinds))
         self.variants = Variants(self.guarded, settings)
+        self.capturing = 0.0  # seconds that tracing to here took, where somebody has measured it
         self.slots, self.lanes, head = self.variants.slots, self.variants.lanes, self.variants.head
         self.probes = head.probes if head is not None else ()
 
@@ -66,10 +69,10 @@ class Program:
 
     def weights(self, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
         """The parameters and buffers among the inputs of a call that the model does not write into itself."""
-        found: list[Tensor] = []
+        found: tuple[Tensor, ...] = ()
         for part in self.inputs.weights:
-            found += inputs[part]
-        return tuple(found)
+            found += tuple(inputs[part])
+        return found
 
     @property
     def writes_into_itself(self) -> bool:
@@ -136,27 +139,18 @@ class Program:
         session.adopt(self)
         if self.settings.on_inputs is not None:
             self.settings.on_inputs(self, inputs)
-        compiler, head = self.variants.compiler, self.variants.head
-        making = 0.0
-
-        def ready(part: LazyVariant, given: Sequence[Any]) -> Compiled:
-            nonlocal making
-            asked = time.perf_counter()
-            found = part.ready(given)
-            making += time.perf_counter() - asked
-            return found
-
-        def look(previous: list[Tensor] | None) -> ProbeResult:
-            assert head is not None
-            given = [*inputs, *compiler.zeros(compiler.pair, inputs)]
-            ready(head, given)
-            return head.look(given, previous)
-
-        call = session.enter(self, inputs, look)
+        compiler = self.variants.compiler
+        waited = compiler.waited.seconds
+        call = session.enter(self, inputs, self._look)
+        if call.is_first and compiler.may_compile:
+            self._decide(session, call.record.generation)
         variant = self.variants[call.plan]
-        pair = [call.pair] if call.pair is not None else compiler.zeros(compiler.pair, inputs)
-        carried = [*pair, *call.look.carried]
-        run = ready(variant, (*inputs, *carried) if carried else inputs)
+        given = inputs
+        if call.pair is not None or compiler.pair or call.look.carried:
+            pair = [call.pair] if call.pair is not None else compiler.zeros(compiler.pair, inputs)
+            given = (*inputs, *pair, *call.look.carried)
+        run = variant.ready(given)
+        making = compiler.waited.seconds - waited
         call.began += making  # making a variant is not what a step takes
         if call.device_time is not None and making > MAKING:
             call.device_time.restart()
@@ -164,9 +158,30 @@ class Program:
         before = compiler.zeros(io.before_values, inputs) if call.before is None else call.before
         previous = compiler.zeros(io.previous_values, inputs) if call.previous is None else call.previous
         with no_autocast():
-            outputs = io.unpack(run(*inputs, *carried, *call.reads, *before, *previous, *call.numbers))
+            outputs = variant.unpack(run(*given, *call.reads, *before, *previous, *call.numbers))
         self._hand_out(session, call, inputs, outputs)
+        if call.to_come:  # while a device is at work on the first step, and not in the middle of the loop
+            self.variants.prepare(call.to_come, given)
         return outputs.results
+
+    def _decide(self, session: Session, generation: int) -> None:
+        """The generation before ran eagerly: compile from here on if that can win back what it costs."""
+        if generation < 1 or not (before := session.history.generation(generation - 1)):
+            return
+        left = (self.settings.generations or 0) - generation
+        cost = COMPILING * sum(getattr(graph, "capturing", 0.0) for graph in session.graphs)
+        compiles = left * WON * sum(r.seconds for r in before) > cost
+        if compiles:
+            session.times.ran_eagerly(before)
+        for graph in session.graphs:
+            if isinstance(graph, Program):
+                graph.variants.decide(compiles)
+
+    def _look(self, inputs: Sequence[Any], previous: Sequence[Tensor] | None) -> ProbeResult:
+        """Run the head."""
+        head, compiler = self.variants.head, self.variants.compiler
+        assert head is not None
+        return head.look([*inputs, *compiler.zeros(compiler.pair, inputs)], previous)
 
     def _hand_out(self, session: Session, call: CallContext, inputs: Sequence[Any], outputs: VariantOutputs) -> None:
         """Give the session what a call has made."""
@@ -198,7 +213,7 @@ class Program:
             given += head.look(given, None).carried
         run = variant.ready(given)
         with no_autocast():
-            return variant.io.unpack(run(*given, *compiler.zeros(variant.added, inputs))).results
+            return variant.unpack(run(*given, *compiler.zeros(variant.added, inputs))).results
 
     def _say_no_session(self) -> None:
         if broken := next(iter(breaks_since({})), ""):

@@ -13,11 +13,11 @@ from vdcache.attention.autotune import check_lowering
 from vdcache.errors import ConfigError, inform_once, warn_once
 from vdcache.methods.recipe import Recipe
 from vdcache.runtime.session import Session
-from vdcache.util.checks import number, step_count
+from vdcache.util.checks import number, step_count, whole
 
 __all__ = ["Settings"]
 
-INNER = ("inductor", "eager")
+INNER = ("inductor", "eager", "auto")
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,9 @@ class Settings:
     Args:
         recipe: what is cached, and when.
         num_steps: denoising steps of a generation; None to learn them from the first one.
-        inner: "inductor", or "eager" (bit-exact, for tests).
+        inner: "inductor", or "eager" (bit-exact, for tests), or "auto".
+        generations: how many generations a model will run, for inner="auto". The first one then runs eagerly, and those that follow are
+            compiled if that can pay; everything is compiled if not given.
         strict: what vdcache does not understand is an error instead of a warning.
         inductor: Inductor's own settings, as torch.compile's `options` takes them.
         tiles: how attention under masks is computed: "auto" measures on this device (gathers under the eager inner compiler),
@@ -49,6 +51,7 @@ class Settings:
     tiles: str = "auto"
     outline: bool = True
     search_share: float = 0.1
+    generations: int | None = None
     session: Session | None = field(default=None, compare=False)
     make_session: Callable[[Settings], Session] | None = field(default=None, compare=False)
     on_warning: Callable[[str], None] | None = field(default=None, compare=False)  # is told what would be a warning
@@ -63,6 +66,10 @@ class Settings:
             object.__setattr__(self, "num_steps", step_count(self.num_steps))
         if self.inner not in INNER:
             raise ConfigError(f"inner is {' or '.join(INNER)}; got {self.inner!r}")
+        if self.generations is not None:
+            whole(self.generations, "generations, the number of runs of the denoising loop,", 1)
+            if self.inner != "auto":
+                raise ConfigError(f"generations tells inner='auto' whether compiling pays; got inner={self.inner!r}")
         check_lowering(self.tiles)
         _check_inductor(dict(self.inductor))
         if not isinstance(self.outline, bool):
@@ -72,6 +79,11 @@ class Settings:
         goal = self.recipe.goal
         if goal is not None and self.num_steps is not None and goal.speedup is not None and not goal.floor_db:
             goal.count(self.num_steps)  # what no schedule of so few steps reaches is an error now
+
+    @property
+    def starts_eagerly(self) -> bool:
+        """Whether variants run eagerly, at first at least."""
+        return self.inner == "eager" or (self.inner == "auto" and self.generations is not None)
 
     def anew(self) -> Settings:
         """The same options for another model: no session, no listener, nothing compiled, nothing said."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from vdcache.ir import dialect
 from vdcache.ir.capture import first_line, is_control_flow
 from vdcache.ir.edit import copy_graph
 from vdcache.ir.edit import inputs as graph_inputs
-from vdcache.passes import DeadCode, Pipeline, Specialise, head_io, variant_io
+from vdcache.passes import DeadCode, Pipeline, Specialise, VariantOutputs, head_io, variant_io
 from vdcache.passes.mark_lanes import halve_lanes, lanes_io
 from vdcache.passes.outline import Outline
 from vdcache.passes.predictors import numbers_of, predictor_of
@@ -32,6 +33,12 @@ from vdcache.util.sizes import Bindings
 from vdcache.util.slots import group_of
 
 __all__ = ["Head", "LazyVariant", "PlanVariant", "VariantCompiler", "Variants"]
+
+
+class _Waited(threading.local):
+    """How many seconds each thread has waited for graphs to be compiled."""
+
+    seconds = 0.0
 
 
 class VariantCompiler:
@@ -49,13 +56,16 @@ class VariantCompiler:
         self.bindings = Bindings(fakes)
         self.choices: dict[str, TuningResult] = {}  # how attentions under masks are computed, by node
         self.lock = threading.RLock()  # threads may run one program at once
+        self.waited = _Waited()
+        self.eager = settings.starts_eagerly
+        self.may_compile = settings.starts_eagerly and settings.inner == "auto"  # nobody has decided yet
         self._context = Context()
 
     def compile(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
         """Compile a graph, which stays as it is, for all its inputs."""
         settings = self._settings
         own = self._lowered(graph)
-        if settings.inner == "eager":
+        if self.eager:
             return run_eagerly(own)
         options = dict(settings.inductor)
         if asks_for_cuda_graphs(options):
@@ -81,7 +91,7 @@ class VariantCompiler:
 
     def _lowered(self, graph: fx.GraphModule) -> fx.GraphModule:
         """What the inner compiler is given: a copy, where masks are lowered in it or Inductor takes possession of it."""
-        eager, masked = self._settings.inner == "eager", bool(tile_sites(graph))
+        eager, masked = self.eager, bool(tile_sites(graph))
         if masked or not eager:
             graph = copy_graph(graph)
         if masked:
@@ -112,6 +122,8 @@ class VariantCompiler:
 
     def zeros(self, values: Sequence[Tensor], inputs: Sequence[Any]) -> list[Tensor]:
         """Zeros in the place of fake values, of the sizes that a call has."""
+        if not values:
+            return []
         return [torch.zeros(self.bindings.shape(v, inputs), dtype=v.dtype, device=v.device) for v in values]
 
 
@@ -141,6 +153,10 @@ class LazyVariant:
         """
         self._compiled[()] = self._compiler.compile(self.graph, [*inputs, *self.added])
 
+    def forget(self) -> None:
+        """Compile it anew when it is needed."""
+        self._compiled.clear()
+
     def warm_up(self) -> None:
         """Compile it, unless that takes more sizes than are known."""
         with self._compiler.lock:
@@ -151,14 +167,16 @@ class LazyVariant:
 
     def ready(self, inputs: Sequence[Any]) -> Compiled:
         """The compiled graph for these inputs (the model's, and what is carried)."""
-        if not self._by_size and (found := self._compiled.get(())) is not None:
+        if (found := self._compiled.get(())) is not None:  # good for all inputs
             return found
+        began = time.perf_counter()
         with self._compiler.lock:
             self.warm_up()
             size = self._compiler.bindings.sizes(inputs) if self._by_size else ()
             if size not in self._compiled:
                 self._compiled[size] = self._compiler.compile_for(self.graph, inputs, self.added)
-            return self._compiled[size]
+        self._compiler.waited.seconds += time.perf_counter() - began
+        return self._compiled[size]
 
 
 class PlanVariant(LazyVariant):
@@ -171,8 +189,13 @@ class PlanVariant(LazyVariant):
     def __init__(
         self, graph: fx.GraphModule, needs: VariantInputs, compiler: VariantCompiler, carried: Sequence[Tensor]
     ) -> None:
-        self.io, self.needs = variant_io(graph), needs
-        super().__init__(graph, self.io.added_values, compiler, carried)
+        self.io, self.needs = io, needs = variant_io(graph), needs
+        super().__init__(graph, io.added_values, compiler, carried)
+        self._results_alone = not (io.saves or io.previous or io.emits or io.measures)
+
+    def unpack(self, outputs: Sequence[Any]) -> VariantOutputs:
+        """What it returned, by name."""
+        return VariantOutputs(list(outputs), {}, {}, {}) if self._results_alone else self.io.unpack(outputs)
 
 
 class Head(LazyVariant):
@@ -304,6 +327,21 @@ class Variants:
         inputs = [*inputs, *self.compiler.pair]
         for part in self._parts((RECOMPUTE,)):
             part.compile_now([*inputs, *part.carried])
+
+    def decide(self, compiles: bool) -> None:
+        """From here on variants are compiled by Inductor, or run eagerly for good."""
+        with self.compiler.lock:
+            self.compiler.may_compile, self.compiler.eager = False, not compiles
+            for part in (*self._made.values(), *([self.head] if self.head is not None else [])) if compiles else ():
+                part.forget()
+
+    def prepare(self, plans: Sequence[Plan], inputs: Sequence[Any]) -> None:
+        """Compile what runs under these plans, for the sizes of these inputs (the model's, and what is carried).
+
+        Not in a thread: while one traces, torch 2.13 refuses calls of compiled functions in all others.
+        """
+        for plan in plans:
+            self[self.narrow(plan)].ready(inputs)
 
     def warm_up(self) -> None:
         """Compile every variant that can be compiled without knowing more sizes."""

@@ -46,6 +46,7 @@ def apply(
     tiles: str = "auto",
     outline: bool = True,
     search_share: float = 0.1,
+    generations: int | None = None,
     **torch_compile: Any,
 ) -> Any:
     """Make a diffusers pipeline skip work by a caching recipe.
@@ -59,7 +60,8 @@ def apply(
         recipe: a `Recipe` or a name from `vdcache.recipes()`, `vdcache-auto` without (its first generation runs uncached); or one for each component by its name, where
             components that are not named stay as they are.
         speedup, quality_db: what `vdcache-auto` is to reach, as for `vdcache.compile`.
-        inner: "inductor" or "eager".
+        inner, generations: "inductor", "eager", or "auto", which runs the first of so many generations eagerly, and compiles the others if
+            that can pay, as for `vdcache.compile`.
         strict: raise where vdcache would otherwise step aside with a warning.
         inductor: Inductor's own settings.
         tiles, outline, search_share: how attention under masks is computed, how blocks that repeat are compiled, how much of the search
@@ -84,6 +86,7 @@ def apply(
         "tiles": tiles,
         "outline": outline,
         "search_share": search_share,
+        "generations": generations,
     }
     goal = {"speedup": speedup, "quality_db": quality_db}
     if isinstance(recipe, Mapping):

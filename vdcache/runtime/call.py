@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from vdcache.policies.metrics import MetricSpec
-from vdcache.policies.plan import Plan
+from vdcache.policies.plan import RECOMPUTE, Plan
 from vdcache.policies.weights import Numbers
 from vdcache.runtime.device_time import DeviceTime
 from vdcache.runtime.history import Record
@@ -105,6 +106,7 @@ class GraphInputs:
         latent: the likeliest latent; None if there is none.
         latents: what the denoising loop updates, the likeliest first.
         whole: every likely latent looks like one of the graph's results, as in a model that is one graph.
+        on_device: some that are where the graph is computed.
     """
 
     static: tuple[int, ...]
@@ -115,6 +117,10 @@ class GraphInputs:
     latent: int | None
     latents: tuple[int, ...]
     whole: bool
+
+    @cached_property
+    def on_device(self) -> tuple[int, ...]:
+        return (*self.latents[:1], *self.activations[:1])
 
 
 class CompiledGraph(Protocol):
@@ -183,23 +189,39 @@ Listener = Callable[[Record, Sequence[Emitted], Any], None]
 Recorder = Callable[[CompiledGraph, Sequence[Any], Sequence[Any], dict[str, Tensor], Record], None]
 
 
-@dataclass
 class CallContext:
-    """One call on its way through: what to run, with which cached values; given back to `Session.leave`."""
+    """One call on its way through: which call it is, what to run, with which cached values; given back to `Session.leave`.
 
-    graph: CompiledGraph
-    plan: Plan
-    key: CallKey
+    What most calls do not have stays with the class, because every call makes one of these.
+
+    Args:
+        key: what its cached values belong to.
+        follows: the step is known when it runs.
+        is_new: no call before had its conditioning.
+        is_repeated: the step had such a call already, with another latent.
+        weights_changed: those that its graph had before are gone.
+    """
+
     needs: VariantInputs
-    reads: list[Tensor]
-    before: list[Tensor] | None
-    previous: list[Tensor] | None
-    numbers: list[Tensor]
     record: Record
     began: float
-    look: ProbeResult
+    plan: Plan = RECOMPUTE  # what it reuses
+    why: str = ""  # it does not reuse more
+    reads: Sequence[Tensor] = ()
+    before: list[Tensor] | None = None
+    previous: list[Tensor] | None = None
+    numbers: Sequence[Tensor] = ()
+    look: ProbeResult = ProbeResult()
     pair: Tensor | None = None  # what the step's first lane returned
-    rows: tuple[int, int] | None = None  # of the batch that is computed; None for all
+    rows: tuple[int, int] | None = None  # first row and number of rows of the batch that is computed; None for all
     keep: bool = True
     device_time: DeviceTime | None = None
     again: bool = False  # the very same call came in this step before, and its values are kept
+    is_first: bool = False  # call of its graph in this generation
+    to_come: tuple[Plan, ...] = ()  # then: what later calls may reuse
+
+    def __init__(
+        self, graph: CompiledGraph, key: CallKey, follows: bool, is_new: bool, is_repeated: bool, weights_changed: bool
+    ) -> None:
+        self.graph, self.key, self.follows = graph, key, follows
+        self.is_new, self.is_repeated, self.weights_changed = is_new, is_repeated, weights_changed

@@ -20,7 +20,7 @@ from vdcache.runtime.step_tracker import Reading, StepTracker, Tick
 __all__ = ["CallPlacement"]
 
 
-@dataclass
+@dataclass(slots=True)
 class _Drive:
     """A call of the graph that tells the time, before it is settled in its lane."""
 
@@ -87,7 +87,7 @@ class CallPlacement:
 
     def begins_lane(self, graph: CompiledGraph) -> bool:
         """Whether a lane begins with this graph, as far as can be told before its call is placed."""
-        return self._forward.ran == 0 or (self._drives(graph) and not self._explicit_step)
+        return self._forward.ran == 0 or (not self._explicit_step and self._drives(graph))
 
     def own_lane(self, graph: CompiledGraph, who: Hashable, inputs: Sequence[Any], call: int = 0) -> tuple[Lane, bool]:
         """The lane that a graph's own conditioning tells, and whether it is new."""
@@ -97,14 +97,15 @@ class CallPlacement:
         """Place a call. What drives the step tracker comes back, to be settled once its generation and step have begun; of every other
         graph, whether it runs when the step is known.
         """
-        self._lanes.forget_placed()
+        self._lanes.placed = None
         self.repeated = False
         if self._explicit_step:
             # A lane begins with a forward; where nobody watches those, with the step's first graph, which comes again with every lane.
             ran = self._forward.ran
             if ran == 0 or (ran is None and self._driver in (None, who)):
                 self._driver = who
-                self._begin_lane(graph, *self.own_lane(graph, who, inputs), self._lanes.count)
+                asked = self._lanes.ask(graph, who, inputs, self.begins_lane(graph), self._early)
+                self._begin_lane(graph, *self._lanes.settle(*asked), self._lanes.count)
             return True
         if self._drives(graph):
             self._ticker, self._ticked = graph.family, self._forward.count
@@ -173,18 +174,19 @@ class CallPlacement:
                 wanted.append(value)
             else:
                 keys[-1] = (float(value),)
-        asked = question.unread()
+        asked = question.unread() if question.equal else []
         wanted += asked
+        waits = self._reads.waits(wanted)
         same: bool | Tensor | None = None
-        if (lane := question.lane) is not None:
+        if waits and (lane := question.lane) is not None:  # else it is looked at where it matters
             same = self._lanes.latent_before(graph, who, inputs, (self.explicit_lane, lane.id, lane.id))
         if isinstance(same, Tensor):
             wanted.append(same)
-        waits = self._reads.waits(wanted)
         numbers = self._reads.read([*wanted, *self._planner.unread()] if waits else wanted)
         for place, values in zip(places, numbers, strict=False):
             keys[place] = tuple(values)
-        question.told([bool(values[0]) for values in numbers[len(places) : len(places) + len(asked)]])
+        if asked:
+            question.told([bool(values[0]) for values in numbers[len(places) : len(places) + len(asked)]])
         if isinstance(same, Tensor):
             same = bool(numbers[len(wanted) - 1][0])
         if waits:

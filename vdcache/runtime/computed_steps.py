@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterable, Sequence
+from dataclasses import dataclass
 
 from vdcache.policies.plan import Plan
 from vdcache.policies.weights import Position
@@ -12,6 +13,22 @@ from vdcache.runtime.store import Store
 __all__ = ["ComputedSteps"]
 
 LaneKey = tuple[int | str | None, int, int]
+
+
+@dataclass(slots=True)
+class _OfCall:
+    """What equal calls have computed.
+
+    Args:
+        steps: of each group, the computed steps, newest first.
+        latest: the last step that computed any group; −1 before.
+    """
+
+    steps: dict[str, list[Position]]
+    latest: int = -1
+
+
+_NEVER = _OfCall({})
 
 
 class ComputedSteps:
@@ -24,7 +41,7 @@ class ComputedSteps:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._keys: dict[tuple[Hashable, ...], CallKey] = {}
-        self._computed: dict[CallKey, dict[str, list[Position]]] = {}  # of each lane: group -> computed steps, newest first
+        self._computed: dict[CallKey, _OfCall] = {}
         # Graph, call and group -> the last step that was planned to compute it.
         self._due: dict[tuple[Hashable, int, str], int] = {}
         self._ambiguous: dict[LaneKey, int] = {}  # lanes, and the last step of several latents
@@ -42,24 +59,27 @@ class ComputedSteps:
         Args:
             planned: of the step; what it does not reuse is computed by every lane of it.
         """
-        own = self._computed.setdefault(key, {})
+        if (own := self._computed.get(key)) is None:
+            own = self._computed[key] = _OfCall({})
         for group in groups:
-            own.setdefault(group, []).insert(0, at)
+            own.latest = at.step
+            own.steps.setdefault(group, []).insert(0, at)
             if group not in planned.reuse:
                 self._due[key.graph, key.call, group] = at.step
 
     def at(self, key: CallKey, step: int) -> bool:
         """Whether this very call computed something in this step."""
-        return any(steps[0].step == step for steps in self._computed.get(key, {}).values())
+        own = self._computed.get(key)
+        return own is not None and own.latest == step
 
     def steps(self, key: CallKey, group: str) -> Sequence[Position]:
         """The steps of this generation in which a group was computed, newest first."""
-        return self._computed.get(key, {}).get(group, ())
+        return self._computed.get(key, _NEVER).steps.get(group, ())
 
     def is_stale(self, key: CallKey, plan: Plan, step: int) -> bool:
         """Whether the model was computed at a later step than this lane last was, as where guidance was off in between."""
-        own = self._computed.get(key, {})
-        return any(g in own and own[g][0].step < self._due.get((key.graph, key.call, g), -1) for g in plan.reuse)
+        own, due = self._computed.get(key, _NEVER).steps, self._due
+        return any(g in own and own[g][0].step < due.get((key.graph, key.call, g), -1) for g in plan.reuse)
 
     def had_several_latents(self, lane: LaneKey, step: int) -> None:
         self._ambiguous[lane] = step
@@ -68,7 +88,7 @@ class ComputedSteps:
         """Whether the lane was last computed in a step in which it had several latents, so that nobody knows whose values are kept."""
         if not self._ambiguous or (several := self._ambiguous.get(key.lane)) is None:
             return False
-        own = self._computed.get(key, {})
+        own = self._computed.get(key, _NEVER).steps
         return any(g not in own or own[g][0].step <= several for g in plan.reuse)
 
     def drop(self, key: CallKey) -> None:

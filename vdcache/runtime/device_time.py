@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -27,11 +27,16 @@ class DeviceTime:
         self.restart()
 
     @staticmethod
-    def of(inputs: Iterable[Any]) -> DeviceTime | None:
-        """For a call with these inputs; None where no GPU works on them, or the call is being captured into a CUDA graph."""
+    def of(inputs: Sequence[Any], positions: Iterable[int]) -> DeviceTime | None:
+        """For a call with these inputs; None where no GPU works on them, or the call is being captured into a CUDA graph.
+
+        Args:
+            positions: of the inputs that tell the device.
+        """
         if not torch.cuda.is_initialized():
             return None
-        device = next((x.device for x in inputs if isinstance(x, Tensor) and x.device.type == "cuda"), None)
+        given = (inputs[i] for i in positions)
+        device = next((x.device for x in given if isinstance(x, Tensor) and x.device.type == "cuda"), None)
         return None if device is None or torch.cuda.is_current_stream_capturing() else DeviceTime(device)
 
     def restart(self) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vdcache.runtime.call import CompiledGraph
+from vdcache.runtime.call import CallKey, CompiledGraph
 from vdcache.runtime.lane_table import LATENT
 from vdcache.util.sizes import updated_by
 
@@ -68,10 +68,11 @@ class ForwardWatch:
         """The caller says that a value depends on the timestep, and what it is."""
         self._moving[id(value)] = weakref.ref(value), name
 
-    def made(self, graph: CompiledGraph, origin: tuple[Hashable, ...], results: Sequence[Any]) -> None:
+    def made(self, graph: CompiledGraph, key: CallKey, results: Sequence[Any]) -> None:
         """What a graph returned, and for which call."""
         if len(results) < 2 and self._given is None and len(self.graphs) < 2:
             return  # it is the model's result
+        origin = key.graph, key.call, key.lane
         for number, result in enumerate(results):
             if isinstance(result, Tensor):
                 self._made[id(result)] = weakref.ref(result), (*origin, number), graph.family, self._lanes_begun
@@ -93,10 +94,10 @@ class ForwardWatch:
 
         Before the first watched forward is over nobody knows whether a graph is the whole: then everything is taken for conditioning.
         """
-        if self.unlearnt:
-            return ()
-        if self._results is None or (graph.inputs.whole and len(self.graphs) == 1):
-            return graph.inputs.latents
+        if self._results is None:
+            return graph.latents if self.ran is None else ()
+        if graph.inputs.whole and len(self.graphs) == 1:
+            return graph.latents
         if (found := self._latents_of.get(graph)) is None:
             found = self._latents_of[graph] = self._updated(graph, inputs, self._results)
         if self.ran is not None:
@@ -126,7 +127,7 @@ class ForwardWatch:
             early: families of graphs that run before the step is known.
         """
         latents = self.latents(graph, inputs)
-        values: list[Any] = [LATENT if i in latents else inputs[i] for i in graph.inputs.told]
+        values: list[Any] = [LATENT if i in latents else inputs[i] for i in graph.told]
         if not self._moving and len(self.graphs) < 2:
             return values, frozenset()
         inside: set[int] = set()

@@ -61,8 +61,8 @@ class Record:
 
     def timed(self, device: Timer | None, host_seconds: float) -> None:
         """How long the call took: on the host, and by its device's events where it has them."""
-        self.host_seconds = self.seconds = host_seconds
-        self.__dict__["_device"] = device
+        self.host_seconds = self._seconds = host_seconds  # type: ignore[misc]
+        self._device = device  # type: ignore[misc]
 
     def settle(self) -> bool:
         """Take the time from the device's events if nothing needs to be waited for. Whether it is known now."""
@@ -70,17 +70,19 @@ class Record:
             self.seconds  # noqa: B018 — reading it is what settles it
         return self._device is None
 
+    # Class variables to the dataclass, which makes no fields of them; every record has its own.
     _device: ClassVar[Timer | None] = None
+    _seconds: ClassVar[float] = 0.0
 
 
 def _seconds(record: Record) -> float:
     if record._device is not None:
         _set_seconds(record, record._device.seconds())
-    return float(record.__dict__["_seconds"])
+    return record._seconds
 
 
 def _set_seconds(record: Record, seconds: float) -> None:
-    record.__dict__.update(_seconds=seconds, _device=None)
+    record._seconds, record._device = seconds, None  # type: ignore[misc]
 
 
 Record.seconds = property(_seconds, _set_seconds)  # type: ignore[assignment,method-assign]  # a field whose value may come late

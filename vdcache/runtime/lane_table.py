@@ -69,9 +69,11 @@ class RememberedInput:
 
     def is_same_object(self, value: Any) -> bool:
         """Whether `value` is this object and was not written into since. Numbers are compared by value; `LATENT` matches anything."""
+        if value is LATENT:
+            return True
         if isinstance(value, Tensor):
             return self.object is value and self.version is not None and value._version == self.version
-        return value is LATENT or (type(value) is type(self._value) and bool(value == self._value))
+        return type(value) is type(self._value) and bool(value == self._value)
 
     def written(self, value: Any) -> bool:
         """Whether `value` is the very object, and its owner has written into it since (or may have)."""
@@ -118,7 +120,7 @@ class Lane:
     step: int
 
 
-@dataclass
+@dataclass(slots=True)
 class LaneQuery:
     """The conditioning of one call beside that of every lane, not yet decided.
 
@@ -176,14 +178,15 @@ class LaneTable:
             values: of the conditioning inputs, always in the same order.
             inside: those that the forward itself has made.
         """
+        if not self._moves and not inside:
+            same = [lane for lane in self._lanes if all(map(RememberedInput.is_same_object, lane.held, values))]
+            if same:  # by far the most calls
+                return LaneQuery(values, inside, same[0] if len(same) == 1 else max(same, key=lambda lane: lane.step))
         inside -= self._stayed
         self._still.update(i for i in self.moving if self._comes_again(i, values[i]))
-        moving = self.moving | inside if inside else self.moving
+        moving = self.moving | inside
         asked = [i for i in range(len(values)) if i not in moving]
-        if moving:
-            same = [lane for lane in self._lanes if all(lane.held[i].is_same_object(values[i]) for i in asked)]
-        else:  # by far the most calls: the very objects tell the lane
-            same = [lane for lane in self._lanes if all(map(RememberedInput.is_same_object, lane.held, values))]
+        same = [lane for lane in self._lanes if all(lane.held[i].is_same_object(values[i]) for i in asked)]
         question = LaneQuery(values, inside, max(same, key=lambda lane: lane.step) if same else None)
         if same and not moving:
             return question
@@ -211,9 +214,11 @@ class LaneTable:
         Args:
             generation, step: where the call stands.
         """
-        self._at(generation, step)
-        values = question.values
-        found = self.known(question)
+        if generation != self._generation or step != self._step:
+            self._at(generation, step)
+        values, found = question.values, question.lane
+        if found is None or found not in self._lanes:
+            found = self.known(question)
         if self._always is None or self._always:  # something may still turn out to move
             self._learn(question)
         if found is not None and found is question.lane and not self._moves and not question.inside:

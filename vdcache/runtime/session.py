@@ -6,7 +6,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from vdcache.errors import CacheStateError, ConfigError
 from vdcache.policies.base import Policy
 from vdcache.policies.plan import RECOMPUTE, Plan
 from vdcache.policies.weights import WeightRule
-from vdcache.runtime.call import CallContext, CallKey, CompiledGraph, Emitted, Listener, ProbeResult, Recorder, VariantInputs
+from vdcache.runtime.call import CallContext, CompiledGraph, Emitted, Listener, ProbeResult, Recorder
 from vdcache.runtime.call_placement import CallPlacement
 from vdcache.runtime.computed_steps import ComputedSteps
 from vdcache.runtime.device_time import DeviceTime, RunningRecords
@@ -24,6 +23,7 @@ from vdcache.runtime.forward_watch import ForwardWatch
 from vdcache.runtime.history import History, Record, tell
 from vdcache.runtime.lane_pair import LanePair
 from vdcache.runtime.read import DeviceReads
+from vdcache.runtime.run_times import RunTimes
 from vdcache.runtime.session_warnings import SessionWarnings
 from vdcache.runtime.step_lanes import StepLanes
 from vdcache.runtime.step_planner import PendingSums, StepPlanner
@@ -36,48 +36,10 @@ from vdcache.util.slots import group_of
 
 __all__ = ["Session"]
 
+Look = Callable[[Sequence[Any], "list[Tensor] | None"], ProbeResult]
+
 NOTHING_STORED = "nothing is stored for this lane"
 SEVERAL_LATENTS = "this step had several latents of one conditioning"
-
-
-@dataclass(slots=True)
-class _Call:
-    """Which call this is.
-
-    Args:
-        key: what its cached values belong to.
-        follows: the step is known when it runs.
-        is_new: no call before had its conditioning.
-        is_repeated: the step had such a call already, with another latent.
-        weights_changed: those that its graph had before are gone.
-    """
-
-    key: CallKey
-    follows: bool
-    is_new: bool
-    is_repeated: bool
-    weights_changed: bool
-
-
-@dataclass(slots=True)
-class _Choice:
-    """What a call does.
-
-    Args:
-        plan: what it reuses.
-        why: why not more.
-        needs: what the plan's variant takes, where that was asked for.
-        reads: the cached values that it takes.
-        pair: what the step's first lane returned, where this one is predicted from it.
-        rows: first row and number of rows of the batch that is computed; None for all.
-    """
-
-    plan: Plan
-    why: str
-    needs: VariantInputs | None = None
-    reads: list[Tensor] = field(default_factory=list)
-    pair: Tensor | None = None
-    rows: tuple[int, int] | None = None
 
 
 class _Turn:
@@ -143,7 +105,9 @@ class Session:
         self._weights = WeightsToken()
         self._pair = LanePair(self._reads, self._notices)
         self._running = RunningRecords()
+        self.times = RunTimes()
         self._turn = _Turn()
+        self._turns: dict[CompiledGraph, int] = {}  # of each graph, the planner's turn at its last call
         self._emitted: list[Emitted] = []
 
     def __repr__(self) -> str:
@@ -270,7 +234,10 @@ class Session:
         return tuple(self._forward.graphs)
 
     def warm_up(self) -> None:
-        """Compile every variant of every graph that has run so far, so that no later step waits for a compiler."""
+        """Compile every variant of every graph that has run so far, so that no later generation waits for a compiler.
+
+        Without it a graph's first call in a generation compiles what the later steps may reuse, so that no step after the first one waits.
+        """
         for graph in self._forward.graphs:
             graph.warm_up()
 
@@ -280,6 +247,7 @@ class Session:
         before = forward.entered
         self._emitted.clear()
         forward.begin(args, kwargs)
+        began = self.times.begin()
         try:
             result = run(*args, **kwargs)
         except BaseException:
@@ -287,6 +255,7 @@ class Session:
             raise
         finally:
             forward.end()
+            self.times.end(began, self._planner.generation)
         forward.returned(result)
         for listen in self.listeners if forward.entered > before else ():
             listen(self.history[-1], tuple(self._emitted), result)
@@ -355,77 +324,68 @@ class Session:
         self,
         graph: CompiledGraph,
         inputs: Sequence[Any],
-        look: Callable[[list[Tensor] | None], ProbeResult] = lambda previous: ProbeResult(),
+        look: Look = lambda inputs, previous: ProbeResult(),
     ) -> CallContext:
         """Place a call in the run and say what it reuses.
 
         Args:
-            look: runs the graph's head, given the previous values of its probes; called once, where the graph has probes.
+            look: runs the graph's head, given the inputs and the previous values of its probes; called once, where the graph has probes.
         """
-        began, on_device = time.perf_counter(), DeviceTime.of(inputs[i] for i in (*graph.latents[:1], *graph.activations[:1]))
-        planner = self._planner
+        began, on_device = time.perf_counter(), DeviceTime.of(inputs, graph.inputs.on_device)
+        planner, store = self._planner, self.store
         self._reads.syncs = 0
         call = self._identify(graph, inputs)
-        key, follows = call.key, call.follows
-        again = self._computed.at(key, planner.step)
-        seen = self._look_at_probes(call, graph, look) if graph.probes else ProbeResult()
-        chosen = self._choose(graph, inputs, call)
-        plan, rows, needs = chosen.plan, chosen.rows, chosen.needs or graph.needs(chosen.plan)
-        before = self.store.get(key, needs.before) if needs.before else None
-        previous = self.store.get(key, [layout.name for layout in needs.layouts]) if needs.layouts else None
-        if not plan and not again and rows is None:
+        call.began, call.device_time = began, on_device
+        key, step = call.key, planner.step
+        again = call.again = self._computed.at(key, step)
+        if graph.probes:
+            call.look = self._look_at_probes(call, inputs, look)
+        self._choose(graph, inputs, call)
+        needs = call.needs
+        if needs.before:
+            call.before = store.get(key, needs.before)
+        if needs.layouts:
+            call.previous = store.get(key, [layout.name for layout in needs.layouts])
+        if not call.plan.reuse and not again and call.rows is None:
             # What the step replaces is freed before it runs, when memory is needed most, but for what it compares with.
             compared = {*needs.before, *(layout.name for layout in needs.layouts), *(p.layout.name for p in graph.probes)}
-            self.store.drop(key, but=compared)
-        record = Record(
+            store.drop(key, but=compared)
+        call.record = Record(
             generation=planner.generation,
-            step=planner.step,
+            step=step,
             lane=self._lanes.lane,
             timestep=planner.timestep,
-            plan=planner.now.plan if follows else RECOMPUTE,
+            plan=planner.now.plan if call.follows else RECOMPUTE,
             reused=needs.slots,
-            why=chosen.why,
+            why=call.why,
             syncs=self._reads.syncs,
             probe=planner.now.probe or (),
         )
-        numbers = [
-            torch.tensor(n, dtype=torch.float32)
-            for group, told in needs.numbers
-            for n in told.values(planner.position, self._computed.steps(key, group), self.rule)
-        ]
-        keep = follows and planner.num_steps is not None and not planner.is_last and not again
-        return CallContext(
-            graph,
-            plan,
-            key,
-            needs,
-            chosen.reads,
-            before,
-            previous,
-            numbers,
-            record,
-            began,
-            seen,
-            chosen.pair,
-            rows,
-            keep,
-            on_device,
-            again,
-        )
+        if needs.numbers:
+            call.numbers = [
+                torch.tensor(n, dtype=torch.float32)
+                for group, told in needs.numbers
+                for n in told.values(planner.position, self._computed.steps(key, group), self.rule)
+            ]
+        if self._turns.get(graph) != planner.turn:
+            self._turns[graph], call.to_come = planner.turn, planner.to_come
+            call.is_first = self.times.compiles = True
+        call.keep = call.follows and planner.num_steps is not None and not planner.is_last and not again
+        return call
 
-    def _identify(self, graph: CompiledGraph, inputs: Sequence[Any]) -> _Call:
+    def _identify(self, graph: CompiledGraph, inputs: Sequence[Any]) -> CallContext:
         """Which call is this, and what do its cached values belong to?"""
         planner, lanes, forward = self._planner, self._lanes, self._forward
         forward.entered += 1
         # One graph may serve several blocks (regional compilation) or be called again with the same weights. Within a forward they
         # are told apart by their order, because offloading puts other objects in the place of weights.
         watched = forward.ran is not None
-        who = (graph.kind, 0 if watched else next((id(inputs[i]) for i in graph.static), 0))
+        who = (graph.kind, 0 if watched or not graph.static else id(inputs[graph.static[0]]))
         follows = self._place(graph, inputs, who)
         if forward.ran is not None:
             forward.ran += 1
         number = lanes.next_call(who)
-        own, new = self._placement.own_lane(graph, who, inputs, number)
+        own, new = lanes.take_placed() or self._placement.own_lane(graph, who, inputs, number)
         lane = lanes.key(own, follows)
         repeated = lanes.repeats(graph, who, number, lane, inputs) or self._placement.repeated
         weights, changed = self._weights.check(graph, graph.kind, graph.weights(inputs), (planner.generation, planner.step))
@@ -437,54 +397,57 @@ class Session:
             self._computed.drop(key)  # of the other latent
             if follows and planner.step > 0 and planner.skips and planner.num_steps is not None:
                 self._notices.several_latents()
-        return _Call(key, follows, new, repeated, changed)
+        return CallContext(graph, key, follows, new, repeated, changed)
 
-    def _look_at_probes(
-        self, call: _Call, graph: CompiledGraph, look: Callable[[list[Tensor] | None], ProbeResult]
-    ) -> ProbeResult:
+    def _look_at_probes(self, call: CallContext, inputs: Sequence[Any], look: Look) -> ProbeResult:
         """Run the head of a graph, and let the policy decide by it where it has not decided yet."""
-        earlier = self.store.get(call.key, [p.layout.name for p in graph.probes])
-        seen = look(earlier)
+        earlier = self.store.get(call.key, [p.layout.name for p in call.graph.probes])
+        seen = look(inputs, earlier)
         if call.follows and self._planner.now.undecided:
-            self._planner.decide(graph, seen, comparable=earlier is not None)
+            self._planner.decide(call.graph, seen, comparable=earlier is not None)
         return seen
 
-    def _choose(self, graph: CompiledGraph, inputs: Sequence[Any], call: _Call) -> _Choice:
-        """What a call reuses of the step's plan."""
-        now, key = self._planner.now, call.key
-        chosen = _Choice(RECOMPUTE, "")
+    def _choose(self, graph: CompiledGraph, inputs: Sequence[Any], call: CallContext) -> None:
+        """What a call reuses of the step's plan, and why not more."""
         if (scope := graph.lanes) is not None:
-            chosen.pair = self._pair.first(scope, key.graph, key.call)
-        if not call.follows:
-            chosen.why = "the graph runs before the step is known"
-            return chosen
-        if now.undecided:
-            chosen.why = "it runs before the policy can decide"
-            return chosen
-        plan, chosen.why = graph.narrow(now.plan), now.why
+            call.pair = self._pair.first(scope, call.key.graph, call.key.call)
+        plan = self._planned(graph, inputs, call)
+        call.needs = needs = graph.needs(plan)
+        if not plan.reuse:
+            return
+        found = self.store.get(call.key, needs.reads)
+        if why := self._why_computed(call, plan, found is not None):
+            call.why, call.needs = why, graph.needs(RECOMPUTE)
+        elif found is not None:
+            call.plan, call.reads = plan, found
+
+    def _planned(self, graph: CompiledGraph, inputs: Sequence[Any], call: CallContext) -> Plan:
+        """What the step's plan says of a call of this graph."""
+        now, scope = self._planner.now, graph.lanes
+        if not call.follows or now.undecided:
+            call.why = "it runs before the policy can decide" if call.follows else "the graph runs before the step is known"
+            return RECOMPUTE
+        plan, call.why = graph.narrow(now.plan), now.why
         if scope is not None and scope.group in plan.reuse:
-            if (reason := self._pair.why_not(scope, graph, inputs, chosen.pair)) is not None:
-                plan, chosen.why = Plan(plan.reuse - {scope.group}), reason
+            if (reason := self._pair.why_not(scope, graph, inputs, call.pair)) is not None:
+                plan, call.why = Plan(plan.reuse - {scope.group}), reason
             elif scope.mode == "batch":
-                chosen.rows = scope.rows
-        if not plan:
-            chosen.why = "the graph has nothing to reuse" if now.plan else chosen.why
-            return chosen
-        needs = graph.needs(plan)
-        found = self.store.get(key, needs.reads)
+                call.rows = scope.rows
+        if now.plan.reuse and not plan.reuse:
+            call.why = "the graph has nothing to reuse"
+        return plan
+
+    def _why_computed(self, call: CallContext, plan: Plan, is_stored: bool) -> str:
+        """Why nothing of a plan can be reused in a call; "" where it can."""
         if call.weights_changed:
-            chosen.why = "the weights changed"
-        elif self._placement.rising:
-            chosen.why = "which way the timesteps run is not known yet"
-        elif call.is_repeated or (found is not None and self._computed.is_ambiguous(key, plan)):
-            chosen.why = SEVERAL_LATENTS
-        elif found is None:
-            chosen.why = "its conditioning is new" if call.is_new else NOTHING_STORED
-        elif self._computed.is_stale(key, plan, self._planner.step):
-            chosen.why = "this lane sat out the last computed step"
-        else:
-            chosen.plan, chosen.reads, chosen.needs = plan, found, needs
-        return chosen
+            return "the weights changed"
+        if self._placement.rising:
+            return "which way the timesteps run is not known yet"
+        if call.is_repeated or (is_stored and self._computed.is_ambiguous(call.key, plan)):
+            return SEVERAL_LATENTS
+        if not is_stored:
+            return "its conditioning is new" if call.is_new else NOTHING_STORED
+        return "this lane sat out the last computed step" if self._computed.is_stale(call.key, plan, self._planner.step) else ""
 
     def leave(
         self,
@@ -497,22 +460,25 @@ class Session:
     ) -> None:
         """Keep what a call computed for later steps."""
         planner, key, graph = self._planner, call.key, call.graph
+        is_last = planner.is_last
         if graph.lanes is not None:
             self._pair.returned(graph.lanes, key, results)
-        self._forward.made(graph, (key.graph, key.call, key.lane), results)
+        self._forward.made(graph, key, results)
         if call.keep:
-            kept = {**saved, **observed, **(_probed(call) if graph.probes else {})}
-            if kept:
+            if saved or observed or graph.probes:
+                kept = {**saved, **observed, **_probed(call)}
                 self.store.put(key, list(kept), list(kept.values()), [*inputs, *results], call.rows)
             self._computed.computed(key, call.needs.computes, planner.position, planner.now.plan)
         elif not call.plan and not call.again:
             self._computed.drop(key)
-        if planner.is_last:  # nothing will read this lane again
+        if is_last:  # nothing will read this lane again
             self._computed.drop(key)
         if sums is not None and call.keep:
             elements = tuple(v.numel() for v in observed.values())
             planner.observe(PendingSums(sums, call.needs.layouts, elements, call.previous is not None))
-        call.record.timed(call.device_time, time.perf_counter() - call.began)
+        spent = time.perf_counter() - call.began
+        call.record.timed(call.device_time, spent)
+        self.times.inside += spent
         if call.device_time is not None:
             call.device_time.stop()
             self._running.add(call.record)
@@ -520,7 +486,7 @@ class Session:
         tell(call.record)
         planner.ran(call.record)
         graphs = self._forward.graphs
-        if planner.is_last and not planner.reused and planner.skips and any(getattr(g, "slots", True) for g in graphs):
+        if is_last and not planner.reused and planner.skips and any(getattr(g, "slots", True) for g in graphs):
             unobserved = dict.fromkeys(why for g in graphs for why in g.unobserved)
             self._notices.nothing_reused(planner.num_steps, self.history.generation(), tuple(unobserved))
 
@@ -573,5 +539,4 @@ def _forms(inputs: Sequence[Any], positions: Sequence[int]) -> tuple[Hashable, .
 
     Sizes that a graph for many sizes takes as numbers say nothing more, and a graph for one size does not take them.
     """
-    values = (inputs[position] for position in positions)
-    return tuple((v.shape, v.dtype, v.device) for v in values if isinstance(v, Tensor))
+    return tuple([(v.shape, v.dtype, v.device) for i in positions if isinstance(v := inputs[i], Tensor)])

@@ -38,7 +38,7 @@ class StepLanes:
         self._name: int | str | None = None  # what the caller calls it
         self._id = -1  # of the conditioning of the call that began the lane
         # The lane of the graph that began this lane, until that graph has taken it.
-        self._placed: tuple[Lane, bool] | None = None
+        self.placed: tuple[Lane, bool] | None = None
 
     # ---- which lane ----------------------------------------------------------------------------------------------------
 
@@ -62,7 +62,7 @@ class StepLanes:
 
     def settle(self, table: LaneTable, question: LaneQuery) -> tuple[Lane, bool]:
         """The lane of a call, and whether it is new; reads what is still unread."""
-        if wanted := question.unread():
+        if question.equal and (wanted := question.unread()):
             question.told([bool(a[0]) for a in self._reads.read(wanted)])
         return table.settle(question, self._planner.generation, self._planner.step)
 
@@ -70,9 +70,6 @@ class StepLanes:
         self, graph: CompiledGraph, who: Hashable, inputs: Sequence[Any], begins: bool, early: Set[Hashable], call: int
     ) -> tuple[Lane, bool]:
         """The lane that a graph's own conditioning tells, and whether it is new."""
-        if (placed := self._placed) is not None:
-            self._placed = None
-            return placed
         return self.settle(*self.ask(graph, who, inputs, begins, early, call))
 
     def begin(self, graph: CompiledGraph, lane: Lane, new: bool, place: int, name: int | str | None) -> None:
@@ -82,7 +79,7 @@ class StepLanes:
             place: among the calls of the step.
             name: what the caller calls it.
         """
-        self._name, self._id, self._placed = name, lane.id, (lane, new)
+        self._name, self._id, self.placed = name, lane.id, (lane, new)
         number = lane.label if len(graph.told) > len(graph.latents) else place
         if number in self._shown:  # the same conditioning again in this step
             number = max([*self._shown, *self._labels.values()]) + 1
@@ -104,8 +101,10 @@ class StepLanes:
         """
         return (self._name, self._id, own.id) if follows else (None, -1, own.id)
 
-    def forget_placed(self) -> None:
-        self._placed = None
+    def take_placed(self) -> tuple[Lane, bool] | None:
+        """The lane that began with this call, and whether it is new; None where it is still to be asked for."""
+        placed, self.placed = self.placed, None
+        return placed
 
     # ---- the same call again -----------------------------------------------------------------------------------------
 
@@ -136,11 +135,11 @@ class StepLanes:
         moving = [i for at, i in enumerate(graph.told) if at in moves] if moves else []
         forward = self._forward
         latents = forward.latents(graph, inputs)
-        # What an earlier graph has made goes with that graph's latents, and is not kept alive.
-        kept = [i for i in (graph.told if forward.unlearnt else latents) if forward.origin(inputs[i]) is None]
+        kept = graph.told if forward.unlearnt else latents
         at = who, call, lane
         held = self._seen.get(at)
-        now = self._seen[at] = {i: RememberedInput(inputs[i]) for i in kept}
+        # What an earlier graph has made goes with that graph's latents, and is not kept alive.
+        now = self._seen[at] = {i: RememberedInput(inputs[i]) for i in kept if forward.origin(inputs[i]) is None}
         for i in moving:
             now[i] = RememberedInput(inputs[i], sampled=True)
         if held is None:

@@ -74,7 +74,8 @@ class StepPlanner:
         notices: SessionWarnings,
         reads: DeviceReads,
     ) -> None:
-        self.policy, self.prepare = policy, prepare
+        self._policy, self.prepare = policy, prepare
+        self.turn = 0  # another number for every generation and every policy
         self.num_steps = self._given_steps = num_steps
         self._notices, self._reads = notices, reads
         self.generation = self.step = -1
@@ -82,14 +83,26 @@ class StepPlanner:
         self.timesteps: list[float] = []  # of this generation
         self.now = StepPlan()
         self._state: Any = None
+        self._listed_by: Policy | None = None
+        self._plans: dict[Plan, Plan] = {}  # of that policy
         self._lengths: dict[tuple[float, ...], int] = {}  # first two timesteps -> steps of the generation that began so
         self._pending: list[PendingSums] = []
         self._records: list[Record] = []  # of this step
         self.reused = False  # something was, in this generation
 
+    @property
+    def policy(self) -> Policy:
+        return self._policy
+
+    @policy.setter
+    def policy(self, policy: Policy) -> None:
+        self._policy = policy
+        self.turn += 1
+
     def announce(self, num_steps: int | None) -> None:
         """How many steps every generation has from the next one on; None to learn it."""
         self.num_steps = self._given_steps = num_steps
+        self.turn += 1
 
     def forget(self) -> None:
         """What ran so far teaches nothing."""
@@ -141,6 +154,7 @@ class StepPlanner:
         self._pending.clear()
         self._records, self.timesteps = [], []
         self.step, self.generation, self.now, self.reused = -1, self.generation + 1, StepPlan(), False
+        self.turn += 1
         if self.num_steps is not None:
             self._start()
 
@@ -153,7 +167,7 @@ class StepPlanner:
                 record.measures = measures or ()
             if self._state is not None:
                 self._state = self.policy.observe(self._state, self.step, self._ran(), measures)
-            computed = any(r.computed and not r.plan for r in self._records)
+            computed = any(r.computed and not r.plan.reuse for r in self._records)
         self._records = []
         if self.timestep is not None:
             self.timesteps.append(self.timestep)
@@ -179,6 +193,7 @@ class StepPlanner:
         if steps is None or steps == self.num_steps:
             return
         self.num_steps = steps
+        self.turn += 1
         self._start()
         if self._state is not None:
             self._state = self.policy.observe(self._state, 0, RECOMPUTE, measures)
@@ -200,10 +215,22 @@ class StepPlanner:
 
     def _listed(self, plan: Plan) -> Plan:
         """A plan of the policy's, if it is one of those for which the graphs were prepared."""
-        if not plan or plan in (listed := self.policy.plans()):
+        if not plan.reuse:
             return plan
-        self._notices.unlisted(plan, listed)
-        return RECOMPUTE
+        if (found := self._plans_of_policy().get(plan)) is None:
+            self._notices.unlisted(plan, tuple(self._plans))
+            return RECOMPUTE
+        return found
+
+    def _plans_of_policy(self) -> dict[Plan, Plan]:
+        if self._listed_by is not self.policy:
+            self._listed_by, self._plans = self.policy, {p: p for p in self.policy.plans()}
+        return self._plans
+
+    @property
+    def to_come(self) -> tuple[Plan, ...]:
+        """What the steps of this generation may reuse; empty while nobody knows how many there are, because then nothing is."""
+        return tuple(p for p in self._plans_of_policy() if p) if (self.num_steps or 0) > 1 else ()
 
     def _ran(self) -> Plan:
         """The plan that the step before really followed: reuse only if some call reused."""

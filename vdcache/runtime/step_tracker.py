@@ -19,7 +19,7 @@ NEAR_TOP = 0.9  # of the largest timestep, which is 1 or 1000
 Form = tuple[tuple[int, ...], object, object]  # shape, dtype, device
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Reading:
     """What a call shows of its place in the run.
 
@@ -34,7 +34,7 @@ class Reading:
     form: Form | None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Tick:
     """Where a call stands.
 

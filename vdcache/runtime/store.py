@@ -25,10 +25,11 @@ class Store:
 
     def get(self, key: Hashable, slots: Sequence[str]) -> list[Tensor] | None:
         """The values of `slots`, or None unless all are there."""
-        held = self._values.get(key)
-        if held is None or any(s not in held for s in slots):
+        try:
+            held = self._values[key]
+            return [held[s] for s in slots]
+        except KeyError:
             return None
-        return [held[s] for s in slots]
 
     def put(
         self,

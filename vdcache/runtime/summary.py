@@ -8,6 +8,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vdcache.runtime.history import History, Record, any_computed
+from vdcache.runtime.run_times import RunTimes
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -24,6 +25,7 @@ class Summarised(Protocol):
     name: str
     history: History
     store: Any
+    times: RunTimes
 
     @property
     def graphs(self) -> Any: ...
@@ -53,7 +55,7 @@ def summary_table(session: Summarised, generation: int = -1) -> Table:
         table.add_row(*row)
     if steps:
         masks = (text for graph in session.graphs if (text := getattr(graph, "masks", "")))
-        table.caption = "\n".join([*_totals(steps, session.store.peak_bytes), *masks])
+        table.caption = "\n".join([*_totals(steps, session.store.peak_bytes), *session.times.lines(records), *masks])
         table.caption_justify = "left"
     return table
 

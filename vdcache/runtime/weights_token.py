@@ -16,7 +16,6 @@ import struct
 import sys
 import weakref
 from collections.abc import Callable, Hashable, Sequence
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -29,14 +28,13 @@ WHOLE = 4096  # elements of a weight that is compared whole
 SUMMED = 2**18  # elements of a weight that is summed up besides
 MOST = 100_000  # weights that are remembered
 
-_version = attrgetter("_version")
-
 
 class WeightsToken:
     """The weights of the graphs of one model, as far as they were seen."""
 
     def __init__(self) -> None:
         self._known: dict[object, dict[bytes, _Weights]] = {}  # of each graph, by identity
+        self._last: dict[object, _Weights] = {}  # of each graph, at its last call
         self._numbers: dict[Hashable, int] = {}  # by graph and bits in order, and by kind of graph and bits in any order
         self._count = itertools.count()
         self._samples: dict[int, _Sample] = {}  # of the weights that are alive, by address
@@ -55,10 +53,11 @@ class WeightsToken:
         """
         weights = tuple(weights)
         own = self._known.setdefault(graph, {})
-        identities = _identities(weights)
-        known = own.get(identities)
+        identities, known = _identities(weights), self._last.get(graph)
+        if known is None or known.identities != identities:  # to look so many bytes up takes longer than to compare them
+            known = own.get(identities)
         if known is not None and known.unchanged(weights):
-            known.step = now
+            known.step, self._last[graph] = now, known
             return known.number, False
         seen = _Weights(weights, [self._sampled(w) for w in weights])
         seen.step = now
@@ -71,6 +70,7 @@ class WeightsToken:
         replaced = written or (number is None and any(now is None or w.step != now for w in own.values()))
         seen.number = number = next(self._count) if number is None or written else number
         self._numbers[graph, in_order] = self._numbers[kind, in_any] = number
+        self._last[graph] = seen
         self._remember(own, seen, known)
         return number, replaced
 
@@ -138,7 +138,7 @@ class _Weights:
 
     def unchanged(self, weights: tuple[Tensor, ...]) -> bool:
         """Whether these are the weights. They have the same identities, as far as those tell."""
-        return self.alive and _versions(weights) == self.versions and not self.differs_by_look(weights)
+        return self.alive and _versions(weights) == self.versions and not (self._unsure and self.differs_by_look(weights))
 
     def differs_by_look(self, weights: tuple[Tensor, ...]) -> bool:
         """Whether one of those that count no version has other bits now."""
@@ -170,7 +170,7 @@ _identities = _addresses if sys.implementation.name == "cpython" and _addresses(
 
 def _versions(weights: Sequence[Tensor]) -> list[int | None]:
     try:
-        return list(map(_version, weights))
+        return [w._version for w in weights]
     except RuntimeError:  # inference tensors count none
         return [None if w.is_inference() else w._version for w in weights]
 
@@ -183,7 +183,7 @@ def counts_versions(value: Tensor) -> bool:
     """Whether who writes into a tensor counts a version: inference tensors count none, and numpy's memory is not torch's."""
     if value.is_inference():
         return False
-    return value.layout is not torch.strided or value.device.type != "cpu" or value.untyped_storage().resizable()
+    return not value.is_cpu or value.layout is not torch.strided or value.untyped_storage().resizable()
 
 
 def sample(weight: Tensor) -> Tensor:
