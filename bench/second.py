@@ -9,7 +9,8 @@ intervals. Each row has these leads over plain sampling:
 - `lead_converged`: the same, in PSNR to the converged image (240 steps of UniPC);
 - `lead_flops`: as `lead`, with as many steps as need the row's FLOPs, which other work on the machine does not change.
 
-`vdcache-auto` is calibrated in use, by its first generation, on other scenes; losses are rows like all others.
+`vdcache-auto` is calibrated in use, by its first generation, on other scenes; "searched, both scopes" is `vdcache.search_schedule` on
+the same scenes, which also tries branches before their gates. Losses are rows like all others.
 """
 
 from __future__ import annotations
@@ -57,6 +58,9 @@ def recipes(counts: Sequence[int]) -> list[tuple[str, str, vdcache.Recipe]]:
     found += [("FBCache", f"{t:g}", methods.fbcache(t)) for t in (0.08, 0.12)]
     found += [("EasyCache", f"{t:g}", methods.easycache(t)) for t in (0.025, 0.05)]
     found += [("FORA", "3", methods.fora(3)), ("TaylorSeer 1", "3", methods.taylorseer(3, 1))]
+    found += [("Spectrum", f"{g:g}", methods.spectrum(g)) for g in (0.75, 3.0)]
+    found += [("HiCache", "3", methods.hicache(3)), ("FoCa", "3", methods.foca(3))]
+    found += [("ZEUS", str(n), methods.zeus(n)) for n in (2, 3)]
     return found
 
 
@@ -176,8 +180,23 @@ def main() -> None:
                     )
                     continue
                 cached(
-                    "vdcache-auto", name, found.schedule.recipe(), steps=list(found.schedule.computed), order=found.schedule.order,
+                    "vdcache-auto", name, found.schedule.recipe(), steps=list(found.schedule.computed),
+                    predictor=str(found.schedule.prediction.rule),
                     predicted=found.schedule.psnr, tried=len(found.tried), calibration_seconds=seconds, calibration_warnings=said,
+                )  # fmt: skip
+        if wanted("searched"):
+
+            def run(m: Any, solver: str = solver) -> Tensor:
+                return generate(m, others, solver=solver, seed=77)
+
+            steps = vdcache.calibration.step_table(model, run)
+            for count in COUNTS:
+                best = vdcache.search_schedule(
+                    model, run, count, orders=(1,), scopes=("blocks", "branches"), table=steps, inner=args.inner
+                )
+                cached(
+                    "searched, both scopes", str(count), best.recipe(), steps=list(best.computed),
+                    predictor=str(best.prediction.rule), scope=best.scope, predicted=best.psnr,
                 )  # fmt: skip
         for method, setting, recipe in recipes(COUNTS):
             if wanted(method):
