@@ -208,8 +208,10 @@ def kept(folder):
 
 
 def by_hand(model, found, seed=0, steps=8, shift=1.0, sampler=euler, texts=(TEXT,), tokens=6):
-    """The generation under a schedule, told by the model's own arithmetic: line through the last two computed steps."""
-    known = [[] for _ in texts]  # (step, what the blocks add)
+    """The generation under a schedule, told by the model's own arithmetic: a line through the last two computed steps, in the step's number
+    or in a power of the timestep.
+    """
+    known = [[] for _ in texts]  # (where the step stands, what the blocks add)
     step, calls = -1, 0
 
     def call(x, t, text):
@@ -217,13 +219,13 @@ def by_hand(model, found, seed=0, steps=8, shift=1.0, sampler=euler, texts=(TEXT
         lane = calls % len(texts)
         step += lane == 0
         calls += 1
-        own = known[lane]
+        own, now = known[lane], float(t.max()) ** found.power if found.power else step
         if step in found.computed:
-            own.append((step, model.branches(x, t, text)))
+            own.append((now, model.branches(x, t, text)))
             return model(x, t, text)
         (at, value), before = own[-1], own[-2] if len(own) > 1 else None
         if before is not None:
-            value = value + (step - at) * (value - before[1]) / (at - before[0])
+            value = value + (now - at) * (value - before[1]) / (at - before[0])
         return model.with_branches(x, text, value)
 
     return generate(call, seed, steps, shift, sampler, tokens, texts)

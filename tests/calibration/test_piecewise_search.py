@@ -54,7 +54,8 @@ def made(model, share=0.1, **options):
 
 
 def schedule_of(fast):
-    return Schedule(STEPS, tuple(fast.vdcache.history.computed_steps()))
+    rule = fast.vdcache.rule
+    return Schedule(STEPS, tuple(fast.vdcache.history.computed_steps()), power=0.0 if rule is None else rule.power)
 
 
 def generations(fast, model, many, texts=(TEXT,), counts=None):
