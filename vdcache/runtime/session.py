@@ -15,6 +15,7 @@ from torch import Tensor
 from vdcache.errors import CacheStateError, ConfigError
 from vdcache.policies.base import Policy
 from vdcache.policies.plan import RECOMPUTE, Plan
+from vdcache.runtime.agreement import Agreement, SessionRanks
 from vdcache.runtime.call import CallContext, CallKey, CompiledGraph, Emitted, Listener, ProbeResult, Recorder, VariantInputs
 from vdcache.runtime.call_placement import CallPlacement
 from vdcache.runtime.computed_steps import ComputedSteps
@@ -132,11 +133,14 @@ class Session:
         self.history, self.store = History(), Store()
         self.listeners: list[Listener] = []
         self.recorder: Recorder | None = None
+        self.ranks = SessionRanks(name)
         self._reads, self._notices = DeviceReads(), SessionWarnings(name)
-        self._planner = StepPlanner(policy, num_steps, prepare, self._notices, self._reads)
+        self._planner = StepPlanner(policy, num_steps, prepare, self._notices, self._reads, self.ranks)
         self._forward = ForwardWatch()
         self._lanes = StepLanes(self._planner, self._forward, self._reads)
-        self._placement = CallPlacement(self._planner, self._lanes, self._forward, self._notices, self._reads)
+        self._placement = CallPlacement(
+            self._planner, self._lanes, self._forward, self._notices, self._reads, self.ranks
+        )
         self._computed = ComputedSteps(self.store)
         self._weights = WeightsToken()
         self._pair = LanePair(self._reads, self._notices)
@@ -280,8 +284,10 @@ class Session:
         forward.begin(args, kwargs)
         try:
             result = run(*args, **kwargs)
-        except BaseException:
+        except BaseException as error:
             self.failed()
+            if isinstance(error, Exception) and (cause := self.ranks.explain(error)) is not None:
+                raise cause from error
             raise
         finally:
             forward.end()
@@ -339,9 +345,15 @@ class Session:
         """Whether a graph runs when the step is known; else it is computed whatever the plan."""
         return self._placement.follows(graph)
 
-    def adopt(self, graph: CompiledGraph) -> None:
-        """A graph joins at its first run, not when it is compiled."""
+    def adopt(self, graph: CompiledGraph, agreement: Agreement | None = None) -> None:
+        """A graph joins at its first run, not when it is compiled.
+
+        Args:
+            agreement: of the ranks that run it together.
+        """
         self._forward.graphs.setdefault(graph)
+        if agreement is not None:
+            self.ranks.join(agreement)
 
     # ---- what happens around a call --------------------------------------------------------------------------------
 
@@ -440,7 +452,17 @@ class Session:
         return seen
 
     def _choose(self, graph: CompiledGraph, inputs: Sequence[Any], call: _Call) -> _Choice:
-        """What a call reuses of the step's plan."""
+        """What a call reuses of the step's plan, on all ranks that run the model together."""
+        chosen = self._own_choice(graph, inputs, call)
+        if self.ranks and getattr(graph, "slots", True):
+            collectives = graph.collectives(chosen.plan)
+            reason = self.ranks.same_plan(sorted(chosen.plan.reuse), collectives, chosen.why)
+        else:
+            reason = self.ranks.apart
+        return _Choice(RECOMPUTE, reason, pair=chosen.pair) if reason else chosen
+
+    def _own_choice(self, graph: CompiledGraph, inputs: Sequence[Any], call: _Call) -> _Choice:
+        """What a call could reuse of the step's plan on this rank."""
         now, key = self._planner.now, call.key
         chosen = _Choice(RECOMPUTE, "")
         if (scope := graph.lanes) is not None:
