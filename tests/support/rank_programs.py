@@ -49,3 +49,4 @@ def generation(rank: int, recipe: str, steps: int, frames: int, seed: int = 0) -
         "bytes": (spread.vdcache.store.peak_bytes, alone.vdcache.store.peak_bytes),
         "exchanges": graph.agreement.exchanges,
     }
+

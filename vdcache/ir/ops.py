@@ -78,6 +78,8 @@ def is_work(node: fx.Node) -> bool:
         return True
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         return True
+    if communicates(node):  # the same values, elsewhere: it makes no attention a fused branch
+        return False
     return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace not in ("aten", "prims", "prim")
 
 
