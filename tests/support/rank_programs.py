@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,3 +53,22 @@ def generation(rank: int, recipe: str, steps: int, frames: int, seed: int = 0) -
         "exchanges": graph.agreement.exchanges,
     }
 
+
+
+def calibrated(rank: int, folder: str, steps: int) -> dict[str, Any]:
+    """Four generations of `vdcache-auto`, each rank with its own folder of calibrations."""
+    os.environ["VDCACHE_CACHE_DIR"] = folder + str(rank)
+    spread = vdcache.compile(UlyssesDiT(small()), speedup=2, num_steps=steps, inner="eager", search_share=math.inf)
+    plans = []
+    for seed in range(4):
+        sample(spread, steps, seed=seed)
+        plans.append(spread.vdcache.history.computed_steps())
+    found = spread.vdcache.calibration
+    return {
+        "plans": plans,
+        "schedule": None if found is None else str(found.schedule),
+        "tentative": None if found is None else found.tentative,
+        "tried": [] if found is None else [(t.computed, t.psnr) for t in found.tried],
+        "files": sorted(p.name for p in Path(folder + str(rank)).rglob("*.json")),
+        "apart": spread.vdcache.ranks.apart,
+    }

@@ -45,17 +45,23 @@ class ScheduleScores:
         known: by computed steps, order and prompt.
         tick: told what is being run, for progress bars.
         keep: told after every run.
+        agreed: the error of a run, as a share of the largest value squared, for all ranks that have made it together.
     """
 
     known: dict[tuple[tuple[int, ...], int, int], float] = field(default_factory=dict)
     tick: Callable[[str], None] = lambda text: None
     keep: Callable[[ScheduleScores], None] = lambda scored: None
+    agreed: Callable[[float], float] | None = None
 
     def psnr(self, runs: Runs, schedule: Schedule, prompt: int) -> float:
         key = schedule.computed, schedule.order, prompt
         if key not in self.known:
             self.tick(f"{len(schedule.computed)} of {schedule.steps} steps, order {schedule.order}, prompt {prompt + 1}")
-            self.known[key] = psnr_of(runs.of(schedule, prompt), runs.wanted(prompt))
+            found = psnr_of(runs.of(schedule, prompt), runs.wanted(prompt))
+            if self.agreed is not None:
+                error = self.agreed(10 ** (-found / 10))
+                found = -10 * math.log10(error) if error > 0 else LOSSLESS if error == 0 else -math.inf
+            self.known[key] = found
             self.keep(self)
         return self.known[key]
 

@@ -408,6 +408,7 @@ class Rerun:
     def __init__(self, replay: TrajectoryReplay, policy: Policy) -> None:
         self._replay = replay
         self._session = Session(policy, len(replay.steps), name="rerun")
+        self._session.ranks.is_replay = True
         self.latents: list[Tensor] = [replay.start]
         self._outputs: list[list[Tensor]] = []
         with unused():

@@ -11,12 +11,13 @@ This page says what an exchange is; `vdcache.distributed.agreement` makes them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
-from vdcache.errors import warn_once
+from vdcache.errors import RankError, warn_once
 
 __all__ = ["Agreement", "AgreementFinder", "Place", "RanksApart", "SessionRanks"]
 
+_T = TypeVar("_T")
 Place = tuple[int, int]  # generation and step
 
 
@@ -82,11 +83,17 @@ class SessionRanks:
         self._name, self._said = name, set[str]()
         self._agreement: Agreement | None = None
         self.apart = ""  # why the ranks agree on nothing any more
+        self.is_replay = False  # of what ran before: it is given up where the ranks part, because nobody waits for its result
         self.place: Place = (-1, -1)  # where this rank stands
 
     def __bool__(self) -> bool:
         """Whether there is anybody to agree with."""
         return self._agreement is not None and not self.apart
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process speaks for all, as one that is alone does."""
+        return self._agreement is None or self._agreement.is_first
 
     def join(self, agreement: Agreement | None) -> None:
         """Agree with these ranks, unless others are known already."""
@@ -112,6 +119,24 @@ class SessionRanks:
         """The mean over ranks."""
         found = self._exchange(topic, value)
         return value if found is None else sum(found) / len(found)
+
+    def together(self, topic: str, make: Callable[[], _T]) -> _T:
+        """What `make` gives, if every rank can make it.
+
+        Raises:
+            Exception: what it raised on this rank.
+            RankError: it raised on another rank.
+        """
+        error: Exception | None = None
+        try:
+            made = make()
+        except Exception as failed:
+            error = failed
+        if self.any(topic, error is not None):
+            raise error or RankError(f"another rank failed where this one did not ({topic})")
+        if error is not None:
+            raise error
+        return made
 
     def total(self, topic: str, numbers: Sequence[float]) -> list[float] | None:
         """The sums over ranks, added up in the same order on all of them; None where a rank has other numbers, or none."""
@@ -152,6 +177,8 @@ class SessionRanks:
             return self._agreement.exchange(topic, self.place, value)  # type: ignore[union-attr]
         except RanksApart as apart:
             self.apart = str(apart)
+            if self.is_replay:
+                raise
             self._warn("apart", f"from now on all ranks compute every step, because {apart}")
             return None
 
