@@ -47,10 +47,15 @@ class UlyssesAttention(nn.Module):
 
 
 class UlyssesDiT(nn.Module):
-    """`DemoDiT` with its tokens spread over the ranks of a group; parts may be unequal. Its input and output are whole on every rank."""
+    """`DemoDiT` with its tokens spread over the ranks of a group; parts may be unequal. Its input is whole on every rank.
 
-    def __init__(self, model: DemoDiT, group: Any = None) -> None:
+    Args:
+        whole: whether its output is, too; else each rank returns its own tokens.
+    """
+
+    def __init__(self, model: DemoDiT, group: Any = None, whole: bool = True) -> None:
         super().__init__()
+        self.whole = whole
         self.model, self.group = model, group or dist.group.WORLD
         self.rank, self.ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
         self.attention = nn.ModuleList(UlyssesAttention(block.attn1, self.group) for block in model.blocks)
@@ -73,6 +78,8 @@ class UlyssesDiT(nn.Module):
             h = h + block.ffn(n) * gate_m
         shift, scale = (m.scale_shift_table + time[:, None]).chunk(2, dim=1)
         h = m.proj_out(m.norm_out(h) * (1 + scale) + shift)
+        if not self.whole:
+            return h
         most = max(sizes)
         h = F.pad(h, (0, 0, 0, most - h.shape[1]))
         h = collectives.wait_tensor(collectives.all_gather_tensor(h.transpose(0, 1).contiguous(), 0, self.group))

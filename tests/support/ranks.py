@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import os
+import pickle
 import queue
 import socket
 import traceback
@@ -52,7 +53,7 @@ class RankProcesses:
         found = []
         for told, process in zip(self._told, self.processes, strict=True):
             try:
-                found.append(told.get(timeout=timeout if process.is_alive() else 1.0))
+                found.append(pickle.loads(told.get(timeout=timeout if process.is_alive() else 1.0)))
             except queue.Empty:
                 found.append(None)
         return found
@@ -70,6 +71,6 @@ def _serve(rank: int, count: int, port: int, asked: Any, told: Any) -> None:
         module, _, function = name.partition(":")
         try:
             with torch.no_grad():
-                told.put(getattr(importlib.import_module(module), function)(rank, *args))
+                told.put(pickle.dumps(getattr(importlib.import_module(module), function)(rank, *args)))
         except Exception:
-            told.put(traceback.format_exc())
+            told.put(pickle.dumps(traceback.format_exc()))

@@ -40,7 +40,7 @@ class GroupAgreement:
     """
 
     def __init__(self, ranks: Sequence[int], timeout: float = TIMEOUT) -> None:
-        self.ranks, self._timeout = tuple(sorted(ranks)), timeout
+        self.ranks, self.timeout = tuple(sorted(ranks)), timeout
         self._own = dist.get_rank()
         if self._own not in self.ranks or len(self.ranks) < 2:
             raise ConfigError(
@@ -129,7 +129,7 @@ class GroupAgreement:
 
     def _wait(self, number: int, rank: int, topic: str, place: Place) -> Any:
         """What a rank gave: a list, or the words with which it stepped aside."""
-        key, until, pause = f"{number}/{rank}", time.monotonic() + self._timeout, POLL[0]
+        key, until, pause = f"{number}/{rank}", time.monotonic() + self.timeout, POLL[0]
         while not self._store.check([key]):
             if pause < POLL[1]:
                 pause = min(POLL[1], 1.1 * pause)
@@ -152,7 +152,7 @@ class GroupAgreement:
     def _timed_out(self, number: int, topic: str, place: Place) -> None:
         missing = [rank for rank in self.ranks if not self._store.check([f"{number}/{rank}"])]
         self._failed = self._count
-        words = f"no word of {_list(missing)} within {self._timeout:g} s"
+        words = f"no word of {_list(missing)} within {self.timeout:g} s"
         self._store.set(f"lost/{self._own}", json.dumps([self._count, *place, words]))
         raise RankError(
             f"rank {self._own} in {_at(place)} had {words} (it asked for: {topic}); {self._whereabouts(missing)}. Either a process "
@@ -162,7 +162,7 @@ class GroupAgreement:
 
     def _who_is_silent(self) -> list[int]:
         """The ranks that do not say within a while that they failed, too."""
-        until = time.monotonic() + min(GRACE, self._timeout)
+        until = time.monotonic() + min(GRACE, self.timeout)
         while True:
             silent = [r for r in self.ranks if not self._store.check([f"lost/{r}"]) and not self._store.check([f"failed/{r}"])]
             if not silent or time.monotonic() > until:

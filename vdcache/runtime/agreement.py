@@ -164,9 +164,11 @@ class SessionRanks:
         if any(own[0] != found[0][0] for own in found):
             reason = f"the ranks are not at the same step ({'; '.join(f'rank {r}: {_at(own[0])}' for r, own in zip(ranks, found, strict=True))})"
         else:
-            some = max((len(own[1]) for own in found), default=0)
-            rank, own = next(((r, o) for r, o in zip(ranks, found, strict=True) if len(o[1]) < some), (ranks[0], found[0]))
-            reason = f"rank {rank}: {own[3] or 'its graph has other collectives than that of another rank'}"
+            most = max(len(own[1]) for own in found)
+            less = next(((r, own) for r, own in zip(ranks, found, strict=True) if len(own[1]) < most), None)
+            reason = "the ranks would reuse other branches, or communicate in another order"
+            if less is not None:
+                reason = f"rank {less[0]}: {less[1][3] or 'its policy computes more of this step'}"
         self._warn(f"vote {reason.partition('(')[0]}", f"all ranks compute a call that was to be reused, because {reason}")
         return reason
 
