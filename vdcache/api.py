@@ -127,7 +127,13 @@ def settings_of(options: Mapping[str, Any] | None) -> Settings:
         ConfigError: an option or a recipe that does not exist or cannot be.
     """
     options = dict(options or {})
-    known = [*(f.name for f in fields(Settings) if f.compare and f.name != "ranks"), "speedup", "quality_db", "pipeline", "group"]
+    known = [
+        *(f.name for f in fields(Settings) if f.compare and f.name != "ranks"),
+        "speedup",
+        "quality_db",
+        "pipeline",
+        "group",
+    ]
     for name in options:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
@@ -148,7 +154,9 @@ def settings_of(options: Mapping[str, Any] | None) -> Settings:
         chosen = chosen.with_passes(passes)
     group = options.pop("group", None)
     searches = None if chosen.goal is None else _searching_session
-    return Settings(recipe=chosen, inductor=tuple(sorted(inductor.items())), make_session=searches, ranks=Ranks(group), **options)
+    return Settings(
+        recipe=chosen, inductor=tuple(sorted(inductor.items())), make_session=searches, ranks=Ranks(group), **options
+    )
 
 
 def _searching_session(settings: Settings) -> Session:

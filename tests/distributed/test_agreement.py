@@ -65,6 +65,19 @@ def test_all_ranks_follow_the_first_one_s_calibration(pair, tmp_path):
     assert first["files"] and not second["files"] and not first["apart"]
 
 
+@pytest.mark.parametrize("how", ["context_parallel", "fsdp"])
+@pytest.mark.filterwarnings("ignore")
+def test_parallelism_of_others_passes_through(pair, how):
+    """diffusers' Ulysses and FSDP2, on a class of diffusers. Dynamo breaks the model at their hooks, so it is several graphs."""
+    pytest.importorskip("diffusers")
+    first, second = pair.run(f"tests.support.parallel_library:{how}")
+    assert first == second and first["error"] <= 1e-5 and not first["apart"]
+    assert first["computed"] == [0, 3, 5] and any(first["slots"])
+    for graph in first["collectives"]:
+        assert not graph.get("reuse{all}")
+    assert any(graph["recompute"] for graph in first["collectives"]) == (how == "context_parallel")
+
+
 def test_a_rank_that_is_killed_is_named(pair):
     """The last test of this pair."""
     first, second = pair.run(f"{PROGRAMS}fault", "killed within the call", timeout=60)

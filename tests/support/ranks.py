@@ -9,6 +9,7 @@ import pickle
 import queue
 import socket
 import traceback
+from datetime import timedelta
 from typing import Any
 
 TIMEOUT = 120.0  # seconds for what is run
@@ -19,9 +20,10 @@ class RankProcesses:
 
     Args:
         count: how many.
+        patience: seconds that gloo waits within a collective.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, patience: float = 60.0) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -29,7 +31,7 @@ class RankProcesses:
         self._asked = [context.SimpleQueue() for _ in range(count)]
         self._told: list[Any] = [context.Queue() for _ in range(count)]
         self.processes = [
-            context.Process(target=_serve, args=(rank, count, port, self._asked[rank], self._told[rank]), daemon=True)
+            context.Process(target=_serve, args=(rank, count, port, patience, self._asked[rank], self._told[rank]), daemon=True)
             for rank in range(count)
         ]
         for process in self.processes:
@@ -59,18 +61,20 @@ class RankProcesses:
         return found
 
 
-def _serve(rank: int, count: int, port: int, asked: Any, told: Any) -> None:
+def _serve(rank: int, count: int, port: int, patience: float, asked: Any, told: Any) -> None:
     import torch
     import torch.distributed as dist
 
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(count))
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=count)
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=count, timeout=timedelta(seconds=patience)
+    )
     while True:
         name, args = asked.get()
         module, _, function = name.partition(":")
         try:
             with torch.no_grad():
                 told.put(pickle.dumps(getattr(importlib.import_module(module), function)(rank, *args)))
-        except Exception:
+        except Exception:  # noqa: BLE001 — whatever it is, the test is told
             told.put(pickle.dumps(traceback.format_exc()))

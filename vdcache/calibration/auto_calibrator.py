@@ -273,7 +273,8 @@ class AutoCalibrator:
 
     def _key(self, own: CalibrationKey) -> CalibrationKey:
         """The key of the first rank: a part of the weights or of the latent looks otherwise on each."""
-        return CalibrationKey(*self._ranks.first("key", [own.model, own.steps, own.sizes]), latent=self._ranks.first("latent", own.latent))
+        model, steps, sizes, latent = self._ranks.first("key", [own.model, own.steps, own.sizes, own.latent])
+        return CalibrationKey(model, steps, sizes, latent=latent)
 
     def _on_disk(self, key: CalibrationKey) -> Calibration | None:
         """As `find`; several ranks follow what the first one has."""
@@ -437,7 +438,9 @@ class AutoCalibrator:
             return
         search.saw(program, inputs)
         key = following.key
-        if self._ranks.any("lost", search.is_lost):  # Dynamo has let go of a graph, or there are other weights: it goes on from another generation
+        if self._ranks.any(
+            "lost", search.is_lost
+        ):  # Dynamo has let go of a graph, or there are other weights: it goes on from another generation
             del self._searches[key]
             return
         try:

@@ -52,6 +52,7 @@ class GroupAgreement:
         self._count = 0  # exchanges so far
         self._last: dict[int, Place] = {}  # where each rank was at the last exchange
         self._why = ""  # this rank has stepped aside
+        self._own_words = ""  # with which error
         self._failed = -1  # how many exchanges there had been when this rank failed last
 
     @property
@@ -110,14 +111,16 @@ class GroupAgreement:
             return None
         self._failed = self._count
         broken = _is_about_communication(error)
-        words = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        words = self._own_words = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         try:
             self._store.set(f"{'lost' if broken else 'failed'}/{self._own}", json.dumps([self._count, *place, words]))
             if not broken:
                 return None
-            gone = self._who_is_silent()
+            gone, failed = self._who_is_silent(), self._failures()
         except dist.DistError as lost:
             return RankError(f"{self._lost(place, 'the model', lost)} The model's own communication failed with {words}")
+        if failed:
+            return RankError(f"{failed} Rank {self._own} communicated with it in {_at(place)}: {words}")
         if not gone:
             return None  # all ranks lost one another: the network, not a process
         return RankError(
@@ -136,18 +139,32 @@ class GroupAgreement:
             else:  # it is late: has it said why?
                 if self._store.check([f"aside/{rank}"]) and not self._store.check([key]):
                     return self._store.get(f"aside/{rank}").decode()
-                for kind in ("failed", "lost"):
-                    if not self._store.check([f"{kind}/{rank}"]):
-                        continue
-                    count, generation, step, words = json.loads(self._store.get(f"{kind}/{rank}"))
-                    if count != self._failed:  # where all failed together, all may go on
-                        raise RankError(
-                            f"rank {rank} failed in {_at((generation, step))} with {words}. Rank {self._own} waited for it in {_at(place)}"
-                        )
+                if failed := self._failures("failed", "lost"):
+                    raise RankError(f"{failed} Rank {self._own} waited for it in {_at(place)}")
             if time.monotonic() > until:
                 self._timed_out(number, topic, place)
             time.sleep(pause)
         return json.loads(self._store.get(key))
+
+    def _failures(self, *kinds: str) -> str:
+        """What other ranks say of their failures, in sentences; "" where all go on, as they may where all failed together.
+
+        Args:
+            kinds: "failed", the default, or "lost", of ranks that could not reach another one.
+        """
+        found = []
+        for rank in (r for r in self.ranks if r != self._own):
+            for kind in kinds or ("failed",):
+                if self._store.check([f"{kind}/{rank}"]):
+                    count, generation, step, words = json.loads(self._store.get(f"{kind}/{rank}"))
+                    if (
+                        kind == "failed"
+                        and count == self._failed
+                        and not _is_about_communication(RuntimeError(self._own_words))
+                    ):
+                        continue
+                    found.append(f"Rank {rank} failed in {_at((generation, step))} with {words}.")
+        return " ".join(found)
 
     def _timed_out(self, number: int, topic: str, place: Place) -> None:
         missing = [rank for rank in self.ranks if not self._store.check([f"{number}/{rank}"])]
@@ -194,6 +211,8 @@ class Ranks:
         ConfigError: something else.
     """
 
+    group: Any
+
     def __init__(self, group: Any = None, *, timeout: float = TIMEOUT) -> None:
         if isinstance(group, Ranks):
             group, timeout = group.group, group.timeout
@@ -234,12 +253,12 @@ class Ranks:
                 "Name all ranks that run it together: group=…"
             )
             return None
-        found = tuple(sorted(ranks))
-        if len(found) < 2 or dist.get_rank() not in found:
+        key = tuple(sorted(ranks))
+        if len(key) < 2 or dist.get_rank() not in key:
             return None
-        if found not in self._made:
-            self._made[found] = GroupAgreement(found, self.timeout)
-        return self._made[found]
+        if key not in self._made:
+            self._made[key] = GroupAgreement(key, self.timeout)
+        return self._made[key]
 
     def _given(self) -> tuple[int, ...]:
         try:
@@ -274,7 +293,7 @@ def _store_of_the_job() -> Any:
 
 
 def _group_named(name: str) -> Any:
-    return dist.distributed_c10d._resolve_process_group(name)
+    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 
 def _is_about_communication(error: Exception) -> bool:

@@ -61,7 +61,9 @@ class Rewrite(Pass):
         pattern, lines = _read(self.before, self.after)
         rewrites, refusals = 0, []
         for match in pattern.find(graph):
-            reasons = [f"'{n.name}' has an effect besides its value" for n in match.inside if is_effectful(n) or communicates(n)]
+            reasons = [
+                f"'{n.name}' has an effect besides its value" for n in match.inside if is_effectful(n) or communicates(n)
+            ]
             against = self.why_not(match)
             if not isinstance(against, list):
                 raise ContractError(f"'{self}': why_not gave {against!r}; it returns a list of reasons, empty for yes")

@@ -130,7 +130,7 @@ class SessionRanks:
         error: Exception | None = None
         try:
             made = make()
-        except Exception as failed:
+        except Exception as failed:  # noqa: BLE001 — whatever it is, the other ranks must hear of it
             error = failed
         if self.any(topic, error is not None):
             raise error or RankError(f"another rank failed where this one did not ({topic})")
@@ -192,5 +192,3 @@ class SessionRanks:
 
 def _at(place: Sequence[int]) -> str:
     return f"step {place[1]} of generation {place[0]}"
-
-

@@ -138,9 +138,7 @@ class Session:
         self._planner = StepPlanner(policy, num_steps, prepare, self._notices, self._reads, self.ranks)
         self._forward = ForwardWatch()
         self._lanes = StepLanes(self._planner, self._forward, self._reads)
-        self._placement = CallPlacement(
-            self._planner, self._lanes, self._forward, self._notices, self._reads, self.ranks
-        )
+        self._placement = CallPlacement(self._planner, self._lanes, self._forward, self._notices, self._reads, self.ranks)
         self._computed = ComputedSteps(self.store)
         self._weights = WeightsToken()
         self._pair = LanePair(self._reads, self._notices)
