@@ -15,6 +15,8 @@ import torch
 
 from bench.common import Bench, arguments
 from tests.support.histories import histories
+from tests.support.rank_programs import ENDS, FAULTS, OTHER_FAULTS
+from tests.support.ranks import RankProcesses
 
 SHARD = 40  # histories that one process plays in a row: as many as share their compiled models
 
@@ -23,11 +25,14 @@ def main() -> None:
     args = arguments(
         __doc__,
         lambda p: p.add_argument("--histories", type=int, default=3000),
+        lambda p: p.add_argument("--edges", type=int, default=500, help="runs on two ranks"),
         lambda p: p.add_argument("--first-seed", type=int, default=0),
         lambda p: p.add_argument("--workers", type=int, default=os.cpu_count(), help="processes"),
     )
     bench = Bench("thorough", "every-2 and every-3 on one model")
     call_histories(bench, args.histories, args.first_seed, args.workers)
+    equal_plans(bench, args.edges)
+    planted_faults(bench)
     bench.write(args.json)
 
 
@@ -58,6 +63,46 @@ def call_histories(bench: Bench, count: int, first_seed: int, workers: int) -> N
     for kind in sorted(may):
         share = did[kind] / may[kind]
         bench.row(f"reuse where it may be: {kind}", share, "of calls", ">= 0.95", may=may[kind], did=did[kind], commit=at)
+
+
+def equal_plans(bench: Bench, count: int) -> None:
+    """Two ranks whose thresholds are within 1e-6 of one of their metrics: the plans are equal at every seed."""
+    unequal, runs, at = 0, 0, commit()
+    with RankProcesses(2) as pair:
+        for kind in ("adacache", "teacache"):
+            for first in range(0, count // 2, 25):
+                seeds = list(range(first, min(first + 25, count // 2)))
+                one, other = pair.run("tests.support.rank_programs:at_the_edge", kind, seeds, timeout=600)
+                unequal += sum(a != b for a, b in zip(one["plans"], other["plans"], strict=True))
+                runs += len(one["plans"])
+                print(f"{runs} of {count} runs at the edge of a threshold, {unequal} unequal plans", flush=True)
+    bench.row("unequal plans on two ranks at the edge of a threshold", unequal, "runs", "== 0", runs=runs, commit=at)
+
+
+def planted_faults(bench: Bench) -> None:
+    """One rank differs or fails: the plans stay equal, or the ranks end within their timeouts (5 s, and 8 s of gloo's) and say why."""
+    wrong, at = [], commit()
+    pair = RankProcesses(2, patience=8)
+    for name in (*OTHER_FAULTS, *FAULTS):
+        one, other = pair.run("tests.support.rank_programs:fault", name, timeout=150)
+        ends = name in ENDS
+        clear = one is not None and (("rank 1" in one["error"].lower()) if ends else one["error"] == other["error"] == "")
+        # A rank that loses its place counts its steps otherwise, or its history is gone: its plans are those that it reused.
+        if not clear or one["seconds"] > 15 or (not ends and len(one["reused"]) < len(other["reused"])):
+            wrong.append(name)
+        print(f"{name}: {'wrong' if name in wrong else 'right'}", flush=True)
+        if ends:
+            pair.__exit__()
+            pair = RankProcesses(2, patience=8)
+    pair.__exit__()
+    bench.row(
+        f"planted faults of {len(FAULTS) + len(OTHER_FAULTS)} that hang, or end unclearly",
+        len(wrong),
+        "faults",
+        "== 0",
+        wrong=wrong,
+        commit=at,
+    )
 
 
 def _play(shard: tuple[int, int]) -> tuple[int, Counter[str], Counter[str], list[str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from torch import fx
@@ -15,6 +15,7 @@ from vdcache.backends.inductor import CUDA_GRAPHS
 from vdcache.backends.runner import compile_with
 from vdcache.backends.settings import Settings
 from vdcache.calibration.auto_calibrator import AutoCalibrator
+from vdcache.distributed.agreement import Ranks
 from vdcache.errors import ConfigError
 from vdcache.methods.recipe import Recipe
 from vdcache.methods.registry import for_goal
@@ -24,6 +25,7 @@ from vdcache.util.checks import check_model
 
 __all__ = ["backend", "check_options", "compile", "settings_of"]
 
+_SHARED: list[Any] = []  # who runs models together that are compiled by torch.compile, by group
 _TORCH_COMPILE = ("fullgraph", "dynamic", "mode")
 
 
@@ -42,6 +44,7 @@ def compile(
     search_share: float = 0.1,
     generations: int | None = None,
     pipeline: Any = None,
+    group: Any = None,
     **torch_compile: Any,
 ) -> Any:
     """Compile a denoiser so that it skips work by a caching recipe.
@@ -62,6 +65,8 @@ def compile(
         search_share: how much the search of `vdcache-auto` may add to one generation, as a share of an uncached one (but one step at
             least). `math.inf` searches all at once, when the first generation ends.
         pipeline: passes in place of the recipe's: a `Pipeline`, its text, or a sequence of passes.
+        group: the ranks that run this model together and so take the same decisions: a process group, a DeviceMesh, numbers of ranks,
+            or a `vdcache.distributed.Ranks`. Default: those that the collectives in its graph reach.
         torch_compile: `fullgraph`, `dynamic`, `mode` of torch.compile. A recipe with masks compiles every size on its own
             (dynamic=False) unless told otherwise.
 
@@ -87,6 +92,7 @@ def compile(
         "search_share": search_share,
         "generations": generations,
         "pipeline": pipeline,
+        "group": group,
     }
     settings = settings_of(options)
     return compile_with(model, settings, **torch_compile)
@@ -110,7 +116,12 @@ def backend(
         ConfigError: an option that does not exist or cannot be.
         CaptureError: under `strict`, a graph that vdcache does not understand or that holds nothing to cache.
     """
-    return compile_graph(graph, example_inputs, settings_of(options), mode)
+    settings = settings_of(options)
+    # Every graph has its own settings here: those of one model have one agreement.
+    settings = replace(settings, ranks=next((r for r in _SHARED if r == settings.ranks), settings.ranks))
+    if settings.ranks not in _SHARED:
+        _SHARED.append(settings.ranks)
+    return compile_graph(graph, example_inputs, settings, mode)
 
 
 def settings_of(options: Mapping[str, Any] | None) -> Settings:
@@ -120,7 +131,13 @@ def settings_of(options: Mapping[str, Any] | None) -> Settings:
         ConfigError: an option or a recipe that does not exist or cannot be.
     """
     options = dict(options or {})
-    known = [*(f.name for f in fields(Settings) if f.compare), "speedup", "quality_db", "pipeline"]
+    known = [
+        *(f.name for f in fields(Settings) if f.compare and f.name != "ranks"),
+        "speedup",
+        "quality_db",
+        "pipeline",
+        "group",
+    ]
     for name in options:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
@@ -139,8 +156,11 @@ def settings_of(options: Mapping[str, Any] | None) -> Settings:
     chosen = for_goal(options.pop("recipe", None), options.pop("speedup", None), options.pop("quality_db", None))
     if (passes := options.pop("pipeline", None)) is not None:
         chosen = chosen.with_passes(passes)
+    group = options.pop("group", None)
     searches = None if chosen.goal is None else _searching_session
-    return Settings(recipe=chosen, inductor=tuple(sorted(inductor.items())), make_session=searches, **options)
+    return Settings(
+        recipe=chosen, inductor=tuple(sorted(inductor.items())), make_session=searches, ranks=Ranks(group), **options
+    )
 
 
 def _searching_session(settings: Settings) -> Session:

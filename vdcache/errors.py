@@ -15,6 +15,7 @@ __all__ = [
     "CaptureError",
     "ConfigError",
     "ContractError",
+    "RankError",
     "VdcacheError",
     "VdcacheWarning",
     "inform_once",
@@ -41,6 +42,10 @@ class ContractError(VdcacheError, RuntimeError):
 
 class CacheStateError(VdcacheError, RuntimeError):
     """The session was used in an order that has no meaning, for example `step()` before `begin()`."""
+
+
+class RankError(VdcacheError, RuntimeError):
+    """Processes that run one model together can go on no longer: one of them is gone, or came to no decision in time."""
 
 
 class VdcacheWarning(UserWarning):

@@ -35,17 +35,20 @@ def run(rank: int, folder: str) -> None:
             call = x, torch.tensor([1000.0 - 100 * step]), torch.ones(1, 5, 32)
             exact.append(torch.equal(fast(*call), model(*call)))
     graphs = fast.vdcache.graphs
-    flops = [graphs[0].variants.flops(plan) for plan in graphs[0].variants.plans]
-    found = [exact, fast.vdcache.history.computed_steps(), len(graphs), min(flops) / max(flops)]
+    variants = graphs[0].variants
+    flops = [variants.flops(plan) for plan in variants.plans]
+    exchanged = [len(variants[plan].collectives) for plan in variants.plans]
+    found = [exact, fast.vdcache.history.computed_steps(), len(graphs), min(flops) / max(flops), exchanged]
     with open(f"{folder}/{rank}.json", "w") as file:
         json.dump(found, file)
     dist.destroy_process_group()
 
 
-def test_computed_steps_are_exact_and_attention_is_skipped(tmp_path):
-    """The branches that communicate are computed at every step: skipping them takes ranks that agree."""
+def test_computed_steps_are_exact_and_a_reused_step_communicates_nothing(tmp_path):
+    """The ranks of the weights' mesh agree, so they skip their collectives together."""
     mp.spawn(run, (str(tmp_path),), nprocs=2)
     for rank in range(2):
-        exact, computed, graphs, flops = json.loads((tmp_path / f"{rank}.json").read_text())
+        exact, computed, graphs, flops, exchanged = json.loads((tmp_path / f"{rank}.json").read_text())
         assert exact == [step in computed for step in range(STEPS)]
-        assert computed == [0, 3, 5] and graphs == 1 and flops < 0.8
+        assert computed == [0, 3, 5] and graphs == 1 and flops < 0.2
+        assert exchanged[0] > 0 and exchanged[1] == 0

@@ -18,11 +18,12 @@ from vdcache.backends.settings import Settings
 from vdcache.backends.verdict import Verdict, breaks_since
 from vdcache.errors import CaptureError, ConfigError, VdcacheError
 from vdcache.ir import dialect
-from vdcache.ir.capture import capture, faked
-from vdcache.ir.ops import ATTENTION, is_work
+from vdcache.ir.capture import Captured, capture, faked
+from vdcache.ir.ops import ATTENTION, allow_skipping, groups_of, is_work
 from vdcache.ir.stand_ins import brought, stored
 from vdcache.passes import TileAttention
 from vdcache.policies.base import Deciding
+from vdcache.runtime.agreement import Agreement
 
 __all__ = ["Backend", "compile_graph"]
 
@@ -63,11 +64,13 @@ def compile_graph(
     began = time.perf_counter()
     try:
         captured = capture(graph, example_inputs)
-        program = Program(captured, settings, family, resumes, verdict)
+        agreement = _agreed(captured, settings)
+        program = Program(captured, settings, family, resumes, verdict, agreement)
         program.capturing = time.perf_counter() - began
     except VdcacheError as error:
         if settings.strict or isinstance(error, ConfigError):
             raise
+        _step_aside(graph, example_inputs, settings, str(error))
         return _plain(graph, example_inputs, settings, str(error))
     if verdict is None and not program.slots and hook_in_the_way():
         settings.warn_once(
@@ -84,6 +87,30 @@ def compile_graph(
     program.variants.compile_first(captured.wrapped.flat(faked(example_inputs)))
     settings.programs.append(program)
     return program if not captured.wrapped else lambda *inputs: program(*captured.wrapped.flat(inputs))
+
+
+def _agreed(captured: Captured, settings: Settings) -> Agreement | None:
+    """The ranks that run a graph together, if there are others: they skip its collectives together."""
+    if settings.ranks is None:
+        return None
+    found = settings.ranks.of(groups_of(captured.graph.graph), lambda m: settings.warn_once("groups", f"vdcache: {m}"))
+    if found is None:
+        return None
+    allow_skipping(captured.graph.graph)
+    return found
+
+
+def _step_aside(graph: fx.GraphModule, example_inputs: Sequence[Any], settings: Settings, why: str) -> None:
+    """Where other ranks run this graph too, tell them that this one runs it plainly. Nothing is known of it but what Dynamo saw."""
+    if settings.ranks is None:
+        return
+    groups = list(groups_of(graph.graph))
+    for value in example_inputs:
+        if (mesh := getattr(value, "device_mesh", None)) is not None:
+            cut = [dim for dim, placement in enumerate(value.placements) if not placement.is_replicate()]
+            groups += [mesh.get_group(dim) for dim in cut]
+    if (agreement := settings.ranks.of(groups, lambda message: None)) is not None:
+        agreement.step_aside(why.partition("\n")[0])
 
 
 def _why_plain(example_inputs: Sequence[Any], mode: str | None) -> str:

@@ -18,6 +18,7 @@ from vdcache.ir.capture import Captured
 from vdcache.passes import Observe, VariantOutputs
 from vdcache.policies.plan import Plan
 from vdcache.runtime import registry
+from vdcache.runtime.agreement import Agreement
 from vdcache.runtime.call import CallContext, ProbeResult, VariantInputs
 from vdcache.runtime.session import Session
 from vdcache.util.slots import group_of
@@ -43,6 +44,7 @@ class Program:
         frame: identity of the user's frame.
         resumes: whether this graph goes on where another one left off.
         verdict: of the model, which knows why its forward is broken.
+        agreement: of the ranks that run the model together.
     """
 
     def __init__(
@@ -52,7 +54,9 @@ class Program:
         frame: Hashable = None,
         resumes: bool = False,
         verdict: Verdict | None = None,
+        agreement: Agreement | None = None,
     ) -> None:
+        self.agreement = agreement
         self.settings, self.family, self._resumes, self._verdict = settings, frame, resumes, verdict
         self.guarded = GuardedGraph.made(captured, settings.recipe.pipeline)
         self.inputs = given = inputs_of(captured, self.guarded.analysis)
@@ -86,6 +90,10 @@ class Program:
     def needs(self, plan: Plan) -> VariantInputs:
         """What the plan's variant takes besides the model's inputs."""
         return self.variants[plan].needs
+
+    def collectives(self, plan: Plan) -> tuple[str, ...]:
+        """What the plan's variant exchanges with other ranks, in order."""
+        return self.variants[plan].collectives
 
     def warm_up(self) -> None:
         """Compile every variant that can be compiled without knowing more sizes."""
@@ -128,15 +136,17 @@ class Program:
         mine, claimed = session.claim(self.settings.new_session)
         try:
             return self._under(mine, inputs)
-        except BaseException:
+        except BaseException as error:
             mine.failed()
+            if isinstance(error, Exception) and (cause := mine.ranks.explain(error)) is not None:
+                raise cause from error
             raise
         finally:
             if claimed:
                 mine.release()
 
     def _under(self, session: Session, inputs: Sequence[Any]) -> Sequence[Any]:
-        session.adopt(self)
+        session.adopt(self, self.agreement)
         if self.settings.on_inputs is not None:
             self.settings.on_inputs(self, inputs)
         compiler = self.variants.compiler

@@ -12,6 +12,7 @@ import torch
 from vdcache.attention.autotune import check_lowering
 from vdcache.errors import ConfigError, inform_once, warn_once
 from vdcache.methods.recipe import Recipe
+from vdcache.runtime.agreement import AgreementFinder
 from vdcache.runtime.session import Session
 from vdcache.util.checks import number, step_count, whole
 
@@ -38,6 +39,7 @@ class Settings:
         search_share: how much `vdcache-auto` may add to one generation while it searches, as a share of an uncached one.
         session: the session of the model, where somebody else has made it.
         make_session: makes one; a plain session that follows the recipe's policy without.
+        ranks: finds who runs a model together with this process; nobody without.
 
     Raises:
         ConfigError: anything that does not exist or cannot be.
@@ -54,6 +56,7 @@ class Settings:
     generations: int | None = None
     session: Session | None = field(default=None, compare=False)
     make_session: Callable[[Settings], Session] | None = field(default=None, compare=False)
+    ranks: AgreementFinder | None = None
     on_warning: Callable[[str], None] | None = field(default=None, compare=False)  # is told what would be a warning
     on_inputs: Callable[[Any, Sequence[Any]], None] | None = field(
         default=None, compare=False
@@ -87,7 +90,8 @@ class Settings:
 
     def anew(self) -> Settings:
         """The same options for another model: no session, no listener, nothing compiled, nothing said."""
-        return replace(self, session=None, on_warning=None, on_inputs=None, programs=[], _said=set())
+        ranks = None if self.ranks is None else self.ranks.anew()
+        return replace(self, ranks=ranks, session=None, on_warning=None, on_inputs=None, programs=[], _said=set())
 
     def new_session(self) -> Session:
         """A session for one model."""

@@ -16,11 +16,12 @@ from vdcache.backends.guarded import GuardedGraph
 from vdcache.backends.inductor import CUDA_GRAPHS, Compiled, Context, asks_for_cuda_graphs, compile_own, no_autocast
 from vdcache.backends.lowering import lower_tiles, tile_sites
 from vdcache.backends.settings import Settings
-from vdcache.errors import ConfigError
+from vdcache.errors import ConfigError, ContractError
 from vdcache.ir import dialect
 from vdcache.ir.capture import first_line, is_control_flow
 from vdcache.ir.edit import copy_graph
 from vdcache.ir.edit import inputs as graph_inputs
+from vdcache.ir.ops import collective_order
 from vdcache.passes import DeadCode, Pipeline, Specialise, VariantOutputs, head_io, variant_io
 from vdcache.passes.mark_lanes import halve_lanes, lanes_io
 from vdcache.passes.outline import Outline
@@ -189,7 +190,8 @@ class PlanVariant(LazyVariant):
     def __init__(
         self, graph: fx.GraphModule, needs: VariantInputs, compiler: VariantCompiler, carried: Sequence[Tensor]
     ) -> None:
-        self.io, self.needs = io, needs = variant_io(graph), needs
+        self.io = io = variant_io(graph)
+        self.needs, self.collectives = needs, collective_order(graph.graph)
         super().__init__(graph, io.added_values, compiler, carried)
         self._results_alone = not (io.saves or io.previous or io.emits or io.measures)
 
@@ -294,6 +296,7 @@ class Variants:
         graph, _ = Pipeline((specialise, DeadCode()), given=given).run(guarded.body)
         if half and lanes is not None and self.lanes is not None:
             halve_lanes(graph, lanes, self.lanes.output)
+        _check_order(guarded.body, graph, plan)
         io = variant_io(graph)
         frames: dict[str, Any] = {str(n.args[1]): n.args[4] for n in dialect.observations(guarded.body.graph)}
         layouts = tuple(MetricSpec(slot, distance, strides, frames[slot]) for slot, distance, strides in io.measures)
@@ -347,3 +350,14 @@ class Variants:
         """Compile every variant that can be compiled without knowing more sizes."""
         for part in self._parts(self.plans):
             part.warm_up()
+
+
+def _check_order(body: fx.GraphModule, variant: fx.GraphModule, plan: Plan) -> None:
+    """Every variant communicates in the order of the whole graph, which is the same on all ranks: it leaves exchanges out, and moves none.
+
+    Raises:
+        ContractError: it does not.
+    """
+    rest = iter(collective_order(body.graph))
+    if (moved := next((c for c in collective_order(variant.graph) if c not in rest), None)) is not None:
+        raise ContractError(f"the variant that reuses {plan} communicates in another order than the model does, at '{moved}'")

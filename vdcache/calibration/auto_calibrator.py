@@ -106,7 +106,9 @@ class AutoCalibrator:
         warn: Callable[[str, str], None],
         log: Callable[[str, str], None],
     ) -> None:
-        self._session, self._goal, self._share, self._strict, self._warn, self._log = session, goal, share, strict, warn, log
+        self._session, self._goal, self._share, self._strict, self._warn = session, goal, share, strict, warn
+        self._ranks = session.ranks
+        self._log = lambda key, message: log(key, message) if self._ranks.is_first else None  # one rank speaks for all
         self._now = _Generation()
         self._seen: dict[CalibrationKey, tuple[float, ...]] = {}  # timesteps of the last generation of each key
         # What this session follows, should the disk take none; the newest last.
@@ -130,6 +132,10 @@ class AutoCalibrator:
     def __call__(
         self, program: Any, inputs: Sequence[Any], results: Sequence[Any], kept: dict[str, Tensor], record: Record
     ) -> None:
+        if self._ranks.apart:  # every step is computed
+            self._searches.clear()
+            self._now.run = None
+            return
         if not self._session.follows(program):  # it runs before the step is known, and is computed whatever the plan
             self._before.add(program)
             return
@@ -152,7 +158,7 @@ class AutoCalibrator:
     def _begin(self, program: Any, inputs: Sequence[Any], record: Record) -> None:
         """Follow what is known, or record."""
         now, steps = self._now, self._session.num_steps
-        now.number, now.key = record.generation, key_of(program, inputs, steps or 0)
+        now.number, now.key = record.generation, self._key(key_of(program, inputs, steps or 0))
         if now.key in self._closed:
             return
         expected = self._seen.get(now.key, ())
@@ -254,14 +260,45 @@ class AutoCalibrator:
         found = [*reversed(self._found.values())]
         own = next((c for c in found if c.key.is_like(key)), None)
         if (own is None or own.tentative) and not self.frozen:
-            kept = find(key, self._goal)
+            kept = self._on_disk(key)
             own = kept if own is None or (kept is not None and not kept.tentative) else own
         if own is not None:
             return own
         others = [c for c in found if c.key.apart(key) == 0]
         if not others and not self.frozen:
-            others = [c for c in of_other_sizes(key, self._goal) if c.key.apart(key) == 0]
+            others = [c for c in self._of_other_sizes(key) if c.key.apart(key) == 0]
         return min(others, key=lambda c: c.tentative, default=None)
+
+    # ---- what ranks that run the model together have in common -----------------------------------------------------
+
+    def _key(self, own: CalibrationKey) -> CalibrationKey:
+        """The key of the first rank: a part of the weights or of the latent looks otherwise on each."""
+        model, steps, sizes, latent = self._ranks.first("key", [own.model, own.steps, own.sizes, own.latent])
+        return CalibrationKey(model, steps, sizes, latent=latent)
+
+    def _on_disk(self, key: CalibrationKey) -> Calibration | None:
+        """As `find`; several ranks follow what the first one has."""
+        if not self._ranks:
+            return find(key, self._goal)
+        found = find(key, self._goal) if self._ranks.is_first else None
+        text = self._ranks.first("calibration", None if found is None else found.to_json())
+        return found if self._ranks.is_first or text is None else Calibration.from_json(text)
+
+    def _of_other_sizes(self, key: CalibrationKey) -> list[Calibration]:
+        """As `of_other_sizes`; several ranks follow what the first one has."""
+        if not self._ranks:
+            return of_other_sizes(key, self._goal)
+        found = of_other_sizes(key, self._goal) if self._ranks.is_first else []
+        texts = self._ranks.first("calibrations", [c.to_json() for c in found])
+        return found if self._ranks.is_first else [Calibration.from_json(text) for text in texts]
+
+    def _table(self, gathering: StepTableBuilder) -> StepTable:
+        """Of the whole values, of which each rank has seen a part."""
+        products = self._ranks.together("table", gathering.products)
+        flat = self._ranks.total("products", products.flatten().tolist())
+        if flat is None:
+            raise _Passing("the ranks have seen unequal parts of it")
+        return StepTable(np.array(flat).reshape(1, *products.shape), gathering.bytes)
 
     def _of_a_near_size(self, times: Sequence[float]) -> Calibration | None:
         """A schedule of a near size, to be followed until the search for this one has found its own; None where only running tells."""
@@ -270,7 +307,7 @@ class AutoCalibrator:
         key = replace(self._now.key, times=tuple(times))
         known = [
             c
-            for c in [*reversed(self._found.values()), *of_other_sizes(key, self._goal)]
+            for c in [*reversed(self._found.values()), *self._of_other_sizes(key)]
             if 0 < c.key.apart(key) <= NEAR and not c.tentative
         ]
         if not known:
@@ -346,17 +383,16 @@ class AutoCalibrator:
         """
         began, now = time.perf_counter(), self._now
         key = replace(now.key, times=tuple(now.times)) if now.following is None else now.following.key
-        table = run.table or StepTable(
-            np.stack([run.gathering.products()]), run.gathering.bytes, key.times if len(key.times) == key.steps else ()
-        )
+        table = run.table or replace(self._table(run.gathering), times=key.times if len(key.times) == key.steps else ())
         wrong = [step for step, own in enumerate(table.products[0].diagonal()) if not np.isfinite(own)]
-        if (step := run.recording.not_finite()) is not None or wrong:
+        step = run.recording.not_finite()
+        if self._ranks.any("not finite", step is not None) or wrong:
             raise _Passing(
-                f"the model was given or gave NaN or infinity in step {min([*wrong[:1], *([] if step is None else [step])])}"
+                f"the model was given or gave NaN or infinity in step {min([*wrong[:1], *([] if step is None else [step])], default='?')}"
             )
         cost = cost_of_reuse([*run.programs, *self._before])
         try:
-            replay = TrajectoryReplay(run.recording)
+            replay = self._ranks.together("replay", lambda: TrajectoryReplay(run.recording))
         except (VdcacheError, RuntimeError, MemoryError) as error:
             if now.following is not None and isinstance(error, VdcacheError):
                 note = f"it stays as it was, because {_words(error)}"
@@ -366,6 +402,8 @@ class AutoCalibrator:
             return
         search = PiecewiseSearch(replay, table, self._goal, cost, CACHED)
         search.seconds = time.perf_counter() - began
+        if self._ranks:  # the results of a run lie in parts on all ranks
+            search.scored.agreed = lambda error: self._ranks.mean("error", error)
         self._searches[key] = search
         while len(self._searches) > SEARCHES:
             del self._searches[next(iter(self._searches))]
@@ -400,7 +438,9 @@ class AutoCalibrator:
             return
         search.saw(program, inputs)
         key = following.key
-        if search.is_lost:  # Dynamo has let go of a graph, or there are other weights: it goes on from another generation
+        if self._ranks.any(
+            "lost", search.is_lost
+        ):  # Dynamo has let go of a graph, or there are other weights: it goes on from another generation
             del self._searches[key]
             return
         try:
@@ -414,7 +454,7 @@ class AutoCalibrator:
     def _advance(self, key: CalibrationKey, search: PiecewiseSearch, allowed: float) -> None:
         """Let a search go on, and take what it has found."""
         try:
-            ended = search.advance(allowed)
+            ended = self._ranks.together("search", lambda: search.advance(allowed))
         except Exception as error:
             if isinstance(error, VdcacheError):
                 raise  # what was run says that the goal is out of reach
@@ -468,13 +508,14 @@ class AutoCalibrator:
     def _keep(self, found: Calibration) -> None:
         """Follow a calibration from the next generation on, and keep it for other processes."""
         before = self._found.get(found.key)
-        if found.tentative and (ended := find(found.key, self._goal)) is not None and not ended.tentative:
+        if found.tentative and (ended := self._on_disk(found.key)) is not None and not ended.tentative:
             self._searches.pop(found.key, None)  # another session was faster
             self._take(ended)
             return
         try:
-            found = replace(found, path=keep(found))
-            where = f"kept in {found.path}"
+            if self._ranks.is_first:
+                found = replace(found, path=keep(found))
+            where = f"kept in {found.path}" if found.path is not None else "kept by the first rank"
         except OSError as error:
             where = f"not kept for other processes: {error}"
         self.calibration = found

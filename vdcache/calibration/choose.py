@@ -45,11 +45,13 @@ class ScheduleScores:
         known: by computed steps, prediction and prompt.
         tick: told what is being run, for progress bars.
         keep: told after every run.
+        agreed: the error of a run, as a share of the largest value squared, for all ranks that have made it together.
     """
 
     known: dict[tuple[tuple[int, ...], Prediction, int], float] = field(default_factory=dict)
     tick: Callable[[str], None] = lambda text: None
     keep: Callable[[ScheduleScores], None] = lambda scored: None
+    agreed: Callable[[float], float] | None = None
 
     def psnr(self, runs: Runs, schedule: Schedule, prompt: int) -> float:
         key = schedule.computed, schedule.prediction, prompt
@@ -57,7 +59,11 @@ class ScheduleScores:
             self.tick(
                 f"{len(schedule.computed)} of {schedule.steps} steps, {schedule.prediction.rule}, {schedule.scope}, prompt {prompt + 1}"
             )
-            self.known[key] = psnr_of(runs.of(schedule, prompt), runs.wanted(prompt))
+            found = psnr_of(runs.of(schedule, prompt), runs.wanted(prompt))
+            if self.agreed is not None:
+                error = self.agreed(10 ** (-found / 10))
+                found = -10 * math.log10(error) if error > 0 else LOSSLESS if error == 0 else -math.inf
+            self.known[key] = found
             self.keep(self)
         return self.known[key]
 

@@ -410,6 +410,7 @@ class Rerun:
         self._replay = replay
         self._session = Session(policy, len(replay.steps), name="rerun")
         self._session.rule = rule
+        self._session.ranks.is_replay = True
         self.latents: list[Tensor] = [replay.start]
         self._outputs: list[list[Tensor]] = []
         with unused():

@@ -13,6 +13,10 @@ __all__ = [
     "NORMS",
     "SLICES",
     "VIEWS",
+    "allow_skipping",
+    "collective_order",
+    "communicates",
+    "groups_of",
     "is_effectful",
     "is_work",
     "same_type",
@@ -61,6 +65,10 @@ _RANDOM = _all(
     "multinomial",
 )
 
+_COMMUNICATION = frozenset({"c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor", "symm_mem"})
+_REDUCTIONS = frozenset({"sum", "avg", "product", "min", "max", "band", "bor", "bxor"})
+_SKIPPABLE = "vdcache.skippable"  # in the meta of a node that communicates
+
 
 def is_work(node: fx.Node) -> bool:
     """Whether the node does what a cache may save: matrix products, convolutions, attention, third-party kernels."""
@@ -70,11 +78,46 @@ def is_work(node: fx.Node) -> bool:
         return True
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         return True
+    if communicates(node):  # the same values, elsewhere: it makes no attention a fused branch
+        return False
     return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace not in ("aten", "prims", "prim")
 
 
+def communicates(node: fx.Node) -> bool:
+    """Whether a node exchanges values with other processes, or waits for such an exchange. In graphs of Dynamo too."""
+    if node.op != "call_function":
+        return False
+    name = node.target._qualified_op_name if isinstance(node.target, torch._ops.OpOverloadPacket) else str(node.target)
+    return name.partition(".")[0].partition("::")[0] in _COMMUNICATION
+
+
+def groups_of(graph: fx.Graph) -> tuple[object, ...]:
+    """The process groups that a graph communicates in, each once: names, or the groups themselves where the graph holds those."""
+    found = (a for n in graph.nodes if communicates(n) for a in (*n.args, *n.kwargs.values()))
+    return tuple(dict.fromkeys(a for a in found if (isinstance(a, str) and a not in _REDUCTIONS) or hasattr(a, "group_name")))
+
+
+def collective_order(graph: fx.Graph) -> tuple[str, ...]:
+    """Every exchange with other processes, in the order in which it begins: the operation and what it is given besides tensors and sizes."""
+
+    def words(node: fx.Node) -> str:
+        given = (a for a in (*node.args, *node.kwargs.values()) if isinstance(a, str) or hasattr(a, "group_name"))
+        return " ".join([str(node.target), *(str(getattr(a, "group_name", a)) for a in given)])
+
+    return tuple(words(n) for n in graph.nodes if communicates(n) and "wait_tensor" not in str(n.target))
+
+
+def allow_skipping(graph: fx.Graph) -> int:
+    """Say that all processes skip the same exchanges of this graph and of its copies: then these have no effect besides their value. How many."""
+    found = [n for n in graph.nodes if communicates(n) and not n.target._schema.is_mutable]
+    for node in found:
+        node.meta[_SKIPPABLE] = True
+    return len(found)
+
+
 def is_effectful(node: fx.Node) -> bool:
-    """Whether skipping the node changes more than its value: writes, random numbers, communication, dropout in training."""
+    """Whether skipping the node changes more than its value: writes, random numbers, dropout in training, and communication, unless all
+    processes skip it together (`allow_skipping`)."""
     if node.op != "call_function":
         return False
     if node.target in _RANDOM:
@@ -85,7 +128,7 @@ def is_effectful(node: fx.Node) -> bool:
         rate = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
         return bool(rate)
     if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.is_mutable or "c10d" in node.target.namespace
+        return node.target._schema.is_mutable or (communicates(node) and not node.meta.get(_SKIPPABLE))
     return "autocast" in str(node.target)
 
 

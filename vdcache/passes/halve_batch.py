@@ -19,7 +19,7 @@ from torch import fx
 
 from vdcache.errors import CaptureError
 from vdcache.ir.edit import backward_slice, call, evaluate
-from vdcache.ir.ops import is_effectful, tensor_of
+from vdcache.ir.ops import communicates, is_effectful, tensor_of
 
 __all__ = ["halve"]
 
@@ -71,7 +71,7 @@ def halve(
             or not any(p in new for p in node.all_input_nodes)
         ):
             continue
-        if is_effectful(node):
+        if is_effectful(node) or communicates(node):
             raise CaptureError(
                 f"'{node.name}' ({node.target}) does more than compute a value, and cannot run on half of a batch"
             )

@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from torch import fx
 
-from vdcache.ir.ops import VIEWS, is_effectful
+from vdcache.ir.ops import VIEWS, communicates, is_effectful
 from vdcache.ir.regions import LEAST, Region, call_regions, operation, region_of
 from vdcache.passes.base import Pass, PassResult, Refusal
 from vdcache.patterns.analysis import analyze, forget
@@ -74,7 +74,7 @@ def _same_beginnings(blocks: list[list[fx.Node]]) -> list[list[fx.Node]]:
 
 def _why_not(region: Region) -> str | None:
     """Why a block has to stay where it is; None where it need not."""
-    if (effect := next(filter(is_effectful, region.inside), None)) is not None:
+    if (effect := next((n for n in region.inside if is_effectful(n) or communicates(n)), None)) is not None:
         return f"'{effect.name}' does more than compute its value"
     if not region.takes_values:
         return "an operation in it calls a graph"

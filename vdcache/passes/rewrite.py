@@ -12,7 +12,7 @@ from torch import fx
 from vdcache.errors import ConfigError, ContractError
 from vdcache.ir.dump import name_of_op, type_of
 from vdcache.ir.edit import call
-from vdcache.ir.ops import is_effectful, same_type
+from vdcache.ir.ops import communicates, is_effectful, same_type
 from vdcache.ir.tokens import Line, lines_of
 from vdcache.passes.base import Pass, PassResult, Refusal
 from vdcache.patterns.match import Match, Pattern
@@ -61,7 +61,9 @@ class Rewrite(Pass):
         pattern, lines = _read(self.before, self.after)
         rewrites, refusals = 0, []
         for match in pattern.find(graph):
-            reasons = [f"'{n.name}' has an effect besides its value" for n in match.inside if is_effectful(n)]
+            reasons = [
+                f"'{n.name}' has an effect besides its value" for n in match.inside if is_effectful(n) or communicates(n)
+            ]
             against = self.why_not(match)
             if not isinstance(against, list):
                 raise ContractError(f"'{self}': why_not gave {against!r}; it returns a list of reasons, empty for yes")

@@ -45,6 +45,7 @@ def apply(
     inductor: Mapping[str, Any] | None = None,
     tiles: str = "auto",
     outline: bool = True,
+    group: Any = None,
     search_share: float = 0.1,
     generations: int | None = None,
     **torch_compile: Any,
@@ -66,6 +67,7 @@ def apply(
         inductor: Inductor's own settings.
         tiles, outline, search_share: how attention under masks is computed, how blocks that repeat are compiled, how much of the search
             of `vdcache-auto` runs within one generation, as for `vdcache.compile`.
+        group: the ranks that run this pipeline together, as for `vdcache.compile`. Default: those that the collectives of each model reach.
         torch_compile: `fullgraph`, `dynamic`, `mode` of torch.compile.
 
     Returns the pipeline itself.
@@ -87,6 +89,7 @@ def apply(
         "outline": outline,
         "search_share": search_share,
         "generations": generations,
+        "group": group,
     }
     goal = {"speedup": speedup, "quality_db": quality_db}
     if isinstance(recipe, Mapping):

@@ -160,6 +160,9 @@ class CompiledGraph(Protocol):
     def needs(self, plan: Plan) -> VariantInputs:
         """What the plan's variant takes besides the model's inputs."""
 
+    def collectives(self, plan: Plan) -> tuple[str, ...]:
+        """What the plan's variant exchanges with other ranks, in order."""
+
     def warm_up(self) -> None:
         """Compile every variant."""
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from vdcache.runtime.agreement import SessionRanks
 from vdcache.runtime.call import CompiledGraph
 from vdcache.runtime.forward_watch import ForwardWatch
 from vdcache.runtime.lane_table import Lane, LaneQuery, LaneTable
@@ -37,8 +38,15 @@ class CallPlacement:
     """
 
     def __init__(
-        self, planner: StepPlanner, lanes: StepLanes, forward: ForwardWatch, notices: SessionWarnings, reads: DeviceReads
+        self,
+        planner: StepPlanner,
+        lanes: StepLanes,
+        forward: ForwardWatch,
+        notices: SessionWarnings,
+        reads: DeviceReads,
+        ranks: SessionRanks,
     ) -> None:
+        self._ranks = ranks
         self._planner, self._lanes, self._forward = planner, lanes, forward
         self._notices, self._reads = notices, reads
         self._tracker = StepTracker()
@@ -146,9 +154,10 @@ class CallPlacement:
 
         def repeated() -> bool:
             lane = table.known(question)
-            if lane is None:
-                return False
-            return self._lanes.repeats(graph, who, 0, (self.explicit_lane, lane.id, lane.id), inputs, same_latent)
+            own = lane is not None and self._lanes.repeats(
+                graph, who, 0, (self.explicit_lane, lane.id, lane.id), inputs, same_latent
+            )
+            return self._ranks.any("another latent", own)  # it makes a new step, or a window, of this call
 
         tick = self._tracker.tick(reading, repeated, last=self._planner.is_last)
         self._planner.timestep = tick.timestep

@@ -15,6 +15,7 @@ from vdcache.errors import CacheStateError, ConfigError
 from vdcache.policies.base import Policy
 from vdcache.policies.plan import RECOMPUTE, Plan
 from vdcache.policies.weights import WeightRule
+from vdcache.runtime.agreement import Agreement, SessionRanks
 from vdcache.runtime.call import CallContext, CompiledGraph, Emitted, Listener, ProbeResult, Recorder
 from vdcache.runtime.call_placement import CallPlacement
 from vdcache.runtime.computed_steps import ComputedSteps
@@ -96,11 +97,12 @@ class Session:
         self.rule: WeightRule | None = None  # of what is predicted, in the place of the recipe's
         self.listeners: list[Listener] = []
         self.recorder: Recorder | None = None
+        self.ranks = SessionRanks(name)
         self._reads, self._notices = DeviceReads(), SessionWarnings(name)
-        self._planner = StepPlanner(policy, num_steps, prepare, self._notices, self._reads)
+        self._planner = StepPlanner(policy, num_steps, prepare, self._notices, self._reads, self.ranks)
         self._forward = ForwardWatch()
         self._lanes = StepLanes(self._planner, self._forward, self._reads)
-        self._placement = CallPlacement(self._planner, self._lanes, self._forward, self._notices, self._reads)
+        self._placement = CallPlacement(self._planner, self._lanes, self._forward, self._notices, self._reads, self.ranks)
         self._computed = ComputedSteps(self.store)
         self._weights = WeightsToken()
         self._pair = LanePair(self._reads, self._notices)
@@ -250,8 +252,10 @@ class Session:
         began = self.times.begin()
         try:
             result = run(*args, **kwargs)
-        except BaseException:
+        except BaseException as error:
             self.failed()
+            if isinstance(error, Exception) and (cause := self.ranks.explain(error)) is not None:
+                raise cause from error
             raise
         finally:
             forward.end()
@@ -314,9 +318,15 @@ class Session:
         """Whether a graph runs when the step is known; else it is computed whatever the plan."""
         return self._placement.follows(graph)
 
-    def adopt(self, graph: CompiledGraph) -> None:
-        """A graph joins at its first run, not when it is compiled."""
+    def adopt(self, graph: CompiledGraph, agreement: Agreement | None = None) -> None:
+        """A graph joins at its first run, not when it is compiled.
+
+        Args:
+            agreement: of the ranks that run it together.
+        """
         self._forward.graphs.setdefault(graph)
+        if agreement is not None:
+            self.ranks.join(agreement)
 
     # ---- what happens around a call --------------------------------------------------------------------------------
 
@@ -408,7 +418,16 @@ class Session:
         return seen
 
     def _choose(self, graph: CompiledGraph, inputs: Sequence[Any], call: CallContext) -> None:
-        """What a call reuses of the step's plan, and why not more."""
+        """What a call reuses of the step's plan, and why not more; the same on all ranks that run the model together."""
+        self._own_choice(graph, inputs, call)
+        reason = self.ranks.apart
+        if self.ranks and getattr(graph, "slots", True):
+            reason = self.ranks.same_plan(sorted(call.plan.reuse), graph.collectives(call.plan), call.why)
+        if reason:
+            call.plan, call.reads, call.rows, call.why, call.needs = RECOMPUTE, (), None, reason, graph.needs(RECOMPUTE)
+
+    def _own_choice(self, graph: CompiledGraph, inputs: Sequence[Any], call: CallContext) -> None:
+        """What a call could reuse of the step's plan on this rank, and why not more."""
         if (scope := graph.lanes) is not None:
             call.pair = self._pair.first(scope, call.key.graph, call.key.call)
         plan = self._planned(graph, inputs, call)

@@ -15,6 +15,7 @@ from vdcache.policies.base import Always, Policy
 from vdcache.policies.metrics import MetricSpec, MetricValue, count_of, measured
 from vdcache.policies.plan import RECOMPUTE, Plan
 from vdcache.policies.weights import Position
+from vdcache.runtime.agreement import SessionRanks
 from vdcache.runtime.call import CompiledGraph, ProbeResult
 from vdcache.runtime.history import Record
 from vdcache.runtime.read import DeviceReads
@@ -64,6 +65,7 @@ class StepPlanner:
 
     Args:
         policy, num_steps, prepare: as `Session` is given them.
+        ranks: with whom what was measured is added up.
     """
 
     def __init__(
@@ -73,8 +75,9 @@ class StepPlanner:
         prepare: Callable[[int], Policy] | None,
         notices: SessionWarnings,
         reads: DeviceReads,
+        ranks: SessionRanks,
     ) -> None:
-        self._policy, self.prepare = policy, prepare
+        self._policy, self.prepare, self._ranks = policy, prepare, ranks
         self.turn = 0  # another number for every generation and every policy
         self.num_steps = self._given_steps = num_steps
         self._notices, self._reads = notices, reads
@@ -172,6 +175,7 @@ class StepPlanner:
         if self.timestep is not None:
             self.timesteps.append(self.timestep)
         self.step += 1
+        self._ranks.place = self.generation, self.step
         if self.step == 1 and self._given_steps is None:
             self._recall_length(measures)
         self.now = self._plan()
@@ -262,8 +266,9 @@ class StepPlanner:
         now.undecided = False
         if comparable and seen.sums is not None:
             layouts, elements = [p.layout for p in graph.probes], [v.numel() for v in seen.values]
-            sums = _parts(layouts, self._reads.read([seen.sums])[0])
-            measures = tuple(measured(*each) for each in zip(layouts, sums, elements, strict=True))
+            measures = self._of_all_ranks("probes", layouts, self._reads.read([seen.sums])[0], elements)
+        elif self._ranks:
+            self._ranks.total("probes", ())  # another rank may have something to compare with
         now.probe = measures
         self._state, plan = self.policy.decide(self._state, self.step, measures)  # type: ignore[attr-defined]
         now.plan = self._listed(plan)
@@ -278,6 +283,8 @@ class StepPlanner:
             return None
         numbers = self._reads.read([p.sums for p in pending])
         if not all(p.comparable for p in pending):
+            if self._ranks:
+                self._ranks.total("metrics", ())  # another rank may have something to compare with
             return None
         totals: dict[MetricSpec, list[float]] = {}
         elements: dict[MetricSpec, int] = {}
@@ -285,10 +292,25 @@ class StepPlanner:
             for layout, own, n in zip(p.layouts, _parts(p.layouts, sums), p.elements, strict=True):
                 totals[layout] = [a + b for a, b in zip(totals.get(layout, [0.0] * len(own)), own, strict=True)]
                 elements[layout] = elements.get(layout, 0) + n
-        result = tuple(measured(layout, sums, elements[layout]) for layout, sums in totals.items())
+        flat = [number for own in totals.values() for number in own]
+        result = self._of_all_ranks("metrics", list(totals), flat, list(elements.values()))
+        if result is None:
+            return None
         if not all(math.isfinite(m.change) for m in result):
             self._notices.observed_is_no_number()
         return result
+
+    def _of_all_ranks(
+        self, topic: str, layouts: Sequence[MetricSpec], sums: Sequence[float], elements: Sequence[int]
+    ) -> tuple[MetricValue, ...] | None:
+        """The metrics of values that lie in parts on several ranks: sums are added up before anything is divided, so they are those of the
+        whole, however unequal the parts. None where a rank has nothing to compare with."""
+        if self._ranks:
+            found = self._ranks.total(topic, [*sums, *elements])
+            if found is None:
+                return None
+            sums, elements = found[: len(sums)], [round(n) for n in found[len(sums) :]]
+        return tuple(measured(*each) for each in zip(layouts, _parts(layouts, sums), elements, strict=True))
 
 
 def _parts(layouts: Sequence[MetricSpec], sums: Sequence[float]) -> Iterator[Sequence[float]]:
