@@ -40,6 +40,7 @@ def compile(
     tiles: str = "auto",
     outline: bool = True,
     search_share: float = 0.1,
+    hoist: bool | None = None,
     pipeline: Any = None,
     **torch_compile: Any,
 ) -> Any:
@@ -58,6 +59,8 @@ def compile(
         outline: compile blocks that are equal up to weights once, and call them; False compiles every block on its own.
         search_share: how much the search of `vdcache-auto` may add to one generation, as a share of an uncached one (but one step at
             least). `math.inf` searches all at once, when the first generation ends.
+        hoist: hold what depends on the prompt or the timestep alone, instead of computing it in every step: exact, with any recipe. True or
+            False; as the recipe says if not given (only `exact` does).
         pipeline: passes in place of the recipe's: a `Pipeline`, its text, or a sequence of passes.
         torch_compile: `fullgraph`, `dynamic`, `mode` of torch.compile. A recipe with masks compiles every size on its own
             (dynamic=False) unless told otherwise.
@@ -82,6 +85,7 @@ def compile(
         "tiles": tiles,
         "outline": outline,
         "search_share": search_share,
+        "hoist": hoist,
         "pipeline": pipeline,
     }
     settings = settings_of(options)
@@ -116,7 +120,7 @@ def settings_of(options: Mapping[str, Any] | None) -> Settings:
         ConfigError: an option or a recipe that does not exist or cannot be.
     """
     options = dict(options or {})
-    known = [*(f.name for f in fields(Settings) if f.compare), "speedup", "quality_db", "pipeline"]
+    known = [*(f.name for f in fields(Settings) if f.compare), "speedup", "quality_db", "hoist", "pipeline"]
     for name in options:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
@@ -135,6 +139,10 @@ def settings_of(options: Mapping[str, Any] | None) -> Settings:
     chosen = for_goal(options.pop("recipe", None), options.pop("speedup", None), options.pop("quality_db", None))
     if (passes := options.pop("pipeline", None)) is not None:
         chosen = chosen.with_passes(passes)
+    if (hoist := options.pop("hoist", None)) is not None:
+        if not isinstance(hoist, bool):
+            raise ConfigError(f"hoist is True or False; got {hoist!r}")
+        chosen = chosen.hoisting(hoist)
     searches = None if chosen.goal is None else _searching_session
     return Settings(recipe=chosen, inductor=tuple(sorted(inductor.items())), make_session=searches, **options)
 

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from vdcache.backends.guarded import GuardedGraph, inputs_of
+from vdcache.backends.hoisting import SideGraphs
 from vdcache.backends.inductor import Compiled, no_autocast
 from vdcache.backends.settings import Settings
 from vdcache.backends.variants import LazyVariant, Variants
 from vdcache.backends.verdict import Verdict, breaks_since
 from vdcache.ir.capture import Captured
 from vdcache.passes import Observe, VariantOutputs
-from vdcache.policies.plan import Plan
+from vdcache.policies.plan import RECOMPUTE, Plan
 from vdcache.runtime import registry
 from vdcache.runtime.call import CallContext, ProbeResult, VariantInputs
 from vdcache.runtime.session import Session
@@ -59,6 +60,7 @@ class Program:
         self.kind: Hashable = _kinds.setdefault(kind, len(_kinds))
         self.content: Hashable = _kinds.setdefault((kind, self.guarded.content), len(_kinds))
         self.variants = Variants(self.guarded, settings)
+        self.side = SideGraphs(self.guarded.module, self.variants.compiler)
         self.slots, self.lanes, head = self.variants.slots, self.variants.lanes, self.variants.head
         self.probes = head.probes if head is not None else ()
 
@@ -87,6 +89,19 @@ class Program:
     def warm_up(self) -> None:
         """Compile every variant that can be compiled without knowing more sizes."""
         self.variants.warm_up()
+        for part in self.variants.parts(self.variants.plans):
+            self.side.each(part.held, LazyVariant.warm_up)
+
+    def compile_first(self, inputs: Sequence[Any]) -> None:
+        """Compile what every run begins with, inside the backend call.
+
+        Args:
+            inputs: fake values of the model's.
+        """
+        given = [*inputs, *self.variants.compiler.pair]
+        for part in self.variants.parts((RECOMPUTE,)):
+            part.compile_now([*given, *part.carried])
+            self.side.each(part.held, lambda graph: graph.compile_now(given))
 
     @property
     def unobserved(self) -> tuple[str, ...]:
@@ -148,14 +163,15 @@ class Program:
 
         def look(previous: list[Tensor] | None) -> ProbeResult:
             assert head is not None
-            given = [*inputs, *compiler.zeros(compiler.pair, inputs)]
+            held = self.side.values(head.held, inputs, session.invariants)
+            given = [*inputs, *compiler.zeros(compiler.pair, inputs), *held]
             ready(head, given)
             return head.look(given, previous)
 
         call = session.enter(self, inputs, look)
         variant = self.variants[call.plan]
         pair = [call.pair] if call.pair is not None else compiler.zeros(compiler.pair, inputs)
-        carried = [*pair, *call.look.carried]
+        carried = [*pair, *self.side.values(variant.held, inputs, session.invariants), *call.look.carried]
         run = ready(variant, (*inputs, *carried) if carried else inputs)
         call.began += making  # making a variant is not what a step takes
         if call.device_time is not None and making > MAKING:
@@ -194,8 +210,10 @@ class Program:
             self._say_no_session()
         compiler, head, variant = self.variants.compiler, self.variants.head, self.variants.recompute
         given = [*inputs, *compiler.zeros(compiler.pair, inputs)]
+        carried: Sequence[Tensor] = ()
         if head is not None:
-            given += head.look(given, None).carried
+            carried = head.look([*given, *self.side.values(head.held, inputs, None)], None).carried
+        given += [*self.side.values(variant.held, inputs, None), *carried]
         run = variant.ready(given)
         with no_autocast():
             return variant.io.unpack(run(*given, *compiler.zeros(variant.added, inputs))).results

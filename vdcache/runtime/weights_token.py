@@ -41,6 +41,7 @@ class WeightsToken:
         self._count = itertools.count()
         self._samples: dict[int, _Sample] = {}  # of the weights that are alive, by address
         self._held = 0  # weights that are remembered
+        self.current: object = None  # stands for the objects that the last call's weights are, as long as nobody wrote into them
 
     def check(self, graph: object, kind: Hashable, weights: Sequence[Tensor], now: Hashable = None) -> tuple[int, bool]:
         """The number of the weights that a graph receives. Waits for no device unless a weight is another object than before.
@@ -58,10 +59,10 @@ class WeightsToken:
         identities = _identities(weights)
         known = own.get(identities)
         if known is not None and known.unchanged(weights):
-            known.step = now
+            known.step, self.current = now, known
             return known.number, False
         seen = _Weights(weights, [self._sampled(w) for w in weights])
-        seen.step = now
+        seen.step, self.current = now, seen
         in_order, in_any = seen.contents()
         number = self._numbers.get((graph, in_order))
         if number is None and not own:  # Dynamo hands over the weights of a graph that it makes anew in another order
