@@ -137,7 +137,12 @@ class _Found:
         if not masked:
             self.say_no_mask()
         wanted = any(not isinstance(p, TileAttention) for p in recipe.passes)
-        if wanted and not self.reuses and not (masked and self.only_hoists) and not dialect.emissions(program.guarded.body.graph):
+        if (
+            wanted
+            and not self.reuses
+            and not (masked and self.only_hoists)
+            and not dialect.emissions(program.guarded.body.graph)
+        ):
             return self.without_slot(nested)
         return None
 

@@ -12,7 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from vdcache.errors import ConfigError
-from vdcache.passes import Canonicalise, HoistInvariants, MarkBranches, MergeSlots, Observe, Pass, Pipeline, Probe, TileAttention
+from vdcache.passes import (
+    Canonicalise,
+    HoistInvariants,
+    MarkBranches,
+    MergeSlots,
+    Observe,
+    Pass,
+    Pipeline,
+    Probe,
+    TileAttention,
+)
 from vdcache.passes.base import passes_of
 from vdcache.passes.catalogue import known_passes
 from vdcache.passes.predictors import LAST, ByGroup, Extrapolated, Frequencies, LastValue, Predictor, Scaled, Taylor

@@ -247,7 +247,7 @@ def held_inputs(graph: fx.GraphModule) -> tuple[tuple[str, ...], list[torch.Tens
 
 def _take(g: fx.Graph, held: bool) -> list[str]:
     """Put inputs in the place of marks. Returns the names of the marks."""
-    names = []
+    names: list[str] = []
     for mark in dialect.invariants(g):
         taken = add_input(g, f"invariant_{len(names)}", mark.meta["val"], "hoist-invariants")
         taken.meta["val"] = mark.meta["val"]  # with the strides that its graph leaves

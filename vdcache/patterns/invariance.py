@@ -147,9 +147,7 @@ class Shares:
         def total(a: Mapping[str, int], b: Mapping[str, int]) -> dict[str, int]:
             return {c: a.get(c, 0) + b.get(c, 0) for c in CLASSES}
 
-        return Shares(
-            total(self.flops, other.flops), total(self.weights, other.weights), total(self.values, other.values)
-        )
+        return Shares(total(self.flops, other.flops), total(self.weights, other.weights), total(self.values, other.values))
 
     def of(self, what: str) -> Iterator[tuple[str, float]]:
         """The share of each class, 0 to 1.
@@ -183,4 +181,3 @@ def shares(graph: fx.GraphModule) -> Shares:
         if node in static and node.users:
             weights[CLASSES[rank.get(node, CLASSES.index(kind))]] += bytes_of(node)
     return Shares(spent, weights, held)
-

@@ -333,4 +333,3 @@ def _numerics() -> Hashable:
         torch.get_num_threads(),
         torch.backends.mkldnn.enabled,
     )
-

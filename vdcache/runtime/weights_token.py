@@ -41,7 +41,9 @@ class WeightsToken:
         self._count = itertools.count()
         self._samples: dict[int, _Sample] = {}  # of the weights that are alive, by address
         self._held = 0  # weights that are remembered
-        self.current: object = None  # stands for the objects that the last call's weights are, as long as nobody wrote into them
+        self.current: object = (
+            None  # stands for the objects that the last call's weights are, as long as nobody wrote into them
+        )
 
     def check(self, graph: object, kind: Hashable, weights: Sequence[Tensor], now: Hashable = None) -> tuple[int, bool]:
         """The number of the weights that a graph receives. Waits for no device unless a weight is another object than before.
