@@ -14,6 +14,7 @@ from collections import Counter
 import torch
 
 from bench.common import Bench, arguments
+from tests.support.exact_histories import exact_histories
 from tests.support.histories import histories
 
 SHARD = 40  # histories that one process plays in a row: as many as share their compiled models
@@ -23,11 +24,15 @@ def main() -> None:
     args = arguments(
         __doc__,
         lambda p: p.add_argument("--histories", type=int, default=3000),
+        lambda p: p.add_argument(
+            "--exact-histories", type=int, default=2000, help="under exact, and under a cache that holds values"
+        ),
         lambda p: p.add_argument("--first-seed", type=int, default=0),
         lambda p: p.add_argument("--workers", type=int, default=os.cpu_count(), help="processes"),
     )
     bench = Bench("thorough", "every-2 and every-3 on one model")
     call_histories(bench, args.histories, args.first_seed, args.workers)
+    held_values(bench, args.exact_histories, args.first_seed, args.workers)
     bench.write(args.json)
 
 
@@ -58,6 +63,38 @@ def call_histories(bench: Bench, count: int, first_seed: int, workers: int) -> N
     for kind in sorted(may):
         share = did[kind] / may[kind]
         bench.row(f"reuse where it may be: {kind}", share, "of calls", ">= 0.95", may=may[kind], did=did[kind], commit=at)
+
+
+def held_values(bench: Bench, count: int, first_seed: int, workers: int) -> None:
+    """Random histories of models whose values are held across generations: every computed step is the untouched model."""
+    stale: list[str] = []
+    at = commit()
+    calls: Counter[str] = Counter()
+    shards = [(min(SHARD, count - n), first_seed + n) for n in range(0, count, SHARD)]
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        for own_calls, own_stale in pool.imap_unordered(_play_exact, shards):
+            calls += own_calls
+            stale += own_stale
+    bench.row(
+        f"wrong values in {count} random histories under exact",
+        len(stale),
+        "values",
+        "== 0",
+        histories=count,
+        calls=dict(calls),
+        commit=at,
+        stale=stale[:20],
+    )
+
+
+def _play_exact(shard: tuple[int, int]) -> tuple[Counter[str], list[str]]:
+    torch.set_num_threads(1)
+    calls: Counter[str] = Counter()
+    stale: list[str] = []
+    for machine in exact_histories(*shard):
+        calls += machine.calls
+        stale += machine.stale
+    return calls, stale
 
 
 def _play(shard: tuple[int, int]) -> tuple[int, Counter[str], Counter[str], list[str]]:

@@ -55,14 +55,14 @@ class SideGraphs:
         found: dict[str, Tensor],
     ) -> None:
         held = tables.find(group, inputs) if tables is not None else None
-        values = held.values if held is not None else found
-        if any(name not in values for name in names):
-            made = self._computed(names, inputs, tables, found)
-            if tables is None or held is None:
-                found.update(made)
-                return
+        if held is not None and all(map(held.values.__contains__, names)):
+            found.update(held.values)
+            return
+        made = self._computed(names, inputs, tables, found)
+        if tables is not None and held is not None:
             tables.keep(held, inputs, made)
-        found.update({name: values[name] for name in names} if values is not found else {})
+            made = held.values
+        found.update(made)
 
     def _computed(
         self, names: tuple[str, ...], inputs: Sequence[Any], tables: InvariantTables | None, found: dict[str, Tensor]

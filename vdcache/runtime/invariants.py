@@ -9,6 +9,7 @@ held, and the value is computed.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -27,6 +28,7 @@ MOST_PROMPTS = 64  # of one group, at one timestep
 MOST_TIMESTEPS = 1024  # of one group
 MOST_WEIGHTS = 8  # sets of weights, shapes and graphs
 MOVING = 8  # calls in a row, more than a step has lanes, that bring another prompt: then it is none
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 CHECKS = 4  # times in one generation that other objects bring the weights: then they are brought anew at every call
 
 
@@ -121,15 +123,14 @@ class InvariantTables:
 
     def find(self, group: ValueGroup, inputs: Sequence[Any]) -> HeldValues:
         """What is held for the inputs of a call; new and empty where nothing is. `keep` is told what was computed then."""
-        nothing = HeldValues([], self._generation, self._generation, kept=False)
         if self._scope is None:
-            return nothing
+            return self._nothing()
         if (table := self._scope.get(group.name)) is None:
             table = self._scope[group.name] = _Table()
         if table.checked != (self._weights, self._generation) and not self._check(table, group, inputs):
-            return nothing
+            return self._nothing()
         if table.missed > MOVING:
-            return nothing
+            return self._nothing()
         timestep = self._bits([inputs[i] for i in group.timesteps]) if group.timesteps else ()
         entries = table.by_timestep.get(timestep)
         values = [inputs[i] for i in group.prompts]
@@ -142,19 +143,23 @@ class InvariantTables:
         table.missed += bool(values)
         if table.missed > MOVING:
             table.by_timestep.clear()
-            return nothing
+            return self._nothing()
         if table.summed != self._call:  # a value is held for the weights that it is computed from, whatever came before
             self._take_sums(table, group, inputs)
             entries = table.by_timestep.get(timestep)
         if entries is None:
             if len(table.by_timestep) >= MOST_TIMESTEPS and not self._make_room(table):
-                return nothing
+                return self._nothing()
             entries = table.by_timestep[timestep] = []
         if len(entries) >= MOST_PROMPTS:
             entries.remove(min(entries, key=lambda e: e.used))
         made = HeldValues([RememberedInput(v, copied=True) for v in values], self._generation, self._generation)
         entries.append(made)
         return made
+
+    def _nothing(self) -> HeldValues:
+        """For values that serve one call alone."""
+        return HeldValues([], self._generation, self._generation, kept=False)
 
     def keep(self, held: HeldValues, inputs: Sequence[Any], values: dict[str, Tensor]) -> None:
         """Hold what was computed for the inputs of a call. What shares memory with those is copied: their owner may write into it."""
@@ -227,7 +232,13 @@ class InvariantTables:
         found: list[Hashable] = []
         for value in values:
             if not isinstance(value, Tensor):
-                found.append((type(value), float(value).hex() if isinstance(value, float) else value))
+                found.append((type(value), _float64(value) if isinstance(value, float) else value))
+                continue
+            if value.numel() == 1:  # read as float64, which holds every smaller float
+                if value.device.type != "cpu":
+                    self._reads.syncs += 1
+                number = value.item()
+                found.append((value.dtype, value.shape, _float64(number) if isinstance(number, float) else number))
                 continue
             flat = value.detach()
             if value.device.type != "cpu":
@@ -286,6 +297,9 @@ class InvariantTables:
             self._scope = {}
 
 
+_float64 = struct.Struct("d").pack
+
+
 def _same_value(held: RememberedInput, value: Any) -> bool | Tensor:
     """Whether an input has the value that it had: by its bits, whatever object brings it."""
     before = held.earlier()
@@ -295,9 +309,10 @@ def _same_value(held: RememberedInput, value: Any) -> bool | Tensor:
         return False
     if before.stride() != value.stride():  # kernels may add up in another order
         return False
-    if value.numel() == 0:
-        return True
-    a, b = (x.detach().contiguous().reshape(-1).view(torch.uint8) for x in (before, value))  # −0.0 is not 0.0
+    whole = _INTEGERS.get(value.element_size())
+    if whole is None or value.layout is not torch.strided:
+        return compare(held, value)
+    a, b = before.detach().view(whole), value.detach().view(whole)  # −0.0 is not 0.0
     return torch.equal(a, b) if value.device.type == "cpu" else (a == b).all()
 
 
