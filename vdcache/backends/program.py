@@ -154,10 +154,10 @@ class Program:
         compiler, head = self.variants.compiler, self.variants.head
         making = 0.0
 
-        def ready(part: LazyVariant, given: Sequence[Any]) -> Compiled:
+        def ready(part: LazyVariant, given: Sequence[Any], carried: Sequence[Any] = ()) -> Compiled:
             nonlocal making
             asked = time.perf_counter()
-            found = part.ready(given)
+            found = part.ready(given, carried)
             making += time.perf_counter() - asked
             return found
 
@@ -172,7 +172,7 @@ class Program:
         variant = self.variants[call.plan]
         pair = [call.pair] if call.pair is not None else compiler.zeros(compiler.pair, inputs)
         carried = [*pair, *self.side.values(variant.held, inputs, session.invariants), *call.look.carried]
-        run = ready(variant, (*inputs, *carried) if carried else inputs)
+        run = ready(variant, inputs, carried)
         call.began += making  # making a variant is not what a step takes
         if call.device_time is not None and making > MAKING:
             call.device_time.restart()

@@ -150,12 +150,13 @@ class LazyVariant:
                     self._compiled[()] = found
                 self._by_size = found is None
 
-    def ready(self, inputs: Sequence[Any]) -> Compiled:
-        """The compiled graph for these inputs (the model's, and what is carried)."""
+    def ready(self, inputs: Sequence[Any], carried: Sequence[Any] = ()) -> Compiled:
+        """The compiled graph for these inputs: the model's, and those that come after."""
         if not self._by_size and (found := self._compiled.get(())) is not None:
             return found
         with self._compiler.lock:
             self.warm_up()
+            inputs = (*inputs, *carried)
             size = self._compiler.bindings.sizes(inputs) if self._by_size else ()
             if size not in self._compiled:
                 self._compiled[size] = self._compiler.compile_for(self.graph, inputs, self.added)
