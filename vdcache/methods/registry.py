@@ -101,7 +101,7 @@ NAMES = (
     ),
     RecipeFamily(
         "exact",
-        lambda: Recipe("exact", Always(), (HoistInvariants(),)),
+        lambda: Recipe("exact", Always(), (HoistInvariants(),), "loop-invariant code motion over the denoising loop"),
         "what depends on the prompt or the timestep alone is computed once and held; every step is exact: for models of few steps",
     ),
     RecipeFamily(
