@@ -14,6 +14,7 @@ from collections import Counter
 import torch
 
 from bench.common import Bench, arguments
+from tests.support.exact_histories import exact_histories
 from tests.support.histories import histories
 from tests.support.rank_programs import ENDS, FAULTS, OTHER_FAULTS
 from tests.support.ranks import RankProcesses
@@ -26,6 +27,9 @@ def main() -> None:
         __doc__,
         lambda p: p.add_argument("--histories", type=int, default=3000),
         lambda p: p.add_argument("--edges", type=int, default=500, help="runs on two ranks"),
+        lambda p: p.add_argument(
+            "--exact-histories", type=int, default=2000, help="under exact, and under a cache that holds values"
+        ),
         lambda p: p.add_argument("--first-seed", type=int, default=0),
         lambda p: p.add_argument("--workers", type=int, default=os.cpu_count(), help="processes"),
     )
@@ -33,6 +37,7 @@ def main() -> None:
     call_histories(bench, args.histories, args.first_seed, args.workers)
     equal_plans(bench, args.edges)
     planted_faults(bench)
+    held_values(bench, args.exact_histories, args.first_seed, args.workers)
     bench.write(args.json)
 
 
@@ -103,6 +108,38 @@ def planted_faults(bench: Bench) -> None:
         wrong=wrong,
         commit=at,
     )
+
+
+def held_values(bench: Bench, count: int, first_seed: int, workers: int) -> None:
+    """Random histories of models whose values are held across generations: every computed step is the untouched model."""
+    stale: list[str] = []
+    at = commit()
+    calls: Counter[str] = Counter()
+    shards = [(min(SHARD, count - n), first_seed + n) for n in range(0, count, SHARD)]
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        for own_calls, own_stale in pool.imap_unordered(_play_exact, shards):
+            calls += own_calls
+            stale += own_stale
+    bench.row(
+        f"wrong values in {count} random histories under exact",
+        len(stale),
+        "values",
+        "== 0",
+        histories=count,
+        calls=dict(calls),
+        commit=at,
+        stale=stale[:20],
+    )
+
+
+def _play_exact(shard: tuple[int, int]) -> tuple[Counter[str], list[str]]:
+    torch.set_num_threads(1)
+    calls: Counter[str] = Counter()
+    stale: list[str] = []
+    for machine in exact_histories(*shard):
+        calls += machine.calls
+        stale += machine.stale
+    return calls, stale
 
 
 def _play(shard: tuple[int, int]) -> tuple[int, Counter[str], Counter[str], list[str]]:

@@ -82,6 +82,7 @@ Recipe(name, policy, passes=, source=, books=, predictor=, derived=, goal=)
     fixed_sizes
     with_passes(passes)
     with_masks(masks, where)
+    hoisting(hoist)
     following(history)
     for_steps(num_steps, said)
     to_json(path)

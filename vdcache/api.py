@@ -43,6 +43,7 @@ def compile(
     outline: bool = True,
     search_share: float = 0.1,
     generations: int | None = None,
+    hoist: bool | None = None,
     pipeline: Any = None,
     group: Any = None,
     **torch_compile: Any,
@@ -64,6 +65,8 @@ def compile(
         outline: compile blocks that are equal up to weights once, and call them; False compiles every block on its own.
         search_share: how much the search of `vdcache-auto` may add to one generation, as a share of an uncached one (but one step at
             least). `math.inf` searches all at once, when the first generation ends.
+        hoist: hold what depends on the prompt or the timestep alone, instead of computing it in every step: exact, with any recipe. True or
+            False; as the recipe says if not given (only `exact` does).
         pipeline: passes in place of the recipe's: a `Pipeline`, its text, or a sequence of passes.
         group: the ranks that run this model together and so take the same decisions: a process group, a DeviceMesh, numbers of ranks,
             or a `vdcache.distributed.Ranks`. Default: those that the collectives in its graph reach.
@@ -91,6 +94,7 @@ def compile(
         "outline": outline,
         "search_share": search_share,
         "generations": generations,
+        "hoist": hoist,
         "pipeline": pipeline,
         "group": group,
     }
@@ -135,6 +139,7 @@ def settings_of(options: Mapping[str, Any] | None) -> Settings:
         *(f.name for f in fields(Settings) if f.compare and f.name != "ranks"),
         "speedup",
         "quality_db",
+        "hoist",
         "pipeline",
         "group",
     ]
@@ -157,6 +162,10 @@ def settings_of(options: Mapping[str, Any] | None) -> Settings:
     if (passes := options.pop("pipeline", None)) is not None:
         chosen = chosen.with_passes(passes)
     group = options.pop("group", None)
+    if (hoist := options.pop("hoist", None)) is not None:
+        if not isinstance(hoist, bool):
+            raise ConfigError(f"hoist is True or False; got {hoist!r}")
+        chosen = chosen.hoisting(hoist)
     searches = None if chosen.goal is None else _searching_session
     return Settings(
         recipe=chosen, inductor=tuple(sorted(inductor.items())), make_session=searches, ranks=Ranks(group), **options

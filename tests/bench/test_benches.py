@@ -42,6 +42,7 @@ FIRST_ROW = {
     "calibrating": (("--inner", "eager"), {"STEPS": 6, "load_model": small}, ()),
     "coverage": (("--models", "pixart"), {}, ("cache_dit",)),
     "demo": ((), {"run_demo": lambda out, rounds: [DEMO_ROW]}, ()),
+    "exact": (("--only", "shares", "--models", "pixart"), {}, ()),
     "export": (
         ("--rounds", "1", "--no-aoti"),
         {"STEPS": 2, "FORMS": ("onnx",), "generation": lambda steps: fixed.generation(steps=steps, model=small(num_layers=1))},

@@ -117,6 +117,22 @@ def test_blocks_that_their_author_marked(name, monkeypatch):
     assert compiled.vdcache.history.computed_steps() == [0, 3, 4]
 
 
+@pytest.mark.parametrize("name", some(ZOO, lambda name: name in ("wan", "flux")))
+@torch.no_grad()
+def test_what_is_held_is_exact(name):
+    """Two generations, the second of which finds all that is held; `bench.exact` looks at every architecture."""
+    torch._dynamo.reset()
+    model, case = build(name), ZOO[name]
+    compiled = vdcache.compile(model, "exact", num_steps=STEPS, inner="eager")
+    tables = compiled.vdcache.invariants
+    for _ in range(2):
+        misses = tables.misses
+        for step in range(STEPS):
+            assert torch.equal(value(compiled(**case.call(step, 6))), value(model(**case.call(step, 6))))
+    if case.graphs == 1:
+        assert tables.hits and tables.misses == misses
+
+
 @pytest.mark.parametrize("name", some(ZOO, lambda name: name not in LIKE))
 @torch.no_grad()
 def test_architecture(name):

@@ -21,7 +21,7 @@ from vdcache.ir import dialect
 from vdcache.ir.capture import Captured, capture, faked
 from vdcache.ir.ops import ATTENTION, allow_skipping, groups_of, is_work
 from vdcache.ir.stand_ins import brought, stored
-from vdcache.passes import TileAttention
+from vdcache.passes import HoistInvariants, TileAttention
 from vdcache.policies.base import Deciding
 from vdcache.runtime.agreement import Agreement
 
@@ -84,7 +84,7 @@ def compile_graph(
         verdict.ends = verdict.ends or split or ""
     if (run := found.instead(nested=split == "" and not resumes)) is not None:
         return run
-    program.variants.compile_first(captured.wrapped.flat(faked(example_inputs)))
+    program.compile_first(captured.wrapped.flat(faked(example_inputs)))
     settings.programs.append(program)
     return program if not captured.wrapped else lambda *inputs: program(*captured.wrapped.flat(inputs))
 
@@ -141,6 +141,16 @@ class _Found:
         """Operations that do work."""
         return sum(map(is_work, self.program.guarded.module.graph.nodes))
 
+    @property
+    def only_hoists(self) -> bool:
+        """Whether the recipe asks for no slot."""
+        return all(isinstance(p, (TileAttention, HoistInvariants)) for p in self.program.settings.recipe.passes)
+
+    @property
+    def reuses(self) -> bool:
+        """Whether something in the graph need not be computed in every step."""
+        return bool(self.program.slots) or (self.only_hoists and bool(self.program.side.groups))
+
     def instead(self, nested: bool) -> Callable[..., Any] | None:
         """What runs in the place of the program where the recipe has nothing to do in it.
 
@@ -149,7 +159,7 @@ class _Found:
         """
         program, recipe, masked = self.program, self.program.settings.recipe, self.program.guarded.masked
         if self.verdict is not None:
-            for what, there in (("slot", program.slots), ("probe", program.probes), ("mask", masked)):
+            for what, there in (("slot", self.reuses), ("probe", program.probes), ("mask", masked)):
                 if there:
                     self.verdict.has(what)
         if self.whole and program.slots and not program.probes and isinstance(recipe.policy, Deciding):
@@ -157,7 +167,12 @@ class _Found:
         if not masked:
             self.say_no_mask()
         wanted = any(not isinstance(p, TileAttention) for p in recipe.passes)
-        if wanted and not program.slots and not dialect.emissions(program.guarded.body.graph):
+        if (
+            wanted
+            and not self.reuses
+            and not (masked and self.only_hoists)
+            and not dialect.emissions(program.guarded.body.graph)
+        ):
             return self.without_slot(nested)
         return None
 

@@ -16,7 +16,8 @@ from vdcache.ir import dialect
 from vdcache.ir.capture import Captured
 from vdcache.ir.edit import inputs as graph_inputs
 from vdcache.ir.ops import is_work, tensor_of
-from vdcache.passes import PassRecord, Pipeline, Refusal, SplitAtProbe
+from vdcache.passes import HoistInvariants, PassRecord, Pipeline, Refusal, SplitAtProbe
+from vdcache.passes.hoist_invariants import step_graph
 from vdcache.patterns import GraphAnalysis, analyze
 from vdcache.runtime.call import GraphInputs
 from vdcache.util.sizes import shape_hint, updated_by
@@ -32,7 +33,7 @@ class GuardedGraph:
         captured: the graph as it came in.
         module: the guarded graph.
         head: what runs before the plan of a step is chosen; None if the recipe probes nothing in this graph.
-        body: the rest.
+        body: the rest. Both take the invariants of `module` as inputs.
         steps: what each pass did.
         analysis: of `module`.
     """
@@ -49,15 +50,19 @@ class GuardedGraph:
         """Run the passes. What the recipe's scope does not find in this graph is left out."""
         first = Pipeline(pipeline.passes[:1])
         module, steps = first.run(captured.graph)
-        if analyze(module).branches:
-            module, later = Pipeline(pipeline.passes[1:], given=first.ensured).run(module, copied=True)
+        rest = pipeline.passes[1:]
+        if not analyze(module).branches:
+            rest = tuple(p for p in rest if isinstance(p, HoistInvariants))
+        if rest:
+            module, later = Pipeline(rest, given=first.ensured).run(module, copied=True)
             steps += later
         analysis = analyze(module)
-        if not dialect.probes(module.graph):
-            return cls(captured, module, None, module, steps, analysis)
+        body = step_graph(module) if dialect.invariants(module.graph) else module
+        if not dialect.probes(body.graph):
+            return cls(captured, module, None, body, steps, analysis)
         given = pipeline.ensured | SplitAtProbe.requires
-        head, _ = Pipeline((SplitAtProbe("head"),), given=given).run(module)
-        tail, later = Pipeline((SplitAtProbe("tail"),), given=given).run(module)
+        head, _ = Pipeline((SplitAtProbe("head"),), given=given).run(body)
+        tail, later = Pipeline((SplitAtProbe("tail"),), given=given).run(body)
         return cls(captured, module, head, tail, (*steps, *later), analysis)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
@@ -10,16 +11,18 @@ import torch
 from torch import Tensor
 
 from vdcache.backends.guarded import GuardedGraph, inputs_of
+from vdcache.backends.hoisting import SideGraphs
 from vdcache.backends.inductor import no_autocast
 from vdcache.backends.settings import Settings
-from vdcache.backends.variants import Variants
+from vdcache.backends.variants import LazyVariant, PlanVariant, Variants
 from vdcache.backends.verdict import Verdict, breaks_since
 from vdcache.ir.capture import Captured
 from vdcache.passes import Observe, VariantOutputs
-from vdcache.policies.plan import Plan
+from vdcache.policies.plan import RECOMPUTE, Plan
 from vdcache.runtime import registry
 from vdcache.runtime.agreement import Agreement
 from vdcache.runtime.call import CallContext, ProbeResult, VariantInputs
+from vdcache.runtime.invariants import InvariantTables
 from vdcache.runtime.session import Session
 from vdcache.util.slots import group_of
 
@@ -65,6 +68,7 @@ class Program:
         self.kind: Hashable = _kinds.setdefault(kind, len(_kinds))
         self.content: Hashable = _kinds.setdefault((kind, self.guarded.content), len(_kinds))
         self.variants = Variants(self.guarded, settings)
+        self.side = SideGraphs(self.guarded.module, self.variants.compiler)
         self.capturing = 0.0  # seconds that tracing to here took, where somebody has measured it
         self.slots, self.lanes, head = self.variants.slots, self.variants.lanes, self.variants.head
         self.probes = head.probes if head is not None else ()
@@ -98,6 +102,19 @@ class Program:
     def warm_up(self) -> None:
         """Compile every variant that can be compiled without knowing more sizes."""
         self.variants.warm_up()
+        for part in self.variants.parts(self.variants.plans):
+            self.side.each(part.held, LazyVariant.warm_up)
+
+    def compile_first(self, inputs: Sequence[Any]) -> None:
+        """Compile what every run begins with, inside the backend call.
+
+        Args:
+            inputs: fake values of the model's.
+        """
+        given = [*inputs, *self.variants.compiler.pair]
+        for part in self.variants.parts((RECOMPUTE,)):
+            part.compile_now([*given, *part.carried])
+            self.side.each(part.held, lambda graph: graph.compile_now(given))
 
     @property
     def unobserved(self) -> tuple[str, ...]:
@@ -149,16 +166,16 @@ class Program:
         session.adopt(self, self.agreement)
         if self.settings.on_inputs is not None:
             self.settings.on_inputs(self, inputs)
-        compiler = self.variants.compiler
+        compiler, head = self.variants.compiler, self.variants.head
         waited = compiler.waited.seconds
-        call = session.enter(self, inputs, self._look)
+        look = self._look
+        if head is not None and head.held:
+            look = functools.partial(self._look, tables=session.invariants)
+        call = session.enter(self, inputs, look)
         if call.is_first and compiler.may_compile:
             self._decide(session, call.record.generation)
         variant = self.variants[call.plan]
-        given = inputs
-        if call.pair is not None or compiler.pair or call.look.carried:
-            pair = [call.pair] if call.pair is not None else compiler.zeros(compiler.pair, inputs)
-            given = (*inputs, *pair, *call.look.carried)
+        given = self._given(variant, session, call, inputs)
         run = variant.ready(given)
         making = compiler.waited.seconds - waited
         call.began += making  # making a variant is not what a step takes
@@ -171,7 +188,9 @@ class Program:
             outputs = variant.unpack(run(*given, *call.reads, *before, *previous, *call.numbers))
         self._hand_out(session, call, inputs, outputs)
         if call.to_come:  # while a device is at work on the first step, and not in the middle of the loop
-            self.variants.prepare(call.to_come, given)
+            for plan in call.to_come:
+                later = self.variants[self.narrow(plan)]
+                later.ready(self._given(later, session, call, inputs))
         return outputs.results
 
     def _decide(self, session: Session, generation: int) -> None:
@@ -186,12 +205,26 @@ class Program:
         for graph in session.graphs:
             if isinstance(graph, Program):
                 graph.variants.decide(compiles)
+                if compiles:
+                    graph.side.forget()
 
-    def _look(self, inputs: Sequence[Any], previous: Sequence[Tensor] | None) -> ProbeResult:
+    def _given(self, part: PlanVariant, session: Session, call: CallContext, inputs: Sequence[Any]) -> Sequence[Any]:
+        """What a variant is given before what is cached: the model's inputs, the pair, what is held for it, and what the head hands over."""
+        compiler = self.variants.compiler
+        if call.pair is None and not (compiler.pair or part.held or call.look.carried):
+            return inputs
+        pair = [call.pair] if call.pair is not None else compiler.zeros(compiler.pair, inputs)
+        return (*inputs, *pair, *self.side.values(part.held, inputs, session.invariants), *call.look.carried)
+
+    def _look(
+        self, inputs: Sequence[Any], previous: Sequence[Tensor] | None, tables: InvariantTables | None = None
+    ) -> ProbeResult:
         """Run the head."""
         head, compiler = self.variants.head, self.variants.compiler
         assert head is not None
-        return head.look([*inputs, *compiler.zeros(compiler.pair, inputs)], previous)
+        return head.look(
+            [*inputs, *compiler.zeros(compiler.pair, inputs), *self.side.values(head.held, inputs, tables)], previous
+        )
 
     def _hand_out(self, session: Session, call: CallContext, inputs: Sequence[Any], outputs: VariantOutputs) -> None:
         """Give the session what a call has made."""
@@ -219,8 +252,10 @@ class Program:
             self._say_no_session()
         compiler, head, variant = self.variants.compiler, self.variants.head, self.variants.recompute
         given = [*inputs, *compiler.zeros(compiler.pair, inputs)]
+        carried: Sequence[Tensor] = ()
         if head is not None:
-            given += head.look(given, None).carried
+            carried = head.look([*given, *self.side.values(head.held, inputs, None)], None).carried
+        given += [*self.side.values(variant.held, inputs, None), *carried]
         run = variant.ready(given)
         with no_autocast():
             return variant.unpack(run(*given, *compiler.zeros(variant.added, inputs))).results

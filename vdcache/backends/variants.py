@@ -23,6 +23,7 @@ from vdcache.ir.edit import copy_graph
 from vdcache.ir.edit import inputs as graph_inputs
 from vdcache.ir.ops import collective_order
 from vdcache.passes import DeadCode, Pipeline, Specialise, VariantOutputs, head_io, variant_io
+from vdcache.passes.hoist_invariants import held_inputs
 from vdcache.passes.mark_lanes import halve_lanes, lanes_io
 from vdcache.passes.outline import Outline
 from vdcache.passes.predictors import numbers_of, predictor_of
@@ -132,16 +133,17 @@ class LazyVariant:
     """One graph of a program.
 
     Args:
-        graph: not to be changed.
+        graph: not to be changed by others.
         added: fake values of the inputs that it has after the model's and after `carried`.
         compiler: of the program's graphs.
-        carried: fake values of what the head hands over.
+        carried: fake values of what the head hands over. What the graph is given because it depends on no latent comes before.
     """
 
     def __init__(
         self, graph: fx.GraphModule, added: Sequence[Tensor], compiler: VariantCompiler, carried: Sequence[Tensor] = ()
     ) -> None:
-        self.graph, self.added, self.carried = graph, tuple(added), tuple(carried)
+        self.held, values = held_inputs(graph)  # names of the invariants that it is given
+        self.graph, self.added, self.carried = graph, tuple(added), (*values, *carried)
         self._compiler = compiler
         self._compiled: dict[Hashable, Compiled] = {}
         self._by_size = False  # each compiled graph is good for one size only
@@ -167,7 +169,7 @@ class LazyVariant:
                 self._by_size = found is None
 
     def ready(self, inputs: Sequence[Any]) -> Compiled:
-        """The compiled graph for these inputs (the model's, and what is carried)."""
+        """The compiled graph for these inputs (the model's, and those that come after)."""
         if (found := self._compiled.get(())) is not None:  # good for all inputs
             return found
         began = time.perf_counter()
@@ -212,7 +214,7 @@ class Head(LazyVariant):
         """Run it.
 
         Args:
-            inputs: the model's, and the pair.
+            inputs: the model's, the pair, and the invariants that it reads.
             previous: values of the probes; None where there are none yet.
         """
         before = self._compiler.zeros(self.added, inputs) if previous is None else previous
@@ -317,19 +319,13 @@ class Variants:
 
     def flops(self, plan: Plan) -> int:
         """FLOPs of one call under a plan, the head's included; counted by `patterns.cost`."""
-        return sum(flops(n) for part in self._parts((plan,)) for n in part.graph.graph.nodes)
+        return sum(flops(n) for part in self.parts((plan,)) for n in part.graph.graph.nodes)
 
-    def _parts(self, plans: Sequence[Plan]) -> list[LazyVariant]:
+    def parts(self, plans: Sequence[Plan]) -> list[LazyVariant]:
         """The head, if there is one, and the variants of these plans."""
         return [*([self.head] if self.head is not None else []), *map(self.__getitem__, plans)]
 
     # ---- compiling -----------------------------------------------------------------------------------------------
-
-    def compile_first(self, inputs: Sequence[Any]) -> None:
-        """Compile what every run begins with, inside the backend call."""
-        inputs = [*inputs, *self.compiler.pair]
-        for part in self._parts((RECOMPUTE,)):
-            part.compile_now([*inputs, *part.carried])
 
     def decide(self, compiles: bool) -> None:
         """From here on variants are compiled by Inductor, or run eagerly for good."""
@@ -338,17 +334,9 @@ class Variants:
             for part in (*self._made.values(), *([self.head] if self.head is not None else [])) if compiles else ():
                 part.forget()
 
-    def prepare(self, plans: Sequence[Plan], inputs: Sequence[Any]) -> None:
-        """Compile what runs under these plans, for the sizes of these inputs (the model's, and what is carried).
-
-        Not in a thread: while one traces, torch 2.13 refuses calls of compiled functions in all others.
-        """
-        for plan in plans:
-            self[self.narrow(plan)].ready(inputs)
-
     def warm_up(self) -> None:
         """Compile every variant that can be compiled without knowing more sizes."""
-        for part in self._parts(self.plans):
+        for part in self.parts(self.plans):
             part.warm_up()
 
 

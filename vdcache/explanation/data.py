@@ -8,11 +8,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from vdcache.patterns import KINDS, Attention, Block, Branch, Conditioning, GraphAnalysis, NoMatch, Stream
+from vdcache.patterns.invariance import Shares
 
 if TYPE_CHECKING:
     import networkx
 
-__all__ = ["GraphFacts", "ReportData", "Slot", "VariantCost"]
+__all__ = ["GraphFacts", "HeldValues", "ReportData", "Slot", "VariantCost"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class GraphFacts:
         line: the source line that it begins with.
         ends, ends_at: why it ends before the function does, and where; "" where it does not.
         again: how many further times the same graph runs in one forward.
+        shares: how much of it depends on the prompt or the timestep alone, and on the latent.
     """
 
     index: int
@@ -36,6 +38,22 @@ class GraphFacts:
     ends_at: str = ""
     problem: str = ""
     again: int = 0
+    shares: Shares = field(default_factory=Shares, repr=False)
+
+
+@dataclass(frozen=True)
+class HeldValues:
+    """What a recipe holds instead of computing it in every step.
+
+    Args:
+        kind: what the values depend on: "parameters", "prompt", "timestep", or "both" of the last two.
+        values: how many there are.
+        bytes: of one set of them: for one prompt, or for one timestep.
+    """
+
+    kind: str
+    values: int
+    bytes: int
 
 
 @dataclass(frozen=True)
@@ -102,6 +120,7 @@ class ReportData:
         nothing: why the recipe finds no slot, "" if it finds one.
         recipe_refusals: the places that the passes of the recipe left as they were, with reasons.
         masks: the attentions that the recipe puts masks on, in words, one line for each graph.
+        held: what the recipe holds because it depends on no latent.
     """
 
     model: str
@@ -118,6 +137,7 @@ class ReportData:
     nothing: str = ""
     recipe_refusals: tuple[NoMatch, ...] = field(default=(), repr=False)
     masks: tuple[str, ...] = ()
+    held: tuple[HeldValues, ...] = ()
 
     def __repr__(self) -> str:
         asked = f", recipe '{self.recipe}'" if self.recipe else ""
@@ -166,6 +186,11 @@ class ReportData:
             for name, nodes in parts.items():
                 nodes += [f"{graph.index}:{n}" if graph.index else n for n in getattr(found, name)]
         return Conditioning(tuple(timestep_inputs), *(tuple(parts[n]) for n in ("timestep", "text", "constant")))
+
+    @cached_property
+    def shares(self) -> Shares:
+        """How much of one forward depends on the parameters, the prompt or the timestep alone, on the two of them, and on the latent."""
+        return sum((g.shares for g in self.graphs for _ in range(1 + g.again)), Shares())
 
     @cached_property
     def flops(self) -> int:

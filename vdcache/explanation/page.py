@@ -10,7 +10,7 @@ from jinja2 import Environment, StrictUndefined
 import vdcache
 from vdcache.explanation import picture
 from vdcache.explanation.data import GraphFacts, ReportData
-from vdcache.explanation.tree import amount, reasons, size, where
+from vdcache.explanation.tree import amount, reasons, shares, size, where
 from vdcache.patterns import Block, Branch
 
 __all__ = ["fragment", "page"]
@@ -36,6 +36,7 @@ def _render(template: str, report: ReportData) -> str:
         version=vdcache.__version__,
         graphs=[_graph(report, g) for g in report.graphs],
         legend=picture.legend(report),
+        shares=shares(report),
         amount=amount,
         size=size,
         where=where,

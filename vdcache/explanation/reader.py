@@ -11,7 +11,7 @@ from torch import fx, nn
 from vdcache.backends.program import Program
 from vdcache.backends.settings import Settings
 from vdcache.errors import CaptureError, ConfigError, VdcacheError
-from vdcache.explanation.report import GraphFacts, Report, Slot, VariantCost
+from vdcache.explanation.report import GraphFacts, HeldValues, Report, Slot, VariantCost
 from vdcache.ir import dialect
 from vdcache.ir.capture import Captured, CapturedForward, CapturedPart, parts
 from vdcache.ir.exported import exported
@@ -20,6 +20,8 @@ from vdcache.methods import recipe as named
 from vdcache.methods.recipe import Recipe
 from vdcache.passes import Canonicalise, MergeSlots, Pipeline
 from vdcache.patterns import Branch, GraphAnalysis, NoMatch, analyze, cost
+from vdcache.patterns.cost import bytes_of
+from vdcache.patterns.invariance import shares
 from vdcache.policies.goal import Goal
 from vdcache.policies.plan import Plan
 from vdcache.policies.simulate import best_plans
@@ -103,7 +105,7 @@ def _report(name: str, found: CapturedForward, recipe: Recipe | None, steps: int
         canonical, _ = Pipeline((Canonicalise(),)).run(part.captured.graph)
         facts = _named(analyze(canonical), canonical, part.captured, number)
         nodes = sum(n.op == "call_function" for n in canonical.graph.nodes)
-        graphs.append(GraphFacts(number, facts, nodes, part.line, part.ends, part.ends_at))
+        graphs.append(GraphFacts(number, facts, nodes, part.line, part.ends, part.ends_at, shares=shares(canonical)))
     report = Report(name, tuple(graphs), tuple(found.breaks))
     return _with_recipe(report, captured, list(seen.values()), recipe, steps) if recipe is not None else report
 
@@ -158,7 +160,8 @@ def _with_recipe(report: Report, captured: list[Captured], numbers: list[int], r
     if recipe.goal is not None:
         schedule, goal = _meant(recipe.goal, steps, variants), str(recipe.goal)
     masks = tuple(program.masks for _, program in programs if program.masks)
-    found_nothing = not after and not masks and bool(recipe.passes)
+    held = _held(programs)
+    found_nothing = not after and not masks and not held and bool(recipe.passes)
     return replace(
         report,
         recipe=recipe.name,
@@ -172,7 +175,17 @@ def _with_recipe(report: Report, captured: list[Captured], numbers: list[int], r
         nothing=_why_nothing(recipe, (*report.refusals, *refusals)) if found_nothing else "",
         recipe_refusals=tuple(refusals),
         masks=masks,
+        held=held,
     )
+
+
+def _held(programs: Sequence[tuple[int, Program]]) -> tuple[HeldValues, ...]:
+    """What the graphs are given because it depends on no latent, by what it depends on."""
+    found: dict[str, list[int]] = {}
+    for _, program in programs:
+        for mark in dialect.invariants(program.guarded.module.graph):
+            found.setdefault(str(mark.args[1]).partition(".")[0], []).append(bytes_of(mark))
+    return tuple(HeldValues(kind, len(sizes), sum(sizes)) for kind, sizes in found.items())
 
 
 def _variant_costs(report: Report, programs: list[tuple[int, Program]]) -> list[VariantCost]:

@@ -14,7 +14,7 @@ from rich.tree import Tree
 from vdcache.explanation.data import ReportData
 from vdcache.patterns import Attention, Block, Branch, GraphAnalysis, NoMatch, Stream
 
-__all__ = ["amount", "plain", "reasons", "size", "tree", "where"]
+__all__ = ["amount", "plain", "reasons", "shares", "size", "tree", "where"]
 
 
 def amount(flops: float) -> str:
@@ -50,6 +50,8 @@ def tree(report: ReportData) -> Tree:
             f"[{report.model}]", "bold", f"{counts}{many}; {amount(report.flops)} a forward, {report.coverage:.1%} in branches"
         )
     )
+    if invariant := shares(report):
+        root.add(_line("depends on", "bold", invariant))
     for graph in report.graphs:
         at = root
         if len(report.graphs) > 1:
@@ -67,6 +69,25 @@ def tree(report: ReportData) -> Tree:
     if report.recipe:
         _recipe(root.add(_line(f"with {report.recipe}", "bold", "")), report)
     return root
+
+
+_KINDS = {
+    "parameters": "parameters alone",
+    "prompt": "the prompt alone",
+    "timestep": "the timestep alone",
+    "both": "prompt and timestep",
+}
+
+
+def shares(report: ReportData) -> str:
+    """What does not depend on the latent."""
+    by = {what: dict(report.shares.of(what)) for what in ("flops", "weights", "values")}
+    found = []
+    for kind, words in _KINDS.items():
+        spent, weights, values = (by[what][kind] for what in ("flops", "weights", "values"))
+        if max(spent, weights, values) >= 0.0005:
+            found.append(f"{words} {spent:.1%} of FLOPs, {weights:.1%} of weights, {values:.1%} of values")
+    return "; ".join(found)
 
 
 def _inside(at: Tree, found: GraphAnalysis) -> None:
@@ -159,7 +180,11 @@ def _recipe(at: Tree, report: ReportData) -> None:
         return
     for text in report.masks:
         at.add(_line("masks", "bold", text))
-    if report.slots or not report.masks:
+    for held in report.held:
+        each = {"prompt": " a prompt", "timestep": " a timestep", "both": " a prompt and timestep"}.get(held.kind, "")
+        what = _KINDS[held.kind]
+        at.add(_line("held", "bold", f"{held.values} values of {what}, {size(held.bytes)}{each}"))
+    if report.slots or not (report.masks or report.held):
         at.add(
             _line(
                 "slots",

@@ -172,6 +172,7 @@ def fixed(
     given = graph_inputs(found.captured.graph.graph)
     tensors = [p for p in found.given if isinstance(given[p].meta.get("val"), Tensor)]
     flat = torch.utils._pytree.tree_leaves((tuple(args), dict(kwargs or {})))
+    recipe = recipe.hoisting(False)  # a package computes every step by itself
     program = Program(found.captured, Settings(recipe, steps, inner="eager"))
     plans = _plans(program, recipe, steps)
     names = _unique([found.captured.signature.names[p] for p in tensors])

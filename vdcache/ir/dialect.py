@@ -17,6 +17,8 @@ __all__ = [
     "cache_guards",
     "emissions",
     "emit",
+    "invariant",
+    "invariants",
     "is_dialect",
     "is_dialect_function",
     "observations",
@@ -81,7 +83,16 @@ def probe(value: Tensor, name: str, distance: str, reference_step: str) -> Tenso
     return value
 
 
-FUNCTIONS = {f.__name__: f for f in (cache_guard, observe, emit, probe)}
+def invariant(value: Tensor, name: str) -> Tensor:
+    """The value `value`, which depends on no latent: a step is given it and need not compute it.
+
+    Args:
+        name: "group/name"; the values of one group depend on the same inputs. Unlike that of every other invariant of the graph.
+    """
+    return value
+
+
+FUNCTIONS = {f.__name__: f for f in (cache_guard, observe, emit, probe, invariant)}
 
 
 def is_dialect_function(target: object) -> bool:
@@ -110,6 +121,11 @@ def observations(graph: fx.Graph) -> list[fx.Node]:
 def probes(graph: fx.Graph) -> list[fx.Node]:
     """The probe nodes of a graph, in order."""
     return graph.find_nodes(op="call_function", target=probe)
+
+
+def invariants(graph: fx.Graph) -> list[fx.Node]:
+    """The invariant nodes of a graph, in order."""
+    return graph.find_nodes(op="call_function", target=invariant)
 
 
 def emissions(graph: fx.Graph) -> list[fx.Node]:

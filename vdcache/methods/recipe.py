@@ -12,7 +12,17 @@ from pathlib import Path
 from typing import Any, cast
 
 from vdcache.errors import ConfigError
-from vdcache.passes import Canonicalise, MarkBranches, MergeSlots, Observe, Pass, Pipeline, Probe, TileAttention
+from vdcache.passes import (
+    Canonicalise,
+    HoistInvariants,
+    MarkBranches,
+    MergeSlots,
+    Observe,
+    Pass,
+    Pipeline,
+    Probe,
+    TileAttention,
+)
 from vdcache.passes.base import passes_of
 from vdcache.passes.catalogue import known_passes
 from vdcache.passes.predictors import LAST, PREDICTORS, AnyPredictor, ByGroup
@@ -116,6 +126,16 @@ class Recipe:
         given = getattr(masks, "masks", masks)
         tiles = TileAttention(given, **where)
         return replace(self, passes=(tiles, *(p for p in self.passes if not isinstance(p, TileAttention))))
+
+    def hoisting(self, hoist: bool = True) -> Recipe:
+        """This recipe with `hoist-invariants` as its last pass, or without it.
+
+        Args:
+            hoist: whether what depends on no latent is held instead of computed in every step.
+        """
+        own = next((p for p in self.passes if isinstance(p, HoistInvariants)), HoistInvariants())
+        rest = tuple(p for p in self.passes if not isinstance(p, HoistInvariants))
+        return replace(self, passes=(*rest, own) if hoist else rest)
 
     def following(self, history: Iterable[Record]) -> Recipe:
         """What this recipe did, as a fixed table: each group is reused in a step if it was in more than half of the generations.

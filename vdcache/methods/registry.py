@@ -18,7 +18,7 @@ from vdcache.methods.profilingdit import profilingdit_hunyuanvideo, profilingdit
 from vdcache.methods.recipe import Recipe
 from vdcache.methods.schedules import delta_dit, fora, magcache, taylorseer
 from vdcache.methods.thresholds import dbcache, easycache, fbcache, seacache, teacache
-from vdcache.passes import TileAttention
+from vdcache.passes import HoistInvariants, TileAttention
 from vdcache.passes.base import Pass
 from vdcache.policies.base import Always, EveryN
 from vdcache.util.plugins import Plugin, plugins
@@ -99,6 +99,11 @@ NAMES = (
         "always",
         lambda: Recipe("always", Always(), ()),
         "recompute every step (the untouched model, with the same step tracking and history)",
+    ),
+    RecipeFamily(
+        "exact",
+        lambda: Recipe("exact", Always(), (HoistInvariants(),), "loop-invariant code motion over the denoising loop"),
+        "what depends on the prompt or the timestep alone is computed once and held; every step is exact: for models of few steps",
     ),
     RecipeFamily(
         "every-N",

@@ -6,6 +6,7 @@ from vdcache.passes.catalogue import PASSES
 from vdcache.passes.dead_code import DeadCode
 from vdcache.passes.emit import Emit
 from vdcache.passes.emit_attention import EmitAttention
+from vdcache.passes.hoist_invariants import HoistInvariants
 from vdcache.passes.mark_branches import MarkBranches
 from vdcache.passes.mark_lanes import MarkLanes
 from vdcache.passes.mark_output import MarkOutput
@@ -25,6 +26,7 @@ __all__ = [
     "Emit",
     "EmitAttention",
     "HeadIO",
+    "HoistInvariants",
     "MarkBranches",
     "MarkLanes",
     "MarkOutput",

@@ -13,6 +13,7 @@ from vdcache.passes.canonicalise import Canonicalise
 from vdcache.passes.dead_code import DeadCode
 from vdcache.passes.emit import Emit
 from vdcache.passes.emit_attention import EmitAttention
+from vdcache.passes.hoist_invariants import HoistInvariants
 from vdcache.passes.mark_branches import MarkBranches
 from vdcache.passes.mark_lanes import MarkLanes
 from vdcache.passes.mark_output import MarkOutput
@@ -53,6 +54,7 @@ PASSES: dict[str, type[Pass]] = {
         Probe,
         Emit,
         EmitAttention,
+        HoistInvariants,
         SplitAtProbe,
         Specialise,
         DeadCode,

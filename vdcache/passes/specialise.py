@@ -203,7 +203,10 @@ class Specialise(Pass):
 
     def run(self, graph: fx.GraphModule) -> PassResult:
         g = graph.graph
-        marks = [*dialect.cache_guards(g), *dialect.observations(g), *dialect.emissions(g)]
+        marks = [*dialect.cache_guards(g), *dialect.observations(g), *dialect.emissions(g), *dialect.invariants(g)]
+        for mark in dialect.invariants(g):  # nobody holds these: they are computed
+            mark.replace_all_uses_with(mark.args[0])  # type: ignore[arg-type]
+            g.erase_node(mark)
         writes = bool(signature(graph).mutations)
         added = _Added(g, str(self))
         fresh: dict[str, fx.Node] = {}

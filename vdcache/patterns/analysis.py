@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from vdcache.ir.capture import last_line, readable, signature
-from vdcache.ir.dialect import cache_guard, is_dialect
+from vdcache.ir.dialect import cache_guard, invariant, is_dialect
 from vdcache.ir.ops import CASTS, is_work, tensor_of
 from vdcache.patterns import blocks, conditioning, cost
 from vdcache.patterns.attention import AttentionMatch, attention_matches, describe
@@ -43,7 +43,7 @@ def structure(graph: fx.GraphModule) -> set[tuple[Any, ...]]:
 
 
 def _without_cache_guard(node: fx.Node) -> Any:
-    while node.target is cache_guard:
+    while node.target in (cache_guard, invariant):
         node = node.args[0]  # type: ignore[assignment]
     return node
 

@@ -293,6 +293,7 @@ class PipelineCache:
 
     def _let_go(self, denoiser: Denoiser) -> None:
         denoiser.session.end()
+        denoiser.session.invariants.clear()
         module = denoiser.module
         if module is None or (switch := ForwardWrapper.on(module)) is None:
             return

@@ -22,6 +22,7 @@ from vdcache.runtime.computed_steps import ComputedSteps
 from vdcache.runtime.device_time import DeviceTime, RunningRecords
 from vdcache.runtime.forward_watch import ForwardWatch
 from vdcache.runtime.history import History, Record, tell
+from vdcache.runtime.invariants import InvariantTables
 from vdcache.runtime.lane_pair import LanePair
 from vdcache.runtime.read import DeviceReads
 from vdcache.runtime.run_times import RunTimes
@@ -106,6 +107,7 @@ class Session:
         self._computed = ComputedSteps(self.store)
         self._weights = WeightsToken()
         self._pair = LanePair(self._reads, self._notices)
+        self.invariants = InvariantTables(self._reads)
         self._running = RunningRecords()
         self.times = RunTimes()
         self._turn = _Turn()
@@ -214,6 +216,7 @@ class Session:
         """Forget every cached value, the policy's state and what was learnt; the history stays."""
         self._planner.forget()
         self._placement.forget()
+        self.invariants.clear()
         self.begin()
 
     def summary(self, generation: int = -1) -> Any:
@@ -401,7 +404,9 @@ class Session:
         weights, changed = self._weights.check(graph, graph.kind, graph.weights(inputs), (planner.generation, planner.step))
         if changed:
             self._computed.drop_values()
+            self.invariants.clear()
         key = self._computed.key(who, number, lane, weights, (graph.content, *_forms(inputs, graph.activations)))
+        self.invariants.place(key, follows, planner.generation, self._weights.current)
         if repeated:
             self._computed.had_several_latents(lane, planner.step)
             self._computed.drop(key)  # of the other latent

@@ -39,6 +39,9 @@ class WeightsToken:
         self._count = itertools.count()
         self._samples: dict[int, _Sample] = {}  # of the weights that are alive, by address
         self._held = 0  # weights that are remembered
+        self.current: object = (
+            None  # stands for the objects that the last call's weights are, as long as nobody wrote into them
+        )
 
     def check(self, graph: object, kind: Hashable, weights: Sequence[Tensor], now: Hashable = None) -> tuple[int, bool]:
         """The number of the weights that a graph receives. Waits for no device unless a weight is another object than before.
@@ -57,10 +60,10 @@ class WeightsToken:
         if known is None or known.identities != identities:  # to look so many bytes up takes longer than to compare them
             known = own.get(identities)
         if known is not None and known.unchanged(weights):
-            known.step, self._last[graph] = now, known
+            known.step, self._last[graph], self.current = now, known, known
             return known.number, False
         seen = _Weights(weights, [self._sampled(w) for w in weights])
-        seen.step = now
+        seen.step, self.current = now, seen
         in_order, in_any = seen.contents()
         number = self._numbers.get((graph, in_order))
         if number is None and not own:  # Dynamo hands over the weights of a graph that it makes anew in another order
