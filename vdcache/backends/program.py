@@ -69,6 +69,7 @@ class Program:
         self.content: Hashable = _kinds.setdefault((kind, self.guarded.content), len(_kinds))
         self.variants = Variants(self.guarded, settings)
         self.side = SideGraphs(self.guarded.module, self.variants.compiler)
+        self.holds = bool(self.side.groups)  # values that depend on no latent
         self.capturing = 0.0  # seconds that tracing to here took, where somebody has measured it
         self.slots, self.lanes, head = self.variants.slots, self.variants.lanes, self.variants.head
         self.probes = head.probes if head is not None else ()
@@ -175,7 +176,8 @@ class Program:
         if call.is_first and compiler.may_compile:
             self._decide(session, call.record.generation)
         variant = self.variants[call.plan]
-        given = self._given(variant, session, call, inputs)
+        plain = call.pair is None and not (compiler.pair or variant.held or call.look.carried)
+        given = inputs if plain else self._given(variant, session, call, inputs)
         run = variant.ready(given)
         making = compiler.waited.seconds - waited
         call.began += making  # making a variant is not what a step takes
@@ -211,8 +213,6 @@ class Program:
     def _given(self, part: PlanVariant, session: Session, call: CallContext, inputs: Sequence[Any]) -> Sequence[Any]:
         """What a variant is given before what is cached: the model's inputs, the pair, what is held for it, and what the head hands over."""
         compiler = self.variants.compiler
-        if call.pair is None and not (compiler.pair or part.held or call.look.carried):
-            return inputs
         pair = [call.pair] if call.pair is not None else compiler.zeros(compiler.pair, inputs)
         return (*inputs, *pair, *self.side.values(part.held, inputs, session.invariants), *call.look.carried)
 

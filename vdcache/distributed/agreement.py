@@ -287,7 +287,7 @@ def ranks_of(group: Any) -> tuple[int, ...]:
     return tuple(sorted(dist.get_process_group_ranks(group)))
 
 
-# torch.distributed has no public name for these two; both were seen on torch 2.11 and 2.13.
+# torch.distributed has no public name for these two; seen on torch 2.13.
 def _store_of_the_job() -> Any:
     return dist.distributed_c10d._get_default_store()
 

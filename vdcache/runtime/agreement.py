@@ -82,6 +82,7 @@ class SessionRanks:
     def __init__(self, name: str) -> None:
         self._name, self._said = name, set[str]()
         self._agreement: Agreement | None = None
+        self.has_others = False  # there is, or was, somebody to agree with
         self.apart = ""  # why the ranks agree on nothing any more
         self.is_replay = False  # of what ran before: it is given up where the ranks part, because nobody waits for its result
         self.place: Place = (-1, -1)  # where this rank stands
@@ -98,6 +99,7 @@ class SessionRanks:
     def join(self, agreement: Agreement | None) -> None:
         """Agree with these ranks, unless others are known already."""
         self._agreement = self._agreement or agreement
+        self.has_others = self._agreement is not None
 
     def explain(self, error: Exception) -> Exception | None:
         """What to raise in the place of an error that another rank has caused; None for any other."""

@@ -149,6 +149,8 @@ class CompiledGraph(Protocol):
     @property
     def lanes(self) -> LaneScope | None: ...
     @property
+    def holds(self) -> bool: ...  # values that depend on no latent, in the session's tables
+    @property
     def unobserved(self) -> tuple[str, ...]: ...  # why what the recipe observes is not seen in it
 
     def weights(self, inputs: Sequence[Any]) -> tuple[Tensor, ...]:

@@ -354,6 +354,8 @@ class Session:
         if graph.probes:
             call.look = self._look_at_probes(call, inputs, look)
         self._choose(graph, inputs, call)
+        if self.ranks.has_others:
+            self._agree(graph, call)
         needs = call.needs
         if needs.before:
             call.before = store.get(key, needs.before)
@@ -406,7 +408,8 @@ class Session:
             self._computed.drop_values()
             self.invariants.clear()
         key = self._computed.key(who, number, lane, weights, (graph.content, *_forms(inputs, graph.activations)))
-        self.invariants.place(key, follows, planner.generation, self._weights.current)
+        if getattr(graph, "holds", False):
+            self.invariants.place(key, follows, planner.generation, self._weights.current)
         if repeated:
             self._computed.had_several_latents(lane, planner.step)
             self._computed.drop(key)  # of the other latent
@@ -422,17 +425,16 @@ class Session:
             self._planner.decide(call.graph, seen, comparable=earlier is not None)
         return seen
 
-    def _choose(self, graph: CompiledGraph, inputs: Sequence[Any], call: CallContext) -> None:
-        """What a call reuses of the step's plan, and why not more; the same on all ranks that run the model together."""
-        self._own_choice(graph, inputs, call)
+    def _agree(self, graph: CompiledGraph, call: CallContext) -> None:
+        """Compute what not all ranks that run the model together would reuse."""
         reason = self.ranks.apart
-        if self.ranks and getattr(graph, "slots", True):
+        if not reason and getattr(graph, "slots", True):
             reason = self.ranks.same_plan(sorted(call.plan.reuse), graph.collectives(call.plan), call.why)
         if reason:
             call.plan, call.reads, call.rows, call.why, call.needs = RECOMPUTE, (), None, reason, graph.needs(RECOMPUTE)
 
-    def _own_choice(self, graph: CompiledGraph, inputs: Sequence[Any], call: CallContext) -> None:
-        """What a call could reuse of the step's plan on this rank, and why not more."""
+    def _choose(self, graph: CompiledGraph, inputs: Sequence[Any], call: CallContext) -> None:
+        """What a call could reuse of the step's plan, and why not more."""
         if (scope := graph.lanes) is not None:
             call.pair = self._pair.first(scope, call.key.graph, call.key.call)
         plan = self._planned(graph, inputs, call)
