@@ -1,4 +1,4 @@
-from . import errors, masks, methods, policies, predictors
+from . import calibration, errors, masks, methods, policies, predictors
 from .api import compile
 from .attention.tiles import tile_attention
 from .calibration.mask_search import search_masks
@@ -51,6 +51,7 @@ __all__ = [
     "analyze",
     "apply",
     "calibrate",
+    "calibration",
     "compare",
     "compile",
     "debug",

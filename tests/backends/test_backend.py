@@ -527,7 +527,7 @@ def test_a_model_without_branches_runs_plain_or_raises_when_strict():
         ({"recipe": "adacache-fas"}, "did you mean adacache-fast"),
         ({"recipe": "every-0"}, "n is a whole number of at least 1; got 0"),
         ({"num_steps": 0}, "at least 1"),
-        ({"inner": "tvm"}, "inductor or eager"),
+        ({"inner": "tvm"}, "inductor, eager or auto"),
         ({"recipee": "always"}, "did you mean 'recipe'"),
         ({"inductor": 3}, "inductor is a dict of Inductor's settings"),
         ({"inductor": {"max_autotun": True}}, "Inductor has no setting 'max_autotun'; did you mean 'max_autotune'"),

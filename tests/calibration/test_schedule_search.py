@@ -595,7 +595,7 @@ def test_searching_again_and_again_meets_no_limit():
         ({"orders": (0, 2)}, "schedules are searched for orders 0, 1; got 2"),
         ({"computed": 9}, "9 computed steps were asked for, and a generation has 8"),
         ({"prompts": []}, "search_schedule: prompts is empty"),
-        ({"inner": "gcc"}, "inner is inductor or eager; got 'gcc'"),
+        ({"inner": "gcc"}, "inner is inductor, eager or auto; got 'gcc'"),
     ],
 )
 def test_bad_input(options, message):

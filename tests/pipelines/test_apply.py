@@ -473,7 +473,7 @@ def test_options():
     pipe = made(NAME)
     refused("no recipe is called 'adacache-fats'; did you mean adacache-fast", pipe, "adacache-fats")
     refused("unknown argument 'ful_graph'; did you mean 'fullgraph'", pipe, "every-2", ful_graph=True)
-    refused("inner is inductor or eager", pipe, "every-2", inner="fast")
+    refused("inner is inductor, eager or auto", pipe, "every-2", inner="fast")
     refused("no denoiser called 'unet'; its modules are transformer", pipe, {"unet": "every-2"})
     assert "progress_bar" not in pipe.__dict__
 

@@ -68,7 +68,7 @@ class Settings:
         if self.num_steps is not None:
             object.__setattr__(self, "num_steps", step_count(self.num_steps))
         if self.inner not in INNER:
-            raise ConfigError(f"inner is {' or '.join(INNER)}; got {self.inner!r}")
+            raise ConfigError(f"inner is {', '.join(INNER[:-1])} or {INNER[-1]}; got {self.inner!r}")
         if self.generations is not None:
             whole(self.generations, "generations, the number of runs of the denoising loop,", 1)
             if self.inner != "auto":

@@ -146,12 +146,25 @@ def _nearest(
 
     fits = [n for n in range(1, MOST + 1) if sum(rounds(n)) * share <= budget]
     first = max([1, *fits]) if tries is None else tries
-    left = list(tried[:first])
+    left = _of_the_best_prediction(runs, tried, scored, first)
     for prompt, many in enumerate(rounds(len(left))):
         left = left[:many]
         scores = {one: [scored.psnr(runs, one, p) for p in range(prompt + 1)] for one in left}
         left.sort(key=lambda one: -float(np.mean(scores[one])))
     return replace(left[0], psnr=float(np.mean(scores[left[0]])))
+
+
+def _of_the_best_prediction(runs: Runs, tried: Sequence[Schedule], scored: ScheduleScores, many: int) -> list[Schedule]:
+    """So many candidates: the first one of each prediction, and then others of the one that was best on the first prompt. The table ranks
+    the lists of one prediction, but not predictions among each other.
+    """
+    heads = list({one.prediction: one for one in reversed(tried)}.values())[::-1]
+    heads.sort(key=tried.index)
+    if not 1 < len(heads) < many:
+        return list(tried[:many])
+    best = max(heads, key=lambda one: scored.psnr(runs, one, 0))
+    rest = [one for one in tried if one.prediction == best.prediction and one is not best]
+    return [*heads, *rest][:many]
 
 
 def _fewest(
