@@ -5,6 +5,7 @@ import torch
 from torch._export.utils import _collect_all_valid_cia_ops
 from torch._subclasses.fake_impls import op_implementations_dict
 
+import vdcache
 from vdcache.ir import trace
 from vdcache.ir.composites import whole_composites
 
@@ -39,6 +40,29 @@ def test_every_capture_is_the_same():
     for _ in range(3):
         assert LINEAR in targets(torch.nn.functional.linear, x, w)
         assert rules <= set(op_implementations_dict)
+
+
+class Scaled(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.strength = torch.nn.Linear(4, 4), 1.0
+
+    def forward(self, x):
+        return self.layer(x) * self.strength
+
+
+@torch.no_grad()
+def test_numbers_that_change_are_captured_after_an_export():
+    """Dynamo makes an input of a float when it has changed once, and reads it with `item`, whose rule torch's own export drops for good."""
+    model, x = Scaled(), torch.randn(2, 4)
+    torch.export.export(model, (x,)).run_decompositions({})
+    assert aten.item.default not in op_implementations_dict
+    torch._dynamo.reset()
+    compiled = vdcache.compile(model, "always", num_steps=3, inner="eager", strict=True)
+    for strength in (1.0, 0.5, 0.25):
+        model.strength = strength
+        assert torch.equal(compiled(x), model(x))
+    assert len(compiled.vdcache.graphs) == 2
 
 
 def test_the_last_to_leave_puts_everything_back():

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._C import DispatchKey
 from torch._subclasses.fake_impls import op_implementations_dict
@@ -50,6 +51,8 @@ class _Tables:
         with _override_composite_implicit_decomp({op: functools.partial(_stay_whole, op) for op in ops}):
             whole = {op: dict(op.py_kernels) for op in ops}
             rules = {op: op_implementations_dict[op] for op in ops if op not in before}
+        # torch.export's run_decompositions drops this one for good, and then no graph with a changing float could be captured.
+        rules[torch.ops.aten.item.default] = op_implementations_dict[torch.ops.aten._local_scalar_dense.default]
         op_implementations_dict.update(before)  # torch drops those that it found as well
         return cls(plain, whole, rules)
 
