@@ -106,7 +106,9 @@ BUGS = (
         "if not isinstance(new, fx.Node) or not same_type(new, root):",
         "if not isinstance(new, fx.Node):",
     ),
-    _passes("an effect rewritten away", "rewrite", "for n in match.inside if is_effectful(n)]", "for n in ()]"),
+    _passes(
+        "an effect rewritten away", "rewrite", "for n in match.inside if is_effectful(n) or communicates(n)", "for n in ()"
+    ),
     _passes(
         "a leaked value read from the guard",
         "mark_branches",
@@ -263,19 +265,39 @@ BUGS = (
         ("tests/ir/test_facts.py", "tests/passes/test_merge_slots.py"),
     ),
     # predictors and measures
-    Bug(
-        "Taylor without its factorials",
-        "passes/predictors.py",
-        "cached[i] * (1 / math.factorial(i))",
-        "kept[i]",
-        ("tests/runtime/test_predictors.py",),
+    *(
+        Bug(what, "policies/weights.py", old, new, ("tests/policies/test_weights.py", "tests/runtime/test_predictors.py"))
+        for what, old, new in (
+            ("Taylor without its factorials", "lambda i, x: x**i / math.factorial(i))", "lambda i, x: x**i)"),
+            (
+                "a difference formed with values that were never computed",
+                "for _ in range(min(most, len(steps) - 1)):",
+                "for _ in range(min(most, len(steps))):",
+            ),
+            ("a ring's weights with the wrong sign", "*(-t for t in tails[1:])", "*tails[1:]"),
+            ("a ridge that is none", "math.sqrt(self.ridge) * np.eye", "0.0 * np.eye"),
+            ("ZEUS before it has two values", "if len(computed) >= len(self.values) else", "if computed else"),
+            ("a rule of the step after", "if first <= now.step]", "if first <= now.step + 1]"),
+            (
+                "steps since the last computed one off by one",
+                "now.step - computed[0].step if computed",
+                "now.step - computed[0].step + 1 if computed",
+            ),
+        )
     ),
     Bug(
-        "a difference formed with zeros that were never computed",
+        "a ring that moves nothing along",
         "passes/predictors.py",
-        "torch.where(step_info.computed > i, 1 / step_info.elapsed",
-        "torch.where(when.computed > i - 1, 1 / when.elapsed",
-        ("tests/runtime/test_predictors.py",),
+        "return [new, moved, *previous[1 : self.tensors - 1]]",
+        "return [new, moved, *previous[2 : self.tensors]]",
+        ("tests/policies/test_weights.py",),
+    ),
+    Bug(
+        "computed steps in the wrong order",
+        "runtime/computed_steps.py",
+        "own.steps.setdefault(group, []).insert(0, at)",
+        "own.steps.setdefault(group, []).append(at)",
+        ("tests/runtime/test_predictors.py", "tests/runtime/test_computed_steps.py"),
     ),
     _policy(
         "the change relative to now, not to before",
@@ -476,13 +498,6 @@ BUGS = (
         "computed_steps",
         "        self._store.drop()\n        self._computed.clear()",
         "        self._computed.clear()",
-    ),
-    _runtime(
-        "steps since the last computed one off by one",
-        "computed_steps",
-        "        return step - last, count, step",
-        "        return step - last + 1, count, step",
-        "tests/runtime/test_predictors.py",
     ),
     _runtime(
         "computed steps of the last generation counted",
