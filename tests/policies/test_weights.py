@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.support.predicting import Predicting
 from vdcache.errors import ConfigError
 from vdcache.passes.predictors import read_predictor
-from vdcache.policies.weights import Position, ring_weights
+from vdcache.policies.weights import STEP_INFO, Position, RingWeights, ring_weights
 from vdcache.predictors import (
     AdamsBashforth,
     ByStep,
@@ -240,3 +240,21 @@ def test_rules_keep_the_contract_and_print(rule):
 def test_bad_rules(make):
     with pytest.raises(ConfigError):
         make()
+
+
+def test_a_rule_holds_from_its_first_step_on():
+    rule = ByStep(((2, Newton(1)), (4, Fixed((3.0, -2.0)))))
+    assert [predict(rule, now, {-2: 1.0, -1: 2.0}) for now in (1, 2, 3, 4, 5)] == [2.0, 5.0, 6.0, 4.0, 4.0]
+
+
+def test_functions_of_tensors_are_told_where_the_step_stands():
+    assert STEP_INFO.values(Position(7), at([2, 5])) == (2.0, 2.0, 7.0)
+    assert STEP_INFO.values(Position(3), ()) == (1.0, 0.0, 3.0)
+
+
+def test_another_rule_is_taken_where_the_ring_has_its_values():
+    told = RingWeights(Taylor(1))
+    steps = at([0, 2])
+    assert told.values(Position(4), steps, Newton(0)) == [1.0, 0.0]
+    assert told.values(Position(4), steps, Fixed((3.0, -2.0))) == [1.0, 2.0]
+    assert told.values(Position(4), steps, Taylor(2)) == told.values(Position(4), steps) == [1.0, 1.0]
