@@ -40,6 +40,7 @@ RULES = [
         Table(((1.0,), (2.0, -1.0), (0.5, 0.25, 0.25))),
     ),
     ByStep(((2, Taylor(2)), (9, Hermite(1)))),
+    *(Newton(1, 1 / 3), Hermite(1, 2**-0.5), Chebyshev(3, 1 / 3), Scaled(1 / 3), Extrapolated(1 / 3)),  # no digit is lost
 ]
 steps_and_values = st.lists(st.tuples(st.integers(1, 4), st.floats(-3, 3)), min_size=1, max_size=9)
 

@@ -18,6 +18,7 @@ from vdcache.backends.variants import LazyVariant, PlanVariant, Variants
 from vdcache.backends.verdict import Verdict, breaks_since
 from vdcache.ir.capture import Captured
 from vdcache.passes import Observe, VariantOutputs
+from vdcache.passes.predictors import depends_on_steps, predictor_of
 from vdcache.policies.plan import RECOMPUTE, Plan
 from vdcache.runtime import registry
 from vdcache.runtime.agreement import Agreement
@@ -87,6 +88,11 @@ class Program:
     def writes_into_itself(self) -> bool:
         """Whether it writes into a parameter or buffer of the model."""
         return any(position in self.inputs.static for _, position in self.guarded.captured.signature.mutations)
+
+    def goes_by_steps(self, groups: Sequence[str]) -> bool:
+        """Whether what is predicted for any of these groups depends on the step in which it was computed last."""
+        predictor = self.settings.recipe.predictor
+        return any(depends_on_steps(predictor_of(predictor, group)) for group in groups)
 
     def narrow(self, plan: Plan) -> Plan:
         """What of a plan concerns this graph."""
@@ -234,7 +240,8 @@ class Program:
         if outputs.emitted:
             session.emit(self, outputs.emitted)
         # A policy that measured or probed what is no number computes the next step by itself, and says why.
-        if call.keep and saved and outputs.sums is None and _finite(call.look.values) and not _finite(saved.values()):
+        told = outputs.sums is not None or not _finite(call.look.values)
+        if call.keep and saved and not told and not _finite(saved.values()):
             call.keep = False
             self.settings.warn_once(
                 "not finite",

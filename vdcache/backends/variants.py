@@ -303,7 +303,7 @@ class Variants:
         frames: dict[str, Any] = {str(n.args[1]): n.args[4] for n in dialect.observations(guarded.body.graph)}
         layouts = tuple(MetricSpec(slot, distance, strides, frames[slot]) for slot, distance, strides in io.measures)
         numbers = tuple((group, numbers_of(predictor_of(recipe.predictor, group))) for group in io.numbers)
-        needs = VariantInputs(io.reads, io.before, layouts, numbers, tuple(self._groups - plan.reuse), io.reused)
+        needs = VariantInputs(io.reads, io.before, layouts, numbers, tuple(dict.fromkeys(map(group_of, io.saves))), io.reused)
         carried = self.head.io.carried_values if self.head is not None else ()
         return PlanVariant(graph, needs, self.compiler, carried)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from vdcache.ir.edit import inputs as graph_inputs
 from vdcache.ir.exported import ExportedModel, whole
 from vdcache.methods import recipe as named
 from vdcache.methods.recipe import Recipe
+from vdcache.policies.base import Policy
 from vdcache.policies.plan import Plan
 from vdcache.policies.simulate import simulate
 from vdcache.policies.weights import Position
@@ -135,8 +136,9 @@ def recipe_of(schedule: Any, num_steps: int | None = None) -> tuple[Recipe, int]
         text = text_of(schedule)
         read: dict[str, Callable[[str], Any]] = {'"policy"': Recipe.from_json, '"goal"': Calibration.from_json}
         schedule = next((r for field, r in read.items() if field in text), Schedule.from_json)(text)
+    times: tuple[float, ...] = ()
     if isinstance(schedule, Calibration):
-        schedule = schedule.schedule
+        times, schedule = schedule.key.times, schedule.schedule
     if isinstance(schedule, (list, tuple, range)):
         if num_steps is None:
             raise ConfigError("a list of computed steps does not say how many steps there are: give num_steps")
@@ -146,7 +148,7 @@ def recipe_of(schedule: Any, num_steps: int | None = None) -> tuple[Recipe, int]
             raise ConfigError(
                 f"the schedule is for {schedule.steps} steps, and num_steps is {num_steps}: search one for {num_steps}"
             )
-        return schedule.recipe(), schedule.steps
+        return replace(schedule.recipe(), policy=schedule.policy(times)), schedule.steps
     recipe = named(schedule)
     rows = getattr(recipe.policy, "reuse", None)  # a table of plans knows its length
     num_steps = len(rows) if num_steps is None and isinstance(rows, tuple) else num_steps
@@ -195,7 +197,7 @@ def fixed(
         outputs=tuple(value_of(f"output_{i}", v) for i, v in enumerate(_results(found))),
         caches=tuple(caches.values()),
         variants=variants,
-        steps=_steps(program, plans, variants),
+        steps=_steps(program, plans, variants, recipe.policy),
         arguments=tuple(found.given.index(p) for p in tensors),
         examples=tuple(flat[found.given.index(p)].detach() for p in tensors),
     )
@@ -308,13 +310,18 @@ def _cache(caches: dict[str, Cache], slot: str, node: fx.Node) -> Cache:
     return caches[slot]
 
 
-def _steps(program: Program, plans: Sequence[Plan], variants: Sequence[FixedVariant]) -> tuple[ScheduledStep, ...]:
+def _steps(
+    program: Program, plans: Sequence[Plan], variants: Sequence[FixedVariant], policy: Policy
+) -> tuple[ScheduledStep, ...]:
     """What every step runs and is given.
 
     Raises:
-        ConfigError: a step reads what no step before it has kept.
+        ConfigError: a step reads what no step before it has kept, or its predictor goes by timesteps that nobody has told.
     """
     by_plan = {v.plan: v for v in variants}
+    times = getattr(policy, "times", ())
+    places = [Position(s, times[s] if times else None) for s in range(len(plans))]
+    bent = [Position(s, 1000.0 * (1 - s / len(plans)) ** 2 + 1) for s in range(len(plans))]  # unlike the numbers of the steps
     computed: dict[str, list[Position]] = {}
     written: set[str] = set()
     steps = []
@@ -324,7 +331,12 @@ def _steps(program: Program, plans: Sequence[Plan], variants: Sequence[FixedVari
             raise ConfigError(f"step {number} reuses {min(missing).partition('#')[0]}, which no step before it has computed")
         numbers: dict[str, float] = {}
         for group, told in needs.numbers:
-            values = told.values(Position(number), computed.get(group, ()))
+            values = told.values(places[number], computed.get(group, ()))
+            if not times and values != told.values(bent[number], [bent[p.step] for p in computed.get(group, ())]):
+                raise ConfigError(
+                    "the recipe predicts by timesteps, which a fixed graph does not see: give the Calibration (it has them), or a PlanTable with "
+                    "its `times`, or a Schedule with power=0"
+                )
             numbers |= {f"{_plain(group)}_{n}": float(v) for n, v in zip(told.names, values, strict=True)}
         wanted = {name for kind, name in variant.roles if kind == "number"}
         steps.append(
@@ -334,7 +346,7 @@ def _steps(program: Program, plans: Sequence[Plan], variants: Sequence[FixedVari
         )
         written.update(program.variants[plan].io.saves)
         for group in needs.computes:
-            computed.setdefault(group, []).insert(0, Position(number))
+            computed.setdefault(group, []).insert(0, places[number])
     return tuple(steps)
 
 

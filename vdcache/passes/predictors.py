@@ -30,6 +30,7 @@ from vdcache.policies.weights import (
     MeanVelocity,
     Newton,
     Numbers,
+    Position,
     RingWeights,
     Scaled,
     Table,
@@ -50,6 +51,7 @@ __all__ = [
     "Predictor",
     "Ring",
     "StepInfo",
+    "depends_on_steps",
     "graph_of",
     "numbers_of",
     "predictor_of",
@@ -135,7 +137,9 @@ class Ring:
         new = new.to(previous[0].dtype) if previous else new  # what is kept and what the next difference is from are one value
         if self.tensors == 1:
             return [new]
-        moved = (_wide(new) - _wide(previous[0])).to(self.kept_type(1, new.dtype))
+        moved = _wide(new) - _wide(previous[0])
+        # Behind a value that was no number the next one stands alone.
+        moved = torch.where(moved.isfinite(), moved, torch.zeros_like(moved)).to(self.kept_type(1, new.dtype))
         return [new, moved, *previous[1 : self.tensors - 1]]
 
     def predict(self, cached: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
@@ -327,3 +331,14 @@ def graph_of(predictor: AnyPredictor) -> Predictor:
 def numbers_of(predictor: AnyPredictor) -> Numbers:
     """What the graph of a predictor is told of the step."""
     return RingWeights(predictor) if isinstance(predictor, WeightRule) else STEP_INFO
+
+
+def depends_on_steps(predictor: AnyPredictor) -> bool:
+    """Whether what it predicts depends on which steps were computed, and not on the kept values alone."""
+    if isinstance(predictor, LastValue):
+        return False
+    if not isinstance(predictor, WeightRule):
+        return True
+    steps, other = ([Position(s) for s in at] for at in ((9, 7, 6, 4, 2, 1), (7, 6, 4, 2, 1, 0)))
+    now = Position(11)
+    return list(predictor.weights(now, steps)) != list(predictor.weights(now, other))

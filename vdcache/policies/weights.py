@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 MOST = 16  # values that a slot may keep
-_FEW = Bound(lambda values: 1 <= len(values) <= MOST, ", 1 to 16 of them")
+_FEW = Bound(lambda values: 1 <= len(values) <= MOST and all(map(math.isfinite, values)), ", 1 to 16 finite ones")
 _ROWS = Bound(lambda rows: bool(rows) and max(map(len, rows)) <= MOST, ", at least one, of at most 16 weights each")
 _PAIRS = Bound(
     lambda rules: bool(rules) and all(a[0] < b[0] for a, b in itertools.pairwise(rules)),
@@ -131,6 +131,11 @@ class StepNumbers:
 STEP_INFO = StepNumbers()
 
 
+def _text(value: float) -> str:
+    """A number as texts hold it: short, and read back as it was."""
+    return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+
+
 def _differences(steps: Sequence[float], most: int) -> list[list[float]]:
     """TaylorSeer's Δ⁰, Δ¹ … at the newest of some values, as weights of the values, newest first: Δⁱ is the difference of the newest two
     Δⁱ⁻¹ over the steps between them. As many as enough values allow, at most `most` + 1.
@@ -214,7 +219,7 @@ class Hermite(Checked):
         return _expanded(now, computed, self.order, factor)
 
     def __str__(self) -> str:
-        return f"hermite({self.order}, {self.sigma:g})"
+        return f"hermite({self.order}, {_text(self.sigma)})"
 
 
 @dataclass(frozen=True)
@@ -247,7 +252,7 @@ class Newton(Checked):
         return [math.prod((here - b) / (a - b) for b in at if b != a) for a in at]
 
     def __str__(self) -> str:
-        return f"newton({self.order}{f', {self.power:g}' if self.power else ''})"
+        return f"newton({self.order}{f', {_text(self.power)}' if self.power else ''})"
 
 
 _ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
@@ -322,7 +327,7 @@ class Scaled(Checked):
         return (self.factor ** (now.step - computed[0].step),)
 
     def __str__(self) -> str:
-        return f"scaled({self.factor:g})"
+        return f"scaled({_text(self.factor)})"
 
 
 @dataclass(frozen=True)
@@ -349,7 +354,7 @@ class Extrapolated(Checked):
         return (1 + share, -share) if len(computed) > 1 else (1.0,)
 
     def __str__(self) -> str:
-        return f"extrapolated({self.weight:g}{f', {self.start}, {self.ramp}' if self.ramp else ''})"
+        return f"extrapolated({_text(self.weight)}{f', {self.start}, {self.ramp}' if self.ramp else ''})"
 
 
 @dataclass(frozen=True)
@@ -426,7 +431,9 @@ class Chebyshev(Checked):
         return weights
 
     def __str__(self) -> str:
-        return f"chebyshev({self.degree}, {self.ridge:g}, {self.tensors}, {self.period}, {self.share:g}, {self.order})"
+        return (
+            f"chebyshev({self.degree}, {_text(self.ridge)}, {self.tensors}, {self.period}, {_text(self.share)}, {self.order})"
+        )
 
 
 @dataclass(frozen=True)
@@ -474,6 +481,8 @@ class MeanVelocity(Checked):
         if span < 2:
             return list(newest)
         gaps = [at[i + 1] - at[i] for i in range(start, len(rows))]
+        if not sum(gaps):  # it stands where it stood
+            return list(newest)
         mean = _sum([g / sum(gaps) for g in gaps], rows[start:])
         slope = [(a - b) / sum(gaps) for a, b in zip(rows[start], mean, strict=True)]
         return [w - s * gaps[-1] for w, s in zip(newest, slope, strict=True)]

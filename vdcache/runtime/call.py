@@ -156,6 +156,9 @@ class CompiledGraph(Protocol):
     def weights(self, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
         """The parameters and buffers among its inputs that it does not write into itself."""
 
+    def goes_by_steps(self, groups: Sequence[str]) -> bool:
+        """Whether what is predicted for any of these groups depends on the step in which it was computed last."""
+
     def narrow(self, plan: Plan) -> Plan:
         """What of a plan concerns this graph."""
 

@@ -126,7 +126,7 @@ class Session:
 
     @policy.setter
     def policy(self, policy: Policy) -> None:
-        self._planner.policy = policy
+        self._planner.policy, self.rule = policy, None
 
     @property
     def num_steps(self) -> int | None:
@@ -214,6 +214,7 @@ class Session:
 
     def reset(self) -> None:
         """Forget every cached value, the policy's state and what was learnt; the history stays."""
+        self.rule = None
         self._planner.forget()
         self._placement.forget()
         self.invariants.clear()
@@ -312,8 +313,10 @@ class Session:
             rule: of what is predicted, for at most as many values as the recipe's own predictor keeps; None for the recipe's own.
 
         Raises:
-            ConfigError: it is not for this number of steps.
+            ConfigError: it is not for this number of steps, or the rule is none.
         """
+        if rule is not None and not isinstance(rule, WeightRule):
+            raise ConfigError(f"rule is a vdcache.predictors.WeightRule, as vdcache.predictors.Taylor(1); got {rule!r}")
         self._planner.follow(policy)
         self.rule = rule
 
@@ -455,7 +458,7 @@ class Session:
             return RECOMPUTE
         plan, call.why = graph.narrow(now.plan), now.why
         if scope is not None and scope.group in plan.reuse:
-            if (reason := self._pair.why_not(scope, graph, inputs, call.pair)) is not None:
+            if (reason := self._pair.why_not(scope, call, inputs)) is not None:
                 plan, call.why = Plan(plan.reuse - {scope.group}), reason
             elif scope.mode == "batch":
                 call.rows = scope.rows
@@ -488,14 +491,19 @@ class Session:
         planner, key, graph = self._planner, call.key, call.graph
         is_last = planner.is_last
         if graph.lanes is not None:
-            self._pair.returned(graph.lanes, key, results)
+            self._pair.returned(graph.lanes, call, inputs, results)
         self._forward.made(graph, key, results)
         if call.keep:
             if saved or observed or graph.probes:
                 kept = {**saved, **observed, **_probed(call)}
                 self.store.put(key, list(kept), list(kept.values()), [*inputs, *results], call.rows)
-            self._computed.computed(key, call.needs.computes, planner.position, planner.now.plan)
-        elif not call.plan and not call.again:
+            if call.rows is not None and graph.goes_by_steps(call.needs.computes):
+                self._computed.drop(
+                    key
+                )  # one half is of this step now and the other is not, and a predictor takes one place for both
+            else:
+                self._computed.computed(key, call.needs.computes, planner.position, planner.now.plan)
+        elif not call.again and (not call.plan or call.needs.computes):
             self._computed.drop(key)
         if is_last:  # nothing will read this lane again
             self._computed.drop(key)
