@@ -502,12 +502,13 @@ def test_bytes_and_variants_are_known_before_the_run(named, compilations):
     # one lane of guidance alone has no other that it could be predicted from
     alone = sum(v.numel() * v.element_size() for v in graph.variants.compiler.pair)
     assert session.store.peak_bytes == known[0] - alone and known[0] == graph.variants.cache_bytes()
-    assert len(graph.variants) == known[1] and 1 <= len(compilations) <= known[1]
+    most = known[1] + len(graph.side.groups)  # what is held has graphs of its own
+    assert len(graph.variants) == known[1] and 1 <= len(compilations) <= most
     assert len(session.store) == 0, "nothing is kept after the last step"
     if named.name != "always":
-        assert graph.slots or graph.masks, "the case says nothing"
+        assert graph.slots or graph.masks or graph.holds, "the case says nothing"
     graph.warm_up()
-    assert len(compilations) <= known[1]
+    assert len(compilations) <= most
 
 
 @pytest.mark.parametrize("named", [n for n in NAMES if n.name.startswith("profilingdit")], ids=lambda n: n.name)

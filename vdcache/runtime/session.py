@@ -16,7 +16,7 @@ from vdcache.policies.base import Policy
 from vdcache.policies.plan import RECOMPUTE, Plan
 from vdcache.policies.weights import WeightRule
 from vdcache.runtime.agreement import Agreement, SessionRanks
-from vdcache.runtime.call import CallContext, CompiledGraph, Emitted, Listener, ProbeResult, Recorder
+from vdcache.runtime.call import CallContext, CallKey, CompiledGraph, Emitted, Listener, ProbeResult, Recorder, VariantInputs
 from vdcache.runtime.call_placement import CallPlacement
 from vdcache.runtime.computed_steps import ComputedSteps
 from vdcache.runtime.device_time import DeviceTime, RunningRecords
@@ -380,16 +380,23 @@ class Session:
             probe=planner.now.probe or (),
         )
         if needs.numbers:
-            call.numbers = [
-                torch.tensor(n, dtype=torch.float32)
-                for group, told in needs.numbers
-                for n in told.values(planner.position, self._computed.steps(key, group), self.rule)
-            ]
+            call.numbers = self._numbers(call.needs, key)
         if self._turns.get(graph) != planner.turn:
             self._turns[graph], call.to_come = planner.turn, planner.to_come
             call.is_first = self.times.compiles = True
         call.keep = call.follows and planner.num_steps is not None and not planner.is_last and not again
         return call
+
+    def _numbers(self, needs: VariantInputs, key: CallKey) -> list[Tensor]:
+        """What the predictors of a variant are told of the step."""
+        planner, found = self._planner, list[Tensor]()
+        at = planner.position
+        for group, told in needs.numbers:
+            steps = self._computed.steps(key, group)
+            if at.timestep is not None and any(p.timestep is None for p in steps):  # computed before the policy was followed
+                steps = [planner.placed(p) for p in steps]
+            found += [torch.tensor(n, dtype=torch.float32) for n in told.values(at, steps, self.rule)]
+        return found
 
     def _identify(self, graph: CompiledGraph, inputs: Sequence[Any]) -> CallContext:
         """Which call is this, and what do its cached values belong to?"""

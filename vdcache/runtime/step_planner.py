@@ -114,9 +114,13 @@ class StepPlanner:
 
     @property
     def position(self) -> Position:
-        """Where the step stands: as it was told or read, else where the policy's own timesteps say."""
-        known = getattr(self.policy, "times", ()) if self.timestep is None else ()
-        return Position(self.step, known[self.step] if 0 <= self.step < len(known) else self.timestep)
+        """Where the step stands."""
+        return self.placed(Position(self.step, self.timestep))
+
+    def placed(self, at: Position) -> Position:
+        """Where a step stands: as it was told or read, else where the policy's own timesteps say."""
+        known = getattr(self.policy, "times", ()) if at.timestep is None else ()
+        return Position(at.step, known[at.step]) if 0 <= at.step < len(known) else at
 
     def follow(self, policy: Policy) -> None:
         """From the next step on, this policy decides.
