@@ -508,7 +508,7 @@ class Session:
                 self._computed.drop(
                     key
                 )  # one half is of this step now and the other is not, and a predictor takes one place for both
-            else:
+            elif call.needs.computes:
                 self._computed.computed(key, call.needs.computes, planner.position, planner.now.plan)
         elif not call.again and (not call.plan or call.needs.computes):
             self._computed.drop(key)
