@@ -502,7 +502,7 @@ def test_bytes_and_variants_are_known_before_the_run(named, compilations):
     # one lane of guidance alone has no other that it could be predicted from
     alone = sum(v.numel() * v.element_size() for v in graph.variants.compiler.pair)
     assert session.store.peak_bytes == known[0] - alone and known[0] == graph.variants.cache_bytes()
-    most = known[1] + len(graph.side.groups)  # what is held has graphs of its own
+    most = known[1] + len(graph.side.groups)  # held values have graphs, too
     assert len(graph.variants) == known[1] and 1 <= len(compilations) <= most
     assert len(session.store) == 0, "nothing is kept after the last step"
     if named.name != "always":

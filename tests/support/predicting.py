@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from vdcache.passes.predictors import AnyPredictor, StepInfo, graph_of, numbers_of
-from vdcache.policies.weights import Position, StepNumbers
+from vdcache.passes.predictors import AnyPredictor, as_told, graph_of, numbers_of
+from vdcache.policies.weights import Position
 
 
 class Predicting:
@@ -28,5 +28,4 @@ class Predicting:
         return self._graph.predict(self._kept, self._numbers(Position(step, timestep)))
 
     def _numbers(self, at: Position) -> Any:
-        found = [torch.tensor(float(n)) for n in self._told.values(at, self._computed)]
-        return StepInfo(*found) if isinstance(self._told, StepNumbers) else found
+        return as_told(self._graph, [torch.tensor(float(n)) for n in self._told.values(at, self._computed)])

@@ -383,7 +383,7 @@ class AutoCalibrator:
         """
         began, now = time.perf_counter(), self._now
         key = replace(now.key, times=tuple(now.times)) if now.following is None else now.following.key
-        table = run.table or replace(self._table(run.gathering), times=key.times if len(key.times) == key.steps else ())
+        table = run.table or replace(self._table(run.gathering), times=key.times)
         wrong = [step for step, own in enumerate(table.products[0].diagonal()) if not np.isfinite(own)]
         step = run.recording.not_finite()
         if self._ranks.any("not finite", step is not None) or wrong:

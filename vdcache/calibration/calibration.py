@@ -300,6 +300,6 @@ def _tried(scored: ScheduleScores, steps: int) -> tuple[Schedule, ...]:
     for (computed, prediction, _), psnr in scored.known.items():
         by.setdefault((computed, prediction), []).append(psnr)
     return tuple(
-        Schedule(steps, computed, p.order, 0.0, float(np.mean(v)) if np.isfinite(v).all() else None, p.power, p.scope)
+        Schedule.of(steps, computed, p, psnr=float(np.mean(v)) if np.isfinite(v).all() else None)
         for (computed, p), v in by.items()
     )

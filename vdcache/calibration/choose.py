@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
-from vdcache.calibration.schedule import PREDICTIONS, Prediction, Schedule, candidates, candidates_up_to
+from vdcache.calibration.schedule import PREDICTIONS, Prediction, Schedule, candidates, candidates_up_to, first_of_each
 from vdcache.calibration.tables import StepTable
 from vdcache.errors import CacheStateError, ConfigError
 from vdcache.policies.goal import Goal
@@ -164,7 +164,7 @@ def _of_the_best_prediction(
     Args:
         asked: the number was asked for.
     """
-    heads = sorted({one.prediction: one for one in reversed(tried)}.values(), key=tried.index)
+    heads = first_of_each(tried)
     if not asked and many <= 2 * len(heads):
         return [one for one in tried if one.prediction == tried[0].prediction][:many]
     if not 1 < len(heads) < many:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -22,11 +22,23 @@ __all__ = ["PiecewiseSearch"]
 PATIENCE = 2  # generations in which a weight is not there
 
 
-class _Unknown(Exception):
-    """`choose` asks how a generation ends with these steps computed and the others predicted so, and that has not been run."""
+class _Run(NamedTuple):
+    """A generation with these steps computed and the others predicted so.
 
-    def __init__(self, policy: Policy, computed: Sequence[int], rule: WeightRule | None = None) -> None:
-        self.policy, self.computed, self.rule = policy, computed, rule
+    Args:
+        rule: None where every step is computed.
+    """
+
+    policy: Policy
+    computed: Sequence[int]
+    rule: WeightRule | None = None
+
+
+class _Unknown(Exception):
+    """`choose` asks how a run ends that has not been made."""
+
+    def __init__(self, run: _Run) -> None:
+        self.run = run
 
 
 class _Seen:
@@ -36,15 +48,14 @@ class _Seen:
 
     def __init__(self, replay: TrajectoryReplay, times: tuple[float, ...]) -> None:
         self._replay, self._times = replay, times
-        self.results: dict[tuple[Policy, WeightRule | None], Tensor] = {}
+        self.results: dict[_Run, Tensor] = {}
 
     def of(self, schedule: Schedule, prompt: int) -> Tensor:
         if not self._replay.knows_its_end:
-            raise _Unknown(Always(), range(schedule.steps))
-        policy = schedule.policy(self._times)
-        rule = schedule.prediction.rule
-        if (found := self.results.pop((policy, rule), None)) is None:
-            raise _Unknown(policy, schedule.computed, rule)
+            raise _Unknown(_Run(Always(), range(schedule.steps)))
+        run = _Run(schedule.policy(self._times), schedule.computed, schedule.prediction.rule)
+        if (found := self.results.pop(run, None)) is None:
+            raise _Unknown(run)
         return found
 
     def wanted(self, prompt: int) -> Tensor:
@@ -79,12 +90,10 @@ class PiecewiseSearch:
     _waits: bool = False  # for a weight
     _waited: int = 0  # generations that ended so
     _rerun: Rerun | None = None
-    _policy: Policy = field(default_factory=Always)  # of `_rerun`
-    _computed: Sequence[int] = ()  # by it
-    _rule: WeightRule | None = None  # of it
+    _run: _Run = field(default_factory=lambda: _Run(Always(), ()))  # that `_rerun` makes
 
     def __post_init__(self) -> None:
-        self._seen = _Seen(self.replay, self.table.times if len(self.table.times) == self.table.steps else ())
+        self._seen = _Seen(self.replay, self.table.times)
         # Where the recording does not tell how the generation ends, that is one whole run. Of the runs for a quality none can be spared.
         spared = not self.replay.knows_its_end and self.goal.quality_db is None
         self._work = BUDGET - spared
@@ -144,10 +153,10 @@ class PiecewiseSearch:
                 )
                 return True
             except _Unknown as unknown:
-                self._policy, self._computed, self._rule = unknown.policy, unknown.computed, unknown.rule
-            self._rerun = Rerun(self.replay, self._policy, self._rule)
+                self._run = unknown.run
+            self._rerun = Rerun(self.replay, self._run.policy, self._run.rule)
         rerun = self._rerun
-        cost = 1.0 if rerun.at in self._computed else self.reuse_cost
+        cost = 1.0 if rerun.at in self._run.computed else self.reuse_cost
         if min(self._left, self._open) < cost - 1e-9:
             return False
         try:
@@ -160,10 +169,10 @@ class PiecewiseSearch:
         self._left, self._open = self._left - cost, self._open - cost
         if rerun.is_over:
             self._rerun = None
-            if isinstance(self._policy, Always):
+            if isinstance(self._run.policy, Always):
                 self.replay.ended(rerun.result)
             else:
-                self._seen.results[self._policy, self._rule] = rerun.result
+                self._seen.results[self._run] = rerun.result
         return True
 
     def best_so_far(self, than: Schedule) -> Schedule | None:
@@ -171,7 +180,7 @@ class PiecewiseSearch:
         least, steps = self.goal.quality_db or self.goal.floor_db, self.table.steps
         count = 1 if self.goal.quality_db else self.goal.count(steps, self.reuse_cost)
         good = [
-            Schedule(steps, computed, prediction.order, psnr=psnr, power=prediction.power, scope=prediction.scope)
+            Schedule.of(steps, computed, prediction, psnr=psnr)
             for (computed, prediction, _), psnr in self.scored.known.items()
             if psnr >= least and count <= len(computed) < len(than.computed)
         ]

@@ -22,7 +22,7 @@ from vdcache.runtime.history import Record, any_computed, by_generation
 from vdcache.util.checks import number, whole, whole_numbers
 from vdcache.util.json import read_json, write_json
 
-__all__ = ["PREDICTIONS", "SCOPES", "Prediction", "Schedule", "all_blocks", "candidates", "candidates_up_to"]
+__all__ = ["PREDICTIONS", "SCOPES", "Prediction", "Schedule", "all_blocks", "candidates", "candidates_up_to", "first_of_each"]
 
 EARLY = (1.0, 2.0, 5.0)  # how many times more an error of the first step counts than one of the last
 KEEP = 4  # lists of each objective, weighting and prediction: 24 of each prediction
@@ -109,6 +109,13 @@ class Schedule:
     def prediction(self) -> Prediction:
         """How skipped steps are predicted."""
         return Prediction(self.order, self.power, self.scope)
+
+    @staticmethod
+    def of(
+        steps: int, computed: Sequence[int], prediction: Prediction, *, error: float = 0.0, psnr: float | None = None
+    ) -> Schedule:
+        """The schedule whose skipped steps are predicted so."""
+        return Schedule(steps, tuple(computed), prediction.order, error, psnr, prediction.power, prediction.scope)
 
     @staticmethod
     def from_history(history: Iterable[Record], order: int = 0) -> Schedule:
@@ -214,12 +221,7 @@ def _ranked(
                 found = paths_up_to(errors * (weights / weights.mean()), computed, objective=objective, keep=KEEP)
                 for own, paths in zip(ranked, found, strict=True):
                     sums = [(cost_of(errors, p.steps), p.steps) for p in paths]
-                    own.append(
-                        [
-                            (cost, Schedule(steps, chosen, prediction.order, cost, None, prediction.power, prediction.scope))
-                            for cost, chosen in sums
-                        ]
-                    )
+                    own.append([(cost, Schedule.of(steps, chosen, prediction, error=cost)) for cost, chosen in sums])
     return [_in_turn(rows, count) for count, rows in enumerate(ranked, start=1)]
 
 
@@ -236,8 +238,14 @@ def _apart(errors: dict[Prediction, np.ndarray]) -> dict[Prediction, np.ndarray]
 def _in_turn(rows: list[list[tuple[float, Schedule]]], computed: int) -> list[Schedule]:
     # A prediction that is worse everywhere comes last; lists that are found in several ways come once.
     rows.sort(key=lambda row: row[0][0])
-    best: dict[Prediction, Schedule] = {}
-    for row in rows:
-        best.setdefault(row[0][1].prediction, row[0][1])
-    found = [*best.values(), *(row[i][1] for i in range(KEEP) for row in rows if i < len(row))]
+    heads = first_of_each(row[0][1] for row in rows)
+    found = [*heads, *(row[i][1] for i in range(KEEP) for row in rows if i < len(row))]
     return list(dict.fromkeys(found[:1] if computed == 1 else found))  # of one step every rule knows the last value alone
+
+
+def first_of_each(schedules: Iterable[Schedule]) -> list[Schedule]:
+    """The first schedule of every prediction, in order."""
+    found: dict[Prediction, Schedule] = {}
+    for one in schedules:
+        found.setdefault(one.prediction, one)
+    return list(found.values())

@@ -37,12 +37,16 @@ class StepTable:
     Args:
         products: ⟨r_s, r_t⟩ over tokens and channels, float64 [generations, steps, steps]; lanes and samples are summed.
         kept: bytes that were held at one time.
-        times: timesteps of the steps; empty where they are not known.
+        times: timesteps of the steps; empty where not all are known.
     """
 
     products: np.ndarray
     kept: int = 0
     times: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.times) != self.steps:
+            object.__setattr__(self, "times", ())
 
     @property
     def steps(self) -> int:
@@ -59,7 +63,7 @@ class StepTable:
         if rule.order not in ORDERS:
             raise ConfigError(no_order(rule.order))
         n, g = self.steps, self.products
-        at = [Position(s, self.times[s] if len(self.times) == n else None) for s in range(n)]
+        at = [Position(s, self.times[s] if self.times else None) for s in range(n)]
         size = np.sqrt(np.maximum(np.einsum("gss->gs", g), 1e-30))
         found = np.full((n + 1, n, n), np.nan)
         for j in range(n):

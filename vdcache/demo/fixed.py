@@ -30,13 +30,8 @@ def schedule(steps: int = 30) -> Schedule:
     found = Schedule.from_json((resources.files("vdcache.demo") / "schedule.json").read_text())
     if steps == found.steps:
         return found
-    return Schedule(
-        steps,
-        StepList(found.computed, of_steps=found.steps).scaled(steps).computed(steps),
-        found.order,
-        power=found.power,
-        scope=found.scope,
-    )
+    computed = StepList(found.computed, of_steps=found.steps).scaled(steps).computed(steps)
+    return Schedule.of(steps, computed, found.prediction)
 
 
 def generation(

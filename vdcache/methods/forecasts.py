@@ -7,9 +7,10 @@ from __future__ import annotations
 from vdcache.errors import ConfigError
 from vdcache.methods.constants import MEANCACHE
 from vdcache.methods.recipe import Recipe
+from vdcache.methods.schedules import first_then_every
 from vdcache.passes import MarkBranches, MarkLanes, MarkOutput
 from vdcache.policies.scheduled import SchedulePolicy
-from vdcache.policies.steps import EveryNth, GrowingIntervals, LeadingSteps, LinearIntervals, StepList
+from vdcache.policies.steps import EveryNth, GrowingIntervals, LeadingSteps, StepList
 from vdcache.policies.weights import Chebyshev, Fixed, FoCa, Hermite, MeanVelocity
 from vdcache.util.checks import number, whole
 
@@ -45,9 +46,7 @@ def hicache(n: int = 4, order: int = 1, *, sigma: float = 0.5, first: int = 2, n
     Raises:
         ConfigError: n or `first` below 1, an order below 0 or above 4, or no scale.
     """
-    whole(n, "n, the distance of computed steps,", 1)
-    warm_up = whole(first, "first, the number of steps that are computed first,", 1) - 1
-    policy = SchedulePolicy(LinearIntervals(warm_up=warm_up, t_max=n, t_min=n))
+    policy = first_then_every(n, first)
     predictor = Hermite(whole(order, "order"), number(sigma, "sigma is a number"))
     name = name or f"hicache-{n}-{order}"
     return Recipe(name, policy, (MarkBranches(gate="pre"),), "arXiv 2508.16984", predictor=predictor)
@@ -62,9 +61,7 @@ def foca(n: int, *, first: int = 3, name: str = "") -> Recipe:
     Raises:
         ConfigError: n or `first` below 1.
     """
-    whole(n, "n, the distance of computed steps,", 1)
-    warm_up = whole(first, "first, the number of steps that are computed first,", 1) - 1
-    policy = SchedulePolicy(LinearIntervals(warm_up=warm_up, t_max=n, t_min=n))
+    policy = first_then_every(n, first)
     return Recipe(name or f"foca-{n}", policy, (MarkBranches(gate="pre"),), "arXiv 2508.16211", predictor=FoCa())
 
 

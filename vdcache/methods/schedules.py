@@ -16,7 +16,7 @@ from vdcache.policies.steps import EveryNth, LinearIntervals, StepList
 from vdcache.policies.weights import Taylor
 from vdcache.util.checks import number, numbers, whole, whole_numbers
 
-__all__ = ["delta_dit", "fora", "l2c", "magcache", "smoothcache", "taylorseer"]
+__all__ = ["delta_dit", "first_then_every", "fora", "l2c", "magcache", "smoothcache", "taylorseer"]
 
 
 def fora(n: int, *, name: str = "") -> Recipe:
@@ -31,6 +31,17 @@ def fora(n: int, *, name: str = "") -> Recipe:
     )
 
 
+def first_then_every(n: int, first: int) -> SchedulePolicy:
+    """Compute `first` steps and then every n-th.
+
+    Raises:
+        ConfigError: n or `first` below 1.
+    """
+    whole(n, "n, the distance of computed steps,", 1)
+    warm_up = whole(first, "first, the number of steps that are computed first,", 1) - 1
+    return SchedulePolicy(LinearIntervals(warm_up=warm_up, t_max=n, t_min=n))
+
+
 def taylorseer(n: int, order: int, *, first: int = 3, name: str = "") -> Recipe:
     """TaylorSeer (arXiv 2503.06923): compute `first` steps and then every n-th, and expand what branches add in a Taylor series
     in between.
@@ -41,11 +52,9 @@ def taylorseer(n: int, order: int, *, first: int = 3, name: str = "") -> Recipe:
     Raises:
         ConfigError: n or `first` below 1, an order below 0 or above 4.
     """
-    whole(n, "n, the distance of computed steps,", 1)
-    whole(order, "order")
-    when = LinearIntervals(warm_up=whole(first, "first, the number of steps that are computed first,", 1) - 1, t_max=n, t_min=n)
-    passes = (MarkBranches(gate="pre"),)
-    return Recipe(name or f"taylorseer-{n}-{order}", SchedulePolicy(when), passes, "arXiv 2503.06923", predictor=Taylor(order))
+    policy = first_then_every(n, first)
+    name = name or f"taylorseer-{n}-{whole(order, 'order')}"
+    return Recipe(name, policy, (MarkBranches(gate="pre"),), "arXiv 2503.06923", predictor=Taylor(order))
 
 
 def delta_dit(n: int, *, blocks: int | float = 0.5, switch: float = 0.5, name: str = "") -> Recipe:

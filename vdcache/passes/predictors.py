@@ -18,25 +18,7 @@ from torch import Tensor
 
 from vdcache.errors import ConfigError
 from vdcache.passes.filters import sinusoids
-from vdcache.policies.weights import (
-    STEP_INFO,
-    AdamsBashforth,
-    ByStep,
-    Chebyshev,
-    Extrapolated,
-    Fixed,
-    FoCa,
-    Hermite,
-    MeanVelocity,
-    Newton,
-    Numbers,
-    Position,
-    RingWeights,
-    Scaled,
-    Table,
-    Taylor,
-    WeightRule,
-)
+from vdcache.policies.weights import RULES, STEP_INFO, Numbers, Position, RingWeights, WeightRule
 from vdcache.util.fields import Bound, Checked, between
 from vdcache.util.plugins import plugins
 
@@ -51,6 +33,7 @@ __all__ = [
     "Predictor",
     "Ring",
     "StepInfo",
+    "as_told",
     "depends_on_steps",
     "graph_of",
     "numbers_of",
@@ -275,18 +258,7 @@ class ByGroup:
 
 PREDICTORS: dict[str, Callable[..., Any]] = {
     "last": LastValue,
-    "taylor": Taylor,
-    "hermite": Hermite,
-    "newton": Newton,
-    "adams_bashforth": AdamsBashforth,
-    "fixed": Fixed,
-    "scaled": Scaled,
-    "extrapolated": Extrapolated,
-    "foca": FoCa,
-    "chebyshev": Chebyshev,
-    "mean_velocity": MeanVelocity,
-    "table": Table,
-    "by_step": ByStep,
+    **RULES,
     "frequencies": Frequencies,
     "by_group": ByGroup,
 }
@@ -331,6 +303,11 @@ def graph_of(predictor: AnyPredictor) -> Predictor:
 def numbers_of(predictor: AnyPredictor) -> Numbers:
     """What the graph of a predictor is told of the step."""
     return RingWeights(predictor) if isinstance(predictor, WeightRule) else STEP_INFO
+
+
+def as_told(graph: Predictor, numbers: Sequence[Any]) -> Any:
+    """The numbers that a graph is told of the step, in the form that its functions take."""
+    return numbers if isinstance(graph, Ring) else StepInfo(*numbers)
 
 
 def depends_on_steps(predictor: AnyPredictor) -> bool:

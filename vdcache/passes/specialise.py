@@ -34,7 +34,7 @@ from vdcache.passes.predictors import (
     LastValue,
     Predictor,
     Ring,
-    StepInfo,
+    as_told,
     graph_of,
     numbers_of,
     predictor_of,
@@ -262,7 +262,7 @@ class Specialise(Pass):
         """What is traced for a slot, and what it is told of the step."""
         found = predictor_of(self.predictor, group_of(slot))
         numbers, graph = added.numbers(group_of(slot), numbers_of(found).names, like), graph_of(found)
-        return graph, numbers if isinstance(graph, Ring) else StepInfo(*numbers)  # type: ignore[arg-type, return-value]
+        return graph, as_told(graph, numbers)
 
     def _reuse(self, g: fx.Graph, cache_guard: fx.Node, added: _Added) -> None:
         """Put what a predictor makes of new inputs in the place of a guarded value."""

@@ -12,7 +12,7 @@ from vdcache.errors import ConfigError
 from vdcache.policies.base import Deciding, Policy
 from vdcache.policies.metrics import MetricValue
 from vdcache.policies.plan import RECOMPUTE, Plan
-from vdcache.policies.steps import StepList, Steps
+from vdcache.policies.steps import ScaledSteps, StepList, Steps
 from vdcache.util.fields import Bound, Checked, at_least, between, one_of, some
 from vdcache.util.slots import group_of
 
@@ -243,12 +243,12 @@ def scaled_to(policy: Policy, num_steps: int) -> tuple[Policy, str]:
     if isinstance(policy, CombinedPolicy):
         each = [scaled_to(p, num_steps) for p in policy.policies]
         return CombinedPolicy(tuple(p for p, _ in each)), "; ".join(dict.fromkeys(said for _, said in each if said))
-    if isinstance(policy, SchedulePolicy) and getattr(policy.when, "of_steps", 0) not in (0, num_steps):
-        made_for: Any = policy.when
-        when = made_for.scaled(num_steps)
+    when = policy.when if isinstance(policy, SchedulePolicy) else None
+    if isinstance(policy, SchedulePolicy) and isinstance(when, ScaledSteps) and when.of_steps not in (0, num_steps):
+        made_for, when = when.of_steps, when.scaled(num_steps)
         computed = when.computed(num_steps)
         steps = ", ".join(map(str, computed)) if len(computed) < num_steps else "all, so nothing is reused"
-        said = f"its schedule was made for {made_for.of_steps} steps and is scaled to {num_steps}: computed are {steps}"
+        said = f"its schedule was made for {made_for} steps and is scaled to {num_steps}: computed are {steps}"
         return replace(policy, when=when), said
     if isinstance(policy, MagCache) and (have := len(policy.ratios)) != num_steps:
         how = "stretched" if num_steps > have else "thinned out"

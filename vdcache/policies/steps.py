@@ -10,7 +10,7 @@ from typing import Annotated
 from vdcache.errors import ConfigError
 from vdcache.util.fields import Checked, ascending, at_least, between, one_of, some
 
-__all__ = ["EveryNth", "GrowingIntervals", "LeadingSteps", "LinearIntervals", "StepList", "Steps", "TGateSteps"]
+__all__ = ["EveryNth", "GrowingIntervals", "LeadingSteps", "LinearIntervals", "ScaledSteps", "StepList", "Steps", "TGateSteps"]
 
 
 @dataclass(frozen=True)
@@ -238,6 +238,5 @@ class TGateSteps(Checked):
         return replace(self, gate=max(1, round(self.gate * num_steps / (self.of_steps or num_steps))), of_steps=num_steps)
 
 
-Steps = (
-    StepList | LinearIntervals | EveryNth | GrowingIntervals | LeadingSteps | TGateSteps
-)  # what says which steps are computed
+ScaledSteps = StepList | LinearIntervals | EveryNth | TGateSteps  # that may be made for a number of steps
+Steps = ScaledSteps | GrowingIntervals | LeadingSteps  # what says which steps are computed

@@ -18,6 +18,7 @@ import numpy as np
 from vdcache.util.fields import Bound, Checked, above, at_least, between, some
 
 __all__ = [
+    "RULES",
     "STEP_INFO",
     "AdamsBashforth",
     "ByStep",
@@ -550,3 +551,19 @@ class ByStep(Checked):
     def __str__(self) -> str:
         pairs = ", ".join(f"({first}, {rule})" for first, rule in self.rules)
         return f"by_step(({pairs}{',' if len(self.rules) == 1 else ''}))"
+
+
+RULES: dict[str, type[WeightRule]] = {  # as texts name them
+    "taylor": Taylor,
+    "hermite": Hermite,
+    "newton": Newton,
+    "adams_bashforth": AdamsBashforth,
+    "fixed": Fixed,
+    "scaled": Scaled,
+    "extrapolated": Extrapolated,
+    "foca": FoCa,
+    "chebyshev": Chebyshev,
+    "mean_velocity": MeanVelocity,
+    "table": Table,
+    "by_step": ByStep,
+}

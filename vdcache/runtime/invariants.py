@@ -20,6 +20,7 @@ from torch import Tensor
 from vdcache.runtime.call import CallKey
 from vdcache.runtime.lane_table import RememberedInput, compare
 from vdcache.runtime.read import DeviceReads
+from vdcache.runtime.store import has_own_memory
 
 __all__ = ["HeldValues", "InvariantTables", "ValueGroup", "weight_sums"]
 
@@ -317,8 +318,7 @@ def _same_value(held: RememberedInput, value: Any) -> bool | Tensor:
 
 
 def _own(value: Tensor, foreign: set[int]) -> Tensor:
-    storage = value.untyped_storage()
-    if storage.data_ptr() not in foreign and storage.nbytes() <= value.numel() * value.element_size():
+    if has_own_memory(value, foreign):
         return value
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device).copy_(value)
 

@@ -505,9 +505,8 @@ class Session:
                 kept = {**saved, **observed, **_probed(call)}
                 self.store.put(key, list(kept), list(kept.values()), [*inputs, *results], call.rows)
             if call.rows is not None and graph.goes_by_steps(call.needs.computes):
-                self._computed.drop(
-                    key
-                )  # one half is of this step now and the other is not, and a predictor takes one place for both
+                # One half is of this step now and the other is not, and a predictor takes one place for both.
+                self._computed.drop(key)
             elif call.needs.computes:
                 self._computed.computed(key, call.needs.computes, planner.position, planner.now.plan)
         elif not call.again and (not call.plan or call.needs.computes):

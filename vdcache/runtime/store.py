@@ -7,7 +7,7 @@ from collections.abc import Collection, Hashable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["Store", "storage_bytes"]
+__all__ = ["Store", "has_own_memory", "storage_bytes"]
 
 
 class Store:
@@ -53,9 +53,11 @@ class Store:
             if rows is not None and slot in held and value.shape != held[slot].shape:
                 held[slot].narrow(0, *rows).copy_(value)
                 continue
-            storage = value.untyped_storage()
-            own = storage.data_ptr() not in foreign and storage.nbytes() <= value.numel() * value.element_size()
-            held[slot] = value if own and value.is_contiguous() else value.clone(memory_format=torch.contiguous_format)
+            held[slot] = (
+                value
+                if has_own_memory(value, foreign) and value.is_contiguous()
+                else value.clone(memory_format=torch.contiguous_format)
+            )
         self.peak_bytes = max(self.peak_bytes, self.bytes())
 
     def drop(self, key: Hashable | None = None, *, but: Collection[str] = ()) -> None:
@@ -91,6 +93,16 @@ class Store:
 
     def __len__(self) -> int:
         return sum(len(held) for held in self._values.values())
+
+
+def has_own_memory(value: Tensor, foreign: Collection[int]) -> bool:
+    """Whether nothing but `value` needs its storage.
+
+    Args:
+        foreign: addresses of storages that others hold as well.
+    """
+    storage = value.untyped_storage()
+    return storage.data_ptr() not in foreign and storage.nbytes() <= value.numel() * value.element_size()
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:

@@ -19,12 +19,12 @@ from vdcache.ir.dump import dump
 from vdcache.ir.oracle import example_inputs, skipped, unskippable
 from vdcache.ir.parse import parse
 from vdcache.passes import Pass, Pipeline, Specialise
-from vdcache.passes.predictors import AnyPredictor, StepInfo, graph_of, numbers_of
+from vdcache.passes.predictors import AnyPredictor, as_told, graph_of, numbers_of
 from vdcache.policies.base import Policy
 from vdcache.policies.metrics import MetricValue
 from vdcache.policies.plan import Plan
 from vdcache.policies.simulate import simulate
-from vdcache.policies.weights import Position, StepNumbers
+from vdcache.policies.weights import Position
 from vdcache.testing.graphs import Graph, graph_from, run_pass
 from vdcache.util.slots import group_of
 
@@ -240,8 +240,7 @@ def assert_predictor(predictor: AnyPredictor, *, shape: Sequence[int] = (2, 3), 
         assert len(found) == len(told.names), (
             f"{predictor} gives more weights than it keeps values, or than were computed ({computed})"
         )
-        given = [torch.tensor(float(n)) for n in found]
-        return StepInfo(*given) if isinstance(told, StepNumbers) else given
+        return as_told(graph, [torch.tensor(float(n)) for n in found])
 
     found: list[Tensor] = []
     for dtype in (torch.float32, torch.bfloat16):
