@@ -451,8 +451,8 @@ BUGS = (
     _runtime(
         "what the caller holds kept without a copy",
         "store",
-        "held[slot] = value if own and value.is_contiguous() else",
-        "held[slot] = value if True else",
+        "if has_own_memory(value, foreign) and value.is_contiguous()",
+        "if True",
         "tests/runtime/test_store_and_history.py",
         *MACHINE,
     ),
