@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -14,8 +13,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from vdcache.calibration.calibration import Calibration, CalibrationKey, find, keep, key_of, of_other_sizes, time_of
+from vdcache.calibration.calibration import Calibration, CalibrationKey, key_of, time_of
 from vdcache.calibration.choose import ScheduleScores, choose
+from vdcache.calibration.known import KnownCalibrations
 from vdcache.calibration.piecewise_search import PiecewiseSearch
 from vdcache.calibration.schedule import PREDICTIONS, Schedule
 from vdcache.calibration.tables import StepTable, StepTableBuilder
@@ -32,7 +32,6 @@ __all__ = ["AutoCalibrator", "cost_of_reuse"]
 
 CACHED = PREDICTIONS[1:]  # those that the recipe's graphs keep the values for
 FEW_STEPS = 4  # leave nothing to skip
-NEAR = 1.4  # logarithm of the ratio of latents' elements, up to which one size begins with the schedule of the other
 SEARCHES = 4  # that go on at one time
 SESSIONS = 3  # that begin a search which none of them ends
 TRIES = 3  # generations that cannot be run again for reasons that may pass, before the table decides alone
@@ -111,23 +110,29 @@ class AutoCalibrator:
         self._log = lambda key, message: log(key, message) if self._ranks.is_first else None  # one rank speaks for all
         self._now = _Generation()
         self._seen: dict[CalibrationKey, tuple[float, ...]] = {}  # timesteps of the last generation of each key
-        # What this session follows, should the disk take none; the newest last.
-        self._found: dict[CalibrationKey, Calibration] = {}
+        self._known = KnownCalibrations(goal, session.ranks)
         self._searches: dict[CalibrationKey, PiecewiseSearch] = {}  # that go on, by the key of what is followed meanwhile
         self._closed: set[CalibrationKey] = set()  # for which no schedule is searched any more
         self._tries: dict[CalibrationKey, tuple[int, int]] = {}  # generations that failed, and the one that is tried next
         self._cut: set[CalibrationKey] = set()  # of which a generation ended with fewer calls than a step has
         self._before: set[Any] = set()  # graphs of which nobody knows the step
-        self.frozen = False  # nothing is searched any more, and what is known is followed
-        self.calibration: Calibration | None = None  # the last that was found
         session.prepare = lambda steps: Always()
 
     def freeze(self, like: AutoCalibrator | None = None) -> None:
         """From now on every generation follows what is known now, to this one or to another; what nothing is known for is computed in full."""
-        self.frozen = True
-        self._found |= like._found if like is not None else {}
+        self._known.freeze(like._known if like is not None else None)
         self._searches.clear()
         self._now.run = None
+
+    @property
+    def frozen(self) -> bool:
+        """Whether nothing is searched any more, and what is known is followed."""
+        return self._known.frozen
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """The last that was found."""
+        return self._known.last
 
     def __call__(
         self, program: Any, inputs: Sequence[Any], results: Sequence[Any], kept: dict[str, Tensor], record: Record
@@ -164,7 +169,7 @@ class AutoCalibrator:
         expected = self._seen.get(now.key, ())
         if not expected or not same_times(expected, now.times):
             expected = tuple(now.times)
-        now.following = self._known(expected) or self._of_a_near_size(expected) if steps is not None else None
+        now.following = None if steps is None else self._known_for(expected) or self._of_a_near_size(expected)
         if (found := now.following) is not None:
             self._take(found)
             schedule = found.schedule
@@ -243,7 +248,7 @@ class AutoCalibrator:
         assert run is not None
         now.key = replace(now.key, steps=len(run.calls))  # which was not known before
         self._seen[now.key] = tuple(now.times)
-        if run.table is None and (known := self._known(now.times)) is not None:
+        if run.table is None and (known := self._known_for(now.times)) is not None:
             self._take(known)
             return
         try:
@@ -253,21 +258,9 @@ class AutoCalibrator:
                 raise
             self._give_up(error, now.key)
 
-    def _known(self, times: Sequence[float]) -> Calibration | None:
-        """What was found before for this generation, by this session or any other, if its timesteps begin so. What was found for a prompt of
-        another length serves it too: the latent, which is what a schedule is about, has the same form."""
-        key = replace(self._now.key, times=tuple(times))
-        found = [*reversed(self._found.values())]
-        own = next((c for c in found if c.key.is_like(key)), None)
-        if (own is None or own.tentative) and not self.frozen:
-            kept = self._on_disk(key)
-            own = kept if own is None or (kept is not None and not kept.tentative) else own
-        if own is not None:
-            return own
-        others = [c for c in found if c.key.apart(key) == 0]
-        if not others and not self.frozen:
-            others = [c for c in self._of_other_sizes(key) if c.key.apart(key) == 0]
-        return min(others, key=lambda c: c.tentative, default=None)
+    def _known_for(self, times: Sequence[float]) -> Calibration | None:
+        """What is known for this generation, if its timesteps begin so."""
+        return self._known.of(replace(self._now.key, times=tuple(times)))
 
     # ---- what ranks that run the model together have in common -----------------------------------------------------
 
@@ -275,22 +268,6 @@ class AutoCalibrator:
         """The key of the first rank: a part of the weights or of the latent looks otherwise on each."""
         model, steps, sizes, latent = self._ranks.first("key", [own.model, own.steps, own.sizes, own.latent])
         return CalibrationKey(model, steps, sizes, latent=latent)
-
-    def _on_disk(self, key: CalibrationKey) -> Calibration | None:
-        """As `find`; several ranks follow what the first one has."""
-        if not self._ranks:
-            return find(key, self._goal)
-        found = find(key, self._goal) if self._ranks.is_first else None
-        text = self._ranks.first("calibration", None if found is None else found.to_json())
-        return found if self._ranks.is_first or text is None else Calibration.from_json(text)
-
-    def _of_other_sizes(self, key: CalibrationKey) -> list[Calibration]:
-        """As `of_other_sizes`; several ranks follow what the first one has."""
-        if not self._ranks:
-            return of_other_sizes(key, self._goal)
-        found = of_other_sizes(key, self._goal) if self._ranks.is_first else []
-        texts = self._ranks.first("calibrations", [c.to_json() for c in found])
-        return found if self._ranks.is_first else [Calibration.from_json(text) for text in texts]
 
     def _table(self, gathering: StepTableBuilder) -> StepTable:
         """Of the whole values, of which each rank has seen a part."""
@@ -301,40 +278,21 @@ class AutoCalibrator:
         return StepTable(np.array(flat).reshape(1, *products.shape), gathering.bytes)
 
     def _of_a_near_size(self, times: Sequence[float]) -> Calibration | None:
-        """A schedule of a near size, to be followed until the search for this one has found its own; None where only running tells."""
-        if self.frozen or self._goal.quality_db is not None:
-            return None
-        key = replace(self._now.key, times=tuple(times))
-        known = [
-            c
-            for c in [*reversed(self._found.values()), *self._of_other_sizes(key)]
-            if 0 < c.key.apart(key) <= NEAR and not c.tentative
-        ]
-        if not known:
-            return None
-        near = min(known, key=lambda c: c.key.apart(key))
-        note = f"begun with the schedule of {near.key.sizes}; the search goes on within later generations"
-        begun = replace(
-            near,
-            key=replace(key, times=near.key.times),
-            schedule=replace(near.schedule, psnr=None),
-            tried=(),
-            seconds=0.0,
-            note=note,
-            tentative=True,
-            searches=0,
-            path=None,
-        )
-        self._follow(begun)
-        self._log(f"near {begun.key}", f"vdcache: no schedule is known for {begun.key.sizes}: {note}\n{begun.schedule}")
+        """What is followed until the search for this size has found its own, if anything is."""
+        begun = self._known.begun_for(replace(self._now.key, times=tuple(times)))
+        if begun is not None:
+            self._known.follow(begun)
+            self._log(
+                f"near {begun.key}", f"vdcache: no schedule is known for {begun.key.sizes}: {begun.note}\n{begun.schedule}"
+            )
         return begun
 
     def _take(self, known: Calibration) -> None:
         """From now on this one is followed; one that is not of this session's own is announced."""
-        self.calibration = known
-        if self._found.get(known.key) is known:
+        self._known.last = known
+        if self._known.own(known.key) is known:
             return
-        self._follow(known)
+        self._known.follow(known)
         self._log(
             f"taken {known.key}",
             f"vdcache: taking the schedule that was found {_when(known.path)}for {known.goal}, which was kept for this model, number of steps, "
@@ -344,18 +302,13 @@ class AutoCalibrator:
         if not known.tentative:
             self._say_if_nothing_is_reused(known)
 
-    def _follow(self, found: Calibration) -> None:
-        """The newest for its key."""
-        self._found.pop(found.key, None)
-        self._found[found.key] = found
-
     def _check(self, step: int) -> None:
         """A calibration whose timesteps are not those of this generation is left."""
         now = self._now
         left = now.following
         if left is None or step >= len(now.times) or same_times(left.key.times, now.times):
             return
-        if (other := self._known(now.times)) is not None and other is not left:
+        if (other := self._known_for(now.times)) is not None and other is not left:
             now.following, now.run = other, None
             self._take(other)
             self._session.follow(other.schedule.policy(other.key.times), other.schedule.prediction.rule)
@@ -363,7 +316,7 @@ class AutoCalibrator:
         now.following = None
         self._session.follow(Always())
         if now.run is not None and not left.searches and not now.run.reused:  # another size may have other timesteps
-            del self._found[left.key]
+            self._known.forget(left)
             now.run.table, now.run.recording.uncached = None, True
             return
         now.run = None
@@ -465,8 +418,8 @@ class AutoCalibrator:
             del self._searches[key]
             self._found_one(key, search, search.found)
         elif ended and self._now.following is not None:
-            better = search.best_so_far(self._found[key].schedule)
-            if better is not None:
+            following = self._known.own(key)
+            if following is not None and (better := search.best_so_far(following.schedule)) is not None:
                 self._found_one(key, search, better, tentative=True)
 
     def _go_by_the_table(self, key: CalibrationKey, table: StepTable, cost: float, error: Exception, began: float) -> None:
@@ -490,6 +443,7 @@ class AutoCalibrator:
     def _found_one(self, key: CalibrationKey, search: PiecewiseSearch, schedule: Schedule, *, tentative: bool = False) -> None:
         began = time.perf_counter() - search.seconds
         note = "the search goes on within later generations" if tentative else ""
+        before = self._known.own(key)
         self._keep(
             Calibration.of(
                 key,
@@ -501,25 +455,20 @@ class AutoCalibrator:
                 began=began,
                 note=note,
                 tentative=tentative,
-                searches=self._found[key].searches if key in self._found else 1,
+                searches=before.searches if before is not None else 1,
             )
         )
 
     def _keep(self, found: Calibration) -> None:
         """Follow a calibration from the next generation on, and keep it for other processes."""
-        before = self._found.get(found.key)
-        if found.tentative and (ended := self._on_disk(found.key)) is not None and not ended.tentative:
+        before = self._known.own(found.key)
+        if found.tentative and (ended := self._known.on_disk(found.key)) is not None and not ended.tentative:
             self._searches.pop(found.key, None)  # another session was faster
             self._take(ended)
             return
-        try:
-            if self._ranks.is_first:
-                found = replace(found, path=keep(found))
-            where = f"kept in {found.path}" if found.path is not None else "kept by the first rank"
-        except OSError as error:
-            where = f"not kept for other processes: {error}"
-        self.calibration = found
-        self._follow(found)
+        found, where = self._known.save(found)
+        self._known.last = found
+        self._known.follow(found)
         told = f"vdcache: calibrated in {found.seconds:.1f} s: {found}\n{where}"
         if before is not None and before.schedule.computed != found.schedule.computed:
             told = f"vdcache: another schedule is followed from the next generation on.\n{found}\n{where}"
@@ -579,11 +528,7 @@ class AutoCalibrator:
         """No schedule was found for what has this key; after trouble that may pass another generation is tried."""
         if isinstance(error, VdcacheError) and not isinstance(error, _Passing):
             self._closed.add(key)
-            for left in [c for c in self._found.values() if c.tentative and replace(c.key, times=()) == key]:
-                del self._found[left.key]
-                if left.path is not None:
-                    with contextlib.suppress(OSError):  # a folder that cannot be written
-                        left.path.unlink(missing_ok=True)
+            self._known.forget_tentative(key)
             self._warn(f"hopeless {key}", f"vdcache: no schedule was found, and every step is computed: {_words(error)}")
             return
         failed = self._tries.get(key, (0, 0))[0] + 1
