@@ -436,8 +436,8 @@ BUGS = (
     ),
     _runtime(
         "the length of the last run taken for every one",
-        "step_planner",
-        "if steps is None or steps == self.num_steps:",
+        "generation_length",
+        "if steps is None or steps == self.steps:",
         "if True:",
     ),
     _runtime("threads share a session", "session", "if own._turn.thread == threading.get_ident():", "if True:"),

@@ -191,7 +191,7 @@ class CallPlacement:
             same = self._lanes.latent_before(graph, who, inputs, (self.explicit_lane, lane.id, lane.id))
         if isinstance(same, Tensor):
             wanted.append(same)
-        numbers = self._reads.read([*wanted, *self._planner.unread()] if waits else wanted)
+        numbers = self._reads.read([*wanted, *self._planner.metrics.unread()] if waits else wanted)
         for place, values in zip(places, numbers, strict=False):
             keys[place] = tuple(values)
         if asked:
@@ -199,7 +199,7 @@ class CallPlacement:
         if isinstance(same, Tensor):
             same = bool(numbers[len(wanted) - 1][0])
         if waits:
-            self._planner.told(numbers[len(wanted) :])
+            self._planner.metrics.told(numbers[len(wanted) :])
         latent = inputs[graph.inputs.latent] if graph.inputs.latent is not None else None
         form = None if latent is None else (tuple(latent.shape), latent.dtype, latent.device)
         return Reading(tuple(keys), coarse, form), same

@@ -28,7 +28,8 @@ from vdcache.runtime.read import DeviceReads
 from vdcache.runtime.run_times import RunTimes
 from vdcache.runtime.session_warnings import SessionWarnings
 from vdcache.runtime.step_lanes import StepLanes
-from vdcache.runtime.step_planner import PendingSums, StepPlanner
+from vdcache.runtime.step_metrics import PendingSums
+from vdcache.runtime.step_planner import StepPlanner
 from vdcache.runtime.store import Store
 from vdcache.runtime.summary import summary_table
 from vdcache.runtime.weights_token import WeightsToken
@@ -131,7 +132,7 @@ class Session:
     @property
     def num_steps(self) -> int | None:
         """Denoising steps of a generation; None while nobody knows."""
-        return self._planner.num_steps
+        return self._planner.length.steps
 
     @num_steps.setter
     def num_steps(self, num_steps: int | None) -> None:
@@ -384,7 +385,7 @@ class Session:
         if self._turns.get(graph) != planner.turn:
             self._turns[graph], call.to_come = planner.turn, planner.to_come
             call.is_first = self.times.compiles = True
-        call.keep = call.follows and planner.num_steps is not None and not planner.is_last and not again
+        call.keep = call.follows and planner.length.steps is not None and not planner.is_last and not again
         return call
 
     def _numbers(self, needs: VariantInputs, key: CallKey) -> list[Tensor]:
@@ -423,7 +424,7 @@ class Session:
         if repeated:
             self._computed.had_several_latents(lane, planner.step)
             self._computed.drop(key)  # of the other latent
-            if follows and planner.step > 0 and planner.skips and planner.num_steps is not None:
+            if follows and planner.step > 0 and planner.skips and planner.length.steps is not None:
                 self._notices.several_latents()
         return CallContext(graph, key, follows, new, repeated, changed)
 
@@ -515,7 +516,7 @@ class Session:
             self._computed.drop(key)
         if sums is not None and call.keep:
             elements = tuple(v.numel() for v in observed.values())
-            planner.observe(PendingSums(sums, call.needs.layouts, elements, call.previous is not None))
+            planner.metrics.observe(PendingSums(sums, call.needs.layouts, elements, call.previous is not None))
         spent = time.perf_counter() - call.began
         call.record.timed(call.device_time, spent)
         self.times.inside += spent
@@ -528,7 +529,7 @@ class Session:
         graphs = self._forward.graphs
         if is_last and not planner.reused and planner.skips and any(getattr(g, "slots", True) for g in graphs):
             unobserved = dict.fromkeys(why for g in graphs for why in g.unobserved)
-            self._notices.nothing_reused(planner.num_steps, self.history.generation(), tuple(unobserved))
+            self._notices.nothing_reused(planner.length.steps, self.history.generation(), tuple(unobserved))
 
     def _place(self, graph: CompiledGraph, inputs: Sequence[Any], who: Hashable) -> bool:
         """Where a call stands; what begins with it begins. False for a graph that runs before the step is known."""
@@ -550,7 +551,9 @@ class Session:
         self._planner.begin_generation(said_by_caller=said_by_caller, mixed=mixed)
 
     def _begin_step(self) -> None:
-        if self._planner.begin_step() and (gone := self._lanes.gone()):
+        computed = self._planner.begin_step()
+        self.ranks.place = self._planner.generation, self._planner.step
+        if computed and (gone := self._lanes.gone()):
             # A lane that sat out a computed step would be computed if it came back: let go of it.
             self._computed.drop_lanes(gone)
         self._pair.begin_step()
