@@ -346,7 +346,10 @@ BUGS = (
     ),
     # clock
     _runtime(
-        "a jump back is no new generation", "step_tracker", "if expected and direction and direction != expected:", "if False:"
+        "a jump back is no new generation",
+        "step_tracker",
+        "if direction and direction == -(self._direction or self._expected):",
+        "if False:",
     ),
     _runtime(
         "windows taken for steps of a solver",
@@ -375,14 +378,14 @@ BUGS = (
     _runtime(
         "the direction of the last generation forgotten",
         "step_tracker",
-        "expected = self._direction or self._expected",
-        "expected = self._direction",
+        "direction == -(self._direction or self._expected)",
+        "direction == -self._direction",
     ),
     _runtime(
         "a run the other way round not expected where others ended",
         "step_tracker",
-        "self._began.get(now) or -self._ended.get(now, -self._usual_direction)",
-        "self._usual_direction",
+        "self._began.get(began) or -self._ended.get(began, -self.usual)",
+        "self.usual",
     ),
     _runtime(
         "samples of a batch that go different ways are a step",
@@ -404,7 +407,7 @@ BUGS = (
     _runtime(
         "the oldest of equal lanes",
         "lane_table",
-        "return max(known, key=lambda lane: lane.step) if known else None",
+        "return _newest(known)",
         "return known[0] if known else None",
     ),
     _runtime(
@@ -459,7 +462,7 @@ BUGS = (
     _runtime(
         "a value of another shape of latent",
         "session",
-        "(graph.content, *_forms(inputs, graph.activations))",
+        "(graph.content, *_forms(inputs, graph.inputs.activations))",
         "(graph.content,)",
     ),
     _runtime(
@@ -496,14 +499,14 @@ BUGS = (
     _runtime(
         "values of the last generation kept",
         "computed_steps",
-        "        self._store.drop()\n        self._computed.clear()",
+        "        self.store.drop()\n        self._computed.clear()",
         "        self._computed.clear()",
     ),
     _runtime(
         "computed steps of the last generation counted",
         "computed_steps",
-        "        self._store.drop()\n        self._computed.clear()",
-        "        self._store.drop()",
+        "        self.store.drop()\n        self._computed.clear()",
+        "        self.store.drop()",
         "tests/runtime/test_computed_steps.py",
     ),
     Bug(

@@ -63,8 +63,7 @@ class Program:
         self.agreement = agreement
         self.settings, self.family, self._resumes, self._verdict = settings, frame, resumes, verdict
         self.guarded = GuardedGraph.made(captured, settings.recipe.pipeline)
-        self.inputs = given = inputs_of(captured, self.guarded.analysis)
-        self.latents, self.activations, self.told, self.static = given.latents, given.activations, given.told, given.static
+        self.inputs = inputs_of(captured, self.guarded.analysis)
         kind = frame, self.guarded.structure, self.guarded.constants
         self.kind: Hashable = _kinds.setdefault(kind, len(_kinds))
         self.content: Hashable = _kinds.setdefault((kind, self.guarded.content), len(_kinds))
@@ -153,7 +152,7 @@ class Program:
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:
         session = registry.find(
-            inputs, self.static, drives=bool(self.inputs.timesteps), resumes=self._resumes, owner=self.settings
+            inputs, self.inputs.static, drives=bool(self.inputs.timesteps), resumes=self._resumes, owner=self.settings
         )
         if session is None:
             return self._alone(inputs)

@@ -31,10 +31,31 @@ class _Drive:
     question: LaneQuery
 
 
+class _Said:
+    """What the caller says of the run."""
+
+    def __init__(self) -> None:
+        self.begun = False  # begin() was called and no step has started since
+        self.steps = False  # step() was called in this generation
+        self.lane: int | str | None = None  # of the next call
+        self.driver: Hashable = None  # the call that began the current lane
+
+    def begin(self, begun: bool) -> None:
+        """A generation begins, or one has ended."""
+        self.begun, self.steps, self.lane = begun, False, None
+
+    def step(self) -> bool:
+        """A step begins. Whether a generation was begun before."""
+        if not self.begun and not self.steps:
+            return False
+        self.begun, self.steps, self.lane = False, True, None
+        return True
+
+
 class CallPlacement:
     """Where calls stand in the run.
 
-    Explicit control (`explicit_step`) always wins; else the first graph with a timestep input drives the step tracker.
+    Explicit control (`said`) always wins; else the first graph with a timestep input drives the step tracker.
     """
 
     def __init__(
@@ -53,39 +74,29 @@ class CallPlacement:
         self._ticker: Hashable = None  # the family that tells the time
         self._ticked = 0  # the last forward in which it did
         self._early: set[Hashable] = set()  # families that run before the step is known
-        self._driver: Hashable = None  # under explicit control: the call that began the current lane
-        self._explicit_step = False  # step() was called in this generation
-        self.explicit_lane: int | str | None = None
-        self._begun = False  # begin() was called and no step has started since
+        self.said = _Said()
         self.repeated = False  # the driving graph ran in this step with the same conditioning and another latent
         self._unsure = False  # the step may be no step: its timestep is that of the one before, with another latent
         self.rising = False  # the step may be the first one of another run
 
     # ---- what the caller says ------------------------------------------------------------------------------------------
 
-    def begin(self) -> None:
-        """A generation was begun by the caller."""
-        self._tracker.begin()
-        self._explicit_step, self.explicit_lane, self._begun = False, None, True
+    def begin(self, by_caller: bool = True) -> None:
+        """A generation begins with the next call.
 
-    def end(self) -> None:
+        Args:
+            by_caller: they said so, and may say its steps.
+        """
         self._tracker.begin()
-        self._explicit_step, self._begun = False, False
+        self.said.begin(by_caller)
 
     def forget(self) -> None:
         """What ran so far teaches nothing."""
         self._tracker, self._ticker = StepTracker(), None
         self._early.clear()
 
-    def begin_explicit_step(self) -> bool:
-        """The caller says that a step begins. Whether a generation was begun before."""
-        if not self._begun and not self._explicit_step:
-            return False
-        self._begun, self._explicit_step, self.explicit_lane = False, True, None
-        return True
-
     def begin_step(self) -> None:
-        self._driver, self.rising = None, False
+        self.said.driver, self.rising = None, False
 
     # ---- what the model receives ---------------------------------------------------------------------------------------
 
@@ -95,7 +106,7 @@ class CallPlacement:
 
     def begins_lane(self, graph: CompiledGraph) -> bool:
         """Whether a lane begins with this graph, as far as can be told before its call is placed."""
-        return self._forward.ran == 0 or (not self._explicit_step and self._drives(graph))
+        return self._forward.ran == 0 or (not self.said.steps and self._drives(graph))
 
     def own_lane(self, graph: CompiledGraph, who: Hashable, inputs: Sequence[Any], call: int = 0) -> tuple[Lane, bool]:
         """The lane that a graph's own conditioning tells, and whether it is new."""
@@ -107,11 +118,11 @@ class CallPlacement:
         """
         self._lanes.placed = None
         self.repeated = False
-        if self._explicit_step:
+        if self.said.steps:
             # A lane begins with a forward; where nobody watches those, with the step's first graph, which comes again with every lane.
             ran = self._forward.ran
-            if ran == 0 or (ran is None and self._driver in (None, who)):
-                self._driver = who
+            if ran == 0 or (ran is None and self.said.driver in (None, who)):
+                self.said.driver = who
                 asked = self._lanes.ask(graph, who, inputs, self.begins_lane(graph), self._early)
                 self._begin_lane(graph, *self._lanes.settle(*asked), self._lanes.count)
             return True
@@ -127,7 +138,7 @@ class CallPlacement:
 
     def starts_generation(self, drive: _Drive) -> bool:
         """Whether a generation begins with this call that nobody has begun before."""
-        begun, self._begun = self._begun, False
+        begun, self.said.begun = self.said.begun, False
         return drive.tick.new_generation and not begun
 
     def settle(self, drive: _Drive) -> None:
@@ -145,7 +156,7 @@ class CallPlacement:
         return self._ticker is None or (self._forward.ran is not None and self._forward.count > self._ticked + 1)
 
     def _begin_lane(self, graph: CompiledGraph, lane: Lane, new: bool, place: int) -> None:
-        name, self.explicit_lane = self.explicit_lane, None
+        name, self.said.lane = self.said.lane, None
         self._lanes.begin(graph, lane, new, place, name)
 
     def _tick(self, graph: CompiledGraph, inputs: Sequence[Any], who: Hashable) -> _Drive:
@@ -155,7 +166,7 @@ class CallPlacement:
         def repeated() -> bool:
             lane = table.known(question)
             own = lane is not None and self._lanes.repeats(
-                graph, who, 0, (self.explicit_lane, lane.id, lane.id), inputs, same_latent
+                graph, who, 0, (self.said.lane, lane.id, lane.id), inputs, same_latent
             )
             return self._ranks.any("another latent", own)  # it makes a new step, or a window, of this call
 
@@ -188,7 +199,7 @@ class CallPlacement:
         waits = self._reads.waits(wanted)
         same: bool | Tensor | None = None
         if waits and (lane := question.lane) is not None:  # else it is looked at where it matters
-            same = self._lanes.latent_before(graph, who, inputs, (self.explicit_lane, lane.id, lane.id))
+            same = self._lanes.latent_before(graph, who, inputs, (self.said.lane, lane.id, lane.id))
         if isinstance(same, Tensor):
             wanted.append(same)
         numbers = self._reads.read([*wanted, *self._planner.metrics.unread()] if waits else wanted)

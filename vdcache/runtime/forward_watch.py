@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vdcache.runtime.call import CallKey, CompiledGraph
+from vdcache.runtime.call import CallKey, CompiledGraph, Emitted
 from vdcache.runtime.lane_table import LATENT
 from vdcache.util.sizes import updated_by
 
@@ -26,7 +26,10 @@ class ForwardWatch:
     """What a session knows of the forward that runs now, and of the one before."""
 
     def __init__(self) -> None:
-        self.graphs: dict[CompiledGraph, None] = {}  # that have run under this session
+        self.graphs: dict[
+            CompiledGraph, int
+        ] = {}  # that have run under this session, and the turn of the plans at their last call
+        self.emitted: list[Emitted] = []  # what the graphs of this forward hand out
         self.entered = 0  # how many calls of graphs have come through
         self.count = 0  # forwards that were watched
         self.ran: int | None = None  # graphs that ran in this forward; None where nobody watches forwards
@@ -45,6 +48,7 @@ class ForwardWatch:
         """A forward begins that is watched to its end."""
         self.ran, self.count = 0, self.count + 1
         self._latents = set()
+        self.emitted.clear()
         self._given = {id(x): tuple(x.shape) for x in _tensors((*args, *kwargs.values()))} if len(self.graphs) != 1 else None
 
     def end(self) -> None:
@@ -95,9 +99,9 @@ class ForwardWatch:
         Before the first watched forward is over nobody knows whether a graph is the whole: then everything is taken for conditioning.
         """
         if self._results is None:
-            return graph.latents if self.ran is None else ()
+            return graph.inputs.latents if self.ran is None else ()
         if graph.inputs.whole and len(self.graphs) == 1:
-            return graph.latents
+            return graph.inputs.latents
         if (found := self._latents_of.get(graph)) is None:
             found = self._latents_of[graph] = self._updated(graph, inputs, self._results)
         if self.ran is not None:
@@ -127,7 +131,7 @@ class ForwardWatch:
             early: families of graphs that run before the step is known.
         """
         latents = self.latents(graph, inputs)
-        values: list[Any] = [LATENT if i in latents else inputs[i] for i in graph.told]
+        values: list[Any] = [LATENT if i in latents else inputs[i] for i in graph.inputs.told]
         if not self._moving and len(self.graphs) < 2:
             return values, frozenset()
         inside: set[int] = set()

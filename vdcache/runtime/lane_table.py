@@ -181,22 +181,19 @@ class LaneTable:
         if not self._moves and not inside:
             same = [lane for lane in self._lanes if all(map(RememberedInput.is_same_object, lane.held, values))]
             if same:  # by far the most calls
-                return LaneQuery(values, inside, same[0] if len(same) == 1 else max(same, key=lambda lane: lane.step))
+                return LaneQuery(values, inside, same[0] if len(same) == 1 else _newest(same))
         inside -= self._stayed
         self._still.update(i for i in self.moving if self._comes_again(i, values[i]))
         moving = self.moving | inside
         asked = [i for i in range(len(values)) if i not in moving]
         same = [lane for lane in self._lanes if all(lane.held[i].is_same_object(values[i]) for i in asked)]
-        question = LaneQuery(values, inside, max(same, key=lambda lane: lane.step) if same else None)
+        question = LaneQuery(values, inside, _newest(same))
         if same and not moving:
             return question
+        compared = moving if same else range(len(values))
         for lane in self._lanes:
             self._rewritten.update(i for i in asked if lane.held[i].written(values[i]))
-            row: list[bool | Tensor] = [
-                True if question.lane is not None and i not in moving else compare(lane.held[i], v)
-                for i, v in enumerate(values)
-            ]
-            question.equal.append((lane, row))
+            question.equal.append((lane, [compare(lane.held[i], v) if i in compared else True for i, v in enumerate(values)]))
         return question
 
     def known(self, question: LaneQuery) -> Lane | None:
@@ -206,7 +203,7 @@ class LaneTable:
         if not known:
             known = [lane for lane, row in question.equal if all(e for i, e in enumerate(row) if i not in moving)]
         known = [lane for lane in known if lane in self._lanes]
-        return max(known, key=lambda lane: lane.step) if known else None
+        return _newest(known)
 
     def settle(self, question: LaneQuery, generation: int, step: int) -> tuple[Lane, bool]:
         """The lane of a call, and whether it is new. `question` must have been told what was unread.
@@ -231,17 +228,19 @@ class LaneTable:
             found = Lane(next(_ids), self._label_of_new(question), held, step)
             self._lanes.append(found)
             return found, True
-        for i, value in enumerate(values):
-            held_now = found.held[i]
-            if i in question.inside and found.step < step and held_now.is_same_object(value):
-                self._stayed |= {i}
-            # Of an inference tensor the copy is what counts, and it is equal.
-            if i in question.inside or (
-                not held_now.is_same_object(value) and (held_now.version is not None or held_now.sampled)
-            ):
-                found.held[i] = self._hold(i, value, question)
+        self._renew(found, question, step)
         found.step = step
         return found, False
+
+    def _renew(self, lane: Lane, question: LaneQuery, step: int) -> None:
+        """Remember the inputs of a lane as this call has brought them."""
+        for i, value in enumerate(question.values):
+            held = lane.held[i]
+            if i in question.inside and lane.step < step and held.is_same_object(value):
+                self._stayed |= {i}
+            # Of an inference tensor the copy is what counts, and it is equal.
+            if i in question.inside or (not held.is_same_object(value) and (held.version is not None or held.sampled)):
+                lane.held[i] = self._hold(i, value, question)
 
     def _hold(self, i: int, value: Any, question: LaneQuery) -> RememberedInput:
         weak = i in question.inside and i not in self._stayed and isinstance(value, Tensor)
@@ -318,3 +317,8 @@ class LaneTable:
 
 
 _ids = itertools.count()
+
+
+def _newest(lanes: Sequence[Lane]) -> Lane | None:
+    """The lane that was seen last."""
+    return max(lanes, key=lambda lane: lane.step, default=None)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from statistics import median
 
+from vdcache.runtime.device_time import RunningRecords
 from vdcache.runtime.history import Record
 
 __all__ = ["RunTimes"]
@@ -17,6 +18,7 @@ class RunTimes:
 
     def __init__(self) -> None:
         self._began: float | None = None  # the first forward
+        self.running = RunningRecords()
         self.first_result: float | None = None  # seconds until the last call of the first generation was over
         self.compiling = 0.0  # seconds in which forwards traced and compiled
         self.inside = 0.0  # seconds in which the graphs of this forward ran

@@ -16,10 +16,10 @@ from vdcache.policies.base import Policy
 from vdcache.policies.plan import RECOMPUTE, Plan
 from vdcache.policies.weights import WeightRule
 from vdcache.runtime.agreement import Agreement, SessionRanks
-from vdcache.runtime.call import CallContext, CallKey, CompiledGraph, Emitted, Listener, ProbeResult, Recorder, VariantInputs
+from vdcache.runtime.call import CallContext, CallKey, CompiledGraph, Listener, ProbeResult, Recorder, VariantInputs
 from vdcache.runtime.call_placement import CallPlacement
 from vdcache.runtime.computed_steps import ComputedSteps
-from vdcache.runtime.device_time import DeviceTime, RunningRecords
+from vdcache.runtime.device_time import DeviceTime
 from vdcache.runtime.forward_watch import ForwardWatch
 from vdcache.runtime.history import History, Record, tell
 from vdcache.runtime.invariants import InvariantTables
@@ -95,7 +95,7 @@ class Session:
             num_steps = step_count(num_steps)
             (prepare(num_steps) if prepare is not None else policy).start(num_steps)
         self.name = name
-        self.history, self.store = History(), Store()
+        self.history = History()
         self.rule: WeightRule | None = None  # of what is predicted, in the place of the recipe's
         self.listeners: list[Listener] = []
         self.recorder: Recorder | None = None
@@ -105,15 +105,12 @@ class Session:
         self._forward = ForwardWatch()
         self._lanes = StepLanes(self._planner, self._forward, self._reads)
         self._placement = CallPlacement(self._planner, self._lanes, self._forward, self._notices, self._reads, self.ranks)
-        self._computed = ComputedSteps(self.store)
+        self._computed = ComputedSteps(Store())
         self._weights = WeightsToken()
         self._pair = LanePair(self._reads, self._notices)
         self.invariants = InvariantTables(self._reads)
-        self._running = RunningRecords()
         self.times = RunTimes()
         self._turn = _Turn()
-        self._turns: dict[CompiledGraph, int] = {}  # of each graph, the planner's turn at its last call
-        self._emitted: list[Emitted] = []
 
     def __repr__(self) -> str:
         done = self.history.computed_steps() if len(self.history) else []
@@ -177,7 +174,7 @@ class Session:
             ConfigError: no number.
         """
         at = None if timestep is None else checked_timestep(timestep)
-        if not self._placement.begin_explicit_step():
+        if not self._placement.said.step():
             raise CacheStateError("session.step() says that a step of a generation starts; call session.begin() first")
         self._planner.timestep = at
         self._begin_step()
@@ -192,7 +189,7 @@ class Session:
     def end(self) -> None:
         """The generation is over, also where it was cut short: free what it kept. The next call begins another one."""
         self._forget()
-        self._placement.end()
+        self._placement.begin(by_caller=False)
 
     def lane(self, name: int | str) -> None:
         """The next call belongs to this lane of the step, for example "cond" or "uncond".
@@ -202,7 +199,7 @@ class Session:
         """
         if not isinstance(name, (int, str)):
             raise ConfigError(f"session.lane(name) takes a name or a number, as 'cond' and 'uncond'; got {name!r}")
-        self._placement.explicit_lane = name
+        self._placement.said.lane = name
 
     def moves(self, value: Tensor, name: Hashable) -> None:
         """`value`, an input of the next calls of this step, depends on the timestep: that it is another one at every step is no
@@ -224,6 +221,11 @@ class Session:
     def summary(self, generation: int = -1) -> Any:
         """A rich table of one generation, the last one by default: print it with `rich.print`."""
         return summary_table(self, generation)
+
+    @property
+    def store(self) -> Store:
+        """The cached values."""
+        return self._computed.store
 
     @property
     def step_index(self) -> int:
@@ -252,7 +254,6 @@ class Session:
         """Run one call of the model, and say once if it went past every graph of vdcache although earlier ones did not."""
         forward = self._forward
         before = forward.entered
-        self._emitted.clear()
         forward.begin(args, kwargs)
         began = self.times.begin()
         try:
@@ -267,7 +268,7 @@ class Session:
             self.times.end(began, self._planner.generation)
         forward.returned(result)
         for listen in self.listeners if forward.entered > before else ():
-            listen(self.history[-1], tuple(self._emitted), result)
+            listen(self.history[-1], tuple(forward.emitted), result)
         if before and forward.entered == before:
             self._notices.outside()
         return result
@@ -305,7 +306,7 @@ class Session:
     def emit(self, graph: CompiledGraph, values: dict[str, Tensor]) -> None:
         """A graph hands out what it emits; the listeners are given it when the model has returned."""
         if self.listeners:
-            self._emitted.append((graph, values))
+            self._forward.emitted.append((graph, values))
 
     def follow(self, policy: Policy, rule: WeightRule | None = None) -> None:
         """From the next step on, this policy decides.
@@ -331,7 +332,7 @@ class Session:
         Args:
             agreement: of the ranks that run it together.
         """
-        self._forward.graphs.setdefault(graph)
+        self._forward.graphs.setdefault(graph, -1)
         if agreement is not None:
             self.ranks.join(agreement)
 
@@ -349,7 +350,7 @@ class Session:
             look: runs the graph's head, given the inputs and the previous values of its probes; called once, where the graph has probes.
         """
         began, on_device = time.perf_counter(), DeviceTime.of(inputs, graph.inputs.on_device)
-        planner, store = self._planner, self.store
+        planner, store = self._planner, self._computed.store
         self._reads.syncs = 0
         call = self._identify(graph, inputs)
         call.began, call.device_time = began, on_device
@@ -382,8 +383,8 @@ class Session:
         )
         if needs.numbers:
             call.numbers = self._numbers(call.needs, key)
-        if self._turns.get(graph) != planner.turn:
-            self._turns[graph], call.to_come = planner.turn, planner.to_come
+        if (graphs := self._forward.graphs).get(graph) != planner.turn:
+            graphs[graph], call.to_come = planner.turn, planner.to_come
             call.is_first = self.times.compiles = True
         call.keep = call.follows and planner.length.steps is not None and not planner.is_last and not again
         return call
@@ -406,7 +407,7 @@ class Session:
         # One graph may serve several blocks (regional compilation) or be called again with the same weights. Within a forward they
         # are told apart by their order, because offloading puts other objects in the place of weights.
         watched = forward.ran is not None
-        who = (graph.kind, 0 if watched or not graph.static else id(inputs[graph.static[0]]))
+        who = (graph.kind, 0 if watched or not graph.inputs.static else id(inputs[graph.inputs.static[0]]))
         follows = self._place(graph, inputs, who)
         if forward.ran is not None:
             forward.ran += 1
@@ -418,7 +419,7 @@ class Session:
         if changed:
             self._computed.drop_values()
             self.invariants.clear()
-        key = self._computed.key(who, number, lane, weights, (graph.content, *_forms(inputs, graph.activations)))
+        key = self._computed.key(who, number, lane, weights, (graph.content, *_forms(inputs, graph.inputs.activations)))
         if getattr(graph, "holds", False):
             self.invariants.place(key, follows, planner.generation, self._weights.current)
         if repeated:
@@ -430,7 +431,7 @@ class Session:
 
     def _look_at_probes(self, call: CallContext, inputs: Sequence[Any], look: Look) -> ProbeResult:
         """Run the head of a graph, and let the policy decide by it where it has not decided yet."""
-        earlier = self.store.get(call.key, [p.layout.name for p in call.graph.probes])
+        earlier = self._computed.store.get(call.key, [p.layout.name for p in call.graph.probes])
         seen = look(inputs, earlier)
         if call.follows and self._planner.now.undecided:
             self._planner.decide(call.graph, seen, comparable=earlier is not None)
@@ -452,7 +453,7 @@ class Session:
         call.needs = needs = graph.needs(plan)
         if not plan.reuse:
             return
-        found = self.store.get(call.key, needs.reads)
+        found = self._computed.store.get(call.key, needs.reads)
         if why := self._why_computed(call, plan, found is not None):
             call.why, call.needs = why, graph.needs(RECOMPUTE)
         elif found is not None:
@@ -501,17 +502,7 @@ class Session:
         if graph.lanes is not None:
             self._pair.returned(graph.lanes, call, inputs, results)
         self._forward.made(graph, key, results)
-        if call.keep:
-            if saved or observed or graph.probes:
-                kept = {**saved, **observed, **_probed(call)}
-                self.store.put(key, list(kept), list(kept.values()), [*inputs, *results], call.rows)
-            if call.rows is not None and graph.goes_by_steps(call.needs.computes):
-                # One half is of this step now and the other is not, and a predictor takes one place for both.
-                self._computed.drop(key)
-            elif call.needs.computes:
-                self._computed.computed(key, call.needs.computes, planner.position, planner.now.plan)
-        elif not call.again and (not call.plan or call.needs.computes):
-            self._computed.drop(key)
+        self._keep(call, inputs, results, saved, observed)
         if is_last:  # nothing will read this lane again
             self._computed.drop(key)
         if sums is not None and call.keep:
@@ -522,7 +513,7 @@ class Session:
         self.times.inside += spent
         if call.device_time is not None:
             call.device_time.stop()
-            self._running.add(call.record)
+            self.times.running.add(call.record)
         self.history.add(call.record)
         tell(call.record)
         planner.ran(call.record)
@@ -530,6 +521,28 @@ class Session:
         if is_last and not planner.reused and planner.skips and any(getattr(g, "slots", True) for g in graphs):
             unobserved = dict.fromkeys(why for g in graphs for why in g.unobserved)
             self._notices.nothing_reused(planner.length.steps, self.history.generation(), tuple(unobserved))
+
+    def _keep(
+        self,
+        call: CallContext,
+        inputs: Sequence[Any],
+        results: Sequence[Any],
+        saved: dict[str, Tensor],
+        observed: dict[str, Tensor],
+    ) -> None:
+        """Store what a call computed, and drop what it has replaced."""
+        planner, key, graph = self._planner, call.key, call.graph
+        if call.keep:
+            if saved or observed or graph.probes:
+                kept = {**saved, **observed, **_probed(call)}
+                self._computed.store.put(key, list(kept), list(kept.values()), [*inputs, *results], call.rows)
+            if call.rows is not None and graph.goes_by_steps(call.needs.computes):
+                # One half is of this step now and the other is not, and a predictor takes one place for both.
+                self._computed.drop(key)
+            elif call.needs.computes:
+                self._computed.computed(key, call.needs.computes, planner.position, planner.now.plan)
+        elif not call.again and (not call.plan or call.needs.computes):
+            self._computed.drop(key)
 
     def _place(self, graph: CompiledGraph, inputs: Sequence[Any], who: Hashable) -> bool:
         """Where a call stands; what begins with it begins. False for a graph that runs before the step is known."""

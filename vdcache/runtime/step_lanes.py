@@ -49,7 +49,7 @@ class StepLanes:
 
         A kind of graph has a table for its first, second … call in a forward: one that Dynamo makes anew goes on with the other's.
         """
-        key = who, call, len(graph.told)
+        key = who, call, len(graph.inputs.told)
         if (table := self._tables.get(key)) is None:
             family = graph.family
 
@@ -80,7 +80,7 @@ class StepLanes:
             name: what the caller calls it.
         """
         self._name, self._id, self.placed = name, lane.id, (lane, new)
-        number = lane.label if len(graph.told) > len(graph.latents) else place
+        number = lane.label if len(graph.inputs.told) > len(graph.inputs.latents) else place
         if number in self._shown:  # the same conditioning again in this step
             number = max([*self._shown, *self._labels.values()]) + 1
         self._shown.add(number)
@@ -130,12 +130,12 @@ class StepLanes:
         Args:
             same_latent: what `latent_before` told, where that was asked.
         """
-        table = self._tables.get((who, call, len(graph.told)))
+        table = self._tables.get((who, call, len(graph.inputs.told)))
         moves = table.moving if table is not None else ()
-        moving = [i for at, i in enumerate(graph.told) if at in moves] if moves else []
+        moving = [i for at, i in enumerate(graph.inputs.told) if at in moves] if moves else []
         forward = self._forward
         latents = forward.latents(graph, inputs)
-        kept = graph.told if forward.unlearnt else latents
+        kept = graph.inputs.told if forward.unlearnt else latents
         at = who, call, lane
         held = self._seen.get(at)
         # What an earlier graph has made goes with that graph's latents, and is not kept alive.

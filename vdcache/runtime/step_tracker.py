@@ -59,6 +59,28 @@ class Tick:
     unsure: bool = False
 
 
+class _Directions:
+    """Which way runs of a session go: where they began and ended, as far as each showed it."""
+
+    def __init__(self) -> None:
+        self.usual = 0  # of the last generation that showed one
+        self._began: dict[float, int] = {}  # timesteps at which generations began, and their directions
+        self._ended: dict[float, int] = {}
+
+    def ran(self, began: float | None, ended: float | None, direction: int) -> None:
+        """A generation went from one timestep to another."""
+        self.usual = direction
+        for seen, at in ((self._began, began), (self._ended, ended)):
+            if at is not None:
+                seen[at] = direction
+            if len(seen) > MOST_ENDS:
+                del seen[next(iter(seen))]
+
+    def expected(self, began: float | None) -> int:
+        """Which way a generation will go that begins here. A run the other way round (inversion) begins where others ended."""
+        return self.usual if began is None else self._began.get(began) or -self._ended.get(began, -self.usual)
+
+
 class StepTracker:
     """Tells generation and step from readings, one a call."""
 
@@ -73,10 +95,8 @@ class StepTracker:
         self._single = 0  # how many timesteps after the first one did not
         self._direction = 0
         self._expected = 0  # the direction that this generation will take, guessed at its first call
-        self._usual_direction = 0  # of the last generation that showed one
         self._in_doubt = False  # the guess was wrong for the generation before, which had one step
-        self._began: dict[float, int] = {}  # timesteps at which generations began, and their directions
-        self._ended: dict[float, int] = {}
+        self._directions = _Directions()
         self._last: Reading | None = None  # the last reading of this generation
         self._which = 0  # the candidate that is the timestep, as far as is known
 
@@ -106,12 +126,12 @@ class StepTracker:
         direction = self._direction_to(before, reading)
         if direction is None:
             return self._new_generation(reading, mixed=True)
-        expected = self._direction or self._expected
-        if expected and direction and direction != expected:
+        if direction and direction == -(self._direction or self._expected):
             guessed_wrong = not self._direction and self.step == 0
             if not (guessed_wrong and self._in_doubt):
                 return self._new_generation(reading, in_doubt=guessed_wrong)
-        unsure = direction > 0 and not self._direction and not self._usual_direction and self._is_near_top(before, reading)
+        nothing_known = not self._direction and not self._directions.usual
+        unsure = direction > 0 and nothing_known and self._is_near_top(before, reading)
         self._direction = self._direction or direction
         self._in_doubt = False
         return self._new_step(reading, unsure=unsure)
@@ -131,16 +151,8 @@ class StepTracker:
 
     def _new_generation(self, reading: Reading, *, mixed: bool = False, in_doubt: bool = False) -> Tick:
         if self._direction and self._first is not None and self._last is not None:
-            self._usual_direction = self._direction
-            for seen, at in ((self._began, self._timestep(self._first)), (self._ended, self._timestep(self._last))):
-                if at is not None:
-                    seen[at] = self._direction
-                if len(seen) > MOST_ENDS:
-                    del seen[next(iter(seen))]
-        self._direction, self._expected = 0, self._usual_direction
-        if (now := self._timestep(reading)) is not None:
-            # A run the other way round (inversion) begins where others ended.
-            self._expected = self._began.get(now) or -self._ended.get(now, -self._usual_direction)
+            self._directions.ran(self._timestep(self._first), self._timestep(self._last), self._direction)
+        self._direction, self._expected = 0, self._directions.expected(self._timestep(reading))
         self._first, self._first_repeats, self._repeats, self._single = reading, False, False, 0
         self._in_doubt = in_doubt
         self.generation += 1

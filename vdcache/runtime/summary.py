@@ -24,8 +24,10 @@ class Summarised(Protocol):
 
     name: str
     history: History
-    store: Any
     times: RunTimes
+
+    @property
+    def store(self) -> Any: ...
 
     @property
     def graphs(self) -> Any: ...
