@@ -68,6 +68,8 @@ lint: setup
 	$(BIN)/python -m tests.support.words
 
 types: setup
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev,types]'
 	$(BIN)/mypy
+	$(BIN)/basedpyright
 
 check: lint types test

@@ -24,6 +24,7 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -428,7 +429,10 @@ def as_table(rows: Iterable[dict[str, Any]]) -> Table:
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Quality against speed, one panel a solver: methods, peers, and plain sampling as a line."""
+    """Quality against speed, one column a solver: the settings that no other one beats have names, all others are grey dots.
+
+    Plain sampling with fewer steps is the line that a method has to pass.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -436,49 +440,59 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
     rows = [r for r in rows if "method" in r and "psnr" in r and "disturbed" not in r]  # see bench/results/methods.json
     solvers = list(dict.fromkeys(r["solver"] for r in rows))
-    methods = list(dict.fromkeys(r["method"] for r in rows if r["method"] != "plain" and not r["method"].startswith("peer")))
-    colours = {m: plt.get_cmap("tab20")(i % 20) for i, m in enumerate(methods)}
-    marks = {m: "os^Dv<>pP*X"[i % 11] for i, m in enumerate(methods)}
-    figure, axes = plt.subplots(2, len(solvers), figsize=(6 * len(solvers), 10), sharex=True, squeeze=False)
+    scores = (("psnr", "PSNR to the same solver's 30 steps (dB)"), ("psnr_converged", "PSNR to the converged video (dB)"))
+    figure, axes = plt.subplots(2, len(solvers), figsize=(6 * len(solvers), 11), sharex=True, squeeze=False)
     for column, solver in enumerate(solvers):
-        for row, (key, title) in enumerate(
-            (("psnr", "PSNR to the same solver's 30 steps (dB)"), ("psnr_converged", "PSNR to the converged video (dB)"))
-        ):
-            axis = axes[row][column]
-            own = sorted(
-                (r for r in rows if r["solver"] == solver and r["method"] == "plain" and r["psnr"] < 90),
-                key=lambda r: r["speed"],
-            )
-            axis.plot([r["speed"] for r in own], [r[key] for r in own], color="black", linewidth=2, label="plain, fewer steps")
-            for method in methods:
-                points = sorted((r for r in rows if r["solver"] == solver and r["method"] == method), key=lambda r: r["speed"])
-                axis.plot(
-                    [r["speed"] for r in points], [r[key] for r in points], marks[method], linestyle=":", color=colours[method], label=method, markersize=6
-                )  # fmt: skip
-            for r in rows:
-                if r["solver"] == solver and r["method"].startswith("peer"):
-                    axis.plot(r["speed"], r[key], "x", color="crimson", markersize=8)
-                    axis.annotate(
-                        r["method"][6:],
-                        (r["speed"], r[key]),
-                        fontsize=7,
-                        color="crimson",
-                        xytext=(4, 2),
-                        textcoords="offset points",
-                    )
-            axis.set_xscale("log")
-            axis.set_xticks([1, 1.5, 2, 3, 4, 6], ["1×", "1.5×", "2×", "3×", "4×", "6×"])
-            axis.minorticks_off()
-            axis.grid(alpha=0.3)
-            axis.set_title(f"{solver}: {title}", fontsize=10)
-            if row:
-                axis.set_xlabel("speed over plain torch.compile, 30 steps")
+        for row, (key, title) in enumerate(scores):
+            _draw_fronts(axes[row][column], [r for r in rows if r["solver"] == solver], key)
+            axes[row][column].set_title(f"{solver}: {title}", fontsize=11)
+        axes[1][column].set_xlabel("speed over plain torch.compile of 30 steps")
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncol=7 if len(solvers) > 1 else 4, fontsize=8, frameon=False)
-    figure.tight_layout(rect=(0, 0.09, 1, 1))
+    figure.legend(handles, labels, loc="lower center", ncol=4, fontsize=10, frameon=False)
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _draw_fronts(axis: Any, rows: Sequence[dict[str, Any]], key: str) -> None:
+    """One panel."""
+    plain = sorted((r for r in rows if r["method"] == "plain" and r["psnr"] < 90), key=lambda r: r["speed"])
+    axis.plot([r["speed"] for r in plain], [r[key] for r in plain], color="black", linewidth=2, label="plain, fewer steps")
+    ours = [r for r in rows if r["method"] != "plain" and not r["method"].startswith("peer")]
+    peers = [r for r in rows if r["method"].startswith("peer")]
+    for points, style, colour, label in (
+        (ours, "o", "0.72", "a recipe of vdcache"),
+        (peers, "x", "crimson", "diffusers or cache-dit"),
+    ):
+        axis.plot(
+            [r["speed"] for r in points], [r[key] for r in points], style, color=colour, markersize=5, label=label if points else None
+        )  # fmt: skip
+    front = [r for r in (*ours, *peers) if not any(o["speed"] >= r["speed"] and o[key] > r[key] for o in (*ours, *peers))]
+    front.sort(key=lambda r: r["speed"])
+    axis.plot(
+        [r["speed"] for r in front], [r[key] for r in front], "o-", color="#2b6cb0", linewidth=1.2, markersize=6, label="no other is better and faster"
+    )  # fmt: skip
+    axis.set_xscale("log")
+    axis.set_xticks([1, 1.5, 2, 3, 4, 6], ["1×", "1.5×", "2×", "3×", "4×", "6×"])
+    axis.set_xlim(1, 7)
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
+    speeds, values = [r["speed"] for r in plain], [r[key] for r in plain]
+    last = math.inf  # height of the name before, in pixels
+    for r in front:
+        if r[key] <= np.interp(r["speed"], speeds, values):
+            continue  # fewer steps are better
+        point = axis.transData.transform((r["speed"], r[key]))[1]
+        last = min(point + 2, last - 15)
+        axis.annotate(
+            f"{r['method'].removeprefix('peer: ')} {r['setting']}".strip(),
+            (r["speed"], r[key]),
+            fontsize=8.5,
+            color="crimson" if r in peers else "#1a365d",
+            xytext=(9, (last - point) * 72 / axis.figure.dpi),
+            textcoords="offset points",
+        )
 
 
 def redraw(rows: Path, picture: Path) -> None:

@@ -32,7 +32,8 @@ from vdcache.passes import MarkBranches, MergeSlots
 
 STEPS = 30
 COUNTS = (9, 11, 13, 17)
-KINDS = ("vdcache-auto", "searched", "even", "adacache", "plain")
+KINDS = ("vdcache-auto", "searched", "published", "even", "adacache", "plain")
+PUBLISHED = ("dpcache", "meancache")  # LeMiCa takes 240 generations a prompt
 REUSE = 0.00753  # FLOPs of a reused step over those of a computed one
 
 
@@ -110,7 +111,7 @@ def main() -> None:
         for recipe in adacaches() if "adacache" in args.kinds else ():
             cached(recipe.name, "adacache", recipe)
         table = None
-        if "searched" in args.kinds:
+        if {"searched", "published"} & {*args.kinds}:
             table = vdcache.calibration.step_table(
                 model, lambda m, c, s=solver: generate(m, [c], solver=s, seed=77), prompts=for_search
             )
@@ -134,18 +135,20 @@ def main() -> None:
                 order=found.schedule.order,
                 predicted=found.schedule.psnr,
             )
-            if table is not None:
+            for method in (*(("auto",) if "searched" in args.kinds else ()), *(PUBLISHED if "published" in args.kinds else ())):
                 found = vdcache.search_schedule(
                     model,
                     lambda m, c, s=solver: generate(m, [c], solver=s, seed=77),
                     count,
                     prompts=for_search,
+                    method=method,
                     table=table,
                     console=None,
                 )
+                name = "searched" if method == "auto" else method
                 cached(
-                    f"searched, {count} steps",
-                    "searched",
+                    f"{name}, {count} steps",
+                    name,
                     found.recipe(),
                     steps=list(found.computed),
                     order=found.order,
@@ -156,7 +159,7 @@ def main() -> None:
                 cached(f"even, last value, {count} steps", "even, last value", even(count, 0))
             if "plain" in args.kinds:
                 score(f"plain, {count} steps", "plain", generate(plain, conditions, solver=solver, steps=count), count)
-            rivals = ("searched", "plain", "even, order 1", "even, last value")
+            rivals = ("searched", *PUBLISHED, "plain", "even, order 1", "even, last value")
             for other in (o for o in rivals if f"{o}, {count} steps" in known):
                 compare(bench, solver, f"vdcache-auto, {count} steps", f"{other}, {count} steps", known)
         for row in [r for r in bench.rows if r.get("kind") == "adacache" and r["solver"] == solver]:

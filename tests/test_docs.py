@@ -130,7 +130,7 @@ def fields_of_patterns() -> str:
     from vdcache.passes.catalogue import fields_page
 
     return fields_page(
-        p.GraphAnalysis, p.Branch, p.Attention, p.Block, p.Stream, p.Span, p.Grid, p.Conditioning, p.Match, p.NoMatch
+        p.GraphAnalysis, p.Branch, p.Attention, p.Block, p.Stream, p.Span, p.Grid, p.Conditioning, p.Match, p.Refusal
     )
 
 

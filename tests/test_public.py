@@ -10,7 +10,7 @@ from expecttest import assert_expected_inline
 import vdcache
 from vdcache import patterns, testing
 
-PARTS = "Pass PassResult Refusal Pipeline Fact Pattern Match NoMatch Rewrite Plan Recipe Policy Predictor"
+PARTS = "Pass PassResult Refusal Pipeline Fact Pattern Match Rewrite Plan Recipe Policy Predictor"
 
 
 def written(name: str, part: object) -> str:
@@ -45,7 +45,9 @@ Pass()
     fixed_sizes
     run(graph)
 PassResult(graph, rewrites=, refusals=)
-Refusal(node, reasons)
+Refusal(node, reasons, graph=, depth=)
+    reason
+    of_graph(number)
 Pipeline(passes, verify=, given=, checked=)
     ensured
     run(graph, copied)
@@ -66,7 +68,6 @@ Pattern(text)
 Match(root, values, inside)
     leaks
     check()
-NoMatch(node, reason, graph=, depth=)
 Rewrite()
     requires
     ensures

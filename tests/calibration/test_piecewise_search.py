@@ -95,9 +95,9 @@ def test_a_generation_has_at_most_its_share_of_the_search(ran, monkeypatch):
     advance = vdcache.calibration.piecewise_search.PiecewiseSearch.advance
 
     def measured(self, allowed):
-        before = self._left
+        before = self._allowed.left
         ended = advance(self, allowed)
-        spent[ran.now] += before - self._left
+        spent[ran.now] += before - self._allowed.left
         return ended
 
     monkeypatch.setattr("vdcache.calibration.piecewise_search.PiecewiseSearch.advance", measured)

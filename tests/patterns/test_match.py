@@ -12,7 +12,7 @@ from vdcache import Pattern
 from vdcache.errors import ConfigError, ContractError
 from vdcache.ir import dump
 from vdcache.ir.dump import numbers
-from vdcache.patterns import Match, NoMatch
+from vdcache.patterns import Match, Refusal
 from vdcache.testing import WIDTH, parse, residual_nets, small_models, trace
 
 MLP = Pattern("""
@@ -119,7 +119,7 @@ def test_what_matches(line, pattern):
 def test_what_does_not_match_says_why(line, pattern, reason, depth):
     text = f"{HEAD}{line}\nreturn (%3)"
     no = found(pattern, text)
-    assert isinstance(no, NoMatch) and not no and reason in no.reason and no.depth == depth, str(no)
+    assert isinstance(no, Refusal) and not no and reason in no.reason and no.depth == depth, str(no)
     assert Pattern(pattern).closest(parse(text)).depth == depth
 
 

@@ -40,7 +40,7 @@ class ReluToSin(vdcache.Pass):
     def run(self, graph):
         found = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.relu.default)
         if self.says:
-            return vdcache.PassResult(graph, 0, tuple(vdcache.passes.Refusal(n.name, (self.says,)) for n in found))
+            return vdcache.PassResult(graph, 0, tuple(vdcache.passes.Refusal(n.name, self.says) for n in found))
         for node in found:
             node.target = torch.ops.aten.sin.default
         return vdcache.PassResult(graph, len(found))

@@ -17,7 +17,7 @@ from vdcache.calibration.uncached_run import watch
 from vdcache.errors import ConfigError
 from vdcache.ir.edit import backward_slice
 from vdcache.passes.tile_attention import AttentionOperands, place_of
-from vdcache.patterns import NoMatch, analyze
+from vdcache.patterns import Refusal, analyze
 from vdcache.patterns.cost import flops
 
 __all__ = ["GraphReplay", "RecordedCall", "ReplayRun", "record"]
@@ -64,10 +64,10 @@ class GraphReplay:
         self.analysis = found = analyze(graph)
         self.places: dict[fx.Node, AttentionOperands] = {}
         self.modules: dict[fx.Node, str] = {}
-        self.refused: list[NoMatch] = []
+        self.refused: list[Refusal] = []
         for branch, attention in found.denoising_attentions():
             place = place_of(nodes[attention.node], attention, found, grid, text)
-            if isinstance(place, NoMatch):
+            if isinstance(place, Refusal):
                 self.refused.append(place)
             else:
                 self.places[nodes[attention.node]] = place

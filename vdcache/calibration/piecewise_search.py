@@ -63,6 +63,27 @@ class _Seen:
 
 
 @dataclass
+class _Allowance:
+    """How many computed steps may be run again.
+
+    Args:
+        left: within this generation.
+        open: now.
+    """
+
+    left: float = 0.0
+    open: float = 0.0
+
+    def begin(self, most: float) -> None:
+        """A generation begins; what is less than one step is saved up for one."""
+        self.left = most if most >= 1 else min(1.0, self.left + most)
+        self.open = min(1.0, self.left)
+
+    def take(self, cost: float) -> None:
+        self.left, self.open = self.left - cost, self.open - cost
+
+
+@dataclass
 class PiecewiseSearch:
     """What `choose` does, a few steps of a generation at a time.
 
@@ -85,8 +106,7 @@ class PiecewiseSearch:
     scored: ScheduleScores = field(default_factory=ScheduleScores)
     seconds: float = 0.0
     found: Schedule | None = None  # what was chosen, when the search is over
-    _left: float = 0.0  # computed steps that this generation may still have
-    _open: float = 0.0  # and those that it may have now
+    _allowed: _Allowance = field(default_factory=_Allowance)
     _waits: bool = False  # for a weight
     _waited: int = 0  # generations that ended so
     _rerun: Rerun | None = None
@@ -113,10 +133,9 @@ class PiecewiseSearch:
         return self._waited > PATIENCE or self.replay.programs.changed or not self.replay.programs.are_alive
 
     def begin(self, most: float) -> None:
-        """A generation begins, in which as many computed steps may be run again; what is less than one step is saved up for one."""
+        """A generation begins, in which as many computed steps may be run again."""
         self._waited += self._waits
-        self._left = most if most >= 1 else min(1.0, self._left + most)
-        self._open = min(1.0, self._left)
+        self._allowed.begin(most)
 
     def advance(self, share: float) -> bool:
         """Go on with as many computed steps of those that this generation has. Returns whether anything was run to its end.
@@ -124,7 +143,7 @@ class PiecewiseSearch:
         Raises:
             ConfigError: no schedule reaches the goal.
         """
-        self._open += share
+        self._allowed.open += share
         began, ended = time.perf_counter(), False
         try:
             while self.found is None and self._step():
@@ -157,7 +176,7 @@ class PiecewiseSearch:
             self._rerun = Rerun(self.replay, self._run.policy, self._run.rule)
         rerun = self._rerun
         cost = 1.0 if rerun.at in self._run.computed else self.reuse_cost
-        if min(self._left, self._open) < cost - 1e-9:
+        if min(self._allowed.left, self._allowed.open) < cost - 1e-9:
             return False
         try:
             rerun.step()
@@ -166,7 +185,7 @@ class PiecewiseSearch:
         except BaseException:  # it has stopped halfway through a step, and is begun again
             self._rerun = None
             raise
-        self._left, self._open = self._left - cost, self._open - cost
+        self._allowed.take(cost)
         if rerun.is_over:
             self._rerun = None
             if isinstance(self._run.policy, Always):

@@ -11,6 +11,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from vdcache.calibration.choose import choose
 from vdcache.calibration.loop import SamplingLoop
+from vdcache.calibration.published_searches import SEARCHES, search
 from vdcache.calibration.schedule import PREDICTIONS, SCOPES, Schedule
 from vdcache.calibration.tables import ORDERS, StepTable, no_order
 from vdcache.errors import ConfigError
@@ -58,6 +59,7 @@ def search_schedule(
     prompts: Iterable[Any] | None = None,
     orders: Sequence[int] = ORDERS,
     scopes: Sequence[str] = ("blocks",),
+    method: str = "auto",
     tries: int | None = None,
     table: StepTable | None = None,
     inner: str = "inductor",
@@ -84,6 +86,9 @@ def search_schedule(
         orders: of the predictor, of 0 and 1; those of order 1 are tried in the step and in powers of the timestep.
         scopes: what is predicted: "blocks", what all blocks add together; "branches", what each branch gives before its gate, which is nearer
             on some models, and keeps a tensor or two for each branch. Both may be given.
+        method: "auto", as above; or a published search, by its table alone, to compare with: "dpcache" (with order 1), "lemica" (a run for
+            every stretch of up to ten steps and every prompt), "meancache" (its path, with the last value). Those take `computed` or
+            `speedup`, and none of `orders`, `scopes`, `tries`.
         tries: how many lists are run on the first prompt; None for as many as the three generations allow, 0 takes the first one
             as predicted.
         table: of `step_table`, to search for several numbers of computed steps with one calibration.
@@ -97,6 +102,10 @@ def search_schedule(
         CacheStateError: `run` did not call the model, or gives another result each time.
     """
     goal = Goal(computed, speedup, quality_db)
+    if method not in ("auto", *SEARCHES):
+        raise ConfigError(f"method is auto, {', '.join(SEARCHES)}; got {method!r}")
+    if method != "auto" and quality_db is not None:
+        raise ConfigError(f"method={method!r} takes computed=… or speedup=…: it has no rule for a quality")
     if tries is not None:
         whole(tries, "tries, the lists that are run,", int(quality_db is not None))
     orders = whole_numbers(orders, "orders")
@@ -112,6 +121,8 @@ def search_schedule(
     try:
         with progress(console, loop):
             table = table or loop.table()
+            if method != "auto":
+                return search(method, table, loop, goal.count(table.steps), loop.search.scored)
             return choose(
                 table,
                 loop,

@@ -7,13 +7,15 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from vdcache.patterns import KINDS, Attention, Block, Branch, Conditioning, GraphAnalysis, NoMatch, Stream
+from vdcache.patterns import KINDS, Attention, Block, Branch, Conditioning, GraphAnalysis, Refusal, Stream
 from vdcache.patterns.invariance import Shares
 
 if TYPE_CHECKING:
     import networkx
 
 __all__ = ["GraphFacts", "HeldValues", "ReportData", "Slot", "VariantCost"]
+
+SMALL = 0.5  # share of the FLOPs in branches, below which skipping them wins little
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ class ReportData:
     schedule: tuple[tuple[str, ...], ...] = field(default=(), repr=False)
     goal: str = ""
     nothing: str = ""
-    recipe_refusals: tuple[NoMatch, ...] = field(default=(), repr=False)
+    recipe_refusals: tuple[Refusal, ...] = field(default=(), repr=False)
     masks: tuple[str, ...] = ()
     held: tuple[HeldValues, ...] = ()
 
@@ -169,7 +171,7 @@ class ReportData:
         return tuple(self._of("streams"))
 
     @cached_property
-    def refusals(self) -> tuple[NoMatch, ...]:
+    def refusals(self) -> tuple[Refusal, ...]:
         """Every candidate that is not a branch, with the reason."""
         return tuple(self._of("refusals"))
 
@@ -214,6 +216,33 @@ class ReportData:
             return None
         spent = sum(costs.get(plan, costs[()]) for plan in self.schedule)
         return self.steps * self.flops / spent if spent else None
+
+    @property
+    def verdict(self) -> str:
+        """What can be won here, and what to do next, in words."""
+        if not self.branches:
+            return f"Nothing can be skipped: no addition is a residual branch ({len(self.refusals)} are refused: report.refusals says why)."
+        skipped = f"{self.coverage:.0%} of a step's FLOPs can be skipped"
+        if self.coverage < SMALL:
+            skipped = f"Only {skipped}, the rest lies outside the residual branches"
+        if not self.conditioning.timestep_inputs:
+            return (
+                f"{skipped}, but no timestep is seen: pass it as a tensor that reaches a sine or cosine, or say where each step begins with "
+                "session.begin() and session.step()."
+            )
+        if self.nothing:
+            return f"{skipped}, but not by '{self.recipe}', which finds no slot here. Next: try another of vdcache.recipes()."
+        if not self.recipe:
+            return (
+                f"{skipped}. Next: model = vdcache.compile(model, num_steps=…), which finds a schedule in its first generation."
+            )
+        if self.bound is None or self.bound <= 1:
+            return f"{skipped}; '{self.recipe}' reuses nothing in {self.steps} steps."
+        own = "" if self.goal else f"'{self.recipe}', "
+        return (
+            f"{skipped}; {self.steps} steps take at least {1 / self.bound:.0%} of their FLOPs with '{self.recipe}'. "
+            f"Next: model = vdcache.compile(model, {own}num_steps={self.steps})."
+        )
 
     def count(self) -> dict[str, int]:
         """The number of branches of each kind in one forward. A graph that runs several times counts each time."""

@@ -19,7 +19,7 @@ from vdcache.ir.ops import tensor_of, unviewed
 from vdcache.methods import recipe as named
 from vdcache.methods.recipe import Recipe
 from vdcache.passes import Canonicalise, MergeSlots, Pipeline
-from vdcache.patterns import Branch, GraphAnalysis, NoMatch, analyze, cost
+from vdcache.patterns import Branch, GraphAnalysis, Refusal, analyze, cost
 from vdcache.patterns.cost import bytes_of
 from vdcache.patterns.invariance import shares
 from vdcache.policies.goal import Goal
@@ -123,7 +123,7 @@ def _named(found: GraphAnalysis, graph: fx.GraphModule, captured: Captured, numb
         branches=tuple(replace(b, graph=number) for b in found.branches),
         streams=tuple(replace(s, graph=number, inputs=said(s.inputs)) for s in found.streams),
         blocks=tuple(replace(b, graph=number) for b in found.blocks),
-        refusals=tuple(replace(r, graph=number) for r in found.refusals),
+        refusals=tuple(r.of_graph(number) for r in found.refusals),
         timestep_inputs=said(found.timestep_inputs),
         latents=said(found.latents),
         latent=names.get(found.latent, found.latent),
@@ -135,7 +135,7 @@ def _with_recipe(report: Report, captured: list[Captured], numbers: list[int], r
     recipe = recipe.for_steps(steps)
     before: list[Slot] = []
     after: list[Slot] = []
-    refusals: list[NoMatch] = []
+    refusals: list[Refusal] = []
     programs: list[tuple[int, Program]] = []
     total: int | None = 0
     for number, graph in zip(numbers, captured, strict=True):
@@ -145,10 +145,10 @@ def _with_recipe(report: Report, captured: list[Captured], numbers: list[int], r
             program = Program(graph, Settings(recipe=recipe, inner="eager"))
         except VdcacheError as error:
             if facts.branches:
-                refusals.append(NoMatch("recipe", str(error), number))
+                refusals.append(Refusal("recipe", str(error), graph=number))
             continue
         programs.append((number, program))
-        refusals += [NoMatch(r.node, "; ".join(r.reasons), number) for r in program.guarded.refusals]
+        refusals += [r.of_graph(number) for r in program.guarded.refusals]
         unmerged = Pipeline(tuple(p for p in recipe.pipeline if not isinstance(p, MergeSlots)), given=recipe.pipeline.given)
         if facts.branches:
             before += _slots(unmerged.run(graph.graph)[0], facts, number)
@@ -202,7 +202,7 @@ def _variant_costs(report: Report, programs: list[tuple[int, Program]]) -> list[
     return variants
 
 
-def _why_nothing(recipe: Recipe, refusals: Sequence[NoMatch]) -> str:
+def _why_nothing(recipe: Recipe, refusals: Sequence[Refusal]) -> str:
     """Why a recipe finds nothing to cache; what the recipe itself cannot do comes first."""
     reasons = sorted((r for r in refusals if r.node != "output"), key=lambda r: r.node != "recipe")
     return f"the recipe '{recipe.name}' finds nothing to cache: " + (

@@ -12,7 +12,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from vdcache.explanation.data import ReportData
-from vdcache.patterns import Attention, Block, Branch, GraphAnalysis, NoMatch, Stream
+from vdcache.patterns import Attention, Block, Branch, GraphAnalysis, Refusal, Stream
 
 __all__ = ["amount", "plain", "reasons", "shares", "size", "tree", "where"]
 
@@ -68,6 +68,7 @@ def tree(report: ReportData) -> Tree:
             root.add(_line("break", "yellow", reason.splitlines()[0]))
     if report.recipe:
         _recipe(root.add(_line(f"with {report.recipe}", "bold", "")), report)
+    root.add(_line("verdict", "bold green", report.verdict))
     return root
 
 
@@ -214,7 +215,7 @@ def _recipe(at: Tree, report: ReportData) -> None:
         at.add(_line("goal" if report.goal else "bound", "bold", text))
 
 
-def reasons(refusals: Iterable[NoMatch]) -> list[tuple[str, list[str]]]:
+def reasons(refusals: Iterable[Refusal]) -> list[tuple[str, list[str]]]:
     """Refusals by reason, with the node names in a reason left out; the most frequent first."""
     groups: dict[str, list[str]] = {}
     for refusal in refusals:

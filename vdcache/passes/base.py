@@ -14,6 +14,7 @@ from vdcache.errors import ConfigError
 from vdcache.ir import dialect
 from vdcache.ir.facts import Fact
 from vdcache.passes.contract import check_options
+from vdcache.patterns.facts import Refusal
 
 __all__ = [
     "Pass",
@@ -26,17 +27,6 @@ __all__ = [
     "passes_of",
     "put_cache_guard",
 ]
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """A place that a pass did not rewrite, with every reason. Refusing is no error: the graph stays as it was there."""
-
-    node: str
-    reasons: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return f"{self.node}:" + "".join(f"\n  {r}" for r in self.reasons)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from vdcache.ir import dialect
 from vdcache.ir.facts import Fact
 from vdcache.passes.base import Pass, PassResult, Refusal, copy_meta
 from vdcache.passes.values import VALUES, find
-from vdcache.patterns import KINDS, NoMatch, analyze
+from vdcache.patterns import KINDS, analyze
 from vdcache.util.fields import one_of
 
 
@@ -43,8 +43,8 @@ class Emit(Pass):
     def run(self, graph: fx.GraphModule) -> PassResult:
         if self.location != "branches":
             value = find(graph, self.location, provenance=str(self))
-            if isinstance(value, NoMatch):
-                return PassResult(graph, 0, (Refusal(value.node, (value.reason,)),))
+            if isinstance(value, Refusal):
+                return PassResult(graph, 0, (value,))
             self._mark(graph.graph, value, self.location)
             return PassResult(graph, 1)
         found = analyze(graph)
@@ -56,9 +56,7 @@ class Emit(Pass):
                 continue
             name = branch.pre_gate if self.gate == "pre" and branch.pre_gate else branch.contribution
             if name is None:
-                refusals.append(
-                    Refusal(branch.residual_add, ("gate and sum are one operation, so it has no value of its own",))
-                )
+                refusals.append(Refusal(branch.residual_add, "gate and sum are one operation, so it has no value of its own"))
                 continue
             self._mark(graph.graph, nodes[name], f"{branch.kind}/{branch.name}.{branch.residual_add}")
             rewrites += 1

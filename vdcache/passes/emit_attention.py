@@ -21,7 +21,7 @@ from vdcache.ir.edit import call
 from vdcache.ir.facts import Fact
 from vdcache.ir.ops import ATTENTION, tensor_of
 from vdcache.passes.base import Pass, PassResult, Refusal, copy_meta
-from vdcache.patterns import Attention, Branch, GraphAnalysis, Grid, NoMatch, analyze
+from vdcache.patterns import Attention, Branch, GraphAnalysis, Grid, analyze
 from vdcache.patterns.attention import AttentionMatch, attention_matches, axes_of, layout_of, operands, video_span
 from vdcache.util.fields import VideoGrid
 
@@ -69,7 +69,7 @@ class EmitAttention(Pass):
             except _NotEmitted as why:
                 for node in reversed([n for n in graph.graph.nodes if n not in kept]):
                     graph.graph.erase_node(node)
-                refusals.append(Refusal(attention.node, (str(why),)))
+                refusals.append(Refusal(attention.node, str(why)))
         return PassResult(graph, rewrites, tuple(refusals))
 
     def _emit(self, graph: fx.Graph, site: AttentionMatch, attention: Attention, grid: Grid, batch: int) -> None:
@@ -83,7 +83,7 @@ class EmitAttention(Pass):
                 raise _NotEmitted("its sizes are symbols: profile with fixed sizes")
             keys, rows = sums.shape[-1], math.prod(sums.shape[:-1])
             video = video_span(attention, keys, grid)
-            if isinstance(video, NoMatch):
+            if isinstance(video, Refusal):
                 raise _NotEmitted(video.reason)
             start, stop = video
             layout = layout_of(stop - start, grid)

@@ -10,12 +10,12 @@ from torch import Tensor, fx
 
 from vdcache.ir.edit import inline
 from vdcache.ir.ops import tensor_of
-from vdcache.patterns import Grid, NoMatch, analyze
+from vdcache.patterns import Grid, Refusal, analyze
 
 __all__ = ["FILTERS", "filtered", "sinusoids", "wiener"]
 
 
-def filtered(graph: fx.GraphModule, value: fx.Node, name: str, *, provenance: str) -> fx.Node | NoMatch:
+def filtered(graph: fx.GraphModule, value: fx.Node, name: str, *, provenance: str) -> fx.Node | Refusal:
     """A filtered value, added to the graph after it.
 
     The value is the latent, [B, C, T, H, W] or [B, C, H, W], or tokens [B, N, C] of a grid that the graph shows.
@@ -24,15 +24,15 @@ def filtered(graph: fx.GraphModule, value: fx.Node, name: str, *, provenance: st
     nodes = {n.name: n for n in graph.graph.nodes}
     tensor = tensor_of(value)
     if tensor is None or not all(isinstance(s, int) for s in tensor.shape):
-        return NoMatch(value.name, "a filter over frequencies needs sizes that are known when the model is compiled")
+        return Refusal(value.name, "a filter over frequencies needs sizes that are known when the model is compiled")
     if not found.timestep_inputs:
-        return NoMatch(value.name, "the filter follows the noise level, and no timestep was found")
+        return Refusal(value.name, "the filter follows the noise level, and no timestep was found")
     timestep = nodes[found.timestep_inputs[0]]
     if tensor_of(timestep) is None:
-        return NoMatch(timestep.name, "the timestep is no tensor")
+        return Refusal(timestep.name, "the timestep is no tensor")
     laid = _video_axes(tuple(tensor.shape), found.grid)
     if laid is None:
-        return NoMatch(value.name, "the graph does not show the grid of its tokens, which the filter runs over")
+        return Refusal(value.name, "the graph does not show the grid of its tokens, which the filter runs over")
     shape, axes = laid
     given = [n for n in graph.graph.nodes if n.op == "placeholder"]
 

@@ -62,7 +62,7 @@ class HoistInvariants(Pass):
         g = graph.graph
         if (lanes := lanes_io(graph)) is not None and lanes.mode == "batch":
             why = "one lane of a batch is predicted from the other, and what is held holds both"
-            return PassResult(graph, 0, (Refusal(g.output_node().name, (why,)),))
+            return PassResult(graph, 0, (Refusal(g.output_node().name, why),))
         found = dependence(graph)
         numbers: dict[int, int] = {}  # of each set of inputs
         count: dict[int, int] = {}

@@ -83,29 +83,27 @@ class MarkBranches(Pass):
         number = {b.index: i for i, b in enumerate(found.denoising_blocks(self.block_kind))}
         nodes = {n.name: n for n in graph.graph.nodes}
         used = {str(n.args[1]) for n in dialect.cache_guards(graph.graph)}
-        rewrites, refusals = 0, [Refusal(r.node, (r.reason,)) for r in found.refusals]
+        rewrites, refusals = 0, [*found.refusals]
         for branch in found:
             if chosen is not None and branch.block not in chosen:
-                refusals.append(Refusal(branch.residual_add, (f"block {branch.block} is not among those that were asked for",)))
+                refusals.append(Refusal(branch.residual_add, f"block {branch.block} is not among those that were asked for"))
                 continue
             if self.kinds and branch.kind not in self.kinds:
-                refusals.append(Refusal(branch.residual_add, (f"it is {branch.kind}, which was not asked for",)))
+                refusals.append(Refusal(branch.residual_add, f"it is {branch.kind}, which was not asked for"))
                 continue
             if self.layouts and branch.layout not in self.layouts:
                 refusals.append(
-                    Refusal(
-                        branch.residual_add, (f"its attention is {branch.layout or 'none'}, not {' or '.join(self.layouts)}",)
-                    )
+                    Refusal(branch.residual_add, f"its attention is {branch.layout or 'none'}, not {' or '.join(self.layouts)}")
                 )
                 continue
             if self.per_block and branch.block not in number:
-                refusals.append(Refusal(branch.residual_add, ("it is in no block that attends over video tokens",)))
+                refusals.append(Refusal(branch.residual_add, "it is in no block that attends over video tokens"))
                 continue
             kind = "attention" if branch.kind in ATTENDS else branch.kind
             group = f"b{number[branch.block]}.{kind}" if self.per_block else self.group
             slot = _free(f"{group}/{branch.name}", used)
             if reason := self._guard(branch, nodes, slot):
-                refusals.append(Refusal(branch.residual_add, (reason,)))
+                refusals.append(Refusal(branch.residual_add, reason))
                 continue
             used.add(slot)
             rewrites += 1

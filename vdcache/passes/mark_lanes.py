@@ -23,7 +23,7 @@ from vdcache.ir.ops import is_effectful, tensor_of
 from vdcache.passes.base import Pass, PassResult, Refusal, drop_dead_code, put_cache_guard
 from vdcache.passes.halve_batch import halve
 from vdcache.passes.values import output
-from vdcache.patterns import NoMatch, analyze
+from vdcache.patterns import analyze
 from vdcache.util.fields import Group, one_of
 
 __all__ = ["LanesIO", "MarkLanes", "halve_lanes", "lanes_io"]
@@ -85,21 +85,21 @@ class MarkLanes(Pass):
     def run(self, graph: fx.GraphModule) -> PassResult:
         found = analyze(graph)
         place = output(graph, found, {n.name: n for n in graph.graph.nodes})
-        if isinstance(place, NoMatch):
-            return PassResult(graph, 0, (Refusal(place.node, (place.reason,)),))
+        if isinstance(place, Refusal):
+            return PassResult(graph, 0, (place,))
         value, position = place
         if not found.branches:
-            return PassResult(graph, 0, (Refusal(value.name, ("no residual stream leads to it",)),))
+            return PassResult(graph, 0, (Refusal(value.name, "no residual stream leads to it"),))
         rows = value.meta["val"].shape[0]
         even = isinstance(rows, int) and rows % 2 == 0
         if self.mode != "calls" and not isinstance(rows, int):
             return PassResult(
                 graph,
                 0,
-                (Refusal(value.name, ("the batch is a symbol, and half of it is not known: compile with dynamic=False",)),),
+                (Refusal(value.name, "the batch is a symbol, and half of it is not known: compile with dynamic=False"),),
             )
         if self.mode == "batch" and not even:
-            return PassResult(graph, 0, (Refusal(value.name, (f"a batch of two lanes is even, and this one is {rows}",)),))
+            return PassResult(graph, 0, (Refusal(value.name, f"a batch of two lanes is even, and this one is {rows}"),))
         if self.mode == "batch" or (self.mode == "auto" and even):
             return self._in_a_batch(graph, value, position, rows)
         return self._in_calls(graph, value, position)
@@ -112,7 +112,7 @@ class MarkLanes(Pass):
                 part = call(trial.graph, aten.slice.Tensor, twin, 0, 0, rows // 2, provenance=str(self))
             halve(trial, twin, part, rows, 0, carrying(trial, rows))
         except CaptureError as error:
-            return PassResult(graph, 0, (Refusal(value.name, (str(error),)),))
+            return PassResult(graph, 0, (Refusal(value.name, str(error)),))
         g = graph.graph
         with g.inserting_before(g.output_node()):
             first = call(g, aten.slice.Tensor, value, 0, 0, rows // 2, provenance=str(self))

@@ -19,7 +19,7 @@ from vdcache.ir.facts import Fact
 from vdcache.ir.ops import same_type
 from vdcache.passes.base import Pass, PassResult, Refusal, put_cache_guard
 from vdcache.passes.values import find, output
-from vdcache.patterns import GraphAnalysis, NoMatch, analyze
+from vdcache.patterns import GraphAnalysis, analyze
 from vdcache.util.fields import Group, one_of
 
 
@@ -51,21 +51,21 @@ class MarkOutput(Pass):
         if self.location == "hidden":
             return self._hidden(graph, found)
         place = output(graph, found, {n.name: n for n in g.nodes})
-        if isinstance(place, NoMatch):
-            return PassResult(graph, 0, (Refusal(place.node, (place.reason,)),))
+        if isinstance(place, Refusal):
+            return PassResult(graph, 0, (place,))
         value, position = place
         if not found.branches:
-            return PassResult(graph, 0, (Refusal(value.name, ("no residual stream leads to it",)),))
+            return PassResult(graph, 0, (Refusal(value.name, "no residual stream leads to it"),))
         refusals = []
         base = None
         if self.base == "input":
             latent = find(graph, "input", provenance=str(self))
-            if isinstance(latent, NoMatch):
-                refusals.append(Refusal(latent.node, (latent.reason,)))
+            if isinstance(latent, Refusal):
+                refusals.append(latent)
             elif not same_type(latent, value):
                 a, b = latent.meta["val"], value.meta["val"]
                 reason = f"the output is {tuple(b.shape)} {b.dtype}, the latent {tuple(a.shape)} {a.dtype}: the output itself is kept"
-                refusals.append(Refusal(value.name, (reason,)))
+                refusals.append(Refusal(value.name, reason))
             else:
                 base = latent
         set_output(g, position, put_cache_guard(value, f"{self.group}/output", self, base, users=()))
@@ -76,7 +76,7 @@ class MarkOutput(Pass):
         blocks = {b.index for b in found.denoising_blocks()}
         ends = [b.residual_add for b in found if b.block in blocks and found.streams[b.stream].role in ("latent", "joint")]
         if not ends:
-            return PassResult(graph, 0, (Refusal("output", ("no stream of latent tokens runs through the blocks",)),))
+            return PassResult(graph, 0, (Refusal("output", "no stream of latent tokens runs through the blocks"),))
         value = next(n for n in graph.graph.nodes if n.name == ends[-1])
         put_cache_guard(value, f"{self.group}/hidden", self)
         return PassResult(graph, 1)

@@ -166,7 +166,7 @@ def _runs(links: list[Link], static: Callable[[fx.Node], bool]) -> tuple[list[li
         if at is None:
             if runs and path[-1].op == "call_function":
                 reason = f"a run starts here: '{path[-1].name}' ({path[-1].target}) is no cast, view or constant term"
-                refusals.append(Refusal(link.residual_add.name, (reason,)))
+                refusals.append(Refusal(link.residual_add.name, reason))
             run = [link]
             runs.append(run)
         else:
@@ -203,7 +203,7 @@ def _split_where_live(graph: fx.Graph, runs: list[list[Link]], group: str, refus
         r, i = inner[cut]
         by = reader[cut]
         who = f"'{by.name}' ({by.target})" if by is not None else "the output"
-        refusals.append(Refusal(cut.name, (f"the run ends here: {who} reads the stream at this place in a reused step",)))
+        refusals.append(Refusal(cut.name, f"the run ends here: {who} reads the stream at this place in a reused step"))
         runs[r : r + 1] = [runs[r][: i + 1], runs[r][i + 1 :]]
 
 

@@ -22,7 +22,7 @@ from vdcache.ir.edit import call
 from vdcache.ir.facts import Fact
 from vdcache.passes.base import Pass, PassResult, Refusal, copy_meta
 from vdcache.passes.values import VALUES, find
-from vdcache.patterns import ATTENDS, KINDS, Branch, GraphAnalysis, NoMatch, analyze
+from vdcache.patterns import ATTENDS, KINDS, Branch, GraphAnalysis, analyze
 from vdcache.util.fields import Group, ascending, at_least, between, one_of
 
 aten = torch.ops.aten
@@ -61,7 +61,7 @@ class Observe(Pass):
     def run(self, graph: fx.GraphModule) -> PassResult:
         found = analyze(graph)
         if not found.branches:
-            return PassResult(graph, 0, (Refusal("output", ("the graph has no residual branch to observe",)),))
+            return PassResult(graph, 0, (Refusal("output", "the graph has no residual branch to observe"),))
         if self.kind in VALUES:
             return self._place(graph)
         nodes = {n.name: n for n in graph.graph.nodes}
@@ -70,7 +70,7 @@ class Observe(Pass):
             frames = self._frames(found, branch, nodes)
             if self.strides and not frames:
                 refusals.append(
-                    Refusal(branch.residual_add, ("the graph does not show its latent frames, so motion is not measured",))
+                    Refusal(branch.residual_add, "the graph does not show its latent frames, so motion is not measured")
                 )
             value = self._value(branch, nodes)
             strides = tuple(i for i in self.strides if i < frames)
@@ -87,8 +87,8 @@ class Observe(Pass):
     def _place(self, graph: fx.GraphModule) -> PassResult:
         """Observe a value that is no branch."""
         value = find(graph, self.kind, provenance=str(self))
-        if isinstance(value, NoMatch):
-            return PassResult(graph, 0, (Refusal(value.node, (value.reason,)),))
+        if isinstance(value, Refusal):
+            return PassResult(graph, 0, (value,))
         g = graph.graph
         with g.inserting_before(g.output_node()):
             mark = g.call_function(dialect.observe, (value, f"{self.group}/observed.{self.kind}", self.distance, (), 0))

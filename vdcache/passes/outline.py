@@ -35,7 +35,7 @@ class Outline(Pass):
         for inside in _same_beginnings(list(_blocks(graph))):
             region = region_of(inside)
             if (reason := _why_not(region)) is not None:
-                refusals.append(Refusal(inside[-1].name, (reason,)))
+                refusals.append(Refusal(inside[-1].name, reason))
             elif len(inside) >= LEAST:
                 kinds.setdefault(region.kind, []).append(region)
         repeated = [members for members in kinds.values() if len(members) > 1]

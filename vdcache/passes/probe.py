@@ -17,7 +17,6 @@ from vdcache.ir.facts import Fact
 from vdcache.passes.base import Pass, PassResult, Refusal, copy_meta
 from vdcache.passes.filters import FILTERS, filtered
 from vdcache.passes.values import PLACES, find
-from vdcache.patterns import NoMatch
 from vdcache.util.fields import Group, at_least, one_of
 
 
@@ -52,12 +51,12 @@ class Probe(Pass):
 
     def run(self, graph: fx.GraphModule) -> PassResult:
         value = find(graph, self.location, self.blocks, provenance=str(self))
-        if isinstance(value, NoMatch):
-            return PassResult(graph, 0, (Refusal(value.node, (value.reason,)),))
+        if isinstance(value, Refusal):
+            return PassResult(graph, 0, (value,))
         if self.filter:
             value = filtered(graph, value, self.filter, provenance=str(self))
-            if isinstance(value, NoMatch):
-                return PassResult(graph, 0, (Refusal(value.node, (value.reason,)),))
+            if isinstance(value, Refusal):
+                return PassResult(graph, 0, (value,))
         name = f"{self.group}/probe.{self.location}{self.blocks if self.location == 'residual' else ''}"
         anchor = value
         if value.op == "placeholder":

@@ -71,7 +71,7 @@ class Rewrite(Pass):
             if not reasons and (problem := self._put(graph.graph, match, lines)):
                 reasons.append(problem)
             if reasons:
-                refusals.append(Refusal(match.root.name, tuple(reasons)))
+                refusals.append(Refusal(match.root.name, *reasons))
                 continue
             rewrites += 1
         return PassResult(graph, rewrites, tuple(refusals))

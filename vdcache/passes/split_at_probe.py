@@ -116,7 +116,7 @@ class SplitAtProbe(Pass):
         refusals = []
         for cache_guard in dialect.cache_guards(g):
             if cache_guard in first:
-                refusals.append(Refusal(cache_guard.name, ("it is computed before the policy can decide",)))
+                refusals.append(Refusal(cache_guard.name, "it is computed before the policy can decide"))
                 cache_guard.replace_all_uses_with(cache_guard.args[0])  # type: ignore[arg-type]
                 first.discard(cache_guard)
                 g.erase_node(cache_guard)

@@ -22,7 +22,7 @@ from vdcache.ir.edit import call, laid_out
 from vdcache.ir.facts import Fact
 from vdcache.ir.ops import ATTENTION, tensor_of
 from vdcache.passes.base import Pass, PassResult, Refusal
-from vdcache.patterns import Attention, GraphAnalysis, Grid, NoMatch, analyze
+from vdcache.patterns import Attention, GraphAnalysis, Grid, analyze
 from vdcache.patterns.attention import video_span
 from vdcache.util.fields import VideoGrid, VideoText
 
@@ -75,16 +75,16 @@ class TileAttention(Pass):
             if all(isinstance(m, Dense) for m in masks):
                 continue
             place = place_of(nodes[attention.node], attention, found, self.grid, self.text)
-            if isinstance(place, NoMatch):
+            if isinstance(place, Refusal):
                 if asked:
                     raise ConfigError(f"{self.name}: no mask can be put on '{attention.node}': {place.reason}")
-                refusals.append(Refusal(attention.node, (place.reason,)))
+                refusals.append(Refusal(attention.node, place.reason))
                 failed |= attention.layout not in ("spatial", "temporal")
                 continue
             self._rewrite(graph.graph, nodes[attention.node], place, masks)
             rewrites += 1
         if not chosen:
-            refusals.append(Refusal("output", ("the graph has no attention among video tokens",)))
+            refusals.append(Refusal("output", "the graph has no attention among video tokens"))
         if failed and not rewrites:
             raise ConfigError(
                 f"{self.name}: no attention of this model can have the mask {', '.join(self.masks)}:\n"
@@ -184,7 +184,7 @@ class AttentionOperands:
         return tiled(str(mask), self.grid, self.before, self.after)
 
 
-def places(graph: fx.GraphModule, grid: Sequence[int] = (), text: Sequence[int] = ()) -> dict[str, AttentionOperands | NoMatch]:
+def places(graph: fx.GraphModule, grid: Sequence[int] = (), text: Sequence[int] = ()) -> dict[str, AttentionOperands | Refusal]:
     """Every self- and joint-attention of the denoising blocks, by the name of its node: its operands, or why it can have no mask."""
     found = analyze(graph)
     nodes = {n.name: n for n in graph.graph.nodes}
@@ -193,7 +193,7 @@ def places(graph: fx.GraphModule, grid: Sequence[int] = (), text: Sequence[int] 
 
 def place_of(
     node: fx.Node, attention: Attention, found: GraphAnalysis, grid: Sequence[int] = (), text: Sequence[int] = ()
-) -> AttentionOperands | NoMatch:
+) -> AttentionOperands | Refusal:
     """The operands of an attention, and where its tokens lie.
 
     Args:
@@ -201,23 +201,23 @@ def place_of(
     """
 
     if reason := _why_no_mask(node, attention, bool(grid)):
-        return NoMatch(node.name, reason)
+        return Refusal(node.name, reason)
     assert attention.kv_len is not None
     where = _where(attention, attention.kv_len, found, grid, text)
-    if isinstance(where, NoMatch):
+    if isinstance(where, Refusal):
         return where
     given = dict(zip(("attn_mask", "dropout_p", "is_causal"), node.args[3:], strict=False)) | dict(node.kwargs)
     if given.get("is_causal"):
-        return NoMatch(node.name, "it is causal")
+        return Refusal(node.name, "it is causal")
     if given.get("dropout_p"):
-        return NoMatch(node.name, "it drops weights at random")
+        return Refusal(node.name, "it drops weights at random")
     bias = given.get("attn_mask")
     if isinstance(bias, fx.Node):
         if bias.target is aten.expand.default and isinstance(bias.args[0], fx.Node):
             bias = bias.args[0]
         shape = tuple(bias.meta["val"].shape)
         if len(shape) != 4 or shape[2] != 1 or shape[3] != attention.kv_len:
-            return NoMatch(
+            return Refusal(
                 node.name,
                 f"its own mask {shape} differs between queries; one of keys alone, [B, 1, 1, {attention.kv_len}], can be carried over",
             )
@@ -250,29 +250,29 @@ def _why_no_mask(node: fx.Node, attention: Attention, has_grid: bool) -> str:
 
 def _where(
     attention: Attention, tokens: int, found: GraphAnalysis, grid: Sequence[int], text: Sequence[int]
-) -> tuple[int, int, int, int, int] | NoMatch:
+) -> tuple[int, int, int, int, int] | Refusal:
     """Frames, height and width of the video tokens, and the tokens of text before and after them."""
     known = Grid(*grid) if grid else attention.grid or found.grid
     if known is None:
-        return NoMatch(
+        return Refusal(
             attention.node, "the graph does not show frames, height and width of its tokens: give grid=(frames, height, width)"
         )
     size = (known.frames, known.height, known.width)
     if text:
         before, after = text
         if before + known.tokens + after != tokens:
-            return NoMatch(
+            return Refusal(
                 attention.node,
                 f"its {tokens} tokens are not {before} of text, {' × '.join(map(str, size))} of video and {after} of text",
             )
         return *size, before, after
     span = video_span(attention, tokens, known)
-    if isinstance(span, NoMatch):
+    if isinstance(span, Refusal):
         extra = tokens - known.tokens
         hint = f"; give text=({extra}, 0) or (0, {extra}) if these are of a text" if extra > 0 and not attention.spans else ""
-        return NoMatch(attention.node, span.reason + hint)
+        return Refusal(attention.node, span.reason + hint)
     if span[1] - span[0] != known.tokens:
-        return NoMatch(attention.node, f"its {tokens} tokens are not the {known.tokens} of all frames")
+        return Refusal(attention.node, f"its {tokens} tokens are not the {known.tokens} of all frames")
     return *size, span[0], tokens - span[1]
 
 

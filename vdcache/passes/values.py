@@ -11,7 +11,7 @@ from vdcache.ir import dialect
 from vdcache.ir.capture import signature
 from vdcache.ir.edit import call, inputs, outputs
 from vdcache.ir.ops import SLICES, VIEWS, is_work, tensor_of
-from vdcache.patterns import Block, Branch, GraphAnalysis, NoMatch, analyze
+from vdcache.patterns import Block, Branch, GraphAnalysis, Refusal, analyze
 
 __all__ = ["PLACES", "VALUES", "find", "output"]
 
@@ -21,7 +21,7 @@ PLACES = (*VALUES, "modulated", "timestep", "modulation")
 _SEEN = ("latent", "joint")  # streams that hold the tokens to be denoised
 
 
-def find(graph: fx.GraphModule, at: str, blocks: int = 0, *, provenance: str) -> fx.Node | NoMatch:
+def find(graph: fx.GraphModule, at: str, blocks: int = 0, *, provenance: str) -> fx.Node | Refusal:
     """The node of a value; subtractions and slices that it takes are added to the graph.
 
     Args:
@@ -36,29 +36,29 @@ def find(graph: fx.GraphModule, at: str, blocks: int = 0, *, provenance: str) ->
         return _input(graph, found, nodes, provenance)
     if at == "output":
         place = output(graph, found, nodes)
-        return place if isinstance(place, NoMatch) else place[0]
+        return place if isinstance(place, Refusal) else place[0]
     if at in ("timestep", "modulation"):
         return _timestep(found, nodes, 1 if at == "timestep" else 2)
     there = found.denoising_blocks()
     if not there:
-        return NoMatch("output", "no block attends over video tokens")
+        return Refusal("output", "no block attends over video tokens")
     if at == "modulated":
         return _modulated(graph.graph, found, there[0], nodes, provenance)
     if blocks > len(there):
-        return NoMatch("output", f"there are {len(there)} denoising blocks, and {blocks} were asked for")
+        return Refusal("output", f"there are {len(there)} denoising blocks, and {blocks} were asked for")
     return _residual(graph.graph, found, there[: blocks or None], nodes, provenance)
 
 
-def output(graph: fx.GraphModule, found: GraphAnalysis, nodes: dict[str, fx.Node]) -> tuple[fx.Node, int] | NoMatch:
+def output(graph: fx.GraphModule, found: GraphAnalysis, nodes: dict[str, fx.Node]) -> tuple[fx.Node, int] | Refusal:
     """What the model returns for the latent, and its position among the graph's outputs."""
     results = outputs(graph.graph)
     latent = tensor_of(nodes[found.latent]) if found.latent else None
     skip = len(signature(graph).mutations)
     tensors = [(n, i) for i, n in enumerate(results) if i >= skip and tensor_of(n) is not None]
     if not tensors:
-        return NoMatch("output", "the graph returns no tensor")
+        return Refusal("output", "the graph returns no tensor")
     if latent is None:
-        return NoMatch("output", "no input was found that the model returns an update of")
+        return Refusal("output", "no input was found that the model returns an update of")
     for node, i in tensors:
         if _sizes(tensor_of(node)) == _sizes(latent):
             return node, i
@@ -66,12 +66,12 @@ def output(graph: fx.GraphModule, found: GraphAnalysis, nodes: dict[str, fx.Node
     return like[0] if like else tensors[0]
 
 
-def _input(graph: fx.GraphModule, found: GraphAnalysis, nodes: dict[str, fx.Node], provenance: str) -> fx.Node | NoMatch:
+def _input(graph: fx.GraphModule, found: GraphAnalysis, nodes: dict[str, fx.Node], provenance: str) -> fx.Node | Refusal:
     if not found.latent:
-        return NoMatch("output", "no input was found that the model returns an update of")
+        return Refusal("output", "no input was found that the model returns an update of")
     latent = nodes[found.latent]
     place = output(graph, found, nodes)
-    if isinstance(place, NoMatch):
+    if isinstance(place, Refusal):
         return latent
     have, want = _sizes(tensor_of(latent)), _sizes(tensor_of(place[0]))
     few = [i for i, (a, b) in enumerate(zip(have, want, strict=False)) if a != b]
@@ -84,19 +84,19 @@ def _input(graph: fx.GraphModule, found: GraphAnalysis, nodes: dict[str, fx.Node
 
 def _residual(
     g: fx.Graph, found: GraphAnalysis, blocks: Sequence[Block], nodes: dict[str, fx.Node], provenance: str
-) -> fx.Node | NoMatch:
+) -> fx.Node | Refusal:
     """The latent tokens after these blocks, less those before."""
     numbers = {b.index for b in blocks}
     own = [b for b in found if b.block in numbers and found.streams[b.stream].role in _SEEN]
     if not own:
-        return NoMatch("output", "no stream of latent tokens runs through the blocks")
+        return Refusal("output", "no stream of latent tokens runs through the blocks")
     end = nodes[own[-1].residual_add]
     with g.inserting_before(dialect.with_cache_guard(end).next):
         after = _latent_part(g, found, own[-1], end, provenance)
         before = _latent_part(g, found, own[0], nodes[own[0].base], provenance)
         now, then = _sizes(tensor_of(after)), _sizes(tensor_of(before))
         if now != then:
-            return NoMatch(own[-1].residual_add, f"the latent tokens are {now} here and were {then}")
+            return Refusal(own[-1].residual_add, f"the latent tokens are {now} here and were {then}")
         return call(g, aten.sub.Tensor, after, before, provenance=provenance)
 
 
@@ -110,7 +110,7 @@ def _latent_part(g: fx.Graph, found: GraphAnalysis, branch: Branch, value: fx.No
 
 def _modulated(
     g: fx.Graph, found: GraphAnalysis, block: Block, nodes: dict[str, fx.Node], provenance: str
-) -> fx.Node | NoMatch:
+) -> fx.Node | Refusal:
     for branch in found:
         attends = any(a.kind != "cross" for a in branch.attentions)
         if branch.block != block.index or not attends or found.streams[branch.stream].role not in _SEEN:
@@ -123,16 +123,16 @@ def _modulated(
                     read = read.args[0] if isinstance(read.args[0], fx.Node) else None
                 if read is not None:
                     return _without_text(g, found, branch, read, provenance)
-    return NoMatch(block.branches[0], "the first denoising block has no attention whose input could be read")
+    return Refusal(block.branches[0], "the first denoising block has no attention whose input could be read")
 
 
-def _timestep(found: GraphAnalysis, nodes: dict[str, fx.Node], number: int) -> fx.Node | NoMatch:
+def _timestep(found: GraphAnalysis, nodes: dict[str, fx.Node], number: int) -> fx.Node | Refusal:
     """The layer of that number on the way from the timestep. The embedding of nearly every model ends with the second one;
     where modulation is made for all blocks together, the third makes it.
     """
     layers = [nodes[n] for n in found.conditioning.timestep if is_work(nodes[n])]
     if not layers:
-        return NoMatch("output", "no layer depends on the timestep alone")
+        return Refusal("output", "no layer depends on the timestep alone")
     return layers[min(number, len(layers) - 1)]
 
 

@@ -10,12 +10,13 @@ from vdcache.patterns.facts import (
     Conditioning,
     GraphAnalysis,
     Grid,
-    NoMatch,
+    Refusal,
     Span,
     Stream,
 )
 from vdcache.patterns.index import Index
 from vdcache.patterns.match import Match, Pattern
+from vdcache.util import renamed
 
 __all__ = [
     "ATTENDS",
@@ -28,9 +29,15 @@ __all__ = [
     "Grid",
     "Index",
     "Match",
-    "NoMatch",
     "Pattern",
+    "Refusal",
     "Span",
     "Stream",
     "analyze",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name == "NoMatch":
+        return renamed.moved_name(name, __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

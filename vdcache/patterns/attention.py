@@ -11,7 +11,7 @@ from torch import fx
 
 from vdcache.attention.tiles import TILE_ATTENTION
 from vdcache.ir.ops import ATTENTION, CASTS, VIEWS, is_work, tensor_inputs, tensor_of, unviewed
-from vdcache.patterns.facts import Attention, Grid, NoMatch, Span
+from vdcache.patterns.facts import Attention, Grid, Refusal, Span
 from vdcache.patterns.index import Index
 from vdcache.patterns.streams import Streams
 
@@ -324,7 +324,7 @@ def layout_of(tokens: int, grid: Grid) -> str:
     return "full" if tokens == grid.tokens else "spatial" if tokens == space else "temporal"
 
 
-def video_span(attention: Attention, keys: int, grid: Grid) -> tuple[int, int] | NoMatch:
+def video_span(attention: Attention, keys: int, grid: Grid) -> tuple[int, int] | Refusal:
     """From which to which of so many keys of a sequence the video tokens are."""
     sizes = (grid.tokens, grid.frames, grid.height * grid.width)
     latent = [s for s in attention.spans if s.role == "latent"]
@@ -334,8 +334,8 @@ def video_span(attention: Attention, keys: int, grid: Grid) -> tuple[int, int] |
         return 0, keys
     if attention.spans:
         held = ", ".join(f"{s.stop - s.start} {s.role}" for s in attention.spans)
-        return NoMatch(attention.node, f"its {keys} keys are {held}, and the grid has {grid.tokens} video tokens")
-    return NoMatch(
+        return Refusal(attention.node, f"its {keys} keys are {held}, and the grid has {grid.tokens} video tokens")
+    return Refusal(
         attention.node, f"{keys} keys are not the {grid.tokens} video tokens, and the graph does not show which of them are"
     )
 

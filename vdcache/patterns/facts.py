@@ -14,7 +14,7 @@ __all__ = [
     "Conditioning",
     "GraphAnalysis",
     "Grid",
-    "NoMatch",
+    "Refusal",
     "Span",
     "Stream",
 ]
@@ -23,27 +23,44 @@ ATTENDS = ("self-attention", "joint-attention", "fused")  # kinds of branches th
 KINDS = ("self-attention", "cross-attention", "joint-attention", "mlp", "fused", "other")
 
 
-@dataclass(frozen=True)
-class NoMatch:
-    """Why a node is not what a pattern looks for. Falsy.
+@dataclass(frozen=True, init=False)
+class Refusal:
+    """Why a node is not what a pattern looks for, or not rewritten by a pass: no error, the graph stays as it is. Falsy.
 
     Args:
         node: its name.
-        reason: the rest of the sentence.
+        reasons: each the rest of a sentence about the node.
         graph: which graph of the forward, counted from 0.
         depth: how many lines of a `Pattern` had been found.
     """
 
     node: str
-    reason: str
+    reasons: tuple[str, ...]
     graph: int = 0
     depth: int = 0
+
+    def __init__(self, node: str, *reasons: str, graph: int = 0, depth: int = 0) -> None:
+        for name, value in (("node", node), ("reasons", reasons), ("graph", graph), ("depth", depth)):
+            object.__setattr__(self, name, value)
+
+    @property
+    def reason(self) -> str:
+        """All reasons in one line."""
+        return "; ".join(self.reasons)
+
+    def of_graph(self, number: int) -> Refusal:
+        """The same in this graph of the forward."""
+        return Refusal(self.node, *self.reasons, graph=number, depth=self.depth)
 
     def __bool__(self) -> bool:
         return False
 
     def __str__(self) -> str:
-        return f"{self.node}: {self.reason}"
+        return (
+            f"{self.node}: {self.reason}"
+            if len(self.reasons) < 2
+            else f"{self.node}:" + "".join(f"\n  {r}" for r in self.reasons)
+        )
 
 
 @dataclass(frozen=True)
@@ -247,7 +264,7 @@ class GraphAnalysis:
     timestep_inputs: tuple[str, ...]
     latent: str
     grid: Grid | None
-    refusals: tuple[NoMatch, ...]
+    refusals: tuple[Refusal, ...]
     streams: tuple[Stream, ...] = ()
     blocks: tuple[Block, ...] = ()
     attentions: tuple[Attention, ...] = ()

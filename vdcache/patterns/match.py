@@ -26,7 +26,7 @@ from vdcache.ir.capture import signature
 from vdcache.ir.dump import name_of_op
 from vdcache.ir.ops import CASTS, VIEWS
 from vdcache.ir.tokens import Line, lines_of
-from vdcache.patterns.facts import NoMatch
+from vdcache.patterns.facts import Refusal
 
 __all__ = ["Match", "Pattern"]
 
@@ -112,9 +112,9 @@ class Pattern:
         """The values that every match has."""
         return frozenset.intersection(*(a.names for a in self._alternatives))
 
-    def match(self, node: fx.Node) -> Match | NoMatch:
+    def match(self, node: fx.Node) -> Match | Refusal:
         """The match whose last line is `node`, or how far one came and what was in the way."""
-        best = NoMatch(node.name, "")
+        best = Refusal(node.name)
         for alternative in self._alternatives:
             search = _Search(alternative)
             if isinstance(found := search.at(node), Match):
@@ -139,15 +139,15 @@ class Pattern:
                 yield found
                 alive = set(graph.graph.nodes)
 
-    def closest(self, graph: fx.GraphModule) -> NoMatch:
+    def closest(self, graph: fx.GraphModule) -> Refusal:
         """What came nearest to a match, and what was in the way: for whoever wonders why a pattern finds nothing."""
         computed = {n.name for n in graph.graph.nodes if n.op == "call_function"}
-        tried = [found for n in graph.graph.nodes if isinstance(found := self.match(n), NoMatch)]
-        best = max(tried, key=lambda found: (found.depth, found.node in computed), default=NoMatch("", "the graph is empty"))
+        tried = [found for n in graph.graph.nodes if isinstance(found := self.match(n), Refusal)]
+        best = max(tried, key=lambda found: (found.depth, found.node in computed), default=Refusal("", "the graph is empty"))
         if best.depth:
             return best
         roots = sorted({name_of_op(t) for a in self._alternatives for t in a.lines[a.root].targets if not isinstance(t, str)})
-        return NoMatch("", f"the graph has no {' or '.join(roots)}")
+        return Refusal("", f"the graph has no {' or '.join(roots)}")
 
     @cached_property
     def _alternatives(self) -> tuple[_Lines, ...]:
@@ -270,9 +270,9 @@ class _Search:
 
     def __init__(self, pattern: _Lines) -> None:
         self._lines, self._root = pattern.lines, pattern.root
-        self._depth, self._failed = -1, NoMatch("", "")
+        self._depth, self._failed = -1, Refusal("")
 
-    def at(self, node: fx.Node) -> Match | NoMatch:
+    def at(self, node: fx.Node) -> Match | Refusal:
         bound = next(self._line(self._root, node, _Bound({})), None)
         if bound is None:
             return self._failed
@@ -283,7 +283,7 @@ class _Search:
     def _fail(self, node: fx.Node, bound: _Bound, reason: str) -> None:
         depth = sum(name in self._lines for name in bound.values)
         if depth > self._depth:
-            self._depth, self._failed = depth, NoMatch(node.name, reason, depth=depth)
+            self._depth, self._failed = depth, Refusal(node.name, reason, depth=depth)
 
     def _line(self, name: str, node: fx.Node, bound: _Bound) -> Iterator[_Bound]:
         """Every way to let a line stand for a node."""

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from vdcache.ir.ops import CASTS, SLICES, VIEWS, is_effectful, is_work, tensor_of
-from vdcache.patterns.facts import NoMatch
+from vdcache.patterns.facts import Refusal
 from vdcache.patterns.index import Index
 
 __all__ = ["ResidualAdd", "additions", "asked", "find_residual_adds", "residual_adds_behind", "value_preserving_inputs"]
@@ -100,7 +100,7 @@ class _Finder:
     def __init__(self, index: Index, conditioning: int) -> None:
         self.index, self.conditioning = index, conditioning
         self.residual_adds: dict[fx.Node, ResidualAdd] = {}
-        self.refusals: list[NoMatch] = []
+        self.refusals: list[Refusal] = []
 
     def visit(self, node: fx.Node) -> None:
         reasons = []
@@ -113,36 +113,36 @@ class _Finder:
                 reasons.append(found)
         self.refusals += reasons
 
-    def _match(self, node: fx.Node, base: fx.Node, others: list[fx.Node], separable: bool) -> ResidualAdd | NoMatch | None:
+    def _match(self, node: fx.Node, base: fx.Node, others: list[fx.Node], separable: bool) -> ResidualAdd | Refusal | None:
         """The join at `node`, or why not, or None where nothing even looks like one."""
         if not _may_be_stream(base, node):
             return None
         other = max(others, key=self.index.position.__getitem__)
         source = self._source(base, other)
         if (inputs := self.index.inputs_of(base)) and not inputs & ~self.conditioning:
-            return NoMatch(node.name, _TIME) if source is not None else None
+            return Refusal(node.name, _TIME) if source is not None else None
         if source is None and not self._continues(base):
             return None
         region, absorbed = self._region(node, others, source)
         if not region.reached and not region.crossed:
             return None
         if not _same_shape(base, node):
-            return NoMatch(node.name, f"'{base.name}' is broadcast to the shape of the sum, so it is no stream")
+            return Refusal(node.name, f"'{base.name}' is broadcast to the shape of the sum, so it is no stream")
         start = self._start(node, base, source, region)
-        if isinstance(start, NoMatch):
+        if isinstance(start, Refusal):
             return start
         inside = sorted(region.inside, key=self.index.position.__getitem__)
         if not any(is_work(n) for n in inside):
-            return NoMatch(node.name, self._why_no_work(region, base, other, source))
+            return Refusal(node.name, self._why_no_work(region, base, other, source))
         if effect := next((n for n in inside if is_effectful(n)), None):
             reason = f"'{effect.name}' ({effect.target}) has an effect besides its value and must never be skipped"
-            return NoMatch(node.name, reason)
+            return Refusal(node.name, reason)
         for inner in absorbed:
             del self.residual_adds[inner]
-            self.refusals.append(NoMatch(inner.name, f"lies inside the branch that ends at '{node.name}'"))
+            self.refusals.append(Refusal(inner.name, f"lies inside the branch that ends at '{node.name}'"))
         return ResidualAdd(node, base, start, other if separable else None, tuple(inside))
 
-    def _start(self, node: fx.Node, base: fx.Node, source: fx.Node | None, region: _Region) -> fx.Node | NoMatch:
+    def _start(self, node: fx.Node, base: fx.Node, source: fx.Node | None, region: _Region) -> fx.Node | Refusal:
         """Where the branch begins, and the region cut to what lies below; or why it begins on no stream."""
         if region.reached and source is not None:
             if region.crossed:
@@ -151,7 +151,7 @@ class _Finder:
         last = max(region.crossed, key=self.index.position.__getitem__)
         if not self._continues(base) and (source is None or not self._starts_from(last, source)):
             reason = f"'{base.name}' is no stream: it is only read by the one that goes through '{last.name}'"
-            return NoMatch(node.name, reason)
+            return Refusal(node.name, reason)
         region.keep_below(region.crossed)
         return last
 
@@ -286,7 +286,7 @@ def _same_shape(base: fx.Node, node: fx.Node) -> bool:
     return x.ndim == y.ndim and all(str(s) == str(t) for s, t in zip(x.shape, y.shape, strict=True))
 
 
-def find_residual_adds(index: Index, conditioning: int = 0) -> tuple[list[ResidualAdd], list[NoMatch]]:
+def find_residual_adds(index: Index, conditioning: int = 0) -> tuple[list[ResidualAdd], list[Refusal]]:
     """All residual adds of a graph in order, and every candidate that is none, with the reason.
 
     Args:
@@ -299,7 +299,7 @@ def find_residual_adds(index: Index, conditioning: int = 0) -> tuple[list[Residu
     residual_adds, refusals = [], finder.refusals
     for residual_add in finder.residual_adds.values():
         if not index.inputs_of(residual_add.node) & ~conditioning:
-            refusals.append(NoMatch(residual_add.node.name, _TIME))
+            refusals.append(Refusal(residual_add.node.name, _TIME))
         else:
             residual_adds.append(residual_add)
     return residual_adds, refusals

@@ -50,7 +50,7 @@ _HOMES = {
     "calibration": "Calibration MaskPlan Otsu Profile Sam2 StepErrors StepTable Thresholds TileReport magnitudes step_errors step_table tiles",
     "errors": "CacheStateError CaptureError ConfigError ContractError",
     "passes": "Refusal TileAttention",
-    "patterns": "Match NoMatch",
+    "patterns": "Match",
     "ir": "Fact",
     "runtime": "History",
     "explanation": "Report",
@@ -58,6 +58,7 @@ _HOMES = {
 }
 PUBLIC = {
     "anatomy": "vdcache.analyze",
+    "NoMatch": "vdcache.patterns.Refusal",
     **{name: f"vdcache.{home}.{name}" for home, names in _HOMES.items() for name in names.split()},
     **{old: f"vdcache.policies.{new}" for old, new in CLASSES.items() if old not in ("Auto", "Bursts", "Gated")},
 }

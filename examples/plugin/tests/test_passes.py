@@ -60,6 +60,7 @@ def test_temporal_attention_sees_near_frames():
     sites = [a for a in vdcache.analyze(before).attentions if a.layout == "temporal"]
     assert result.rewrites == len(sites) > 0
     frames = sites[0].q_len
+    assert frames is not None
     text = dump(result.graph)
     assert text.count("triu(") == len(sites) and f"b1[{frames},{frames}]" in text
     assert any("not over frames" in reason for r in result.refusals for reason in r.reasons)

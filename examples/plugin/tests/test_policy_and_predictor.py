@@ -45,6 +45,7 @@ def test_on_small_models(small_model, vdcache_clean):
     """Computed steps are the model's own, bit for bit. A model whose attentions all have masks is left alone."""
     model = small_model.build()
     compiled = vdcache.compile(model, window_residual(1), num_steps=6, inner="eager")
+    reused = False
     for step in range(6):
         out, want = value(compiled(**small_model.call(step, 6))), value(model(**small_model.call(step, 6)))
         reused = any(g.slots for g in compiled.vdcache.graphs) and step in (2, 4)

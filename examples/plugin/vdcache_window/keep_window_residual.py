@@ -19,7 +19,6 @@ from vdcache.errors import ConfigError
 from vdcache.ir import Fact
 from vdcache.ir.edit import call
 from vdcache.passes import Refusal, put_cache_guard
-from vdcache.patterns import NoMatch
 from vdcache_window.sites import band, operands_of
 
 aten = torch.ops.aten
@@ -54,10 +53,10 @@ class KeepWindowResidual(Pass):
         rewrites, refusals = 0, []
         for branch, attention in analyze(graph).denoising_attentions():
             place = operands_of(nodes[attention.node], attention)
-            if not isinstance(place, NoMatch) and place.tokens <= 2 * self.window + 1:
-                place = NoMatch(place.node.name, f"its {place.tokens} tokens all lie in a window of {self.window}")
-            if isinstance(place, NoMatch):
-                refusals.append(Refusal(place.node, (place.reason,)))
+            if not isinstance(place, Refusal) and place.tokens <= 2 * self.window + 1:
+                place = Refusal(place.node.name, f"its {place.tokens} tokens all lie in a window of {self.window}")
+            if isinstance(place, Refusal):
+                refusals.append(place)
                 continue
             full = place.node
             with graph.graph.inserting_before(full):

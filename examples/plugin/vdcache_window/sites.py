@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from vdcache.ir.edit import call
-from vdcache.patterns import Attention, NoMatch
+from vdcache.patterns import Attention, Refusal
 
 aten = torch.ops.aten
 
@@ -26,11 +26,11 @@ class Operands:
     tokens: int
 
 
-def operands_of(node: fx.Node, attention: Attention) -> Operands | NoMatch:
+def operands_of(node: fx.Node, attention: Attention) -> Operands | Refusal:
     """The operands of an attention that has no mask of its own."""
 
-    def no(reason: str) -> NoMatch:
-        return NoMatch(node.name, reason)
+    def no(reason: str) -> Refusal:
+        return Refusal(node.name, reason)
 
     if attention.form != "sdpa":
         return no(f"it is written as {attention.form!r}; scaled_dot_product_attention is rewritten")
@@ -41,7 +41,7 @@ def operands_of(node: fx.Node, attention: Attention) -> Operands | NoMatch:
     given: dict[str, Any] = dict(zip(("attn_mask", "dropout_p", "is_causal"), node.args[3:], strict=False)) | dict(node.kwargs)
     if given.get("attn_mask") is not None or given.get("is_causal") or given.get("dropout_p"):
         return no("it has a mask or drops weights at random")
-    query, key, value = node.args[:3]
+    query, key, value = (a for a in node.args[:3] if isinstance(a, fx.Node))
     return Operands(node, query, key, value, given.get("scale"), attention.q_len)
 
 

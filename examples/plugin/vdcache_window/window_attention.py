@@ -17,7 +17,7 @@ from vdcache import Pass, PassResult, analyze
 from vdcache.errors import ConfigError
 from vdcache.ir import Fact
 from vdcache.passes import Refusal
-from vdcache.patterns import Attention, NoMatch
+from vdcache.patterns import Attention
 from vdcache_window.sites import Operands, band, operands_of
 
 
@@ -47,8 +47,8 @@ class WindowAttention(Pass):
         rewrites, refusals = 0, []
         for attention in analyze(graph).attentions:
             place = self._place(nodes[attention.node], attention)
-            if isinstance(place, NoMatch):
-                refusals.append(Refusal(place.node, (place.reason,)))
+            if isinstance(place, Refusal):
+                refusals.append(place)
                 continue
             with graph.graph.inserting_before(place.node):
                 mask = band(graph.graph, place.tokens, self.frames, str(self))
@@ -57,7 +57,7 @@ class WindowAttention(Pass):
             rewrites += 1
         return PassResult(graph, rewrites, tuple(refusals))
 
-    def _place(self, node: fx.Node, attention: Attention) -> Operands | NoMatch:
+    def _place(self, node: fx.Node, attention: Attention) -> Operands | Refusal:
         if attention.layout != "temporal":
-            return NoMatch(node.name, f"it runs over {attention.layout or 'unknown'} tokens, not over frames")
+            return Refusal(node.name, f"it runs over {attention.layout or 'unknown'} tokens, not over frames")
         return operands_of(node, attention)
