@@ -52,33 +52,33 @@ def compile(
 
     Args:
         model: a module or function that is called once a denoising step (or once a lane of guidance).
-        recipe: a `Recipe` or a name from `vdcache.recipes()`; `vdcache-auto` without: its first generation runs uncached.
-        speedup, quality_db: what `vdcache-auto` is to reach, one of the two: how many times faster (by FLOPs; 2 if neither is
-            given), or the least PSNR of the final latents to the uncached ones, in dB.
+        recipe: a `Recipe` or a name from `vdcache.recipes()`; by default `vdcache-auto`, whose first generation runs uncached.
+        speedup, quality_db: the goal of `vdcache-auto`, one of the two: how many times fewer FLOPs (2 if neither is given), or the
+            minimum PSNR of the final latents to the uncached ones, in dB.
         num_steps: denoising steps of a generation; learnt from the first generation if not given.
         inner: "inductor", "eager", or "auto".
-        generations: how many generations the model will run, as far as you know; for inner="auto", which then runs the first one eagerly and compiles
-            the others if that can pay. Default: everything is compiled.
+        generations: how many generations the model is expected to run, for inner="auto": it runs the first one eagerly and compiles the rest
+            if that can pay. Default: everything is compiled.
         strict: raise where vdcache would otherwise step aside with a warning.
         inductor: Inductor's own settings.
         tiles: how attention under masks is computed: "auto" measures on this device, or "gather", "flex", "triton", "masked".
         outline: compile blocks that are equal up to weights once, and call them; False compiles every block on its own.
-        search_share: how much the search of `vdcache-auto` may add to one generation, as a share of an uncached one (but one step at
-            least). `math.inf` searches all at once, when the first generation ends.
-        hoist: hold what depends on the prompt or the timestep alone, instead of computing it in every step: exact, with any recipe. True or
-            False; as the recipe says if not given (only `exact` does).
+        search_share: the most that the search of `vdcache-auto` adds to one generation, as a share of an uncached one, in whole steps that are
+            saved up over generations. `math.inf` searches all at once, when the first generation ends.
+        hoist: compute values that depend on the prompt or the timestep alone once, and keep them. Exact, with any recipe. Default: the recipe's
+            own setting, True for `exact` alone.
         pipeline: passes in place of the recipe's: a `Pipeline`, its text, or a sequence of passes.
         group: the ranks that run this model together and so take the same decisions: a process group, a DeviceMesh, numbers of ranks,
-            or a `vdcache.distributed.Ranks`. Default: those that the collectives in its graph reach.
+            or a `vdcache.distributed.Ranks`. Default: the ranks of the process groups of the collectives in its graph.
         torch_compile: `fullgraph`, `dynamic`, `mode` of torch.compile. A recipe with masks compiles every size on its own
             (dynamic=False) unless told otherwise.
 
     Returns what torch.compile returns, with the `Session` as its attribute `vdcache`: its history, its summary, and
-    `begin`, `step`, `lane` for callers who say where they are. The model itself is not changed. A copy or a pickle of a compiled module
+    `begin`, `step`, `lane` for callers who announce generations, steps and lanes. The model itself is not changed. A copy or a pickle of a compiled module
     is compiled with the same options and has its own session, which starts empty.
 
     Raises:
-        ConfigError: no model, an unknown recipe or option, before anything runs.
+        ConfigError: `model` is not a model, or a recipe or option is unknown. Raised before anything runs.
     """
     check_model(model, "compile")
     check_options(torch_compile, compile)

@@ -71,34 +71,35 @@ def search_schedule(
         schedule = vdcache.search_schedule(model, lambda m, p: sample(m, p), 11, prompts=["a cat", "a dog"])
         fast = vdcache.compile(model, schedule.recipe(), num_steps=30)
 
-    One uncached generation of every prompt shows how well each step's value is predicted from any computed ones. Dynamic programming finds the lists with the
-    least error, added up and at its largest, with early steps weighing as much as late ones and more. The best of each, at most 20, are run on the
-    first prompt, the better half of them on the next, and so on; the one whose results are nearest to the uncached ones is
-    returned. All this costs at most three uncached generations a prompt (a quality takes what it takes).
+    One uncached generation of each prompt measures how well each step is predicted from any earlier computed steps. Dynamic
+    programming finds the lists with the smallest total error and the smallest maximum error, with uniform weights and with larger weights
+    for early steps. The best lists, at most 20 in all, run on the first prompt, the better half of them on the next, and so on; the one
+    whose results are nearest to the uncached ones is returned. All this costs at most three uncached generations a prompt; with
+    `quality_db` the cost has no bound.
 
     Args:
-        model, run, prompts: as `vdcache.profile` takes them. `run` must give the same result for the same prompt: seed it. If it
-            returns a tensor, that is compared, else the latents that the last step is given.
+        model, run, prompts: as `vdcache.profile` takes them. `run` must give the same result for the same prompt: seed it. The
+            returned tensor is compared, or the latents that the last step is given if `run` returns none.
         computed: how many steps may be computed; or
         speedup: how many times fewer computed steps than the generation has, at least 1; or
-        quality_db: the least PSNR of the final latents to the uncached ones: the fewest steps that reach it, with `tries` lists
-            (1 without) of each number of steps that is looked at.
-        orders: of the predictor, of 0 and 1; those of order 1 are tried in the step and in powers of the timestep.
-        scopes: what is predicted: "blocks", what all blocks add together; "branches", what each branch gives before its gate, which is nearer
-            on some models, and keeps a tensor or two for each branch. Both may be given.
-        method: "auto", as above; or a published search, by its table alone, to compare with: "dpcache" (with order 1), "lemica" (a run for
+        quality_db: the minimum PSNR of the final latents to the uncached ones: the fewest steps that reach it are found, with `tries` lists
+            (default 1) for each number of steps that is tried.
+        orders: of the predictors that are tried (0, 1). Order 1 extrapolates in the step's number and in powers of the timestep.
+        scopes: what is predicted: "blocks", what all blocks add together; "branches", the output of each branch before its
+            gate, which is more accurate on some models and keeps one or two tensors a branch. Both may be given.
+        method: "auto", as above; or a published search to compare with, which decides by its table alone: "dpcache" (with order 1), "lemica" (a run for
             every stretch of up to ten steps and every prompt), "meancache" (its path, with the last value). Those take `computed` or
             `speedup`, and none of `orders`, `scopes`, `tries`.
-        tries: how many lists are run on the first prompt; None for as many as the three generations allow, 0 takes the first one
-            as predicted.
-        table: of `step_table`, to search for several numbers of computed steps with one calibration.
+        tries: how many lists are run on the first prompt; None for as many as fit into three generations, 0 for
+            none: the list with the smallest predicted error is returned.
+        table: the result of `step_table`, to search for several numbers of computed steps without measuring again.
         inner: compiler of the runs.
         path: a file that keeps what was measured: an interrupted search goes on where it was, and gives the same.
         console: where the progress is shown.
 
     Raises:
         ConfigError: more computed steps than the generation has, an order that does not exist, a value that cannot be read, a quality
-            that no schedule reaches (with the best that one does).
+            that no schedule reaches (the message gives the best that is reached).
         CacheStateError: `run` did not call the model, or gives another result each time.
     """
     goal = Goal(computed, speedup, quality_db)

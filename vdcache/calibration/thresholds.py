@@ -262,8 +262,8 @@ def calibrate(
     generations a prompt; `Thresholds` for others, at the cost of one.
 
     Raises:
-        ConfigError: a recipe with nothing to calibrate, a goal that is out of reach (with the best that is not), values that
-            cannot be read.
+        ConfigError: a recipe with nothing to calibrate, a goal that is out of reach (the message gives the best that is not), values
+            that cannot be read.
         CacheStateError: `run` did not call the model, or gives another result each time.
     """
     chosen = recipe_of(recipe)

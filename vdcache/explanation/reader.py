@@ -48,9 +48,9 @@ def explain(
     Args:
         model: a module or function.
         args, kwargs: the arguments of one call.
-        recipe: a `Recipe` or its name. With it, the report also has the recipe's slots, their bytes, its variants and the most
-            that it can save. Default: no recipe.
-        num_steps: number of denoising steps of a generation, from which that bound is computed.
+        recipe: a `Recipe` or its name. With it, the report also has the recipe's slots, their bytes, its variants and an upper bound of
+            the speed-up. Default: no recipe.
+        num_steps: number of denoising steps of a generation, for that bound.
 
     Raises:
         CaptureError: the model cannot be traced, or computes nothing that Dynamo can see; the message says where.

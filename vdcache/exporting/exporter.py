@@ -54,7 +54,7 @@ def export(
         format: "onnx", a graph for every distinct plan; "onnx-single", one graph with the plan as an input; "onnx-unrolled", the
             whole loop as one graph; "pt2", exported programs of torch; "aoti", AOTInductor packages for this machine.
         loop: the denoising loop, `loop(model, **inputs)`. It calls the model equally often in every step, draws no random numbers,
-            and does not decide by the values of tensors. With a loop the package generates on its own; "onnx-unrolled" needs one.
+            and has no data-dependent control flow. With a loop the package generates on its own; "onnx-unrolled" needs one.
         inputs: one set of the loop's tensors, by name.
         overwrite: whether to replace a package that exists.
         on_progress: a function that is called with a description of each stage of the export.
@@ -64,7 +64,7 @@ def export(
     Raises:
         ConfigError: the recipe decides while it runs, the number of steps differs from the schedule's, the format is unknown, the
             folder exists, or the model or the loop does not take the inputs.
-        CaptureError: torch.export cannot capture the model as one graph, or the format has no form of an operation.
+        CaptureError: torch.export cannot capture the model as one graph, or the format cannot represent an operation.
     """
     kind, form = _kind_and_form(format, loop, inputs)
     kwargs = {} if kwargs is None else kwargs

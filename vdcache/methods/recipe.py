@@ -48,12 +48,12 @@ class Recipe:
     Args:
         name: what it is called.
         policy: when to recompute.
-        passes: the scope: what is guarded and observed, after `canonicalise`.
+        passes: the scope: they run after `canonicalise`, and choose which values are cached and observed.
         source: where it was published.
         books: codebooks by number of steps, from which `for_steps` takes the nearest.
-        predictor: what is substituted for what is not computed.
-        derived: numbers of steps whose codebook in `books` no author published; `for_steps` says so.
-        goal: what a schedule is searched for on the model itself; `policy` is followed until it is known.
+        predictor: computes the substitute of a skipped value.
+        derived: numbers of steps whose codebook in `books` is derived, not published; `for_steps` says so.
+        goal: the speed-up or quality that the search for a schedule on the model itself is to reach; `policy` applies until one is found.
     """
 
     name: str

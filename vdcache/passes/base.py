@@ -46,11 +46,11 @@ class Pass(abc.ABC):
     `name{option=value,…}` with the options that differ from their defaults.
 
     Class attributes say what a pipeline must know: `name`, in small letters and dashes; `requires` and `ensures`, the facts that
-    hold before and after; `fixed_sizes`, whether what it writes is cut for the sizes of one graph (`vdcache.compile` then compiles
+    hold before and after; `fixed_sizes`, whether its output is specialised to the input sizes of one graph (`vdcache.compile` then compiles
     each size on its own).
 
-    Options are numbers, words, true or false, none, and lists of them. One of another type is made of its text (`str`) by the function
-    that its field names: `field(default=LAST, metadata={"read": read_predictor})`.
+    Options are numbers, words, true or false, none, and lists of them. For any other type, the field's metadata names a function that parses the
+    option from its text (`str`): `field(default=LAST, metadata={"read": read_predictor})`.
     """
 
     name: ClassVar[str]

@@ -58,8 +58,8 @@ def apply(
 
     Args:
         pipe: a pipeline.
-        recipe: a `Recipe` or a name from `vdcache.recipes()`, `vdcache-auto` without (its first generation runs uncached); or one for each component by its name, where
-            components that are not named stay as they are.
+        recipe: a `Recipe` or a name from `vdcache.recipes()`, by default `vdcache-auto`, whose first generation runs uncached. Or a mapping from
+            names of components to recipes; components that are not in it stay unchanged.
         speedup, quality_db: what `vdcache-auto` is to reach, as for `vdcache.compile`.
         inner, generations: "inductor", "eager", or "auto", which runs the first of so many generations eagerly, and compiles the others if
             that can pay, as for `vdcache.compile`.
@@ -73,7 +73,7 @@ def apply(
     Returns the pipeline itself.
 
     Raises:
-        ConfigError: no pipeline, nothing in it that could be a denoiser, a cache of somebody else's, an unknown recipe.
+        ConfigError: `pipe` is not a pipeline, it has no denoiser, another library's cache is enabled, or a recipe is unknown.
     """
     _check_pipeline(pipe)
     if _bars(pipe) is not None:

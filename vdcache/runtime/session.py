@@ -68,8 +68,8 @@ class _Turn:
 class Session:
     """Drives the caching of one model.
 
-    Without a word from the caller the session tells generations, steps and lanes from what the model receives. The methods
-    `begin`, `step` and `lane` say it outright, and what they say always wins. A cached value belongs to the weights, the
+    By default the session infers generations, steps and lanes from the model's inputs. The methods `begin`, `step` and `lane` set them
+    explicitly, and take precedence. A cached value belongs to the weights, the
     conditioning (`lane_table`), the shapes and the lane's name, never to the order of calls.
 
     Args:
@@ -77,11 +77,11 @@ class Session:
         num_steps: denoising steps of a generation (model evaluations, for solvers of higher order); None to learn it from the
             first generation, which is then computed in full.
         name: of the recipe, for messages.
-        prepare: the policy for a number of steps, where it differs with them.
+        prepare: returns the policy for a number of steps, if the policy depends on it.
 
-    `listeners` are each given, after every call of the model, the call's last record, what its graphs emitted, in the order in which they
-    ran, and what the model returned. A `recorder` is given every graph that ran, its inputs, what it returned, what it kept, observed and
-    probed by name, and its record.
+    After every call of the model each of the `listeners` receives the call's last record, the values that its graphs emitted, in the order in
+    which they ran, and the model's output. A `recorder` receives every graph that ran, its inputs and outputs, its cached, observed and
+    probed values by name, and its record.
     """
 
     def __init__(
@@ -163,15 +163,16 @@ class Session:
     def step(self, timestep: float | Tensor | None = None) -> None:
         """The next calls belong to the next denoising step.
 
-        The plan of the step is chosen here, so this may wait for a measure of the step before; the calls then wait for nothing.
+        The plan of the step is chosen here, so this may wait for a measurement of the step before. The calls that follow do
+        not wait.
 
         Args:
-            timestep: where the step stands, for the history and for policies that go by the noise level; in the model's units. A tensor
-                of one value is read, which waits for its device.
+            timestep: of this step, in the model's units, for the history and for policies that depend on the noise level. A tensor of one value
+                is read, which waits for its device.
 
         Raises:
             CacheStateError: no generation was begun.
-            ConfigError: no number.
+            ConfigError: `timestep` is not a number.
         """
         at = None if timestep is None else checked_timestep(timestep)
         if not self._placement.said.step():
