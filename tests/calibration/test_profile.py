@@ -322,6 +322,7 @@ def test_models_that_cannot_be_profiled_say_why():
         )
 
 
+@torch._dynamo.config.patch(recompile_limit=3)
 def test_profiling_again_and_again_meets_no_limit():
     for _ in range(torch._dynamo.config.recompile_limit + 2):
         assert vdcache.profile(Stack(False, blocks=1), lambda m: generate(m, steps=2), foreground=MASK).blocks == (0,)
