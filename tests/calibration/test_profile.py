@@ -384,6 +384,7 @@ def test_series_of_unequal_length_keep_what_they_know():
 
 def test_lists_are_those_of_the_file():
     found = profiled()
+    assert len(found.block_scores) > 1
     for score in found.block_scores.values():
         at = found.with_threshold(score)
         assert Profile.from_json(at.to_json()) == at and Profile.from_json(at.to_json()).background == at.background
