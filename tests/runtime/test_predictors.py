@@ -421,7 +421,7 @@ def test_types_with_room_are_not_clamped(kind):
 def test_what_is_no_number_is_not_reused(first, recipe):
     """Steps that are given NaN, up to a computed one: the next ones compute until one gives numbers, and vdcache says so once."""
     torch._dynamo.reset()
-    model, text = TinyDiT(1), latent(9, 1, 3, 4)
+    model, text = TinyDiT(), latent(9, 1, 3, 4)
     fast = vdcache.compile(model, recipe, num_steps=30, inner="eager")
     broken = False
     with warnings.catch_warnings(record=True) as heard:
