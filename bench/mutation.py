@@ -20,7 +20,15 @@ from pathlib import Path
 from bench.common import Bench, arguments
 
 ROOT = Path(__file__).parents[1]
-KIT = ("tests/testing/test_passes_with_the_kit.py", "tests/passes/test_rewrite.py", "tests/patterns/test_match.py")
+KIT = (
+    "tests/passes/test_canonicalise.py",
+    "tests/passes/test_mark_branches.py",
+    "tests/passes/test_merge_slots.py",
+    "tests/passes/test_observe_and_specialise.py",
+    "tests/passes/test_whole_model.py",
+    "tests/passes/test_rewrite.py",
+    "tests/patterns/test_match.py",
+)
 MACHINE = ("tests/runtime/test_machine.py", "tests/runtime/test_identity.py", "tests/backends/test_backend.py")
 
 

@@ -48,7 +48,7 @@ COPIES = {
 )
 def test_a_copy_is_a_cached_model_with_its_own_session(how, used):
     """A used one could neither be copied nor saved, and a new one lost its session."""
-    model = TinyDiT()
+    model = TinyDiT(1)
     compiled = vdcache.compile(model, "every-2", num_steps=STEPS, inner="eager")
     before = outputs(compiled)[:3] if used else []
     other = COPIES[how](compiled)
@@ -68,7 +68,7 @@ def test_a_copy_is_a_cached_model_with_its_own_session(how, used):
 
 
 def test_copies_of_a_copy_and_of_what_holds_it():
-    compiled = vdcache.compile(TinyDiT(), "every-2", num_steps=STEPS, inner="eager")
+    compiled = vdcache.compile(TinyDiT(1), "every-2", num_steps=STEPS, inner="eager")
     outputs(compiled)
     held = copy.deepcopy(torch.nn.ModuleDict({"a": compiled, "b": compiled}))
     assert held["a"] is held["b"] and held["a"].vdcache is not compiled.vdcache
@@ -78,7 +78,7 @@ def test_copies_of_a_copy_and_of_what_holds_it():
 
 
 def test_copies_of_the_string_backend():
-    model = torch.compile(TinyDiT(), backend="vdcache", options={"recipe": "every-2", "num_steps": STEPS, "inner": "eager"})
+    model = torch.compile(TinyDiT(1), backend="vdcache", options={"recipe": "every-2", "num_steps": STEPS, "inner": "eager"})
     outputs(model)
     other = pickle.loads(pickle.dumps(copy.deepcopy(model)))
     with vdcache.record() as history:
@@ -90,7 +90,7 @@ class Pipe:
     """What every diffusers pipeline has; a call of it is a whole generation."""
 
     def __init__(self):
-        self.components = {"transformer": TinyDiT()}
+        self.components = {"transformer": TinyDiT(1)}
 
     def progress_bar(self, iterable=None, total=None):
         return iterable

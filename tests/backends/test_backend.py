@@ -50,7 +50,7 @@ def generation(seed: int = 0, steps: int = STEPS, lanes: int = 1):
 
 @torch.no_grad()
 def test_recompute_all_is_bit_identical():
-    model = TinyDiT()
+    model = TinyDiT(1)
     compiled = vdcache.compile(model, "always", inner="eager")
     for _, _, x, t, words in generation():
         assert torch.equal(compiled(x, t, words), model(x, t, words))
@@ -59,7 +59,7 @@ def test_recompute_all_is_bit_identical():
 @torch.no_grad()
 @pytest.mark.parametrize("every", [1, 2, 3, 5])
 def test_every_n_follows_the_reference(every):
-    model = TinyDiT()
+    model = TinyDiT(1)
     compiled = vdcache.compile(model, f"every-{every}", num_steps=STEPS, inner="eager")
     reference = Reference(model, every, STEPS)
     for seed in range(3):
@@ -83,7 +83,7 @@ def test_string_door_needs_no_import_and_keeps_instances_apart():
 
 @torch.no_grad()
 def test_handles_keep_two_generations_of_one_model_apart():
-    model = TinyDiT()
+    model = TinyDiT(1)
     first = vdcache.compile(model, "every-4", num_steps=STEPS, inner="eager")
     second = vdcache.compile(model, "every-2", num_steps=STEPS, inner="eager")
     r1, r2 = Reference(model, 4, STEPS), Reference(model, 2, STEPS)
@@ -98,7 +98,7 @@ def test_entry_point_in_a_fresh_process():
         sys.path.insert(0, "")
         from vdcache.testing import TinyDiT, latent, time_of
         assert not [m for m in sys.modules if m.startswith("vdcache.backends")], "the entry point is what loads it"
-        model = TinyDiT()
+        model = TinyDiT(1)
         fast = torch.compile(model, backend="vdcache", options={"recipe": "every-2", "num_steps": 4, "inner": "eager"})
         with torch.no_grad():
             for step in range(4):
@@ -113,7 +113,7 @@ def test_entry_point_in_a_fresh_process():
 
 @torch.no_grad()
 def test_number_of_steps_is_learnt_and_said():
-    model = TinyDiT()
+    model = TinyDiT(1)
     compiled = vdcache.compile(model, "every-2", inner="eager")
     reference = Reference(model, 2, STEPS)
     for _, _, x, t, words in generation(0):
@@ -127,7 +127,7 @@ def test_number_of_steps_is_learnt_and_said():
 
 @torch.no_grad()
 def test_more_steps_than_announced_are_computed_and_said():
-    model = TinyDiT()
+    model = TinyDiT(1)
     compiled = vdcache.compile(model, "every-2", num_steps=4, inner="eager")
     with pytest.warns(vdcache.VdcacheWarning, match="step 5 of a generation of 4 steps"):
         for step, _, x, t, words in generation(0, steps=6):
@@ -139,7 +139,7 @@ def test_more_steps_than_announced_are_computed_and_said():
 @torch.no_grad()
 @pytest.mark.parametrize("abort_after", [1, 2, 5, 7])
 def test_an_aborted_generation_leaves_nothing(abort_after):
-    model = TinyDiT()
+    model = TinyDiT(1)
     compiled = vdcache.compile(model, "every-3", num_steps=STEPS, inner="eager")
     reference = Reference(model, 3, STEPS)
     run(compiled, reference, [c for c in generation(0) if c[0] < abort_after])
@@ -150,7 +150,7 @@ def test_an_aborted_generation_leaves_nothing(abort_after):
 
 @torch.no_grad()
 def test_changed_shape_starts_afresh():
-    model = TinyDiT()
+    model = TinyDiT(1)
     compiled = vdcache.compile(model, "every-8", num_steps=STEPS, inner="eager", dynamic=False)
     for tokens in (6, 10, 6):
         for step in range(3):
@@ -163,7 +163,7 @@ def test_changed_shape_starts_afresh():
 
 @torch.no_grad()
 def test_dynamic_shapes_with_a_third_size_at_a_reuse_step():
-    model = TinyDiT()
+    model = TinyDiT(1)
     compiled = vdcache.compile(model, "every-2", num_steps=STEPS, inner="eager", dynamic=True)
     reference = Reference(model, 2, STEPS)
     for tokens in (6, 9, 12, 7):
@@ -175,7 +175,7 @@ def test_dynamic_shapes_with_a_third_size_at_a_reuse_step():
 @torch.no_grad()
 @pytest.mark.parametrize("dynamic", [True, None])
 def test_lanes_of_unequal_text_length(dynamic):
-    model = TinyDiT()
+    model = TinyDiT(1)
     compiled = vdcache.compile(model, "every-4", num_steps=STEPS, inner="eager", dynamic=dynamic)
     reference = Reference(model, 4, STEPS)
     for seed in range(2):
@@ -195,7 +195,7 @@ def test_lanes_of_unequal_text_length(dynamic):
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float64, torch.float32])
 def test_timesteps_of_any_type(dtype):
-    model = TinyDiT()
+    model = TinyDiT(1)
     compiled = vdcache.compile(model, "every-3", num_steps=STEPS, inner="eager")
     reference = Reference(model, 3, STEPS)
     run(compiled, reference, [(s, 0, latent(s), time_of(s, dtype), text()) for s in range(STEPS)])
@@ -205,7 +205,7 @@ def test_timesteps_of_any_type(dtype):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_colliding_16_bit_timesteps_are_still_steps(dtype):
     """Two neighbouring steps share a value, the first two among them: until the timestep changes twice they may be windows."""
-    model = TinyDiT()
+    model = TinyDiT(1)
     compiled = vdcache.compile(model, "every-3", num_steps=STEPS, inner="eager")
     reference = Reference(model, 3, STEPS)
     values = torch.tensor([1000.0, 999.9, 900.0, 800.0, 799.9, 600.0, 500.0, 400.0]).to(dtype)
@@ -216,7 +216,7 @@ def test_colliding_16_bit_timesteps_are_still_steps(dtype):
 
 @torch.no_grad()
 def test_second_order_solver_evaluates_twice_a_timestep():
-    model = TinyDiT()
+    model = TinyDiT(1)
     compiled = vdcache.compile(model, "every-3", num_steps=7, inner="eager")
     reference = Reference(model, 3, 7)
     times = [0, 1, 1, 2, 2, 3, 3]
@@ -227,7 +227,7 @@ def test_second_order_solver_evaluates_twice_a_timestep():
 
 @torch.no_grad()
 def test_latents_cast_for_each_lane():
-    model = TinyDiT()
+    model = TinyDiT(1)
     compiled = vdcache.compile(model, "every-3", num_steps=STEPS, inner="eager")
     reference = Reference(model, 3, STEPS)
     for step in range(STEPS):
@@ -237,7 +237,7 @@ def test_latents_cast_for_each_lane():
 
 @torch.no_grad()
 def test_latent_updated_in_place_between_steps():
-    model = TinyDiT()
+    model = TinyDiT(1)
     compiled = vdcache.compile(model, "every-3", num_steps=STEPS, inner="eager")
     reference = Reference(model, 3, STEPS)
     x = latent(0)
@@ -249,7 +249,7 @@ def test_latent_updated_in_place_between_steps():
 
 
 def test_inference_mode():
-    model = TinyDiT()
+    model = TinyDiT(1)
     compiled = vdcache.compile(model, "every-3", num_steps=STEPS, inner="eager")
     reference = Reference(model, 3, STEPS)
     with torch.inference_mode():
@@ -263,7 +263,7 @@ def test_inference_mode():
 
 @torch.no_grad()
 def test_returned_output_may_be_written_into():
-    model = TinyDiT()
+    model = TinyDiT(1)
     compiled = vdcache.compile(model, "every-3", num_steps=STEPS, inner="eager")
     reference = Reference(model, 3, STEPS)
     for step, lane, x, t, words in generation():
@@ -332,7 +332,7 @@ class Autocasting(TinyDiT):
 
 @torch.no_grad()
 def test_autocast_inside_the_model_is_bit_identical():
-    model = Autocasting()
+    model = Autocasting(1)
     compiled = vdcache.compile(model, "every-3", num_steps=STEPS, inner="eager")
     for step, _, x, t, words in generation():
         out = compiled(x, t, words)
@@ -351,7 +351,7 @@ class Excluding(TinyDiT):
 @torch.no_grad()
 @pytest.mark.parametrize("inner", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_autocast_around_the_model(inner):
-    model = Excluding()
+    model = Excluding(1)
     compiled = vdcache.compile(model, "every-3", num_steps=STEPS, inner=inner)
     with torch.autocast("cpu", torch.bfloat16):
         for step, _, x, t, words in generation():
@@ -364,7 +364,7 @@ def test_autocast_around_the_model(inner):
 
 
 def test_gradients_enabled_runs_plain_with_one_warning():
-    model = TinyDiT().requires_grad_(True)
+    model = TinyDiT(1).requires_grad_(True)
     compiled = vdcache.compile(model, "every-2", num_steps=4, inner="eager")
     with pytest.warns(vdcache.VdcacheWarning, match="gradients are enabled"):
         out = compiled(latent(0), time_of(0), text())
@@ -383,7 +383,7 @@ class FloatTime(TinyDiT):
 
 @torch.no_grad()
 def test_python_float_timestep_baked_into_the_graph_names_the_remedy():
-    model = FloatTime()
+    model = FloatTime(1)
     compiled = vdcache.compile(model, "every-4", num_steps=4, inner="eager", dynamic=False)
     with pytest.warns(vdcache.VdcacheWarning, match="pass a tensor") as said:
         for step in range(4):
@@ -397,7 +397,7 @@ def test_python_float_timestep_baked_into_the_graph_names_the_remedy():
 @pytest.mark.filterwarnings("ignore::vdcache.VdcacheWarning")
 def test_python_float_timestep_that_became_an_input_is_never_stale():
     """Dynamo bakes the first value and makes the later ones an input, so the first step runs before a step is known."""
-    model = FloatTime()
+    model = FloatTime(1)
     compiled = vdcache.compile(model, "every-2", num_steps=5, inner="eager")
     for seed in range(3):
         kept = None
@@ -413,10 +413,10 @@ def test_python_float_timestep_that_became_an_input_is_never_stale():
 
 @torch.no_grad()
 def test_explicit_control_wins_and_reads_nothing():
-    model = FloatTime()
+    model = FloatTime(1)
     compiled = vdcache.compile(model, "every-2", inner="eager", dynamic=False)
     session = compiled.vdcache
-    reference = Reference(TinyDiT(), 2, 4)
+    reference = Reference(TinyDiT(1), 2, 4)
     for seed in range(2):
         session.begin(4)
         reference.begin()
@@ -434,7 +434,7 @@ def test_explicit_control_wins_and_reads_nothing():
 
 
 def test_step_without_begin_is_an_error():
-    compiled = vdcache.compile(TinyDiT(), "every-2", num_steps=4, inner="eager")
+    compiled = vdcache.compile(TinyDiT(1), "every-2", num_steps=4, inner="eager")
     with pytest.raises(vdcache.errors.CacheStateError, match=r"call session\.begin\(\) first"):
         compiled.vdcache.step()
 
@@ -480,7 +480,7 @@ def test_several_graphs_of_one_model_follow_one_clock(door):
 
 @torch.no_grad()
 def test_reduce_overhead_runs_plain_with_a_warning():
-    compiled = vdcache.compile(TinyDiT(), "every-2", num_steps=4, inner="eager", mode="reduce-overhead")
+    compiled = vdcache.compile(TinyDiT(1), "every-2", num_steps=4, inner="eager", mode="reduce-overhead")
     with pytest.warns(vdcache.VdcacheWarning, match="CUDA graphs"):
         compiled(latent(0), time_of(0), text())
 
@@ -496,7 +496,7 @@ def test_every_other_mode_caches_without_cuda_graphs(asked, monkeypatch):
         return run_eagerly(graph)
 
     monkeypatch.setattr("vdcache.backends.variants.compile_own", compile_own)
-    model, mode = TinyDiT(), None if asked == "the process" else asked
+    model, mode = TinyDiT(1), None if asked == "the process" else asked
     compiled = vdcache.compile(model, "every-2", num_steps=4, mode=mode)
     graphs = torch._inductor.config.patch({"triton.cudagraphs": asked == "the process"})
     with warnings.catch_warnings(), informed() as said, graphs:
@@ -535,13 +535,13 @@ def test_a_model_without_branches_runs_plain_or_raises_when_strict():
     ],
 )
 def test_bad_options_are_refused_before_anything_runs(options, message):
-    compiled = torch.compile(TinyDiT(), backend="vdcache", options=options)
+    compiled = torch.compile(TinyDiT(1), backend="vdcache", options=options)
     with torch.no_grad(), pytest.raises(Exception, match=message):
         compiled(latent(0), time_of(0), text())
     known = {k: v for k, v in options.items() if k != "recipee"}
     if known:
         with pytest.raises(vdcache.errors.ConfigError, match=message):
-            vdcache.compile(TinyDiT(), **known)
+            vdcache.compile(TinyDiT(1), **known)
 
 
 @torch.no_grad()
@@ -553,7 +553,7 @@ def test_observed_block_that_does_not_exist():
 
 @torch.no_grad()
 def test_a_metric_that_is_no_number_recomputes_and_is_said_once():
-    model = TinyDiT()
+    model = TinyDiT(1)
     compiled = vdcache.compile(model, vdcache.methods.adacache([(1e9, 5)]), num_steps=STEPS, inner="eager")
     with pytest.warns(vdcache.VdcacheWarning, match="not a number") as said:
         for _step, _, x, t, words in generation():
@@ -566,7 +566,7 @@ def test_a_metric_that_is_no_number_recomputes_and_is_said_once():
 def test_threshold_change_compiles_nothing():
     from torch._dynamo.utils import counters
 
-    model = TinyDiT()
+    model = TinyDiT(1)
     compiled = vdcache.compile(model, vdcache.methods.adacache([(1e9, 3)]), num_steps=STEPS, inner="eager")
     for _, _, x, t, words in generation():
         compiled(x, t, words)
@@ -582,7 +582,7 @@ def test_threshold_change_compiles_nothing():
 
 @torch.no_grad()
 def test_weights_changed_between_generations_are_not_stale():
-    model = TinyDiT()
+    model = TinyDiT(1)
     compiled = vdcache.compile(model, "every-3", num_steps=STEPS, inner="eager")
     reference = Reference(model, 3, STEPS)
     run(compiled, reference, generation(0))
@@ -607,7 +607,7 @@ def test_store_is_empty_after_a_generation_and_knows_its_bytes():
 
 @torch.no_grad()
 def test_function_of_tensors():
-    model = TinyDiT()
+    model = TinyDiT(1)
     compiled = vdcache.compile(lambda x, t, w: model(x, t, w), "every-3", num_steps=STEPS, inner="eager")
     run(compiled, Reference(model, 3, STEPS), generation())
     assert compiled.vdcache.history.computed_steps() == [0, 3, 6, 7]
@@ -616,7 +616,7 @@ def test_function_of_tensors():
 
 @torch.no_grad()
 def test_records_of_the_string_door():
-    model = TinyDiT()
+    model = TinyDiT(1)
     compiled = torch.compile(model, backend="vdcache", options={"recipe": "every-2", "num_steps": 4, "inner": "eager"})
     with vdcache.record() as history:
         for _, _, x, t, words in generation(steps=4):
@@ -629,7 +629,7 @@ def test_records_of_the_string_door():
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore::UserWarning:torch")
 def test_dynamo_giving_up_is_said_once():
-    model = FloatTime()
+    model = FloatTime(1)
     compiled = vdcache.compile(model, "every-2", num_steps=4, inner="eager", dynamic=False)
     compiled.vdcache.begin(40)
     with torch._dynamo.config.patch(recompile_limit=2), pytest.warns(vdcache.VdcacheWarning, match="recompile_limit") as said:
@@ -654,18 +654,18 @@ def test_dynamo_giving_up_is_said_once():
 def test_wrong_arguments_fail_at_once_and_leave_the_class_alone(call, message):
     before = TinyDiT.__call__
     with pytest.raises(vdcache.errors.ConfigError, match=message):
-        call(TinyDiT())
+        call(TinyDiT(1))
     assert TinyDiT.__call__ is before
 
 
 def test_a_session_prints_in_one_line():
-    session = vdcache.compile(TinyDiT(), "every-2", num_steps=4, inner="eager").vdcache
+    session = vdcache.compile(TinyDiT(1), "every-2", num_steps=4, inner="eager").vdcache
     assert repr(session) == "<Session every-2, 4 steps, 0 generations, 0 steps computed in the last>"
 
 
 def test_every_compile_has_a_limit_of_its_own():
     """Dynamo counts all compilations of one forward together: the ninth recipe of a notebook once ran plain without a word."""
-    model, text = TinyDiT(), latent(9, 1, 3, 4)
+    model, text = TinyDiT(1), latent(9, 1, 3, 4)
     with torch.no_grad():
         for _ in range(10):
             compiled = vdcache.compile(model, "every-2", num_steps=4, inner="eager")
@@ -676,7 +676,7 @@ def test_every_compile_has_a_limit_of_its_own():
 
 @torch.no_grad()
 def test_a_model_that_dynamo_never_hands_over_is_said():
-    model, args = TinyDiT(), (latent(0), time_of(0), latent(9, 1, 3, 4))
+    model, args = TinyDiT(1), (latent(0), time_of(0), latent(9, 1, 3, 4))
     model.forward = torch.compiler.disable(model.forward)
     with pytest.warns(vdcache.VdcacheWarning, match="Dynamo compiled nothing of this model"):
         vdcache.compile(model, "every-2", num_steps=4, inner="eager")(*args)
@@ -686,7 +686,7 @@ def test_a_model_that_dynamo_never_hands_over_is_said():
 
 @torch.no_grad()
 def test_compiling_what_is_compiled_starts_from_the_model():
-    model, text = TinyDiT(), latent(9, 1, 3, 4)
+    model, text = TinyDiT(1), latent(9, 1, 3, 4)
     for start in (model, lambda *args: model(*args)):
         nested = start
         for recipe in ("every-2", "every-3", "every-2", "always", "every-3"):
@@ -709,9 +709,9 @@ def test_a_recipe_that_never_hits_says_so_once():
         return [str(w.message) for w in heard if "reused nothing" in str(w.message)]
 
     never = vdcache.methods.adacache([(1e-9, 6), (1.0, 1)])
-    (said,) = run(vdcache.compile(TinyDiT(), never, num_steps=8, inner="eager"), 8)
+    (said,) = run(vdcache.compile(TinyDiT(1), never, num_steps=8, inner="eager"), 8)
     assert "'adacache-custom' reused nothing in a generation of 8 steps; what it observes changed by" in said
-    (few,) = run(vdcache.compile(TinyDiT(), "every-2", num_steps=2, inner="eager"), 2)
+    (few,) = run(vdcache.compile(TinyDiT(1), "every-2", num_steps=2, inner="eager"), 2)
     assert "Few steps leave little to skip" in few
-    assert run(vdcache.compile(TinyDiT(), "every-2", num_steps=6, inner="eager"), 6) == []
-    assert run(vdcache.compile(TinyDiT(), "always", num_steps=6, inner="eager"), 6) == []
+    assert run(vdcache.compile(TinyDiT(1), "every-2", num_steps=6, inner="eager"), 6) == []
+    assert run(vdcache.compile(TinyDiT(1), "always", num_steps=6, inner="eager"), 6) == []

@@ -52,7 +52,7 @@ def printed(model):
 @pytest.mark.parametrize(("generations", "at"), [(None, 0), (1, None), (3, 1)])
 def test_when_inductor_is_asked(generations, at, given_to_inductor, monkeypatch):
     monkeypatch.setattr(program, "COMPILING", 0.0)  # it costs nothing, so it always pays where a generation is left
-    model = vdcache.compile(TinyDiT(), "every-2", num_steps=STEPS, inner="auto", generations=generations, outline=False)
+    model = vdcache.compile(TinyDiT(1), "every-2", num_steps=STEPS, inner="auto", generations=generations, outline=False)
     plain = vdcache.compile(model, "every-2", num_steps=STEPS, inner="eager")
     for number in range(3 if generations is None else generations):
         before = len(given_to_inductor)
@@ -66,7 +66,7 @@ def test_when_inductor_is_asked(generations, at, given_to_inductor, monkeypatch)
 @torch.no_grad()
 def test_what_cannot_pay_stays_eager(given_to_inductor, monkeypatch):
     monkeypatch.setattr(program, "COMPILING", 1e9)
-    model = vdcache.compile(TinyDiT(), "every-2", num_steps=STEPS, inner="auto", generations=3)
+    model = vdcache.compile(TinyDiT(1), "every-2", num_steps=STEPS, inner="auto", generations=3)
     for number in range(3):
         generation(model, number)
     assert not given_to_inductor
@@ -76,7 +76,7 @@ def test_what_cannot_pay_stays_eager(given_to_inductor, monkeypatch):
 @torch.no_grad()
 def test_the_summary_says_what_was_measured(given_to_inductor, monkeypatch):
     monkeypatch.setattr(program, "COMPILING", 0.0)
-    model = vdcache.compile(TinyDiT(), "every-2", num_steps=STEPS, inner="auto", generations=2)
+    model = vdcache.compile(TinyDiT(1), "every-2", num_steps=STEPS, inner="auto", generations=2)
     generation(model, 0)
     said = re.search(r"first result after (\d+\.\d+) s; tracing and compiling took (\d+\.\d+) s", printed(model))
     assert said and 0 < float(said[2]) <= float(said[1])
@@ -98,4 +98,4 @@ def test_the_summary_says_what_was_measured(given_to_inductor, monkeypatch):
 )
 def test_what_is_refused(options, message):
     with pytest.raises(vdcache.errors.ConfigError, match=message):
-        vdcache.compile(TinyDiT(), "every-2", **options)
+        vdcache.compile(TinyDiT(1), "every-2", **options)

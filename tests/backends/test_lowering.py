@@ -14,7 +14,7 @@ from hypothesis import given, settings
 
 import vdcache
 from tests.support.block_lists import Stack, call
-from tests.support.thorough import examples, some
+from tests.support.thorough import THOROUGH, examples, some
 from tests.support.tile_masks import bias_of, cases, noise, tensors
 from vdcache.attention import autotune as choosing
 from vdcache.attention import flex
@@ -329,7 +329,8 @@ def targets(graph):
     return [n.target for n in graph.graph.nodes if n.op == "call_function"]
 
 
-@given(cases())
+# A tenth of the masks drawn has hundreds of slices, and each slice is traced: those are left to `make thorough`.
+@given(cases().filter(lambda case: THOROUGH or case[0].pieces <= 48))
 @settings(deadline=None, max_examples=examples(25, 10))
 @torch.no_grad()
 def test_a_gather_becomes_plain_attention_that_gives_the_same_to_the_bit(case):

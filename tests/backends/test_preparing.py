@@ -52,7 +52,7 @@ def run(model, at, number, steps, tokens=6, *, begins=False):
 @torch.no_grad()
 @pytest.mark.parametrize("begins", [True, False])
 def test_a_generation_compiles_with_its_first_step(compiled_at, begins):
-    model = vdcache.compile(TinyDiT(), "every-2", num_steps=4, inner="eager")
+    model = vdcache.compile(TinyDiT(1), "every-2", num_steps=4, inner="eager")
     for number in range(2):
         run(model, compiled_at, number, 4, begins=begins)
     assert compiled_at.found == [(0, 0), (0, 0)], "what computes, then what reuses"
@@ -78,7 +78,7 @@ def test_what_probes(compiled_at):
 
 @torch.no_grad()
 def test_nothing_is_compiled_ahead_while_the_number_of_steps_is_learnt(compiled_at):
-    model = vdcache.compile(TinyDiT(), "every-2", inner="eager")
+    model = vdcache.compile(TinyDiT(1), "every-2", inner="eager")
     for number in range(2):
         run(model, compiled_at, number, 4)
     assert compiled_at.found == [(0, 0), (1, 0)]
@@ -86,7 +86,7 @@ def test_nothing_is_compiled_ahead_while_the_number_of_steps_is_learnt(compiled_
 
 @torch.no_grad()
 def test_a_generation_of_one_step_compiles_nothing_for_others(compiled_at):
-    model = vdcache.compile(TinyDiT(), "every-2", inner="eager")
+    model = vdcache.compile(TinyDiT(1), "every-2", inner="eager")
     for number in range(2):
         run(model, compiled_at, number, 1, begins=True)
     assert compiled_at.found == [(0, 0)]
@@ -94,7 +94,7 @@ def test_a_generation_of_one_step_compiles_nothing_for_others(compiled_at):
 
 @torch.no_grad()
 def test_a_session_that_follows_another_policy_compiles_with_its_next_call(compiled_at):
-    model = vdcache.compile(TinyDiT(), "every-2", num_steps=6, inner="eager")
+    model = vdcache.compile(TinyDiT(1), "every-2", num_steps=6, inner="eager")
     model.vdcache.prepare, model.vdcache.policy = None, vdcache.policies.Always()
     run(model, compiled_at, 0, 6)
     model.vdcache.follow(EveryN(2))
@@ -106,7 +106,7 @@ def test_a_session_that_follows_another_policy_compiles_with_its_next_call(compi
 def test_a_graph_that_is_compiled_for_each_size(compiled_at, monkeypatch):
     """Where the graph for all sizes would take a guard that nobody checks: each size is compiled with the first step that has it."""
     monkeypatch.setattr(VariantCompiler, "compile_later", lambda self, graph, more: None)
-    model = vdcache.compile(TinyDiT(), "every-2", num_steps=4, dynamic=True, inner="eager")
+    model = vdcache.compile(TinyDiT(1), "every-2", num_steps=4, dynamic=True, inner="eager")
     for number, tokens in enumerate((6, 9, 6)):
         run(model, compiled_at, number, 4, tokens, begins=True)
         assert model.vdcache.history.computed_steps() == [0, 2, 3]
@@ -115,7 +115,7 @@ def test_a_graph_that_is_compiled_for_each_size(compiled_at, monkeypatch):
 
 @torch.no_grad()
 def test_after_warm_up_nothing_is_compiled(compiled_at):
-    model = vdcache.compile(TinyDiT(), "every-2", inner="eager")
+    model = vdcache.compile(TinyDiT(1), "every-2", inner="eager")
     run(model, compiled_at, 0, 1)
     model.vdcache.warm_up()
     assert compiled_at.found == [(0, 0)] * 2

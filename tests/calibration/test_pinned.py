@@ -33,28 +33,20 @@ print(json.dumps(found))
 """
 
 
-def processes(folder, inner="eager"):
-    """What two processes find that share nothing but the file of the schedule."""
-    Schedule(8, (0, 2, 5)).to_json(folder / "schedule.json")
-    for number in range(2):
-        environment = {
-            "PYTHONHASHSEED": str(number),
-            "VDCACHE_CACHE_DIR": str(folder / f"cache{number}"),
-            "OMP_NUM_THREADS": "1",
-        }
-        done = subprocess.run(
-            [sys.executable, "-c", PROCESS, str(folder / "schedule.json"), inner],
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, **environment},
-        )
-        assert done.returncode == 0, done.stderr
-        assert not (folder / f"cache{number}" / "schedules").exists()  # a pinned schedule neither reads nor writes there
-        yield json.loads(done.stdout)
-
-
-def test_two_processes_give_the_same_bits(tmp_path):
-    first, second = processes(tmp_path)
+def test_two_processes_give_the_same_bits(tmp_path, monkeypatch, capsys):
+    """This one, and another one with another order of sets: they share nothing but the file of the schedule."""
+    Schedule(8, (0, 2, 5)).to_json(tmp_path / "schedule.json")
+    arguments = [str(tmp_path / "schedule.json"), "eager"]
+    environment = {"PYTHONHASHSEED": "1", "VDCACHE_CACHE_DIR": str(tmp_path / "there"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", PROCESS, *arguments], capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment}
+    )
+    assert done.returncode == 0, done.stderr
+    monkeypatch.setenv("VDCACHE_CACHE_DIR", str(tmp_path / "here"))
+    monkeypatch.setattr(sys, "argv", ["", *arguments])
+    exec(PROCESS, {})
+    first, second = json.loads(done.stdout), json.loads(capsys.readouterr().out)
     assert first == second
     assert first["pinned"] == first["again"] and first["pinned"][1] == [0, 2, 5]
+    for cache in ("there", "here"):
+        assert not (tmp_path / cache / "schedules").exists()  # a pinned schedule neither reads nor writes there

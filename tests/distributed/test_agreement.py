@@ -58,6 +58,14 @@ def test_what_is_wrong_on_one_rank_makes_no_other_plan(pair, name):
     assert any("rank" in why for why in first["why"])
 
 
+def test_weights_that_are_spread_are_exact_and_a_reused_step_communicates_nothing(pair):
+    """Weights that are DTensors: the ranks of their mesh agree, so they skip their collectives together."""
+    for found in pair.run("tests.support.parallel_library:tensor_parallel"):
+        assert found["computed"] == [0, 3, 5] and found["flops"] < 0.2
+        assert found["exact"] == [step in found["computed"] for step in range(6)]
+        assert found["exchanged"][0] > 0 and found["exchanged"][1] == 0
+
+
 def test_all_ranks_follow_the_first_one_s_calibration(pair, tmp_path):
     first, second = pair.run(f"{PROGRAMS}calibrated", str(tmp_path / "kept"), 6)
     assert first["schedule"] == second["schedule"] and first["tried"] == second["tried"] != []

@@ -11,8 +11,8 @@ import pytest
 from tests.support.thorough import THOROUGH
 
 ROOT = Path(__file__).parents[2]
-# of all small models, one whose attention is bare, over time, beside the text's, or under a mask
-A_FEW = () if THOROUGH else ("-k", "not test_on_small_models or tiny or latte or wan or hunyuan_video")
+# of all small models, one whose attention is bare, and one where it runs over time
+A_FEW = () if THOROUGH else ("-k", "not test_on_small_models or tiny or latte")
 pytestmark = pytest.mark.slow
 
 

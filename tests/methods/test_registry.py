@@ -166,7 +166,9 @@ def test_what_is_no_name(name):
 
 @pytest.mark.parametrize("hint", methods.registry._NEEDS.values())
 def test_what_a_message_tells_one_to_call_is_there(hint):
-    for name in re.findall(r"vdcache\.(\w+)", hint):
+    names = re.findall(r"vdcache\.(\w+)", hint)
+    assert names
+    for name in names:
         assert hasattr(vdcache, name), f"vdcache.{name}"
 
 

@@ -1,80 +1,56 @@
-"""canonicalise: what goes, what stays."""
+"""canonicalise and dead-code: what goes, what stays."""
 
-import torch
-from expecttest import assert_expected_inline
+import pytest
 
-from vdcache.ir import dump, trace
-from vdcache.passes import Canonicalise, Pipeline
-
-
-def canonical(fn, *args):
-    graph, _ = Pipeline((Canonicalise(),), verify=True).run(trace(fn, *args).graph)
-    _, more = Pipeline((Canonicalise(),), verify=True).run(graph)
-    assert more[0].rewrites == 0, "a second run must find nothing to do"
-    with torch.no_grad():
-        for a, b in zip(graph(*args), trace(fn, *args).graph(*args), strict=True):
-            assert torch.equal(a, b)
-    return dump(graph)
+from vdcache.passes import Canonicalise, DeadCode
+from vdcache.testing import assert_bit_identical, assert_pass, parse, run_pass
 
 
-def test_dropout_outside_training_goes():
-    x = torch.randn(2, 4)
-    assert_expected_inline(
-        canonical(lambda x: torch.dropout(x.relu(), 0.1, False) + x, x),
-        """\
+def test_nodes_that_compute_nothing_go():
+    before = """
 %0 = input() : f32[2,4]
-%1 = relu(%0) : f32[2,4]
-%2 = add(%1, %0) : f32[2,4]
-return (%2)""",
-    )
+%1 = dropout(%0, 0.1, False)
+%2 = alias(%1)
+%3 = _to_copy(%2, dtype=torch.float32)
+%4 = relu(%3)
+%5 = slice(%4, 1, 0, 2)
+%6 = slice(%4, 1, 2, 4)
+%7 = concat([%5, %6], 1)
+%8 = sin(%7)
+return (%8)"""
+    assert_pass(Canonicalise(), before, "%0 = input() : f32[2,4]\n%1 = relu(%0)\n%2 = sin(%1)\nreturn (%2)")
+    once = run_pass(Canonicalise(), before).graph
+    assert run_pass(Canonicalise(), once).rewrites == 0, "a second run must find nothing to do"
+    assert_bit_identical(parse(before.strip()), once)
 
 
-def test_casts_to_the_same_type_go_but_a_returned_copy_stays():
-    x = torch.randn(2, 4)
-    assert_expected_inline(
-        canonical(lambda x: (x.relu().to(torch.float32, copy=True).sin(), x.to(torch.float32, copy=True)), x),
-        """\
-%0 = input() : f32[2,4]
-%1 = relu(%0) : f32[2,4]
-%2 = sin(%1) : f32[2,4]
-%3 = _to_copy(%0, dtype=torch.float32) : f32[2,4]
-return (%2, %3)""",
-    )
+@pytest.mark.parametrize(
+    "kept",
+    [
+        "%1 = dropout(%0, 0.5, True)\nreturn (%1)",  # in training it does something
+        "%1 = clone(%0)\nreturn (%1)",  # the caller may write into it
+        "%1 = _to_copy(%0, dtype=torch.float32)\nreturn (%1)",  # as well
+        "%1 = _to_copy(%0, dtype=torch.float64)\n%2 = sin(%1)\nreturn (%2)",
+        "%1 = slice(%0, 1, 2, 4)\n%2 = slice(%0, 1, 0, 2)\n%3 = cat([%1, %2], 1)\nreturn (%3)",  # in another order
+        "%1 = slice(%0, 1, 2, 4)\n%2 = slice(%0, 1, 2, 4)\n%3 = cat([%1, %2], 1)\nreturn (%3)",  # one of them twice
+        "%1 = slice(%0, 1, 0, 2)\n%2 = slice(%0, 1, 3, 4)\n%3 = cat([%1, %2], 1)\nreturn (%3)",  # with a gap
+        "%1 = slice(%0, 1, 0, 1)\n%2 = slice(%0, 1, 1, 3)\n%3 = cat([%1, %2], 1)\nreturn (%3)",  # not to the end
+        "%1 = sin(%0)\n%2 = slice(%1, 1, 0, 2)\n%3 = slice(%0, 1, 2, 4)\n%4 = cat([%2, %3], 1)\nreturn (%4)",  # of two tensors
+        "%1 = rand([2])\nreturn (%0)",  # it moves the generator
+    ],
+)
+def test_nodes_that_compute_something_stay(kept):
+    text = f"%0 = input() : f32[2,4]\n{kept}"
+    assert_pass(Canonicalise(), text, text)
 
 
-def test_slices_put_together_again_are_the_tensor():
-    x = torch.randn(1, 6, 4)
-    assert_expected_inline(
-        canonical(lambda x: torch.cat([x[:, :2], x[:, 2:]], 1).relu(), x),
-        """\
-%0 = input() : f32[1,6,4]
-%1 = relu(%0) : f32[1,6,4]
-return (%1)""",
-    )
-
-
-def test_slices_in_another_order_or_with_a_gap_stay():
-    x = torch.randn(1, 6, 4)
-    assert_expected_inline(
-        canonical(lambda x: torch.cat([x[:, 2:], x[:, :2]], 1).relu(), x),
-        """\
-%0 = input() : f32[1,6,4]
-%1 = slice(%0, 1, 2, 9223372036854775807) : f32[1,4,4]
-%2 = slice(%0, 1, 0, 2) : f32[1,2,4]
-%3 = cat([%1, %2], 1) : f32[1,6,4]
-%4 = relu(%3) : f32[1,6,4]
-return (%4)""",
-    )
-    assert "cat" in canonical(lambda x: torch.cat([x[:, :2], x[:, 3:]], 1).relu(), x)
-    assert "cat" in canonical(lambda x: torch.cat([x[:, :2], x[:, 2:5]], 1).relu(), x)
-
-
-def test_random_numbers_stay_even_where_nothing_reads_them():
-    x = torch.randn(2, 4)
-
-    def fn(x):
-        torch.rand_like(x)
-        return x.relu()
-
-    graph, _ = Pipeline((Canonicalise(),), verify=True).run(trace(fn, x).graph)
-    assert "rand_like" in dump(graph)
+def test_what_nothing_reads_goes_but_for_effects_and_marks():
+    before = """
+%0 = input() : f32[2]
+%1 = sin(%0)
+%2 = cos(%1)
+%3 = rand([2])
+%4 = observe(%1, 'all/o', 'l1', (), 0)
+return (%0)"""
+    after = before.replace("%2 = cos(%1)\n", "").replace("%3", "%2").replace("%4", "%3")
+    assert_pass(DeadCode(), before, after)

@@ -5,12 +5,23 @@ import torch
 from expecttest import assert_expected_inline
 
 from vdcache.errors import ConfigError
-from vdcache.ir import dump
-from vdcache.passes import DeadCode, MergeSlots, Observe, Pipeline, Specialise, VariantIO, VariantOutputs, variant_io
-from vdcache.testing import TinyDiT, assert_bit_identical, guarded, latent, parse, run_variant, time_of
+from vdcache.passes import DeadCode, MergeSlots, Observe, Specialise, VariantIO, VariantOutputs, variant_io
+from vdcache.predictors import Taylor
+from vdcache.testing import (
+    TinyDiT,
+    assert_bit_identical,
+    assert_round_trip,
+    dump,
+    guarded,
+    latent,
+    parse,
+    run_pass,
+    run_variant,
+    time_of,
+    variant,
+)
 
 X, W = torch.randn(1, 6, 4), torch.randn(4, 4)
-GIVEN = frozenset(Specialise.requires)
 
 
 def net(x, w):
@@ -18,39 +29,92 @@ def net(x, w):
     return x + torch.relu(x @ w)
 
 
-def variant(graph, reuse=(), **options):
-    result, _ = Pipeline((Specialise(reuse=frozenset(reuse), **options), DeadCode()), verify=True, given=GIVEN).run(graph)
-    return result
+GUARDED = """
+%0 = input() : f32[3,4]
+%1 = parameter() : f32[4,4]
+%2 = matmul(%0, %1)
+%3 = cache_guard(%2, 'all/a'BASE)
+%4 = relu(%3)
+return (%4)"""
 
 
-def test_recomputing_returns_what_it_keeps():
-    graph = guarded(net, X, W, more=(MergeSlots(),))
-    assert_expected_inline(
-        dump(variant(graph)),
-        """\
-%0 = input() : f32[1,6,4]
-%1 = input() : f32[4,4]
-%2 = matmul(%0, %1) : f32[1,6,4]
-%3 = add(%0, %2) : f32[1,6,4]
-%4 = matmul(%3, %1) : f32[1,6,4]
-%5 = relu(%4) : f32[1,6,4]
-%6 = add(%3, %5) : f32[1,6,4]
-%7 = sub(%6, %0) : f32[1,6,4]
-return (%6, %7)""",
-    )
+@pytest.mark.parametrize("base", ["", ", %0"])
+def test_plans(base):
+    text = GUARDED.replace("BASE", base)
+    saved = "%4 = sub(%2, %0)\n%5 = relu(%2)\nreturn (%5, %4)"
+    after = "%0 = input() : f32[3,4]\n%1 = parameter() : f32[4,4]\n%2 = matmul(%0, %1)\n"
+    after += saved.replace("%5", "%6").replace("%4", "%3").replace("%6", "%4") if base else "%3 = relu(%2)\nreturn (%3, %2)"
+    assert dump(variant(text)) == dump(parse(after))
+    reused = "%0 = input() : f32[3,4]\n%1 = parameter() : f32[4,4]\n%2 = input() : f32[3,4]\n"
+    reused += "%3 = add(%0, %2)\n%4 = relu(%3)\nreturn (%4)" if base else "%3 = relu(%2)\nreturn (%3)"
+    assert dump(variant(text, ["all"])) == dump(parse(reused))
 
 
-def test_reusing_holds_nothing_of_the_skipped_region():
-    graph = guarded(net, X, W, more=(MergeSlots(),))
-    assert_expected_inline(
-        dump(variant(graph, {"all"})),
-        """\
-%0 = input() : f32[1,6,4]
-%1 = input() : f32[4,4]
-%2 = input() : f32[1,6,4]
-%3 = add(%0, %2) : f32[1,6,4]
-return (%3)""",
-    )
+def test_groups_are_reused_apart():
+    text = GUARDED.replace("BASE", "").replace("%4 = relu(%3)", "%5 = relu(%3)\n%4 = cache_guard(%5, 'other/b')")
+    assert "relu" in dump(variant(text, ["all"])) and "matmul" not in dump(variant(text, ["all"]))
+    assert dump(variant(text, ["other"])).endswith("return (%2)") and "matmul" not in dump(variant(text, ["other"]))
+    assert "matmul" in dump(variant(text, ["nothing"]))
+
+
+def test_what_is_kept_is_dense_and_of_its_type():
+    text = """
+%0 = input() : bf16[3,4]
+%1 = parameter() : bf16[4,4]
+%2 = matmul(%0, %1)
+%3 = t(%2)
+%4 = cache_guard(%3, 'all/a')
+%5 = relu(%4)
+return (%5)"""
+    assert "clone(%3, memory_format=torch.contiguous_format)" in dump(variant(text))
+    reuse = variant(text, ["all"], Taylor(1))
+    assert "f32[4,3]" in dump(reuse)
+    assert_round_trip(reuse)  # what follows the prediction has the type that it had: types are worked out anew
+
+
+def test_observations_are_measured_where_their_group_is_computed():
+    text = """
+%0 = input() : f32[3,4]
+%1 = parameter() : f32[4,4]
+%2 = matmul(%0, %1)
+%3 = cache_guard(%2, 'all/a')
+%4 = add(%0, %3)
+%5 = observe(%2, 'all/o', 'l1', (), 0)
+return (%4)"""
+    full = dump(variant(text))
+    assert "observe" not in full and "stack" in full and full.count("sum(") == 3
+    reuse = variant(text, ["all"])
+    assert "sum(" not in dump(reuse) and variant_io(reuse).previous == () and variant_io(reuse).measures == ()
+
+
+def test_what_the_model_writes_is_written():
+    text = """
+%0 = input() : f32[4]
+%1 = parameter() : f32[1]
+%2 = add(%1, 1)
+%3 = mul(%0, 2)
+return (%2 -> %1, %3)"""
+    graph = variant(text)
+    assert "copy_.default(%1, %2)" in dump(graph) and dump(graph).endswith("return (%3)")
+
+
+def test_the_observed_value_has_the_streams_type():
+    """Also where gate and sum are computed in float32: what is kept takes the bytes of the stream."""
+    text = """
+%0 = input() : bf16[1,6,4]
+%1 = parameter() : bf16[4,4]
+%2 = input() : f32[4]
+%3 = linear(%0, %1)
+%4 = _to_copy(%3, dtype=torch.float32)
+%5 = mul(%4, %2)
+%6 = _to_copy(%0, dtype=torch.float32)
+%7 = add(%6, %5)
+%8 = _to_copy(%7, dtype=torch.bfloat16)
+return (%8)"""
+    result = run_pass(Observe(kind="other"), text)
+    (line,) = (x for x in dump(result.graph).splitlines() if "observe(" in x)
+    assert line.endswith("bf16[1,6,4]")
+    assert_round_trip(result.graph)
 
 
 def test_observing_a_branch():
@@ -91,12 +155,6 @@ return (%26, %27, %3, %28)""",
     )
 
 
-def test_a_reused_branch_is_not_observed():
-    graph = guarded(net, X, W, more=(MergeSlots(), Observe(kind="other", blocks=(0,))))
-    io = variant_io(variant(graph, {"all"}))
-    assert io.previous == () and io.measures == ()
-
-
 @pytest.mark.parametrize("distance", ["l1", "l2", "cosine", "magnitude"])
 def test_sums_are_those_of_the_distance(distance):
     graph = guarded(net, X, W, more=(Observe(kind="other", blocks=(0,), distance=distance, strides=(1, 2), frames=3),))
@@ -120,8 +178,8 @@ def test_sums_are_those_of_the_distance(distance):
 
 def test_slots_that_no_plan_reads_are_not_kept():
     graph = guarded(net, X, W)
-    assert variant_io(variant(graph, save="needed", slots=("all/s0.b0.other",))).saves == ("all/s0.b0.other",)
-    assert variant_io(variant(graph, save="none")).saves == ()
+    for options, kept in (({"save": "needed", "slots": ("all/s0.b0.other",)}, ("all/s0.b0.other",)), ({"save": "none"}, ())):
+        assert variant_io(run_pass((Specialise(**options), DeadCode()), graph).graph).saves == kept
 
 
 def test_the_middle_block_of_the_largest_stream_is_observed_by_default():

@@ -223,17 +223,6 @@ def test_inputs_stay_what_they_are():
         assert [n.name for n in inputs(part.graph)][: len(given)] == given
 
 
-def test_a_guard_in_the_head_goes_and_is_named():
-    graph = put(guarded(net, X, W), "add_1")
-    head, tail, refused = split(graph)
-    assert len(refused) == 2 and all("it is computed before the policy can decide" in r for r in refused)
-    assert not dialect.cache_guards(head.graph) and not dialect.cache_guards(tail.graph)
-    assert same(run_apart(head, tail, X, W), graph(X, W))
-    graph = put(guarded(net, X, W), "add")
-    head, tail, refused = split(graph)
-    assert len(refused) == 1 and [str(g.args[1]) for g in dialect.cache_guards(tail.graph)] == ["all/s0.b1.other"]
-
-
 def test_two_probes_and_their_sums_in_order():
     graph = put(put(guarded(net, X, W), "matmul", "all/probe.a", "l2", "step"), "add", "all/probe.b", "cosine")
     head, tail, _ = split(graph)
@@ -274,10 +263,9 @@ def test_what_is_probed_is_handed_out_dense():
     "noise",
     [
         lambda x: torch.bernoulli(x.sigmoid()),
-        lambda x: torch.rand_like(x) * x,
         lambda x: torch.nn.functional.dropout(x, 0.5, True),
     ],
-    ids=["bernoulli", "rand_like", "dropout"],
+    ids=["bernoulli", "dropout"],
 )
 def test_random_numbers_cannot_be_drawn_in_another_order(noise):
     graph = put(guarded(lambda x, w: x + noise(x @ w) @ w, X, W), "matmul_1")

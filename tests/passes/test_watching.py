@@ -136,7 +136,7 @@ def test_a_pipeline_may_be_given_by_value_or_as_text():
         vdcache.compile(TinyDiT(), "every-2", pipeline="merge-slots")
 
 
-@pytest.mark.parametrize(("setting", "debug"), [("vdcache", False), ("+vdcache", True)])
+@pytest.mark.parametrize(("setting", "debug"), [pytest.param("vdcache", False, marks=pytest.mark.thorough), ("+vdcache", True)])
 def test_torch_logs(setting, debug):
     program = (
         "import torch, vdcache\nfrom vdcache.passes import *\n"

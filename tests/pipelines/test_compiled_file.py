@@ -10,12 +10,15 @@ import zipfile
 
 import pytest
 import torch
+from torch._inductor import config as inductor
 from torch._inductor.cpu_vec_isa import pick_vec_isa
+from torch._inductor.utils import fresh_cache
 
 import vdcache
 from vdcache.testing import TinyDiT
 
-CHILD = """
+# What a process runs: the smallest model, for every kernel is a run of the C++ compiler.
+RUN = """
 import json, sys, torch, vdcache
 from torch._dynamo.utils import counters
 from vdcache.testing import TinyDiT, latent, time_of
@@ -23,31 +26,44 @@ from vdcache.testing import TinyDiT, latent, time_of
 what, path = sys.argv[1:]
 if what == "load":
     vdcache.load_compiled(path)
-compiled = vdcache.compile(TinyDiT(2), "every-2", num_steps=4)
+before = dict(counters["aot_autograd"])
+compiled = vdcache.compile(TinyDiT(1), "every-2", num_steps=4)
 with torch.no_grad():
     out = [compiled(latent(step), time_of(step), latent(9, 1, 3, 4)).sum().item() for step in range(4)]
 if what == "save":
     vdcache.save_compiled(compiled, path)
-found = counters["aot_autograd"]
-print(json.dumps({"hits": found["autograd_cache_hit"], "misses": found["autograd_cache_miss"], "out": out}))
+hits, misses = (counters["aot_autograd"][f"autograd_cache_{kind}"] - before.get(f"autograd_cache_{kind}", 0) for kind in ("hit", "miss"))
+print(json.dumps({"hits": hits, "misses": misses, "out": out}))
 """
 
 
 def child(what, path, caches):
-    # Where its folder is empty, Inductor compiles a program to see whether vectors can be compiled: what it sees here holds there.
+    """What another process finds.
+
+    Where its folder is empty, Inductor compiles a program to see whether vectors can be compiled: what it sees here holds there.
+    """
     known = {"TORCHINDUCTOR_VEC_ISA_OK": str(int(bool(pick_vec_isa()))), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     env = {**os.environ, **known, "TORCHINDUCTOR_CACHE_DIR": str(caches), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", CHILD, what, str(path)], env=env, capture_output=True, text=True, check=False
+        [sys.executable, "-W", "ignore", "-c", RUN, what, str(path)], env=env, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+def here(what, path, monkeypatch, capsys):
+    """The same in this process, under the settings of the other one, which Inductor's keys hold, and with an empty folder."""
+    monkeypatch.setattr(sys, "argv", ["", what, str(path)])
+    torch._dynamo.reset()
+    with fresh_cache(), inductor.patch({"cpp.vec_isa_ok": bool(pick_vec_isa()), "compile_threads": 1}):
+        exec(RUN, {})
+    return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+
+
 @pytest.mark.slow
-def test_another_process_with_empty_caches_finds_every_graph(tmp_path):
+def test_another_process_with_empty_caches_finds_every_graph(tmp_path, monkeypatch, capsys):
     """Two variants: what is computed, and what is reused. Inductor's own folder is another one, and empty."""
-    saved = child("save", tmp_path / "file", tmp_path / "first")
+    saved = here("save", tmp_path / "file", monkeypatch, capsys)
     loaded = child("load", tmp_path / "file", tmp_path / "second")
     assert (saved["hits"], saved["misses"]) == (0, 2)
     assert (loaded["hits"], loaded["misses"]) == (2, 0)

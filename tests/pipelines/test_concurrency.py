@@ -115,7 +115,7 @@ def test_lanes_whose_inputs_are_built_afresh():
     """Every lane gets new tensors for latent and timestep, a latent of its own, and a timestep a token (as Cosmos and Wan 2.2 do)."""
     from vdcache import Session  # noqa: F401
 
-    model = TinyDiT()
+    model = TinyDiT(1)
     fast = vdcache.compile(model, "every-2", num_steps=5, inner="eager")
     with torch.no_grad():
         fast.vdcache.begin(5)

@@ -11,7 +11,7 @@ import pytest
 
 from tests.pipelines.modes import MODES, PAGE, RESULTS, result, table, written
 from tests.pipelines.tiny import PIPELINES
-from tests.support.thorough import THOROUGH
+from tests.support.thorough import THOROUGH, some
 
 pytest.importorskip("diffusers")
 
@@ -26,7 +26,8 @@ def recorded() -> dict[str, dict[str, str]]:
     return json.loads(RESULTS.read_text())
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+# Wan's and Wan 2.2's loop with another timestep, and PixArt's with frames
+@pytest.mark.parametrize("name", some(PIPELINES, lambda name: name not in ("Wan 2.2 TI2V", "Allegro")))
 def test_every_pipeline(name):
     """A recipe that reuses nothing compiles everything again, so `make test` has it on a few."""
     checks = [m for m in MUST if m != "always" or THOROUGH or name in QUICK]

@@ -268,7 +268,7 @@ def test_files_that_are_no_recipe(tmp_path):
 def test_a_policy_and_a_scope_of_different_groups_are_an_error():
     torch._dynamo.reset()
     never = Recipe("never", SchedulePolicy((0, 2)), (MarkBranches(group="background"), MergeSlots(group="background")))
-    compiled = vdcache.compile(TinyDiT(), never, num_steps=4, inner="eager")
+    compiled = vdcache.compile(TinyDiT(1), never, num_steps=4, inner="eager")
     with (
         torch.no_grad(),
         pytest.raises(
@@ -276,21 +276,21 @@ def test_a_policy_and_a_scope_of_different_groups_are_an_error():
         ),
     ):
         compiled(latent(0), time_of(0), latent(9, 1, 3, 4))
-    report = vdcache.explain(TinyDiT(), latent(0), time_of(0), latent(9, 1, 3, 4), recipe=never)
+    report = vdcache.explain(TinyDiT(1), latent(0), time_of(0), latent(9, 1, 3, 4), recipe=never)
     assert "never reuses what it guards" in report.nothing
 
 
 def test_a_policy_that_cannot_run_is_an_error_at_once():
     late = Recipe("late", SchedulePolicy(LinearIntervals(20, 4, 2)), (MarkBranches(), MergeSlots()))
     with pytest.raises(ConfigError, match="warm-up of 20 steps"):
-        vdcache.compile(TinyDiT(), late, num_steps=8, inner="eager")
+        vdcache.compile(TinyDiT(1), late, num_steps=8, inner="eager")
 
 
 @torch.no_grad()
 def test_with_learnt_steps_it_steps_aside_and_says_so():
     late = Recipe("late", SchedulePolicy(LinearIntervals(20, 4, 2)), (MarkBranches(), MergeSlots()))
     torch._dynamo.reset()
-    model = TinyDiT()
+    model = TinyDiT(1)
     compiled = vdcache.compile(model, late, inner="eager")
     text = latent(9, 1, 3, 4)
     with pytest.warns(vdcache.VdcacheWarning, match="'late' cannot be followed, and every step is computed: a warm-up of 20"):

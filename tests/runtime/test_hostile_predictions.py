@@ -27,7 +27,7 @@ def fresh():
 
 
 def made(recipe, steps, model=None):
-    return vdcache.compile(model or TinyDiT(), recipe, num_steps=steps, inner="eager", strict=True)
+    return vdcache.compile(model or TinyDiT(1), recipe, num_steps=steps, inner="eager", strict=True)
 
 
 def reused(compiled):
@@ -36,7 +36,7 @@ def reused(compiled):
 
 def test_what_a_plan_does_not_need_was_not_computed_in_it():
     """Reusing what lies behind the branches leaves them out: their newest values stay those of the step before."""
-    model = TinyDiT()
+    model = TinyDiT(1)
     table = PlanTable(((), (), (), ("b",), ("a",), ()))
     compiled = made(
         Recipe("x", table, (MarkBranches(group="a"), MarkOutput(base="zero", group="b")), predictor=Taylor(1)), 6, model
@@ -112,9 +112,9 @@ def test_a_fixed_graph_predicts_by_the_timesteps_of_its_schedule():
     schedule = Schedule(8, (0, 2, 5), power=0.75)
     args = (latent(0), time_of(0), WORDS)
     with pytest.raises(ConfigError, match="predicts by timesteps, which a fixed graph does not see"):
-        fixed(TinyDiT(), args, None, schedule)
+        fixed(TinyDiT(1), args, None, schedule)
     recipe = Recipe("x", schedule.policy(times), Prediction().passes, predictor=Newton(1, 0.75))
-    steps = fixed(TinyDiT(), args, None, recipe, 8).steps
+    steps = fixed(TinyDiT(1), args, None, recipe, 8).steps
     at = [Position(s, t) for s, t in enumerate(times)]
     want = ring_weights(Newton(1, 0.75), at[7], [at[5], at[2], at[0]])
     assert list(steps[7].numbers.values()) == pytest.approx(want)

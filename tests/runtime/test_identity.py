@@ -27,7 +27,7 @@ def fresh_dynamo():
 
 
 def made(recipe: str = "every-2", model: torch.nn.Module | None = None, **more):
-    model = TinyDiT() if model is None else model
+    model = TinyDiT(1) if model is None else model
     more.setdefault("num_steps", STEPS)
     return model, vdcache.compile(model, recipe, inner="eager", **more)
 
@@ -74,7 +74,7 @@ def test_windows_that_the_caller_names_are_cached():
 @torch.no_grad()
 def test_a_queue_of_frames_at_one_vector_of_timesteps_is_named_as_what_it_is():
     """FIFO: every call has the same timesteps, one a frame, and other latents."""
-    model, compiled = made(model=TinyDiT())
+    model, compiled = made(model=TinyDiT(1))
     t = torch.linspace(1000, 100, 4)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -136,7 +136,7 @@ def test_an_input_that_moves_with_the_timestep_is_no_prompt():
         def forward(self, x, timestep, text, hint):
             return super().forward(x + hint, timestep, text)
 
-    _, compiled = made(model=Hinted())
+    _, compiled = made(model=Hinted(1))
     for generation in range(2):
         for step in range(STEPS):
             compiled(latent(step), time_of(step), prompt(1), 0.1 * latent(100 * generation + step))
@@ -333,7 +333,7 @@ def test_a_model_that_counts_its_own_calls_does_not_change_its_weights():
 
 @torch.no_grad()
 def test_the_string_door_follows_the_recipe_of_the_callable_that_is_called():
-    model = TinyDiT()
+    model = TinyDiT(1)
     for again in range(2):
         for recipe, computed in (("every-2", [0, 2, 4, 6, 7]), ("every-4", [0, 4, 7])):
             run = torch.compile(model, backend="vdcache", options={"recipe": recipe, "num_steps": STEPS, "inner": "eager"})
@@ -501,7 +501,7 @@ def test_a_prompt_in_a_numpy_array_that_is_rewritten_is_another_prompt(as_tensor
         def forward(self, x, timestep, words):
             return super().forward(x, timestep, words if isinstance(words, torch.Tensor) else torch.from_numpy(words))
 
-    model, compiled = made("every-4", model=timeless(Numpy()))
+    model, compiled = made("every-4", model=timeless(Numpy(1)))
     array, x = EXTRAS[0].numpy().copy(), latent(1)
     given = torch.from_numpy(array) if as_tensor else array
     for step in range(STEPS):
@@ -515,7 +515,7 @@ def test_a_prompt_in_a_numpy_array_that_is_rewritten_is_another_prompt(as_tensor
 @torch.no_grad()
 @pytest.mark.parametrize("order", ["a0 a1 b0 a2 b1 c0 a3 b2 c1 a4 b3 c2 a5 b4 c3 b5 c4 c5", "a0 b0 c0 a1 b1 c1 a2 b2 c2 a3"])
 def test_requests_that_interleave_are_told_by_their_prompts(order):
-    model, compiled = made("every-3", model=timeless(TinyDiT()), num_steps=6)
+    model, compiled = made("every-3", model=timeless(TinyDiT(1)), num_steps=6)
     x, prompts = latent(1), {name: prompt(number) for number, name in enumerate("abc")}
     for call in order.split():
         out = compiled(x, time_of(int(call[1])), prompts[call[0]])
@@ -524,7 +524,7 @@ def test_requests_that_interleave_are_told_by_their_prompts(order):
 
 @torch.no_grad()
 def test_a_warm_up_call_is_no_step_of_the_run_after_it():
-    model, compiled = made("every-2", model=timeless(TinyDiT()))
+    model, compiled = made("every-2", model=timeless(TinyDiT(1)))
     words = prompt(1)
     compiled(latent(9), torch.tensor([0]), words)
     for step in range(STEPS):
@@ -544,7 +544,7 @@ def test_a_model_in_parts_does_not_take_a_prompt_for_its_latent():
             torch._dynamo.graph_break()
             return super().forward(x, timestep, words)
 
-    model, compiled = made(model=timeless(Parts()))
+    model, compiled = made(model=timeless(Parts(1)))
     x = latent(1)
     for step in range(STEPS):
         for lane in (1, 2):

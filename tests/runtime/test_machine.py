@@ -43,7 +43,7 @@ def both():
 @torch.no_grad()
 def test_a_lane_that_missed_a_generations_first_step_gets_nothing_of_the_last_generation():
     torch._dynamo.reset()
-    model = TinyDiT()
+    model = TinyDiT(1)
     compiled = vdcache.compile(model, "every-4", num_steps=6, inner="eager")
     session = compiled.vdcache
     for generation, lanes in enumerate((("a", "b"), ("a",))):

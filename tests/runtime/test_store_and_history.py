@@ -79,7 +79,7 @@ def test_a_closed_gate_is_no_change():
 @torch.no_grad()
 def ran():
     torch._dynamo.reset()
-    model = vdcache.compile(TinyDiT(), vdcache.methods.adacache([(1e9, 3)]), num_steps=8, inner="eager")
+    model = vdcache.compile(TinyDiT(1), vdcache.methods.adacache([(1e9, 3)]), num_steps=8, inner="eager")
     for step in range(8):
         for lane in range(2):
             model(latent(step), time_of(step), latent(lane, 1, 3, 4))
@@ -117,7 +117,7 @@ def test_a_history_prints_a_line_a_generation():
 
 
 def test_one_summary_for_every_handle(capsys):
-    model = vdcache.compile(TinyDiT(), "every-2", num_steps=3, inner="eager")
+    model = vdcache.compile(TinyDiT(1), "every-2", num_steps=3, inner="eager")
     with torch.no_grad():
         for step in range(3):
             model(latent(step), time_of(step), latent(9, 1, 3, 4))
@@ -147,7 +147,7 @@ def heads(session):
 
 def test_a_column_that_says_nothing_is_left_out():
     """Explicit control knows no timestep, every-2 measures nothing, and a schedule needs no reason."""
-    model = vdcache.compile(TinyDiT(), "every-2", num_steps=3, inner="eager")
+    model = vdcache.compile(TinyDiT(1), "every-2", num_steps=3, inner="eager")
     session = model.vdcache
     session.begin()
     with torch.no_grad():
@@ -236,7 +236,7 @@ def test_seconds_are_the_devices_and_are_read_when_they_are_asked_for(monkeypatc
 
     made: list[Events] = []
     monkeypatch.setattr(DeviceTime, "of", staticmethod(lambda inputs, positions: made.append(Events()) or made[-1]))
-    compiled = vdcache.compile(TinyDiT(), "every-2", num_steps=4, inner="eager")
+    compiled = vdcache.compile(TinyDiT(1), "every-2", num_steps=4, inner="eager")
     for step in range(3):
         compiled(latent(step), time_of(step), latent(9))
     assert Events.asked == 0
@@ -251,7 +251,7 @@ def test_seconds_are_the_devices_and_are_read_when_they_are_asked_for(monkeypatc
 
 @torch.no_grad()
 def test_what_a_computed_step_replaces_is_freed_before_it_runs():
-    compiled = vdcache.compile(TinyDiT(), "every-2", num_steps=6, inner="eager")
+    compiled = vdcache.compile(TinyDiT(1), "every-2", num_steps=6, inner="eager")
     store = compiled.vdcache.store
     held: list[int] = []
     for step in range(3):

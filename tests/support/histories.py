@@ -37,7 +37,7 @@ class Scaled(nn.Module):
 
 class Adapted(TinyDiT):
     def __init__(self, seed: int = 0) -> None:
-        super().__init__(seed=seed)
+        super().__init__(1, seed=seed)
         self.text = Scaled(self.text)
 
 

@@ -1,4 +1,4 @@
-"""Parallelism of others: a diffusers class under its own context parallelism, FSDP2."""
+"""Parallelism of others: a diffusers class under its own context parallelism, FSDP2, and weights that are DTensors."""
 
 from __future__ import annotations
 
@@ -55,6 +55,35 @@ def fsdp(rank: int) -> dict[str, Any]:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return compared(model, wanted)
+
+
+def tensor_parallel(rank: int) -> dict[str, Any]:
+    """The shipped network with its feed-forward layers spread as DTensors."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    from vdcache.demo.model import DemoConfig, DemoDiT, with_positions
+
+    torch.manual_seed(0)
+    model = DemoDiT(DemoConfig(num_layers=2)).eval().requires_grad_(False)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in model.blocks:
+        parallelize_module(block.ffn, mesh, {"net.0.proj": ColwiseParallel(), "net.2": RowwiseParallel()})
+    fast = vdcache.compile(model, "every-3", num_steps=STEPS, inner="eager", strict=True)
+    exact = []
+    for step in range(STEPS):
+        noise = torch.Generator().manual_seed(step)
+        x = with_positions(torch.randn(1, 3, 3, 16, 16, generator=noise))
+        call = x, torch.tensor([1000.0 - 100 * step]), torch.ones(1, 5, 32)
+        exact.append(torch.equal(fast(*call), model(*call)))
+    (graph,) = fast.vdcache.graphs
+    flops = [graph.variants.flops(plan) for plan in graph.variants.plans]
+    return {
+        "exact": exact,
+        "computed": fast.vdcache.history.computed_steps(),
+        "flops": min(flops) / max(flops),
+        "exchanged": [len(graph.variants[plan].collectives) for plan in graph.variants.plans],
+    }
 
 
 def compared(model: Any, wanted: torch.Tensor) -> dict[str, Any]:

@@ -362,3 +362,10 @@ vdcache.testing.residual_nets
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stderr.strip().endswith("need hypothesis: pip install 'vdcache[testing]'"), done.stderr
     assert "ModuleNotFoundError: random nets (residual_nets" in done.stderr
+
+
+def test_taylor_of_squares():
+    """Of 1, 4, 9, 16: exact differences once enough steps were computed, and nothing of what never was."""
+    assert [float(x[0, 0]) for x in assert_predictor(vdcache.predictors.Taylor(1))] == [1, 7, 14, 23]
+    for order in (2, 3):
+        assert [float(x[0, 0]) for x in assert_predictor(vdcache.predictors.Taylor(order))] == pytest.approx([1, 7, 15, 24])

@@ -42,7 +42,7 @@ def graphs():
 
 @torch.no_grad()
 def test_every_recipe_on_one_function_works():
-    model = TinyDiT()
+    model = TinyDiT(1)
 
     def function(x: Tensor, t: Tensor, words: Tensor) -> Tensor:
         return model(x, t, words)
@@ -78,7 +78,7 @@ def test_each_has_the_limit_to_itself(graphs, limit):
 
 
 def test_a_compilation_of_the_users_own_does_not_count(graphs):
-    model = TinyDiT()
+    model = TinyDiT(1)
     for _ in range(torch._dynamo.config.recompile_limit):
         torch.compile(model, backend=graphs())(latent(0), time_of(0), TEXT)
     fast = vdcache.compile(model, "every-2", num_steps=2, inner="eager", strict=True)

@@ -60,6 +60,7 @@ LIKE = {
     "sit": "dit_original",
     "audio_video": "ltx2",
     "easyanimate": "cogvideox",
+    "demo": "wan",
 }
 
 
