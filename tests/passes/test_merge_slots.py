@@ -149,9 +149,7 @@ def test_a_value_that_is_still_read_ends_the_run():
     assert slots(merged(net, X, W)) == ["all/s0.b0.other", "all/run.0"]
     assert_expected_inline(
         "\n".join(refusals(net, X, W)),
-        """\
-add:
-  the run ends here: 'sum_1' (aten.sum.default) reads the stream at this place in a reused step""",
+        """add: the run ends here: 'sum_1' (aten.sum.default) reads the stream at this place in a reused step""",
     )
 
 
@@ -165,9 +163,7 @@ def test_norms_and_scales_between_end_the_run():
     assert slots(merged(net, X, W)) == ["all/s0.b0.other", "all/run.0"]
     assert_expected_inline(
         "\n".join(refusals(net, X, W)),
-        """\
-add_1:
-  a run starts here: 'layer_norm' (aten.layer_norm.default) is no cast, view or constant term""",
+        """add_1: a run starts here: 'layer_norm' (aten.layer_norm.default) is no cast, view or constant term""",
     )
 
 

@@ -328,7 +328,7 @@ def test_a_grid_that_the_graph_does_not_show():
     with pytest.raises(ConfigError) as error:
         under(graph, "frames:1")
     assert str(error.value) == (
-        f"tile-attention: no attention of this model can have the mask frames:1:\n{SITE}:\n  {UNKNOWN}\n{SITE}_1:\n  {UNKNOWN}"
+        f"tile-attention: no attention of this model can have the mask frames:1:\n{SITE}: {UNKNOWN}\n{SITE}_1: {UNKNOWN}"
     )
     with pytest.raises(ConfigError, match=f"no mask can be put on '{SITE}': the graph does not show"):
         under(graph, ["frames:1", "dense"])
@@ -382,7 +382,7 @@ def test_attentions_that_are_more_than_a_sequence_to_itself(options, bias, messa
     if "dropout_p" in options:  # a branch that must never be skipped is none
         assert refused(graph, "frames:1", grid=GRID) == {"output": "the graph has no attention among video tokens"}
         return
-    with pytest.raises(ConfigError, match=f"no attention of this model can have the mask frames:1:\n{SITE}:\n  {message}"):
+    with pytest.raises(ConfigError, match=f"no attention of this model can have the mask frames:1:\n{SITE}: {message}"):
         under(graph, "frames:1", grid=GRID)
 
 
@@ -419,7 +419,7 @@ def test_one_attention_of_several_that_cannot_have_the_mask_is_left_alone():
         return attending()(attending(is_causal=True)(x, w), w)
 
     found, step = under(trace(fn, X, W).graph, "frames:1", grid=GRID)
-    assert step.rewrites == 1 and [str(r) for r in step.refusals] == [f"{SITE}:\n  it is causal"]
+    assert step.rewrites == 1 and [str(r) for r in step.refusals] == [f"{SITE}: it is causal"]
     assert len(tile_sites(found)) == 1
 
 
@@ -609,7 +609,7 @@ def test_a_model_without_attention_is_an_error_where_that_is_asked_for():
             return self.out(h + self.mlp[0](h))
 
     message = (
-        r"the masks of 'tiles-1' are on no attention of this graph: output:\n  the graph has no attention among video tokens"
+        r"the masks of 'tiles-1' are on no attention of this graph: output: the graph has no attention among video tokens"
     )
     with pytest.raises(CaptureError, match=message):
         vdcache.compile(Stream(), "tiles-1", inner="eager", strict=True)(*TINY)

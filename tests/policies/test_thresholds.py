@@ -557,7 +557,7 @@ def test_a_probe_that_the_model_does_not_have():
     fast = compiled(model, Recipe("far", Threshold(10.0), scope))
     with pytest.warns(
         vdcache.VdcacheWarning,
-        match="finds nothing to probe in this model; every candidate:\n  output:\n  there are 3 denoising blocks, and 8",
+        match="finds nothing to probe in this model; every candidate:\n  output: there are 3 denoising blocks, and 8",
     ):
         assert same(run(fast), run(model))
 
