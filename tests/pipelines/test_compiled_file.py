@@ -16,9 +16,14 @@ import vdcache
 from vdcache.testing import TinyDiT
 
 CHILD = """
-import json, sys, torch, vdcache
+import json, sys, torch, vdcache, vdcache.ir.parse
 from torch._dynamo.utils import counters
 from vdcache.testing import TinyDiT, latent, time_of
+
+captures = []
+module = sys.modules["vdcache.ir.capture"]
+real = module.whole_composites
+module.whole_composites = lambda: captures.append(1) or real()  # where a graph is traced once more
 
 what, path = sys.argv[1:]
 if what == "load":
@@ -29,7 +34,7 @@ with torch.no_grad():
 if what == "save":
     vdcache.save_compiled(compiled, path)
 found = counters["aot_autograd"]
-print(json.dumps({"hits": found["autograd_cache_hit"], "misses": found["autograd_cache_miss"], "out": out}))
+print(json.dumps({"hits": found["autograd_cache_hit"], "misses": found["autograd_cache_miss"], "out": out, "captures": len(captures)}))
 """
 
 
@@ -51,6 +56,7 @@ def test_another_process_with_empty_caches_finds_every_graph(tmp_path):
     loaded = child("load", tmp_path / "file", tmp_path / "second")
     assert (saved["hits"], saved["misses"]) == (0, 2)
     assert (loaded["hits"], loaded["misses"]) == (2, 0)
+    assert (saved["captures"], loaded["captures"]) == (1, 0)
     assert loaded["out"] == saved["out"]
 
 
