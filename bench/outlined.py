@@ -18,6 +18,8 @@ import torch
 
 import vdcache
 from bench.common import Bench, arguments, timed, wan, wan_call
+from vdcache.ir.edit import copy_graph
+from vdcache.passes.outline import CALL, Outline
 from vdcache.testing import small_models
 
 SHORTEST = 0.05  # seconds that are timed at one time
@@ -80,6 +82,8 @@ def main() -> None:
                 mean=mean(ratios),
                 ratios=ratios,
             )
+            graph = copy_graph(both[True].vdcache.graphs[0].variants.recompute.graph)
+            bench.rows[-1]["by_default"] = bool(Outline(CALL).run(graph).rewrites)
             peaks = {o: peak_bytes(lambda o=o: both[o](**given)) for o in both}
             bench.row(
                 f"{name}: peak memory",

@@ -2,6 +2,7 @@
 kept for one run of the tests alone."""
 
 import gc
+import importlib
 import os
 import shutil
 import sys
@@ -44,6 +45,8 @@ def pytest_collection_finish():
             guards, "profile_guard_manager"
         ):  # for a log it flushes the processor's caches after each graph: a tenth of the time
             guards.profile_guard_manager = lambda *args: 0.0
+        # What one test captures is not taken for what another one would.
+        importlib.import_module("vdcache.ir.capture").captures_folder = lambda: None
 
 
 def pytest_unconfigure():

@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "distributed": "errors runtime.agreement",
     "quality": "errors",
     "api": "errors util policies runtime methods backends calibration distributed",
-    "pipelines": "errors util policies runtime methods.recipe backends api",
+    "pipelines": "errors util ir.capture ir.capture_cache policies runtime methods.recipe backends api",
     "explanation": "errors util ir patterns passes policies methods backends",
     "exporting": "errors util ir passes policies runtime methods backends calibration api runtime_onnx",
     "runtime_onnx": "errors exporting.manifest exporting.running exporting.weights",

@@ -40,7 +40,7 @@ def compile(
     strict: bool = False,
     inductor: Mapping[str, Any] | None = None,
     tiles: str = "auto",
-    outline: bool = True,
+    outline: bool | str = "auto",
     search_share: float = 0.1,
     generations: int | None = None,
     hoist: bool | None = None,
@@ -62,7 +62,8 @@ def compile(
         strict: raise where vdcache would otherwise step aside with a warning.
         inductor: Inductor's own settings.
         tiles: how attention under masks is computed: "auto" measures on this device, or "gather", "flex", "triton", "masked".
-        outline: compile blocks that are equal up to weights once, and call them; False compiles every block on its own.
+        outline: compile blocks that are equal up to weights once, and call them: True, False, or "auto", which leaves out blocks so small
+            that a call would make them longer.
         search_share: the most that the search of `vdcache-auto` adds to one generation, as a share of an uncached one, in whole steps that are
             saved up over generations. `math.inf` searches all at once, when the first generation ends.
         hoist: compute values that depend on the prompt or the timestep alone once, and keep them. Exact, with any recipe. Default: the recipe's

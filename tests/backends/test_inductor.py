@@ -8,6 +8,8 @@ import torch
 import vdcache
 from tests.support.logs import informed
 from vdcache.backends import variants
+from vdcache.backends.eager import run_eagerly
+from vdcache.ir.regions import INVOKE, inline_regions
 from vdcache.testing import Reference, TinyDiT, latent, time_of
 
 pytestmark = pytest.mark.slow
@@ -128,3 +130,27 @@ def test_inductor_is_given_what_a_variant_reads_and_told_which_of_it_stays(monke
     of_blocks = sum(1 for name, _ in model.named_parameters() if name.startswith("blocks"))
     assert len(few_static) <= weights - of_blocks
     assert len(few_static) < few_inputs <= len(few_static) + 4, "what is not a weight: latent, timestep, what was kept"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("outline", "calls"), [("auto", 0), (True, 4), (False, 0)])
+def test_why_small_blocks_are_compiled_one_by_one_is_in_the_summary(monkeypatch, outline, calls):
+    given = []
+
+    def stub(graph, inputs, options, static):
+        given.append(len(graph.graph.find_nodes(op="call_function", target=INVOKE)))
+        inline_regions(graph)
+        return run_eagerly(graph)
+
+    monkeypatch.setattr("vdcache.backends.variants.compile_own", stub)
+    torch._dynamo.reset()
+    model = vdcache.compile(TinyDiT(4), "every-2", num_steps=2, outline=outline)
+    for step in range(2):
+        model(latent(step, 1, 6, 4), time_of(step), latent(9, 1, 3, 4))
+    said = "compiled one by one: a block takes" in " ".join(str(model.vdcache.summary()).split())
+    assert max(given) == calls and said == (outline == "auto")
+
+
+def test_what_outline_may_be_is_told():
+    with pytest.raises(vdcache.errors.ConfigError, match="outline is True, False or 'auto'; got 'yes'"):
+        vdcache.compile(TinyDiT(), outline="yes")

@@ -10,7 +10,7 @@ from torch import nn
 
 from vdcache.ir.edit import copy_graph
 from vdcache.ir.regions import INVOKE, inline_regions
-from vdcache.passes.outline import Outline
+from vdcache.passes.outline import CALL, Outline
 from vdcache.testing import TinyDiT, latent, time_of, trace
 
 
@@ -65,3 +65,40 @@ def test_blocks_that_repeat_are_called(model, calls):
         assert torch.equal(a, b)
     inline_regions(outlined)
     assert sorted(str(n.target) for n in outlined.graph.nodes) == sorted(str(n.target) for n in graph.graph.nodes)
+
+
+class Wide(nn.Module):
+    """Blocks of one linear layer and its activation, eight operations each.
+
+    Args:
+        width: of the stream.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleList([nn.Linear(width, width), nn.Linear(width, width)]) for _ in range(3))
+
+    def forward(self, x):
+        for one, other in self.blocks:
+            x = x + other(nn.functional.gelu(one(nn.functional.layer_norm(x, x.shape[-1:])).sin().cos()).tanh().exp())
+        return x
+
+
+@pytest.mark.parametrize(
+    ("device", "width", "tokens", "calls"),
+    [("cpu", 8, 16, 0), ("cpu", 256, 4096, 3), ("meta", 256, 4096, 0), ("meta", 4096, 4096, 3)],
+)
+def test_a_block_that_takes_hardly_longer_than_a_call_stays_where_it_is(monkeypatch, device, width, tokens, calls):
+    """By its FLOPs and bytes; nothing is timed. 2·2·4096·256² FLOPs take 10 ms of one thread, and on an accelerator no longer than a call."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    with torch.device(device):
+        model = Wide(width)
+    graph = trace(model, torch.empty(1, tokens, width, device=device)).graph
+    small, whole = copy_graph(graph), copy_graph(graph)
+    done = Outline(CALL).run(small)
+    assert done.rewrites == calls and len(small.graph.find_nodes(op="call_function", target=INVOKE)) == calls
+    reasons = [reason for refusal in done.refusals for reason in refusal.reasons]
+    assert [reason.startswith("a block takes") and reason.endswith("and a call 30 µs") for reason in reasons] == [True] * (
+        not calls
+    )
+    assert Outline().run(whole).rewrites == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -15,13 +16,21 @@ from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._inductor.utils import fresh_cache
 
 import vdcache
+from vdcache.ir import capture_cache
 from vdcache.testing import TinyDiT
+
+capture = importlib.import_module("vdcache.ir.capture")
 
 # What a process runs: the smallest model, for every kernel is a run of the C++ compiler.
 RUN = """
-import json, sys, torch, vdcache
+import json, sys, torch, vdcache, vdcache.ir.parse
 from torch._dynamo.utils import counters
 from vdcache.testing import TinyDiT, latent, time_of
+
+captures = []
+module = sys.modules["vdcache.ir.capture"]
+real = module.whole_composites
+module.whole_composites = lambda: captures.append(1) or real()  # where a graph is traced once more
 
 what, path = sys.argv[1:]
 if what == "load":
@@ -33,7 +42,7 @@ with torch.no_grad():
 if what == "save":
     vdcache.save_compiled(compiled, path)
 hits, misses = (counters["aot_autograd"][f"autograd_cache_{kind}"] - before.get(f"autograd_cache_{kind}", 0) for kind in ("hit", "miss"))
-print(json.dumps({"hits": hits, "misses": misses, "out": out}))
+print(json.dumps({"hits": hits, "misses": misses, "out": out, "captures": len(captures)}))
 """
 
 
@@ -54,6 +63,8 @@ def child(what, path, caches):
 def here(what, path, monkeypatch, capsys):
     """The same in this process, under the settings of the other one, which Inductor's keys hold, and with an empty folder."""
     monkeypatch.setattr(sys, "argv", ["", what, str(path)])
+    monkeypatch.setattr(capture, "whole_composites", capture.whole_composites)  # which it replaces
+    monkeypatch.setattr(capture, "captures_folder", capture_cache.captures_folder)  # which tests/conftest.py switches off
     torch._dynamo.reset()
     with fresh_cache(), inductor.patch({"cpp.vec_isa_ok": bool(pick_vec_isa()), "compile_threads": 1}):
         exec(RUN, {})
@@ -67,6 +78,7 @@ def test_another_process_with_empty_caches_finds_every_graph(tmp_path, monkeypat
     loaded = child("load", tmp_path / "file", tmp_path / "second")
     assert (saved["hits"], saved["misses"]) == (0, 2)
     assert (loaded["hits"], loaded["misses"]) == (2, 0)
+    assert (saved["captures"], loaded["captures"]) == (1, 0)
     assert loaded["out"] == saved["out"]
 
 

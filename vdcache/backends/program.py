@@ -148,6 +148,12 @@ class Program:
             how = f" by {', '.join(dict.fromkeys(c.lowering for c in found))}, {speed:.2f}× as fast as dense attention"
         return f"{len(masked)} attentions under masks ({names}): {density:.0%} of the weights{how}"
 
+    @property
+    def apart(self) -> str:
+        """In words: why blocks that are equal are compiled one by one; "" where they are not."""
+        why = self.variants.compiler.apart
+        return f"blocks that are equal are compiled one by one: {why} (outline=True compiles them once)" if why else ""
+
     # ---- running -------------------------------------------------------------------------------------------------
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:

@@ -35,7 +35,8 @@ class Settings:
         inductor: Inductor's own settings, as torch.compile's `options` takes them.
         tiles: how attention under masks is computed: "auto" measures on this device (gathers under the eager inner compiler),
             or "gather", "flex", "triton", "masked".
-        outline: whether blocks that are equal up to weights are compiled once.
+        outline: whether blocks that are equal up to weights are compiled once: True, False, or "auto" where a call of such a block takes
+            little of its time.
         search_share: how much `vdcache-auto` may add to one generation while it searches, as a share of an uncached one.
         session: the session of the model, where somebody else has made it.
         make_session: makes one; a plain session that follows the recipe's policy without.
@@ -51,7 +52,7 @@ class Settings:
     strict: bool = False
     inductor: tuple[tuple[str, Any], ...] = ()
     tiles: str = "auto"
-    outline: bool = True
+    outline: bool | str = "auto"
     search_share: float = 0.1
     generations: int | None = None
     session: Session | None = field(default=None, compare=False)
@@ -75,8 +76,8 @@ class Settings:
                 raise ConfigError(f"generations tells inner='auto' whether compiling pays; got inner={self.inner!r}")
         check_lowering(self.tiles)
         _check_inductor(dict(self.inductor))
-        if not isinstance(self.outline, bool):
-            raise ConfigError(f"outline is True or False; got {self.outline!r}")
+        if not isinstance(self.outline, bool) and self.outline != "auto":
+            raise ConfigError(f"outline is True, False or 'auto'; got {self.outline!r}")
         if not number(self.search_share, "search_share is a number") > 0:
             raise ConfigError(f"search_share is a share of a generation above 0; got {self.search_share!r}")
         goal = self.recipe.goal

@@ -25,7 +25,7 @@ from vdcache.ir.ops import collective_order
 from vdcache.passes import DeadCode, Pipeline, Specialise, VariantOutputs, head_io, variant_io
 from vdcache.passes.hoist_invariants import held_inputs
 from vdcache.passes.mark_lanes import halve_lanes, lanes_io
-from vdcache.passes.outline import Outline
+from vdcache.passes.outline import CALL, Outline
 from vdcache.passes.predictors import numbers_of, predictor_of
 from vdcache.patterns.cost import flops
 from vdcache.policies.metrics import MetricSpec
@@ -56,6 +56,7 @@ class VariantCompiler:
     def __init__(self, settings: Settings, fakes: Sequence[Any], static: frozenset[int], pair: Sequence[Tensor]) -> None:
         self._settings, self._fakes, self._static, self.pair = settings, (*fakes, *pair), static, pair
         self.bindings = Bindings(fakes)
+        self.apart = ""  # why blocks that repeat are compiled one by one
         self.choices: dict[str, TuningResult] = {}  # how attentions under masks are computed, by node
         self.lock = threading.RLock()  # threads may run one program at once
         self.waited = _Waited()
@@ -78,7 +79,7 @@ class VariantCompiler:
                 "everything else that you asked Inductor for is done",
             )
         with no_autocast():
-            if settings.outline and Outline().run(own).rewrites:
+            if settings.outline and self._outlined(own):
                 try:
                     return compile_own(own, inputs, options, self._static)
                 except Exception as error:
@@ -90,6 +91,13 @@ class VariantCompiler:
                     )
                     own = self._lowered(graph)
             return compile_own(own, inputs, options, self._static)
+
+    def _outlined(self, graph: fx.GraphModule) -> bool:
+        """Make calls of the blocks that repeat, in place, where that is asked for or does not make a step longer."""
+        done = Outline(CALL if self._settings.outline == "auto" else 0.0).run(graph)
+        small = [reason for refusal in done.refusals for reason in refusal.reasons if reason.startswith("a block takes")]
+        self.apart = self.apart or next(iter(small), "")
+        return bool(done.rewrites)
 
     def _lowered(self, graph: fx.GraphModule) -> fx.GraphModule:
         """What the inner compiler is given: a copy, where masks are lowered in it or Inductor takes possession of it."""

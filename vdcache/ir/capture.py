@@ -16,6 +16,7 @@ and 2.13.0.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 import threading
@@ -23,6 +24,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 
 from vdcache.errors import CaptureError
+from vdcache.ir.capture_cache import CaptureCache, NotKept, key_of, made, written
 from vdcache.ir.composites import whole_composites
 from vdcache.ir.edit import backward_slice, copy_graph, outputs, set_outputs
 from vdcache.ir.ops import CASTS, is_work, tensor_of, unviewed
@@ -43,6 +46,7 @@ __all__ = [
     "CapturedPart",
     "Signature",
     "capture",
+    "captures_folder",
     "faked",
     "first_line",
     "is_control_flow",
@@ -107,6 +111,10 @@ def capture(graph: nn.Module, example_inputs: Sequence[Any]) -> Captured:
 
     owned = dict(graph.named_parameters(remove_duplicate=False)) | dict(graph.named_buffers(remove_duplicate=False))
     wrapped = TensorSubclasses(example_inputs)
+    kept = None if wrapped else _Kept.of(graph, example_inputs)
+    if kept is not None and (known := kept.read(list(owned.values()))) is not None:
+        flat, mutations = known
+        return _described(flat, mutations, graph, wrapped, example_inputs)
     around, flat_inputs = wrapped.around(graph, example_inputs), wrapped.flat(faked(example_inputs))
     if isinstance(around, fx.GraphModule):
         around = _with_repeated_once(around)
@@ -132,6 +140,19 @@ def capture(graph: nn.Module, example_inputs: Sequence[Any]) -> Captured:
     if sig.buffers_to_mutate or sig.parameters_to_mutate:
         raise CaptureError("the graph writes into a tensor that it owns; only inputs can be written back")
     mutations = tuple((i, position[name]) for i, name in enumerate(sig.user_inputs_to_mutate.values()))
+    if kept is not None:
+        kept.write(flat, mutations)
+    return _described(flat, mutations, graph, wrapped, example_inputs)
+
+
+def _described(
+    flat: fx.GraphModule,
+    mutations: tuple[tuple[int, int], ...],
+    graph: nn.Module,
+    wrapped: TensorSubclasses,
+    example_inputs: Sequence[Any],
+) -> Captured:
+    """A functional graph with its signature, which says more than the graph does."""
     static = frozenset(
         i for i, fixed in enumerate(wrapped.spread([_is_static(v) for v in example_inputs], example_inputs)) if fixed
     )
@@ -139,6 +160,66 @@ def capture(graph: nn.Module, example_inputs: Sequence[Any]) -> Captured:
     names = _input_names(graph)
     sig_ = Signature(mutations, results, static, tuple(wrapped.spread(names, example_inputs)) if wrapped else names)
     return replace(_captured(flat, sig_), wrapped=wrapped)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A place on the disk for what capturing makes of one graph of Dynamo's."""
+
+    cache: CaptureCache
+    key: str
+    mode: Any  # of the fake values
+
+    @classmethod
+    def of(cls, graph: nn.Module, inputs: Sequence[Any]) -> _Kept | None:
+        """None for a graph that has none: outside a backend call, where torch keeps nothing either, or where no key tells it apart."""
+        from torch._guards import TracingContext
+
+        mode = getattr(TracingContext.try_get(), "fake_mode", None)
+        if mode is None or not isinstance(graph, fx.GraphModule) or not (folder := captures_folder()):
+            return None
+        try:
+            return cls(CaptureCache(folder), key_of(graph, inputs, _settings(inputs)), mode)
+        except NotKept:
+            return None
+
+    def read(self, owned: Sequence[torch.Tensor]) -> tuple[fx.GraphModule, tuple[tuple[int, int], ...]] | None:
+        if (found := self.cache.get(self.key)) is None:
+            return None
+        content, mutations = found
+        return made(content, self.mode, owned), mutations
+
+    def write(self, graph: fx.GraphModule, mutations: tuple[tuple[int, int], ...]) -> None:
+        with contextlib.suppress(NotKept):
+            self.cache.put(self.key, (written(graph), mutations))
+
+
+def captures_folder() -> Path | None:
+    """Where captured graphs are kept: beside what Inductor keeps. None where torch is told to keep nothing."""
+    from torch._inductor import config
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    if config.force_disable_caches or not config.fx_graph_cache:
+        return None
+    return Path(cache_dir()) / "vdcache" / "captures"
+
+
+def _settings(inputs: Sequence[Any]) -> list[Any]:
+    """What of torch's state capturing depends on, beside the graph."""
+    devices = {x.device.type for x in inputs if isinstance(x, torch.Tensor)}
+    modes = [
+        (d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d))
+        for d in sorted(devices)
+        if torch.amp.is_autocast_available(d)
+    ]
+    return [
+        torch._functorch.config.get_hash(),
+        torch.get_default_dtype(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.cuda.get_device_name() if "cuda" in devices else "",
+        modes,
+    ]
 
 
 _numbers = itertools.count()

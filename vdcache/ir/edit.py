@@ -20,6 +20,7 @@ __all__ = [
     "backward_slice",
     "call",
     "copy_graph",
+    "empty_graph_module",
     "evaluate",
     "inline",
     "inputs",
@@ -166,6 +167,11 @@ def copy_graph(graph: fx.GraphModule) -> fx.GraphModule:
     copied = _LazyGraphModule(graph, nodes)
     copied.meta = dict(graph.meta)
     return copied
+
+
+def empty_graph_module(graph: fx.Graph) -> fx.GraphModule:
+    """A module around a graph that is still to be filled; its Python code is written late, as a copy's."""
+    return _LazyGraphModule(torch.nn.Module(), graph)
 
 
 def inputs(graph: fx.Graph) -> list[fx.Node]:

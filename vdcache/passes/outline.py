@@ -5,6 +5,8 @@
 Where blocks end the analysis says. Two of them are of one kind if they hold the same operations, wired alike, on values of the same
 shapes, strides and dtypes, and if the same of their values are read outside. So a block whose attention has another mask, or in which
 something is observed, is of another kind. Bit-exact.
+
+A call costs host time, so a block that takes hardly longer than a call stays where it is, if the caller says what a call costs.
 """
 
 from __future__ import annotations
@@ -19,14 +21,24 @@ from vdcache.ir.ops import VIEWS, communicates, is_effectful
 from vdcache.ir.regions import LEAST, Region, call_regions, operation, region_of
 from vdcache.passes.base import Pass, PassResult, Refusal
 from vdcache.patterns.analysis import analyze, forget
+from vdcache.patterns.cost import least_seconds
 
-__all__ = ["Outline"]
+__all__ = ["CALL", "SHARE", "Outline"]
+
+CALL = 30e-6  # seconds of host time that a call takes under Inductor, 32 inputs; measured on a CPU
+SHARE = 0.03  # of a block's time that a call may take on a CPU
+HIDES = 4.0  # calls: an accelerator that is at work for so long hides one, and the launches of the block's kernels
 
 
 @dataclass(frozen=True)
 class Outline(Pass):
-    """Make repeated blocks calls of one graph."""
+    """Make repeated blocks calls of one graph.
 
+    Args:
+        call: seconds that a call takes; 0 to make calls of the smallest blocks too.
+    """
+
+    call: float = 0.0
     name: ClassVar[str] = "outline"
 
     def run(self, graph: fx.GraphModule) -> PassResult:
@@ -38,7 +50,14 @@ class Outline(Pass):
                 refusals.append(Refusal(inside[-1].name, reason))
             elif len(inside) >= LEAST:
                 kinds.setdefault(region.kind, []).append(region)
-        repeated = [members for members in kinds.values() if len(members) > 1]
+        repeated = []
+        for members in (m for m in kinds.values() if len(m) > 1):
+            seconds, device = least_seconds(members[0].inside, (*members[0].given, *members[0].results))
+            if seconds >= self.call * (1 / SHARE if device == "cpu" else HIDES):
+                repeated.append(members)
+            else:
+                why = f"a block takes {1e6 * seconds:.2g} µs on a fast device, and a call {1e6 * self.call:.2g} µs"
+                refusals.append(Refusal(members[0].inside[-1].name, (why,)))
         if repeated:
             call_regions(graph, repeated, "block")
             forget(graph)

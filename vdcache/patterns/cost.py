@@ -17,7 +17,7 @@ from vdcache.attention.tiles import TILE_ATTENTION, tables_of
 from vdcache.ir.ops import ATTENTION, tensor_of
 from vdcache.util.sizes import shape_hint, size_hint
 
-__all__ = ["bytes_of", "flops", "owners"]
+__all__ = ["bytes_of", "flops", "least_seconds", "owners"]
 
 aten = torch.ops.aten
 _CONVS = {
@@ -69,6 +69,26 @@ def flops(node: fx.Node) -> int:
     if node.target is aten.einsum.default:
         return _einsum(str(node.args[0]), node.args[1])
     return 0
+
+
+# FLOP/s and bytes/s that no device of a kind exceeds by much: a thread of a CPU, a data-centre GPU.
+_RATES = {"cpu": (1e11, 2e10), "cuda": (1e15, 4e12)}
+
+
+def least_seconds(inside: Iterable[fx.Node], moved: Iterable[fx.Node]) -> tuple[float, str]:
+    """Seconds that nodes take at least on a fast device of their kind.
+
+    Args:
+        inside: the nodes.
+        moved: whose values are read from memory or written to it.
+
+    Returns also the type of the device.
+    """
+    nodes = list(inside)
+    device = next((v.device.type for n in nodes if (v := tensor_of(n)) is not None), "cpu")
+    work, moves = _RATES.get(device, _RATES["cuda"])
+    threads = torch.get_num_threads() if device == "cpu" else 1
+    return max(sum(map(flops, nodes)) / (work * threads), sum(map(bytes_of, moved)) / (moves * threads)), device
 
 
 def _convolution(x: Tensor | None, weight: Tensor, out: Tensor | None, transposed: bool) -> int:

@@ -17,13 +17,15 @@ import torch
 
 import vdcache
 from vdcache.errors import CacheStateError, ConfigError
+from vdcache.ir.capture import captures_folder
+from vdcache.ir.capture_cache import CaptureCache
 from vdcache.pipelines.pipeline_cache import applied_to
 from vdcache.runtime.session import Session
 from vdcache.util.files import write_aside
 
 __all__ = ["load_compiled", "save_compiled"]
 
-HEADER, ARTIFACTS = "vdcache.json", "artifacts"
+HEADER, ARTIFACTS, CAPTURES = "vdcache.json", "artifacts", "captures/"
 
 
 def save_compiled(compiled: Any, path: str | Path) -> int:
@@ -55,6 +57,8 @@ def save_compiled(compiled: Any, path: str | Path) -> int:
     with zipfile.ZipFile(content, "w") as file:
         file.writestr(HEADER, json.dumps(_here(), indent=1))
         file.writestr(ARTIFACTS, saved[0])
+        for key, captured in CaptureCache.used.items():
+            file.writestr(CAPTURES + key, captured)
     write_aside(Path(path), content.getvalue())
     return len(content.getvalue())
 
@@ -71,6 +75,7 @@ def load_compiled(path: str | Path) -> None:
         with zipfile.ZipFile(path) as file:
             written = dict(json.loads(file.read(HEADER)))
             artifacts = file.read(ARTIFACTS)
+            captures = {n.removeprefix(CAPTURES): file.read(n) for n in file.namelist() if n.startswith(CAPTURES)}
     except (OSError, zipfile.BadZipFile, KeyError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"load_compiled: {path} is no file of save_compiled ({error})") from error
     if wrong := _differences(written, _here()):
@@ -79,6 +84,9 @@ def load_compiled(path: str | Path) -> None:
         raise ConfigError(
             f"load_compiled: what {path} holds cannot be read by this torch, and nothing is loaded. Save it anew."
         )
+    if folder := captures_folder():
+        for key, captured in captures.items():
+            CaptureCache(folder).put_bytes(key, captured)
 
 
 def _here() -> dict[str, str]:

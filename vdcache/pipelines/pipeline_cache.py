@@ -44,7 +44,7 @@ def apply(
     strict: bool = False,
     inductor: Mapping[str, Any] | None = None,
     tiles: str = "auto",
-    outline: bool = True,
+    outline: bool | str = "auto",
     group: Any = None,
     search_share: float = 0.1,
     generations: int | None = None,

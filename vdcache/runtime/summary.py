@@ -57,7 +57,8 @@ def summary_table(session: Summarised, generation: int = -1) -> Table:
         table.add_row(*row)
     if steps:
         masks = (text for graph in session.graphs if (text := getattr(graph, "masks", "")))
-        table.caption = "\n".join([*_totals(steps, session.store.peak_bytes), *session.times.lines(records), *masks])
+        apart = dict.fromkeys(text for graph in session.graphs if (text := getattr(graph, "apart", "")))
+        table.caption = "\n".join([*_totals(steps, session.store.peak_bytes), *session.times.lines(records), *masks, *apart])
         table.caption_justify = "left"
     return table
 

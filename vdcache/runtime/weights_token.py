@@ -204,10 +204,20 @@ def sample(weight: Tensor) -> Tensor:
         bits = picked.view(torch.uint8).reshape(-1)
         if not WHOLE < flat.numel() <= SUMMED:
             return bits
-        numbers = flat.view(torch.uint8).to(torch.int64)
-        places = torch.arange(numbers.numel(), device=numbers.device) % 65521
-        sums = torch.stack([numbers.sum(), (numbers * places).sum()])
+        numbers = _words(flat)
+        # Sums go round at 64 bits. An odd factor loses no bit of a word; an even one would lose its highest.
+        factors = torch.arange(1, 2 * numbers.numel(), 2, device=numbers.device)
+        sums = torch.stack([numbers.sum(), (numbers * factors).sum()])
         return torch.cat([bits, sums.view(torch.uint8)])
+
+
+def _words(flat: Tensor) -> Tensor:
+    """The bits of a tensor as the longest whole numbers that its size is a multiple of: eight bytes at a time are summed in a sixth of the
+    time of one at a time."""
+    size = flat.numel() * flat.element_size()
+    word = next((d for d in (torch.int64, torch.int32) if size % d.itemsize == 0), torch.uint8)
+    flat = flat.clone() if flat.storage_offset() else flat  # no word begins in the middle of memory's
+    return flat.view(word).to(torch.int64)
 
 
 def _on_host(samples: Sequence[Tensor]) -> list[bytes]:
