@@ -130,9 +130,24 @@ def few_configs() -> None:
 
 
 def kernel_is_right() -> None:
+    from vdcache.attention.merged import dense_kernel, merged, why_not_merged
     from vdcache.attention.tiles import gather, tiled
     from vdcache.attention.triton import available, triton_attention
 
+    for d in (64,) if ARGS.tiny else (64, 72, 96, 128):
+        for dtype in (torch.float32,) if ARGS.tiny else (torch.bfloat16, torch.float32):
+            on = tiled("frames:2", (4, 6, 8) if ARGS.tiny else (8, 30, 45), 0, 5)
+            q, k, v = made(on, 4, d, dtype)
+            assert not why_not_merged(on)
+            exact = gather(q.double(), k.double(), v.double(), on, None, None)
+            own, plain = (
+                (x.double() - exact).norm() / exact.norm()
+                for x in (merged(q, k, v, on, None, None), gather(q, k, v, on, None, None))
+            )
+            row(
+                "correct", f"merged D={d} {dtype}", error=float(own), gather_error=float(plain),
+                ok=bool(own <= 1.5 * plain + 1e-5), kernel=str(dense_kernel(DEV, dtype, d).args),
+            )  # fmt: skip
     if not available(DEV):
         return row("correct", "triton", skipped="no CUDA")
     for mask, grid, text, heads, kv, d in (
@@ -160,62 +175,6 @@ def kernel_is_right() -> None:
 # ---- C. attention: every lowering on the shapes of the papers --------------------------------------------------------
 
 
-def log_sum_exp_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Dense attention and the natural log-sum-exp of each row's scores, by the fastest kernel that gives both."""
-    if not CUDA:
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[:2]
-    try:
-        out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, False, False)[:2]
-        return out, lse.reshape(q.shape[:3])
-    except RuntimeError:
-        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False)[:2]
-
-
-def merged(q: Tensor, k: Tensor, v: Tensor, on) -> Tensor:
-    """frames:k as two dense calls: frames attend to themselves, and to the reference frames and the text; merged by log-sum-exp.
-
-    Queries of reference frames and of text attend to everything, in a third call.
-    """
-    f, n = on.grid[0], on.size
-    refs = on.mask.reference_frames(f)
-    b = q.shape[0]
-
-    def tokens(frame: int) -> tuple[int, int]:
-        return on.before + frame * n, on.before + (frame + 1) * n
-
-    text = [(0, on.before), (on.before + on.video, on.tokens)]
-    shared = [p for p in (*map(tokens, refs), *text) if p[1] > p[0]]
-    others = [tokens(i) for i in range(f) if i not in refs]
-
-    def pick(x: Tensor, places: list[tuple[int, int]]) -> Tensor:
-        return torch.cat([x[:, :, s:e] for s, e in places], 2)
-
-    def frames(x: Tensor) -> Tensor:  # [B, H, G n, D] as [B G, H, n, D], a view where B is 1
-        return x.unflatten(2, (-1, n)).transpose(1, 2).flatten(0, 1)
-
-    out = torch.empty_like(q)
-
-    def put(places: list[tuple[int, int]], values: Tensor) -> None:
-        at = 0
-        for s, e in places:
-            out[:, :, s:e] = values[:, :, at : at + e - s]
-            at += e - s
-
-    if others:
-        qs = pick(q, others)
-        own, own_lse = log_sum_exp_attention(frames(qs), frames(pick(k, others)), frames(pick(v, others)))
-        own = own.unflatten(0, (b, -1)).transpose(1, 2).flatten(2, 3)
-        own_lse = own_lse.unflatten(0, (b, -1)).transpose(1, 2).flatten(2, 3)
-        if shared:
-            other, other_lse = log_sum_exp_attention(qs, pick(k, shared), pick(v, shared))
-            weight = torch.sigmoid(own_lse.float() - other_lse.float())[..., None]
-            own = (own * weight + other * (1 - weight)).to(q.dtype)
-        put(others, own)
-    if shared:
-        put(shared, F.scaled_dot_product_attention(pick(q, shared), k, v))
-    return out
-
-
 # name, frames, rows, columns, text, heads timed, head dimension, reference frames, the paper's speed-ups
 SHAPES = [
     ("OSP 29f 720p", 8, 45, 80, 0, 24, 96, (2, 1, 3, 4), {4: 1.25, 3: 1.46, 2: 1.86, 1: 2.83}),
@@ -229,8 +188,6 @@ TINY = [("tiny", 4, 6, 8, 3, 2, 64, (1,), {})]
 
 def attention() -> None:
     """Every lowering on the papers' shapes; first one mask of every shape, then the others."""
-    from vdcache.attention import autotune  # noqa: F401  (registers flex and triton)
-
     shapes = TINY if ARGS.tiny else SHAPES
     rounds = [(shape, i) for i in range(4) for shape in shapes if i < len(shape[7])]
     for shape, i in rounds:
@@ -261,7 +218,6 @@ def attention_of(shape: tuple, k: int, first: bool) -> None:
                     return F.scaled_dot_product_attention(q, kk, v)
 
             ways[f"dense {b.name.split('_')[0].lower()}"] = with_backend
-    ways["merged"] = lambda: merged(q, kk, v, on)
     for low in LOWERINGS:
         if _can(low, on, DEV) and low != "masked" and (first or low != "flex" or left() > 60):
             ways[low] = lambda low=low: LOWERINGS[low](q, kk, v, on, None, None)

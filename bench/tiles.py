@@ -11,6 +11,7 @@ and 7), thresholds, and both with a cache. Quality is against the dense 30 steps
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,12 +19,15 @@ from statistics import mean, median, stdev
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import vdcache
 from bench.common import Bench, arguments, timed, wan
 from bench.profilingdit import generate, psnr_of
 from vdcache.attention.autotune import measure
+from vdcache.attention.merged import why_not_merged
+from vdcache.attention.timing import seconds_of
 from vdcache.demo.data import random_conditions
 from vdcache.demo.sampler import sample
 from vdcache.demo.weights import load_model
@@ -117,13 +121,25 @@ def one(
     bench.row(
         case, found.of_ideal, "of ideal", must, speedup=found.speedup, ideal=1 / on.density, density=on.density, lowering=found.lowering,
         ms={name: 1e3 * s for name, s in found.seconds.items()}, paper=paper, mask=mask, frames=grid[0], tokens=on.tokens, heads=heads, head_dim=dim,
-        batch=batch, dtype=str(dtype), largest_error=error,
+        batch=batch, dtype=str(dtype), largest_error=error, side_by_side=side_by_side(q, k, v, on),
     )  # fmt: skip
+
+
+def side_by_side(q: Tensor, k: Tensor, v: Tensor, on: Any) -> dict[str, float]:
+    """Shares of the ideal by gather and merged, in one round: above, merged is only timed where gather leaves something to win."""
+    if why_not_merged(on):
+        return {}
+    names = ("gather", "merged")
+    runs = [functools.partial(lowered(on, n), q, k, v) for n in ("dense", *names)]
+    dense, *own = seconds_of(runs, q.device)
+    return {n: dense / s * on.density for n, s in zip(names, own, strict=True)}
 
 
 def lowered(on: Any, name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     from vdcache.attention.tiles import LOWERINGS
 
+    if name == "dense":
+        return F.scaled_dot_product_attention
     return lambda q, k, v: LOWERINGS[name](q, k, v, on, None, None)
 
 

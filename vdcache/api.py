@@ -61,7 +61,7 @@ def compile(
             the others if that can pay. Default: everything is compiled.
         strict: raise where vdcache would otherwise step aside with a warning.
         inductor: Inductor's own settings.
-        tiles: how attention under masks is computed: "auto" measures on this device, or "gather", "flex", "triton", "masked".
+        tiles: how attention under masks is computed: "auto" measures on this device, or "gather", "merged", "flex", "triton", "masked".
         outline: compile blocks that are equal up to weights once, and call them; False compiles every block on its own.
         search_share: how much the search of `vdcache-auto` may add to one generation, as a share of an uncached one (but one step at
             least). `math.inf` searches all at once, when the first generation ends.

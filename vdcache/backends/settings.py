@@ -34,7 +34,7 @@ class Settings:
         strict: what vdcache does not understand is an error instead of a warning.
         inductor: Inductor's own settings, as torch.compile's `options` takes them.
         tiles: how attention under masks is computed: "auto" measures on this device (gathers under the eager inner compiler),
-            or "gather", "flex", "triton", "masked".
+            or "gather", "merged", "flex", "triton", "masked".
         outline: whether blocks that are equal up to weights are compiled once.
         search_share: how much `vdcache-auto` may add to one generation while it searches, as a share of an uncached one.
         session: the session of the model, where somebody else has made it.
