@@ -43,6 +43,7 @@ def compile(
     outline: bool = True,
     search_share: float = 0.1,
     generations: int | None = None,
+    cache_budget: int | str | None = None,
     hoist: bool | None = None,
     pipeline: Any = None,
     group: Any = None,
@@ -65,6 +66,9 @@ def compile(
         outline: compile blocks that are equal up to weights once, and call them; False compiles every block on its own.
         search_share: how much the search of `vdcache-auto` may add to one generation, as a share of an uncached one (but one step at
             least). `math.inf` searches all at once, when the first generation ends.
+        cache_budget: what cached values may take, in bytes or as text ("4GiB"). Where the recipe's would take more, fewer values a slot are kept, or
+            the last one alone, or nothing, and a warning says which. Default: what is free on a GPU, where values that do not fit go to main
+            memory; no bound elsewhere.
         hoist: hold what depends on the prompt or the timestep alone, instead of computing it in every step: exact, with any recipe. True or
             False; as the recipe says if not given (only `exact` does).
         pipeline: passes in place of the recipe's: a `Pipeline`, its text, or a sequence of passes.
@@ -94,6 +98,7 @@ def compile(
         "outline": outline,
         "search_share": search_share,
         "generations": generations,
+        "cache_budget": cache_budget,
         "hoist": hoist,
         "pipeline": pipeline,
         "group": group,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Hashable, Sequence
@@ -15,6 +16,7 @@ from vdcache.backends.eager import run_eagerly
 from vdcache.backends.guarded import GuardedGraph
 from vdcache.backends.inductor import CUDA_GRAPHS, Compiled, Context, asks_for_cuda_graphs, compile_own, no_autocast
 from vdcache.backends.lowering import lower_tiles, tile_sites
+from vdcache.backends.memory import CachePlan
 from vdcache.backends.settings import Settings
 from vdcache.errors import ConfigError, ContractError
 from vdcache.ir import dialect
@@ -231,27 +233,37 @@ class Variants:
     Args:
         guarded: the graph.
         settings: recipe and compiler.
+        keeps: which values are kept; as the recipe asks if not given.
+        compiler: of other variants of the same graph, which go on being compiled as these are.
 
     Raises:
         ConfigError: the recipe never reuses what it guards.
     """
 
-    def __init__(self, guarded: GuardedGraph, settings: Settings) -> None:
+    def __init__(
+        self,
+        guarded: GuardedGraph,
+        settings: Settings,
+        keeps: CachePlan | None = None,
+        compiler: VariantCompiler | None = None,
+    ) -> None:
         self._guarded, self._recipe = guarded, settings.recipe
+        self.predictor = settings.recipe.predictor if keeps is None else keeps.predictor
         lanes, mutations = lanes_io(guarded.module), len(guarded.captured.signature.mutations)
         self.lanes: LaneScope | None = None
         if lanes is not None:
             self.lanes = LaneScope(lanes.mode, lanes.group, (lanes.low, lanes.batch // 2), lanes.output - mutations)
         pair = () if lanes is None or lanes.pair_value is None else (lanes.pair_value,)
-        fakes = [n.meta.get("val") for n in graph_inputs(guarded.captured.graph.graph)]
-        self.compiler = VariantCompiler(settings, fakes, guarded.captured.signature.static, pair)
+        self.fakes = fakes = [n.meta.get("val") for n in graph_inputs(guarded.captured.graph.graph)]
+        self.compiler = compiler or VariantCompiler(settings, fakes, guarded.captured.signature.static, pair)
         self.head = None if guarded.head is None else Head(guarded.head, self.compiler)
         self.slots = tuple(str(n.args[1]) for n in dialect.cache_guards(guarded.body.graph))
-        self._groups = frozenset(map(group_of, self.slots))
+        caches = keeps is None or keeps.caches
+        self._groups = frozenset(map(group_of, self.slots)) if caches else frozenset()
         self._narrowed: dict[Plan, Plan] = {}
         self._made: dict[Plan, PlanVariant] = {}
         self._read: tuple[str, ...] = ()  # the slots that some plan reads: the others are not worth keeping
-        asked = settings.recipe.plans()
+        asked = settings.recipe.plans() if caches else (RECOMPUTE,)
         self.plans = tuple(dict.fromkeys(map(self.narrow, asked)))
         if self.slots and not any(self.plans) and (wanted := {g for p in asked for g in p.reuse}):
             raise ConfigError(
@@ -293,7 +305,7 @@ class Variants:
         guarded, recipe = self._guarded, self._recipe
         lanes = lanes_io(guarded.module)
         half = lanes is not None and lanes.mode == "batch" and lanes.group in plan.reuse
-        specialise = Specialise(reuse=plan.reuse, save=save, slots=self._read, predictor=recipe.predictor, observe=not half)
+        specialise = Specialise(reuse=plan.reuse, save=save, slots=self._read, predictor=self.predictor, observe=not half)
         given = recipe.pipeline.ensured | Specialise.requires
         graph, _ = Pipeline((specialise, DeadCode()), given=given).run(guarded.body)
         if half and lanes is not None and self.lanes is not None:
@@ -302,19 +314,25 @@ class Variants:
         io = variant_io(graph)
         frames: dict[str, Any] = {str(n.args[1]): n.args[4] for n in dialect.observations(guarded.body.graph)}
         layouts = tuple(MetricSpec(slot, distance, strides, frames[slot]) for slot, distance, strides in io.measures)
-        numbers = tuple((group, numbers_of(predictor_of(recipe.predictor, group))) for group in io.numbers)
+        numbers = tuple((group, numbers_of(predictor_of(self.predictor, group))) for group in io.numbers)
         needs = VariantInputs(io.reads, io.before, layouts, numbers, tuple(dict.fromkeys(map(group_of, io.saves))), io.reused)
         carried = self.head.io.carried_values if self.head is not None else ()
         return PlanVariant(graph, needs, self.compiler, carried)
 
     # ---- what they cost ------------------------------------------------------------------------------------------
 
-    def cache_bytes(self) -> int | None:
-        """Bytes kept for one lane, known before the first run; None where sizes are symbols."""
+    def cache_bytes(self, inputs: Sequence[Any] | None = None) -> int | None:
+        """Bytes kept for one lane, known before the first run; None where sizes are symbols.
+
+        Args:
+            inputs: of a call, which tell what symbols stand for.
+        """
         kept = {name: v for p in self.plans for name, v in zip(self[p].io.reads, self[p].io.read_values, strict=True)}
         values = [*kept.values(), *self.recompute.io.previous_values, *(self.head.added if self.head is not None else ())]
         if any(isinstance(s, torch.SymInt) for v in values for s in v.shape):
-            return None
+            if inputs is None:
+                return None
+            return sum(math.prod(self.compiler.bindings.shape(v, inputs)) * v.element_size() for v in values)
         return sum(v.numel() * v.element_size() for v in values)
 
     def flops(self, plan: Plan) -> int:

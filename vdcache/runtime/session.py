@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -301,6 +301,11 @@ class Session:
         """A call raised: what it was to compute is not there, so nothing older counts for it."""
         self._computed.drop_values()
 
+    def forget(self, keys: Iterable[CallKey]) -> None:
+        """What some calls keep: it is kept otherwise from here on, so the next of each is computed."""
+        for key in keys:
+            self._computed.drop(key)
+
     def emit(self, graph: CompiledGraph, values: dict[str, Tensor]) -> None:
         """A graph hands out what it emits; the listeners are given it when the model has returned."""
         if self.listeners:
@@ -501,10 +506,13 @@ class Session:
             self._pair.returned(graph.lanes, call, inputs, results)
         self._forward.made(graph, key, results)
         if call.keep:
+            fits = True
             if saved or observed or graph.probes:
                 kept = {**saved, **observed, **_probed(call)}
-                self.store.put(key, list(kept), list(kept.values()), [*inputs, *results], call.rows)
-            if call.rows is not None and graph.goes_by_steps(call.needs.computes):
+                fits = self.store.put(key, list(kept), list(kept.values()), [*inputs, *results], call.rows)
+            if not fits:
+                self._computed.drop(key)
+            elif call.rows is not None and graph.goes_by_steps(call.needs.computes):
                 # One half is of this step now and the other is not, and a predictor takes one place for both.
                 self._computed.drop(key)
             elif call.needs.computes:

@@ -1,0 +1,50 @@
+"""Sizes of blocks that the Triton kernel is tuned over, by architecture: none of them spills registers.
+
+Which ones was found by compiling ahead of time (`bench/kernels.py`, whose rows a test holds against these lists): what spills is
+slower than the next smaller block, and is left out. An architecture without lists of its own takes those of the next older one.
+"""
+
+from __future__ import annotations
+
+__all__ = ["CONFIGS", "FLOAT", "Config", "configs_for"]
+
+Config = tuple[int, int, int, int]  # queries and keys of a block, warps, stages
+
+_SMALL: tuple[Config, ...] = ((32, 64, 4, 2), (16, 64, 4, 3))
+_NARROW: tuple[Config, ...] = ((128, 64, 8, 2), (64, 64, 4, 3), (32, 64, 4, 3), (16, 64, 4, 3))
+_HOPPER: tuple[Config, ...] = ((128, 64, 8, 3), (64, 64, 4, 3), (32, 64, 4, 3), (16, 64, 4, 3))
+# By compute capability, whether the head dimension is above 64, and whether there is a bias of keys.
+CONFIGS: dict[tuple[int, bool, bool], tuple[Config, ...]] = {
+    (80, False, False): _NARROW,
+    (80, False, True): _NARROW,
+    (80, True, False): ((64, 32, 8, 2), *_SMALL),
+    (80, True, True): _SMALL,
+    (89, False, False): _NARROW,
+    (89, False, True): _NARROW,
+    (89, True, False): ((128, 32, 8, 2), (64, 32, 8, 2), *_SMALL),
+    (89, True, True): _SMALL,
+    (90, False, False): ((128, 128, 8, 2), *_HOPPER),
+    (90, False, True): ((128, 128, 8, 2), *_HOPPER),
+    (90, True, False): _HOPPER,
+    (90, True, True): _HOPPER,
+    (100, False, False): _HOPPER,
+    (100, False, True): _HOPPER,
+    (100, True, False): _HOPPER,
+    (100, True, True): _HOPPER,
+}
+FLOAT: tuple[Config, ...] = ((32, 16, 8, 2), (16, 16, 4, 2))  # without tensor cores, whose operands fill the registers
+
+
+def configs_for(capability: int, head_dim: int, biased: bool, longest: int) -> list[Config]:
+    """The configurations worth a try in 16-bit floats, with blocks of queries no longer than the lists of queries are.
+
+    Args:
+        capability: of the device, 90 for 9.0.
+        head_dim: 128 at most.
+        biased: whether there is a bias of keys.
+        longest: queries of a list, as a power of two from 16 on.
+    """
+    arch = max((a for a, *_ in CONFIGS if a <= capability), default=min(CONFIGS)[0])
+    own = CONFIGS[arch, head_dim > 64, biased]
+    largest = max((c[0] for c in own if c[0] <= longest), default=min(c[0] for c in own))
+    return [c for c in own if min(largest, 64) <= c[0] <= longest] or [min(own)]
