@@ -41,7 +41,7 @@ FORMS = {
     (True, False): (("bf16", 96, "none"), ("bf16", 72, "none"), ("bf16", 128, "none")),
     (True, True): (("bf16", 96, "added"), ("bf16", 96, "bool"), ("bf16", 128, "added")),
 }
-FLOAT_CANDIDATES: tuple[Config, ...] = ((32, 32, 8, 2), (16, 32, 4, 2))
+FLOAT_CANDIDATES: tuple[Config, ...] = ((32, 32, 8, 2), (32, 16, 8, 2), (16, 32, 4, 2), (16, 16, 4, 2))
 FLOATS = (("fp32", 128, "added"), ("fp32", 128, "none"), ("fp32", 64, "added"))
 
 
@@ -103,7 +103,9 @@ def wanted() -> Iterator[tuple[int, Config, tuple[tuple[str, int, str], ...], bo
 
 def main() -> None:
     args = arguments(
-        __doc__, lambda p: p.add_argument("--arch", type=int, nargs="*", default=list(CANDIDATES), choices=list(CANDIDATES))
+        __doc__,
+        lambda p: p.add_argument("--arch", type=int, nargs="*", default=list(CANDIDATES), choices=list(CANDIDATES)),
+        lambda p: p.add_argument("--listed", action="store_true", help="what is listed alone"),
     )
     if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET"):
         raise SystemExit("bench.kernels needs Triton, and TRITON_INTERPRET must not be set")
@@ -117,6 +119,8 @@ def main() -> None:
         known = {(r["arch"], r["case"]): r for r in rows if r["triton"] == triton.__version__}
         bench.rows += [r for r in rows if r["triton"] != triton.__version__]
     for arch, config, forms, listed in wanted():
+        if args.listed and not listed:
+            continue
         for dtype, d, bias in forms:
             case = f"sm_{arch}, {dtype}, D={d}, bias {bias}: {'×'.join(map(str, config[:2]))}, {config[2]} warps, {config[3]} stages"
             if (old := known.get((arch, case))) is not None:

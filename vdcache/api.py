@@ -44,6 +44,7 @@ def compile(
     search_share: float = 0.1,
     generations: int | None = None,
     cache_budget: int | str | None = None,
+    cuda_graphs: bool = False,
     hoist: bool | None = None,
     pipeline: Any = None,
     group: Any = None,
@@ -69,6 +70,8 @@ def compile(
         cache_budget: what cached values may take, in bytes or as text ("4GiB"). Where the recipe's would take more, fewer values a slot are kept, or
             the last one alone, or nothing, and a warning says which. Default: what is free on a GPU, where values that do not fit go to main
             memory; no bound elsewhere.
+        cuda_graphs: have Inductor record the compiled graphs as CUDA graphs, and copy what they return. An experiment: it was tested with
+            simulated replays, and has not run on a GPU.
         hoist: hold what depends on the prompt or the timestep alone, instead of computing it in every step: exact, with any recipe. True or
             False; as the recipe says if not given (only `exact` does).
         pipeline: passes in place of the recipe's: a `Pipeline`, its text, or a sequence of passes.
@@ -99,6 +102,7 @@ def compile(
         "search_share": search_share,
         "generations": generations,
         "cache_budget": cache_budget,
+        "cuda_graphs": cuda_graphs,
         "hoist": hoist,
         "pipeline": pipeline,
         "group": group,
@@ -160,8 +164,8 @@ def settings_of(options: Mapping[str, Any] | None) -> Settings:
         raise ConfigError(f"inductor is a dict of Inductor's settings, as {{'max_autotune': True}} is; got {inductor!r}")
     if inductor.get(CUDA_GRAPHS):
         raise ConfigError(
-            f"inductor={{{CUDA_GRAPHS!r}: True}} asks for CUDA graphs, which vdcache does not support yet: a replay overwrites what earlier "
-            "steps cached. Leave it out; mode='max-autotune' tunes kernels without CUDA graphs"
+            f"inductor={{{CUDA_GRAPHS!r}: True}} asks for CUDA graphs, whose replays overwrite what earlier steps cached. Leave it out; "
+            "cuda_graphs=True records them and copies what they return, mode='max-autotune' tunes kernels without CUDA graphs"
         )
     chosen = for_goal(options.pop("recipe", None), options.pop("speedup", None), options.pop("quality_db", None))
     if (passes := options.pop("pipeline", None)) is not None:

@@ -13,6 +13,8 @@ Config = tuple[int, int, int, int]  # queries and keys of a block, warps, stages
 _SMALL: tuple[Config, ...] = ((32, 64, 4, 2), (16, 64, 4, 3))
 _NARROW: tuple[Config, ...] = ((128, 64, 8, 2), (64, 64, 4, 3), (32, 64, 4, 3), (16, 64, 4, 3))
 _HOPPER: tuple[Config, ...] = ((128, 64, 8, 3), (64, 64, 4, 3), (32, 64, 4, 3), (16, 64, 4, 3))
+_WIDE: tuple[Config, ...] = ((128, 64, 8, 3), (64, 64, 8, 2), (64, 64, 4, 3), (16, 64, 4, 3))
+_WIDE_BIASED: tuple[Config, ...] = ((128, 64, 8, 3), (64, 64, 8, 2), (16, 64, 4, 2))
 # By compute capability, whether the head dimension is above 64, and whether there is a bias of keys.
 CONFIGS: dict[tuple[int, bool, bool], tuple[Config, ...]] = {
     (80, False, False): _NARROW,
@@ -25,14 +27,14 @@ CONFIGS: dict[tuple[int, bool, bool], tuple[Config, ...]] = {
     (89, True, True): _SMALL,
     (90, False, False): ((128, 128, 8, 2), *_HOPPER),
     (90, False, True): ((128, 128, 8, 2), *_HOPPER),
-    (90, True, False): _HOPPER,
-    (90, True, True): _HOPPER,
+    (90, True, False): _WIDE,
+    (90, True, True): _WIDE_BIASED,
     (100, False, False): _HOPPER,
     (100, False, True): _HOPPER,
-    (100, True, False): _HOPPER,
-    (100, True, True): _HOPPER,
+    (100, True, False): _WIDE,
+    (100, True, True): _WIDE_BIASED,
 }
-FLOAT: tuple[Config, ...] = ((32, 16, 8, 2), (16, 16, 4, 2))  # without tensor cores, whose operands fill the registers
+FLOAT: tuple[Config, ...] = ((16, 16, 8, 2),)  # without tensor cores, whose operands fill the registers
 
 
 def configs_for(capability: int, head_dim: int, biased: bool, longest: int) -> list[Config]:

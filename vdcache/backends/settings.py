@@ -39,6 +39,7 @@ class Settings:
         outline: whether blocks that are equal up to weights are compiled once.
         search_share: how much `vdcache-auto` may add to one generation while it searches, as a share of an uncached one.
         cache_budget: bytes that cached values may take, or a text such as "4GiB"; None for what is free on a GPU, and no bound elsewhere.
+        cuda_graphs: whether Inductor records the compiled graphs as CUDA graphs, whose results are copied.
         session: the session of the model, where somebody else has made it.
         make_session: makes one; a plain session that follows the recipe's policy without.
         ranks: finds who runs a model together with this process; nobody without.
@@ -57,6 +58,7 @@ class Settings:
     search_share: float = 0.1
     generations: int | None = None
     cache_budget: int | str | None = None
+    cuda_graphs: bool = False
     session: Session | None = field(default=None, compare=False)
     make_session: Callable[[Settings], Session] | None = field(default=None, compare=False)
     ranks: AgreementFinder | None = None
@@ -78,6 +80,8 @@ class Settings:
                 raise ConfigError(f"generations tells inner='auto' whether compiling pays; got inner={self.inner!r}")
         check_lowering(self.tiles)
         _check_inductor(dict(self.inductor))
+        if not isinstance(self.cuda_graphs, bool):
+            raise ConfigError(f"cuda_graphs is True or False; got {self.cuda_graphs!r}")
         if not isinstance(self.outline, bool):
             raise ConfigError(f"outline is True or False; got {self.outline!r}")
         if not number(self.search_share, "search_share is a number") > 0:

@@ -14,7 +14,16 @@ from torch import Tensor, fx
 from vdcache.attention.autotune import TuningResult
 from vdcache.backends.eager import run_eagerly
 from vdcache.backends.guarded import GuardedGraph
-from vdcache.backends.inductor import CUDA_GRAPHS, Compiled, Context, asks_for_cuda_graphs, compile_own, no_autocast
+from vdcache.backends.inductor import (
+    CUDA_GRAPHS,
+    Compiled,
+    Context,
+    asks_for_cuda_graphs,
+    compile_own,
+    no_autocast,
+    on_one_device,
+    out_of_pool,
+)
 from vdcache.backends.lowering import lower_tiles, tile_sites
 from vdcache.backends.memory import CachePlan
 from vdcache.backends.settings import Settings
@@ -72,26 +81,34 @@ class VariantCompiler:
         if self.eager:
             return run_eagerly(own)
         options = dict(settings.inductor)
-        if asks_for_cuda_graphs(options):
+        if settings.cuda_graphs:
+            options[CUDA_GRAPHS], inputs = True, on_one_device(inputs)
+        elif asks_for_cuda_graphs(options):
             options[CUDA_GRAPHS] = False
             settings.log_once(
                 "cuda graphs",
                 "vdcache: cached graphs are compiled without CUDA graphs, because a replay overwrites what earlier steps cached; "
-                "everything else that you asked Inductor for is done",
+                "everything else that you asked Inductor for is done. cuda_graphs=True has every result copied",
             )
         with no_autocast():
-            if settings.outline and Outline().run(own).rewrites:
-                try:
-                    return compile_own(own, inputs, options, self._static)
-                except Exception as error:
-                    if is_control_flow(error):
-                        raise
-                    settings.log_once(
-                        "outline",
-                        f"vdcache: Inductor takes no calls of repeated blocks ({first_line(error)}), so every block is compiled on its own",
-                    )
-                    own = self._lowered(graph)
-            return compile_own(own, inputs, options, self._static)
+            run = self._compiled(graph, own, inputs, options)
+        return out_of_pool(run) if settings.cuda_graphs else run
+
+    def _compiled(self, graph: fx.GraphModule, own: fx.GraphModule, inputs: Sequence[Any], options: dict[str, Any]) -> Compiled:
+        """Compile `own`, the lowered copy of `graph`, which is used up."""
+        settings = self._settings
+        if settings.outline and Outline().run(own).rewrites:
+            try:
+                return compile_own(own, inputs, options, self._static)
+            except Exception as error:
+                if is_control_flow(error):
+                    raise
+                settings.log_once(
+                    "outline",
+                    f"vdcache: Inductor takes no calls of repeated blocks ({first_line(error)}), so every block is compiled on its own",
+                )
+                own = self._lowered(graph)
+        return compile_own(own, inputs, options, self._static)
 
     def _lowered(self, graph: fx.GraphModule) -> fx.GraphModule:
         """What the inner compiler is given: a copy, where masks are lowered in it or Inductor takes possession of it."""
