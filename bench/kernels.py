@@ -97,8 +97,8 @@ def wanted() -> Iterator[tuple[int, Config, tuple[tuple[str, int, str], ...], bo
             listed = CONFIGS[arch, wide, biased]
             for config in dict.fromkeys((*listed, *both[wide])):
                 yield arch, config, forms, config in listed
-        for config in dict.fromkeys((*FLOAT, *FLOAT_CANDIDATES)):
-            yield arch, config, FLOATS, config in FLOAT
+        for config in dict.fromkeys((*FLOAT[arch], *FLOAT_CANDIDATES)):
+            yield arch, config, FLOATS, config in FLOAT[arch]
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ import triton.language as tl
 from triton import knobs
 from triton.runtime.errors import InterpreterError
 
-from vdcache.attention.kernel_configs import CONFIGS, FLOAT, Config, configs_for
+from vdcache.attention.kernel_configs import CONFIGS, Config, configs_for, float_configs
 
 __all__ = ["CHUNK", "INTERPRETED", "ROWS", "can_loop", "interpreted", "kernel"]
 
@@ -176,15 +176,14 @@ def _config(rows: int, keys: int, warps: int, stages: int) -> triton.Config:
 
 
 _HALF = [_config(*sizes) for sizes in dict.fromkeys(itertools.chain(*CONFIGS.values()))]
-_FLOAT = [_config(*sizes) for sizes in FLOAT]
 
 
 def _fitting(configs: Sequence[triton.Config], named: Mapping[str, Any], **more: Any) -> list[triton.Config]:
     """The configurations worth a try: those of the dtype, the device and the head dimension, with blocks that fit the lists."""
     query = named["query"]
-    if query.element_size() == 4:
-        return _FLOAT
     major, minor = torch.cuda.get_device_capability(query.device)
+    if query.element_size() == 4:
+        return [_config(*sizes) for sizes in float_configs(10 * major + minor)]
     longest = min(max(named["queries_each"], 16), ROWS)
     wanted = configs_for(10 * major + minor, query.shape[3], named["bias"] is not None, longest)
     return [c for c in configs if _sizes(c) in wanted] or [_config(*sizes) for sizes in wanted]

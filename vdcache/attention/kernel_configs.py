@@ -6,7 +6,7 @@ slower than the next smaller block, and is left out. An architecture without lis
 
 from __future__ import annotations
 
-__all__ = ["CONFIGS", "FLOAT", "Config", "configs_for"]
+__all__ = ["CONFIGS", "FLOAT", "Config", "configs_for", "float_configs"]
 
 Config = tuple[int, int, int, int]  # queries and keys of a block, warps, stages
 
@@ -23,10 +23,10 @@ CONFIGS: dict[tuple[int, bool, bool], tuple[Config, ...]] = {
     (80, True, True): _SMALL,
     (89, False, False): _NARROW,
     (89, False, True): _NARROW,
-    (89, True, False): ((128, 32, 8, 2), (64, 32, 8, 2), *_SMALL),
+    (89, True, False): _SMALL,
     (89, True, True): _SMALL,
     (90, False, False): ((128, 128, 8, 2), *_HOPPER),
-    (90, False, True): ((128, 128, 8, 2), *_HOPPER),
+    (90, False, True): ((128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 3), (32, 64, 4, 3), (16, 64, 4, 2)),
     (90, True, False): _WIDE,
     (90, True, True): _WIDE_BIASED,
     (100, False, False): _HOPPER,
@@ -34,7 +34,22 @@ CONFIGS: dict[tuple[int, bool, bool], tuple[Config, ...]] = {
     (100, True, False): _WIDE,
     (100, True, True): _WIDE_BIASED,
 }
-FLOAT: tuple[Config, ...] = ((16, 16, 8, 2),)  # without tensor cores, whose operands fill the registers
+# In float32, without tensor cores, whose operands fill the registers.
+FLOAT: dict[int, tuple[Config, ...]] = {
+    80: ((16, 16, 8, 2),),
+    89: ((16, 16, 4, 2),),
+    90: ((16, 16, 8, 2),),
+    100: ((32, 16, 8, 2), (16, 16, 4, 2)),
+}
+
+
+def float_configs(capability: int) -> tuple[Config, ...]:
+    """The configurations for float32 on a device, 90 for capability 9.0."""
+    return FLOAT[_arch(capability)]
+
+
+def _arch(capability: int) -> int:
+    return max((a for a in FLOAT if a <= capability), default=min(FLOAT))
 
 
 def configs_for(capability: int, head_dim: int, biased: bool, longest: int) -> list[Config]:
@@ -46,7 +61,6 @@ def configs_for(capability: int, head_dim: int, biased: bool, longest: int) -> l
         biased: whether there is a bias of keys.
         longest: queries of a list, as a power of two from 16 on.
     """
-    arch = max((a for a, *_ in CONFIGS if a <= capability), default=min(CONFIGS)[0])
-    own = CONFIGS[arch, head_dim > 64, biased]
+    own = CONFIGS[_arch(capability), head_dim > 64, biased]
     largest = max((c[0] for c in own if c[0] <= longest), default=min(c[0] for c in own))
     return [c for c in own if min(largest, 64) <= c[0] <= longest] or [min(own)]
