@@ -431,8 +431,8 @@ BUGS = (
     _runtime(
         "a step that raises keeps what was there",
         "session",
-        "        self._computed.drop_values()\n\n    def emit",
-        "        pass\n\n    def emit",
+        "        self._computed.drop_values()\n\n    def forget",
+        "        pass\n\n    def forget",
     ),
     _runtime(
         "the length of the last run taken for every one",
