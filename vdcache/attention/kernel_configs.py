@@ -30,7 +30,7 @@ CONFIGS: dict[tuple[int, bool, bool], tuple[Config, ...]] = {
     (90, True, False): _WIDE,
     (90, True, True): _WIDE_BIASED,
     (100, False, False): _HOPPER,
-    (100, False, True): _HOPPER,
+    (100, False, True): ((128, 64, 8, 3), (64, 64, 4, 3), (32, 64, 4, 3), (16, 64, 4, 2)),
     (100, True, False): _WIDE,
     (100, True, True): _WIDE_BIASED,
 }
