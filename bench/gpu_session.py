@@ -1,6 +1,6 @@
 """What does vdcache do on a GPU? One run of a few minutes, the most decisive rows first, written as JSON lines at once.
 
-On a GPU:    python -m bench.gpu_session --out rows            (300 s; every section's decisive rows)
+On a GPU:    python -m bench.gpu_session --out rows            (340 s; every section's decisive rows)
              python -m bench.gpu_session --out rows --only attention
 Without one: python -m bench.gpu_session --out rows --tiny     (finds bugs of this script; its numbers mean nothing)
 
@@ -122,17 +122,32 @@ def made(on, heads: int, d: int, dtype=torch.bfloat16, kv: int | None = None) ->
 
 
 def few_configs() -> None:
-    """Two configurations instead of ten: the rest spill or never win (compiled ahead of time), and each costs seconds."""
+    """Two configurations instead of all: the rest never win, and each costs seconds."""
     from vdcache.attention import block_sparse as bs
 
     if not bs.interpreted:
-        bs.kernel.configs = [bs._config(128, 128, 8, 2), bs._config(128, 64, 8, 3)]
+        bs.kernel.configs = [bs._config(128, 64, 8, 3), bs._config(64, 64, 8, 2)]
 
 
 def kernel_is_right() -> None:
+    from vdcache.attention.merged import dense_kernel, merged, why_not_merged
     from vdcache.attention.tiles import gather, tiled
     from vdcache.attention.triton import available, triton_attention
 
+    for d in (64,) if ARGS.tiny else (64, 72, 96, 128):
+        for dtype in (torch.float32,) if ARGS.tiny else (torch.bfloat16, torch.float32):
+            on = tiled("frames:2", (4, 6, 8) if ARGS.tiny else (8, 30, 45), 0, 5)
+            q, k, v = made(on, 4, d, dtype)
+            assert not why_not_merged(on)
+            exact = gather(q.double(), k.double(), v.double(), on, None, None)
+            own, plain = (
+                (x.double() - exact).norm() / exact.norm()
+                for x in (merged(q, k, v, on, None, None), gather(q, k, v, on, None, None))
+            )
+            row(
+                "correct", f"merged D={d} {dtype}", error=float(own), gather_error=float(plain),
+                ok=bool(own <= 1.5 * plain + 1e-5), kernel=str(dense_kernel(DEV, dtype, d).args),
+            )  # fmt: skip
     if not available(DEV):
         return row("correct", "triton", skipped="no CUDA")
     for mask, grid, text, heads, kv, d in (
@@ -160,62 +175,6 @@ def kernel_is_right() -> None:
 # ---- C. attention: every lowering on the shapes of the papers --------------------------------------------------------
 
 
-def log_sum_exp_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Dense attention and the natural log-sum-exp of each row's scores, by the fastest kernel that gives both."""
-    if not CUDA:
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[:2]
-    try:
-        out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, False, False)[:2]
-        return out, lse.reshape(q.shape[:3])
-    except RuntimeError:
-        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False)[:2]
-
-
-def merged(q: Tensor, k: Tensor, v: Tensor, on) -> Tensor:
-    """frames:k as two dense calls: frames attend to themselves, and to the reference frames and the text; merged by log-sum-exp.
-
-    Queries of reference frames and of text attend to everything, in a third call.
-    """
-    f, n = on.grid[0], on.size
-    refs = on.mask.reference_frames(f)
-    b = q.shape[0]
-
-    def tokens(frame: int) -> tuple[int, int]:
-        return on.before + frame * n, on.before + (frame + 1) * n
-
-    text = [(0, on.before), (on.before + on.video, on.tokens)]
-    shared = [p for p in (*map(tokens, refs), *text) if p[1] > p[0]]
-    others = [tokens(i) for i in range(f) if i not in refs]
-
-    def pick(x: Tensor, places: list[tuple[int, int]]) -> Tensor:
-        return torch.cat([x[:, :, s:e] for s, e in places], 2)
-
-    def frames(x: Tensor) -> Tensor:  # [B, H, G n, D] as [B G, H, n, D], a view where B is 1
-        return x.unflatten(2, (-1, n)).transpose(1, 2).flatten(0, 1)
-
-    out = torch.empty_like(q)
-
-    def put(places: list[tuple[int, int]], values: Tensor) -> None:
-        at = 0
-        for s, e in places:
-            out[:, :, s:e] = values[:, :, at : at + e - s]
-            at += e - s
-
-    if others:
-        qs = pick(q, others)
-        own, own_lse = log_sum_exp_attention(frames(qs), frames(pick(k, others)), frames(pick(v, others)))
-        own = own.unflatten(0, (b, -1)).transpose(1, 2).flatten(2, 3)
-        own_lse = own_lse.unflatten(0, (b, -1)).transpose(1, 2).flatten(2, 3)
-        if shared:
-            other, other_lse = log_sum_exp_attention(qs, pick(k, shared), pick(v, shared))
-            weight = torch.sigmoid(own_lse.float() - other_lse.float())[..., None]
-            own = (own * weight + other * (1 - weight)).to(q.dtype)
-        put(others, own)
-    if shared:
-        put(shared, F.scaled_dot_product_attention(pick(q, shared), k, v))
-    return out
-
-
 # name, frames, rows, columns, text, heads timed, head dimension, reference frames, the paper's speed-ups
 SHAPES = [
     ("OSP 29f 720p", 8, 45, 80, 0, 24, 96, (2, 1, 3, 4), {4: 1.25, 3: 1.46, 2: 1.86, 1: 2.83}),
@@ -229,8 +188,6 @@ TINY = [("tiny", 4, 6, 8, 3, 2, 64, (1,), {})]
 
 def attention() -> None:
     """Every lowering on the papers' shapes; first one mask of every shape, then the others."""
-    from vdcache.attention import autotune  # noqa: F401  (registers flex and triton)
-
     shapes = TINY if ARGS.tiny else SHAPES
     rounds = [(shape, i) for i in range(4) for shape in shapes if i < len(shape[7])]
     for shape, i in rounds:
@@ -261,7 +218,6 @@ def attention_of(shape: tuple, k: int, first: bool) -> None:
                     return F.scaled_dot_product_attention(q, kk, v)
 
             ways[f"dense {b.name.split('_')[0].lower()}"] = with_backend
-    ways["merged"] = lambda: merged(q, kk, v, on)
     for low in LOWERINGS:
         if _can(low, on, DEV) and low != "masked" and (first or low != "flex" or left() > 60):
             ways[low] = lambda low=low: LOWERINGS[low](q, kk, v, on, None, None)
@@ -522,6 +478,100 @@ def graphs(name: str, cached, call) -> None:
         row("graphs", f"{name}: reusing variant", ms=plain, error=f"{type(error).__name__}: {str(error)[:200]}")
 
 
+# ---- D2. CUDA graphs by Inductor, and a cache that does not fit ------------------------------------------------------
+
+
+def small_model() -> tuple:
+    """A model that a call launches faster than the host can, its recipe, and its calls by step and lane."""
+    import vdcache
+    from vdcache.passes import MarkBranches, MergeSlots
+    from vdcache.policies import EveryN
+
+    blocks, w, heads, grid = (2, 64, 2, (2, 8, 8)) if ARGS.tiny else (6, 1536, 12, (5, 60, 104))
+    dtype = torch.float32 if ARGS.tiny else torch.bfloat16
+    torch.manual_seed(0)
+    with torch.no_grad(), torch.device(DEV):
+        net = WanLike(blocks, w, heads).to(dtype).eval().requires_grad_(False)
+    words = [torch.randn(1, 4 if ARGS.tiny else 256, w, device=DEV, dtype=dtype) for _ in range(2)]
+
+    def call(s: int, lane: int) -> tuple[Tensor, Tensor, Tensor]:
+        noise = torch.Generator(DEV).manual_seed(s)
+        return (
+            torch.randn(1, 16, *grid, device=DEV, dtype=dtype, generator=noise),
+            torch.tensor([1000 - 20 * s], device=DEV),
+            words[lane],
+        )
+
+    recipe = vdcache.Recipe("taylor1", EveryN(2), (MarkBranches(), MergeSlots()), predictor=vdcache.predictors.Taylor(1))
+    return net, recipe, call
+
+
+def generation(model, call, steps: int = 8) -> tuple[list[Tensor], float]:
+    """Results of two lanes in each step, all of them kept; milliseconds of a step."""
+    model.vdcache.begin(steps)
+    sync()
+    began, found = time.perf_counter(), []
+    with torch.no_grad():
+        for step in range(steps):
+            model.vdcache.step()
+            found += [model(*call(step, lane)) for lane in range(2)]
+    sync()
+    return found, 1e3 * (time.perf_counter() - began) / steps
+
+
+def replays() -> None:
+    """Variants as CUDA graphs: the same results, and what a step takes."""
+    import vdcache
+
+    net, recipe, call = small_model()
+    ways, inner = {"called": {}, "CUDA graphs": {"cuda_graphs": True}}, "eager" if ARGS.tiny else "inductor"
+    want = None
+    for name, options in ways.items():
+        torch._dynamo.reset()
+        model = vdcache.compile(net, recipe, num_steps=8, inner=inner, **options)
+        times = []
+        for _ in range(4):
+            found, each = generation(model, call)
+            times.append(each)
+        want = found if want is None else want
+        row(
+            "replays", name, ms=min(times), computed=len(model.vdcache.history.computed_steps()),
+            largest=max(float((a - b).abs().max()) for a, b in zip(found, want)), finite=all(bool(t.isfinite().all()) for t in found),
+        )  # fmt: skip
+
+
+def budget() -> None:
+    """What is kept where a cache does not fit: main memory gives the same results; peak memory and time of each choice."""
+    import vdcache
+    from vdcache.backends import memory
+    from vdcache.backends.memory import cache_plans
+
+    net, recipe, call = small_model()
+    plain = vdcache.compile(net, recipe, num_steps=8, inner="eager")
+    want, _ = generation(plain, call)
+    one = plain.vdcache.graphs[0].variants.cache_bytes()
+    for plan in cache_plans(recipe.predictor, cuda=CUDA):
+        torch._dynamo.reset()
+        limit = 2 * one if plan.predictor == recipe.predictor and not plan.on_host else one if plan.caches else 0
+        kept = memory._free_main_memory
+        if not plan.on_host:
+            memory._free_main_memory = lambda: 0
+        try:
+            model = vdcache.compile(net, recipe, num_steps=8, inner="eager", cache_budget=one if plan.on_host else limit)
+            generation(model, call)  # in which the lanes are counted
+            if CUDA:
+                torch.cuda.reset_peak_memory_stats()
+            found, each = generation(model, call)
+        finally:
+            memory._free_main_memory = kept
+        row(
+            "budget", plan.name, ms=each, limit_mib=limit / 2**20, store_mib=model.vdcache.store.peak_bytes / 2**20,
+            peak_gib=torch.cuda.max_memory_allocated() / 2**30 if CUDA else None,
+            computed=len(model.vdcache.history.computed_steps()),
+            largest=max(float((a - b).abs().max()) for a, b in zip(found, want)),
+        )  # fmt: skip
+
+
 # ---- E. what the host does -------------------------------------------------------------------------------------------
 
 
@@ -580,14 +630,14 @@ def tests() -> None:
 
 
 # name: seconds that a section may take, in the order in which they run
-SECTIONS = {machine: 15, kernel_is_right: 45, model: 95, attention: 80, host: 25, tests: 110}
+SECTIONS = {machine: 15, kernel_is_right: 45, model: 95, attention: 80, replays: 25, budget: 15, host: 25, tests: 110}
 
 
 def main() -> None:
     global ARGS, UNTIL
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default=os.environ.get("OUT", "."), help="folder that rows.jsonl is added to")
-    parser.add_argument("--budget", type=float, default=300, help="seconds in all")
+    parser.add_argument("--budget", type=float, default=340, help="seconds in all")
     parser.add_argument("--tiny", action="store_true", help="small sizes, for bugs of this script")
     parser.add_argument(
         "--only", nargs="*", choices=[s.__name__ for s in SECTIONS], help="sections; they share the whole budget"

@@ -442,8 +442,8 @@ BUGS = (
     _runtime(
         "a step that raises keeps what was there",
         "session",
-        "        self._computed.drop_values()\n\n    def emit",
-        "        pass\n\n    def emit",
+        "        self._computed.drop_values()\n\n    def forget",
+        "        pass\n\n    def forget",
     ),
     _runtime(
         "the length of the last run taken for every one",
@@ -507,14 +507,14 @@ BUGS = (
     _runtime(
         "values of the last generation kept",
         "computed_steps",
-        "        self.store.drop()\n        self._computed.clear()",
+        "        self._store.drop()\n        self._computed.clear()",
         "        self._computed.clear()",
     ),
     _runtime(
         "computed steps of the last generation counted",
         "computed_steps",
-        "        self.store.drop()\n        self._computed.clear()",
-        "        self.store.drop()",
+        "        self._store.drop()\n        self._computed.clear()",
+        "        self._store.drop()",
         "tests/runtime/test_computed_steps.py",
     ),
     Bug(

@@ -11,6 +11,7 @@ and 7), thresholds, and both with a cache. Quality is against the dense 30 steps
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,12 +19,15 @@ from statistics import mean, median, stdev
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import vdcache
 from bench.common import Bench, arguments, timed, wan
 from bench.profilingdit import generate, psnr_of
 from vdcache.attention.autotune import measure
+from vdcache.attention.merged import why_not_merged
+from vdcache.attention.timing import seconds_of
 from vdcache.demo.data import random_conditions
 from vdcache.demo.sampler import sample
 from vdcache.demo.weights import load_model
@@ -41,7 +45,10 @@ def main() -> None:
         __doc__,
         lambda p: p.add_argument("--videos", type=int, default=16),
         lambda p: p.add_argument(
-            "--only", nargs="*", default=["kernel", "model", "search"], choices=["kernel", "model", "search"]
+            "--only",
+            nargs="*",
+            default=["kernel", "merged", "model", "search"],
+            choices=["kernel", "merged", "model", "search"],
         ),
         lambda p: p.add_argument("--picture", type=Path, default=Path("docs/pictures/tiles.png")),
     )
@@ -50,6 +57,9 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if "kernel" in args.only:
         kernels(bench, device)
+        bench.write(args.json)
+    if "merged" in args.only:
+        kernels(bench, device, merged_beside_gather)
         bench.write(args.json)
     if "model" in args.only:
         whole_model(bench, device)
@@ -63,18 +73,29 @@ def main() -> None:
 # ---- the kernel ----------------------------------------------------------------------------------------------------
 
 
-def kernels(bench: Bench, device: str) -> None:
+def kernels(bench: Bench, device: str, row: Callable[..., None] | None = None) -> None:
+    row = row or one
     for frames, must in ((8, ">= 0.9"), (24, ">= 0.9")):
-        compare(bench, device, frames, tuple(PAPER[frames]), 384, 6, 64, must=must)
-    compare(bench, device, 13, tuple(PAPER[13]), 384, 6, 64, text=226, must=">= 0.9")
+        compare(row, bench, device, frames, tuple(PAPER[frames]), 384, 6, 64, must=must)
+    compare(row, bench, device, 13, tuple(PAPER[13]), 384, 6, 64, text=226, must=">= 0.9")
     for tokens in (390, 1350):
         for dtype in (torch.float32, torch.bfloat16):
             compare(
-                bench, device, 21, (1, 3, 7), tokens, 2 if device == "cpu" else 12, 64, batch=2, dtype=dtype, must=">= 0.85"
+                row,
+                bench,
+                device,
+                21,
+                (1, 3, 7),
+                tokens,
+                2 if device == "cpu" else 12,
+                64,
+                batch=2,
+                dtype=dtype,
+                must=">= 0.85",
             )
     if device == "cuda":  # 29 × 720p
         for head_dim, heads in ((72, 24), (128, 24)):
-            compare(bench, device, 8, (4, 3, 2, 1), 3600, heads, head_dim, dtype=torch.bfloat16, every=True)
+            compare(row, bench, device, 8, (4, 3, 2, 1), 3600, heads, head_dim, dtype=torch.bfloat16, every=True)
     # The other masks, where each tile is some rows of a frame.
     for mask, grid in (
         ("window:3x3x3:2x6x6", (8, 24, 24)),
@@ -83,18 +104,18 @@ def kernels(bench: Bench, device: str) -> None:
         ("stripes:8:8:2", (24, 24, 16)),
         ("diagonal:8:8", (24, 24, 16)),
     ):
-        one(bench, device, mask, grid, 6, 64, f"{mask} on {' × '.join(map(str, grid))}")
+        row(bench, device, mask, grid, 6, 64, f"{mask} on {' × '.join(map(str, grid))}")
 
 
 def compare(
-    bench: Bench, device: str, frames: int, ks: Sequence[int], tokens: int, heads: int, dim: int, *, text: int = 0, batch: int = 1,
+    row: Callable[..., None], bench: Bench, device: str, frames: int, ks: Sequence[int], tokens: int, heads: int, dim: int, *, text: int = 0, batch: int = 1,
     dtype: torch.dtype = torch.float32, must: str | None = None, every: bool = False,
 ) -> None:  # fmt: skip
     for k in ks:
         name = str(dtype).removeprefix("torch.")
         case = f"F={frames} k={k}, {tokens} tokens a frame{f', {text} of text' if text else ''}, batch {batch}, {name}"
         paper = PAPER.get(frames, {}).get(k)
-        one(bench, device, f"frames:{k}", (frames, tokens, 1), heads, dim, case, text=text, batch=batch, dtype=dtype, must=must,
+        row(bench, device, f"frames:{k}", (frames, tokens, 1), heads, dim, case, text=text, batch=batch, dtype=dtype, must=must,
             paper=paper, every=every)  # fmt: skip
 
 
@@ -121,9 +142,33 @@ def one(
     )  # fmt: skip
 
 
+def merged_beside_gather(
+    bench: Bench, device: str, mask: str, grid: tuple[int, int, int], heads: int, dim: int, case: str, *, text: int = 0, batch: int = 1,
+    dtype: torch.dtype = torch.float32, **_: Any,
+) -> None:  # fmt: skip
+    """Shares of the ideal by gather and merged, in one round: above, merged is only timed where gather leaves something to win."""
+    on = vdcache.attention.tiles.tiled(mask, grid, text, 0)
+    if why_not_merged(on):
+        return
+    q, k, v = (
+        torch.randn(batch, on.tokens, heads, dim, device=device, dtype=torch.float32).to(dtype).transpose(1, 2)
+        for _ in range(3)
+    )
+    names = ("gather", "merged")
+    dense, *own = seconds_of([functools.partial(lowered(on, n), q, k, v) for n in ("dense", *names)], q.device)
+    shares = {n: dense / s * on.density for n, s in zip(names, own, strict=True)}
+    got, want = (lowered(on, n)(q, k, v) for n in ("merged", "gather"))
+    bench.row(
+        f"{case}: merged", shares["merged"], "of ideal by merged", None, gather=shares["gather"], density=on.density, mask=mask,
+        differs=float((got.float() - want.float()).abs().max()), dtype=str(dtype), tokens=on.tokens,
+    )  # fmt: skip
+
+
 def lowered(on: Any, name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     from vdcache.attention.tiles import LOWERINGS
 
+    if name == "dense":
+        return F.scaled_dot_product_attention
     return lambda q, k, v: LOWERINGS[name](q, k, v, on, None, None)
 
 

@@ -43,6 +43,8 @@ def compile(
     outline: bool | str = "auto",
     search_share: float = 0.1,
     generations: int | None = None,
+    cache_budget: int | str | None = None,
+    cuda_graphs: bool = False,
     hoist: bool | None = None,
     pipeline: Any = None,
     group: Any = None,
@@ -61,11 +63,16 @@ def compile(
             if that can pay. Default: everything is compiled.
         strict: raise where vdcache would otherwise step aside with a warning.
         inductor: Inductor's own settings.
-        tiles: how attention under masks is computed: "auto" measures on this device, or "gather", "flex", "triton", "masked".
+        tiles: how attention under masks is computed: "auto" measures on this device, or "gather", "merged", "flex", "triton", "masked".
         outline: compile blocks that are equal up to weights once, and call them: True, False, or "auto", which leaves out blocks so small
             that a call would make them longer.
         search_share: the most that the search of `vdcache-auto` adds to one generation, as a share of an uncached one, in whole steps that are
             saved up over generations. `math.inf` searches all at once, when the first generation ends.
+        cache_budget: what cached values may take, in bytes or as text ("4GiB"). Where the recipe's would take more, fewer values a slot are kept, or
+            the last one alone, or nothing, and a warning says which. Default: what is free on a GPU, where values that do not fit go to main
+            memory; no bound elsewhere.
+        cuda_graphs: have Inductor record the compiled graphs as CUDA graphs, and copy what they return. An experiment: it was tested with
+            simulated replays, and has not run on a GPU.
         hoist: compute values that depend on the prompt or the timestep alone once, and keep them. Exact, with any recipe. Default: the recipe's
             own setting, True for `exact` alone.
         pipeline: passes in place of the recipe's: a `Pipeline`, its text, or a sequence of passes.
@@ -95,6 +102,8 @@ def compile(
         "outline": outline,
         "search_share": search_share,
         "generations": generations,
+        "cache_budget": cache_budget,
+        "cuda_graphs": cuda_graphs,
         "hoist": hoist,
         "pipeline": pipeline,
         "group": group,
@@ -156,8 +165,8 @@ def settings_of(options: Mapping[str, Any] | None) -> Settings:
         raise ConfigError(f"inductor is a dict of Inductor's settings, as {{'max_autotune': True}} is; got {inductor!r}")
     if inductor.get(CUDA_GRAPHS):
         raise ConfigError(
-            f"inductor={{{CUDA_GRAPHS!r}: True}} asks for CUDA graphs, which vdcache does not support yet: a replay overwrites what earlier "
-            "steps cached. Leave it out; mode='max-autotune' tunes kernels without CUDA graphs"
+            f"inductor={{{CUDA_GRAPHS!r}: True}} asks for CUDA graphs, whose replays overwrite what earlier steps cached. Leave it out; "
+            "cuda_graphs=True records them and copies what they return, mode='max-autotune' tunes kernels without CUDA graphs"
         )
     chosen = for_goal(options.pop("recipe", None), options.pop("speedup", None), options.pop("quality_db", None))
     if (passes := options.pop("pipeline", None)) is not None:

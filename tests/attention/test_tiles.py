@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import vdcache
-from tests.support.tile_masks import FORMS, Odd, bias_of, by_hand, cases, noise, tensors
+from tests.support.tile_masks import FORMS, Copies, Odd, bias_of, by_hand, cases, noise, tensors
 from vdcache.attention.flex import BLOCK, block_mask
 from vdcache.attention.masks import Dense, Diagonal, Frames, MultiDiagonal, Radial, Skip, Stripes, Window
 from vdcache.attention.tiles import TILE_ATTENTION, TileMask, gather, masked, tiled
@@ -104,28 +101,6 @@ def test_a_frame_whose_keys_the_bias_leaves_out_gives_zero(kind, lowering):
 
 
 # ---- what is copied --------------------------------------------------------------------------------------------------
-
-
-class Copies(TorchDispatchMode):
-    """Elements of every tensor that is written and is no result of attention, by the tensor that they come from."""
-
-    def __init__(self, **tensors):
-        super().__init__()
-        self.of = {t.untyped_storage().data_ptr(): name for name, t in tensors.items()}
-        self.alive, self.elements = list(tensors.values()), Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        flat = [a for x in args for a in (x if isinstance(x, (list, tuple)) else [x]) if isinstance(a, torch.Tensor)]
-        for made in (x for x in (out if isinstance(out, (list, tuple)) else [out]) if isinstance(x, torch.Tensor)):
-            place = made.untyped_storage().data_ptr()
-            if place not in {a.untyped_storage().data_ptr() for a in flat}:
-                attends = "attention" in func.name()
-                source = "result" if attends else self.of[flat[0].untyped_storage().data_ptr()]
-                self.of[place] = source
-                self.alive.append(made)
-                self.elements[source] += 0 if attends else made.numel()
-        return out
 
 
 @pytest.mark.parametrize("form", ["heads", "tokens"])

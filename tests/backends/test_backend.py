@@ -531,7 +531,8 @@ def test_a_model_without_branches_runs_plain_or_raises_when_strict():
         ({"recipee": "always"}, "did you mean 'recipe'"),
         ({"inductor": 3}, "inductor is a dict of Inductor's settings"),
         ({"inductor": {"max_autotun": True}}, "Inductor has no setting 'max_autotun'; did you mean 'max_autotune'"),
-        ({"inductor": {"triton.cudagraphs": True}}, "asks for CUDA graphs, which vdcache does not support yet"),
+        ({"inductor": {"triton.cudagraphs": True}}, "asks for CUDA graphs, whose replays overwrite .*cuda_graphs=True"),
+        ({"cuda_graphs": 1}, "cuda_graphs is True or False; got 1"),
     ],
 )
 def test_bad_options_are_refused_before_anything_runs(options, message):

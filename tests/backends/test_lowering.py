@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import textwrap
 import pytest
 import torch
 from hypothesis import given, settings
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vdcache
 from tests.support.block_lists import Stack, call
@@ -20,6 +22,7 @@ from vdcache.attention import autotune as choosing
 from vdcache.attention import flex
 from vdcache.attention.autotune import TuningResult, autotune, measure
 from vdcache.attention.masks import Frames, Skip, Window
+from vdcache.attention.merged import why_not_merged
 from vdcache.attention.tiles import LOWERINGS, TILE_ATTENTION, gather, tiled
 from vdcache.backends import lowering
 from vdcache.backends.lowering import lower_tiles, tile_sites
@@ -240,8 +243,6 @@ def test_the_folder_of_the_cache(tmp_path, monkeypatch, measured):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_measured_has_the_form_of_what_is_given(cache, measured, form, dtype):
     """Size, order in memory, dtype; of fake tensors too."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     given = (*operands(form, dtype, tokens=64), bias_of("bool", 1, 1, 64, None))
     with FakeTensorMode() as fake:
         given = tuple(map(fake.from_tensor, given))
@@ -262,7 +263,7 @@ def timed(monkeypatch, seconds):
         return [seconds[n] for n in names[: len(runs)]]
 
     out = [n for n in LOWERINGS if n not in seconds]
-    monkeypatch.setattr(choosing, "_time", time)
+    monkeypatch.setattr(choosing, "seconds_of", time)
     monkeypatch.setattr(choosing, "_can", lambda name, on, device: name not in out)
     return asked
 
@@ -291,7 +292,7 @@ def test_a_lowering_that_fails_is_not_chosen(monkeypatch):
 
 def test_what_takes_too_long_is_not_measured(cache, monkeypatch):
     monkeypatch.setattr(choosing, "LONGEST", 1)
-    monkeypatch.setattr(choosing, "_time", None)
+    monkeypatch.setattr(choosing, "seconds_of", None)
     found = autotune(*operands(), None, ON, None)
     assert found == TuningResult("gather", {}, ON.density) and found.speedup == 1.0 and not cache.exists()
 
@@ -394,6 +395,38 @@ def test_what_stays_one_operation(name, expand, mask):
     torch.testing.assert_close(graph(*GIVEN)[0], want, rtol=1e-5, atol=1e-6)
 
 
+@given(cases())
+@settings(deadline=None, max_examples=examples(25, 10))
+@torch.no_grad()
+def test_what_is_merged_becomes_dense_calls_that_give_the_same(case):
+    q, k, v, on, scale, _ = tensors(case, torch.float32)
+    if q.shape[1] != k.shape[1] or why_not_merged(on):
+        return
+    graph, given = graph_of(q, k, v[..., : q.shape[3]], on, scale, None)
+    lower_tiles(graph, "merged")
+    assert TILE_ATTENTION not in targets(graph) and {t.namespace for t in targets(graph) if t is not operator.getitem} == {
+        "aten"
+    }
+    torch.testing.assert_close(graph(*given)[0], gather(*given, on, scale, None), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gather", "merged"])
+def test_on_a_gpu_it_stays_one_operation_that_runs_on_two_streams(name):
+    graph, _ = graph_of(*operands("tokens"), ON, None, None)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for node in graph.graph.nodes:
+            if isinstance(value := node.meta.get("val"), torch.Tensor):
+                node.meta["val"] = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
+    lower_tiles(graph, name)
+    assert [n.args[9] for n, _ in tile_sites(graph)] == [name]
+
+
+def test_masks_without_shared_keys_are_not_tried_merged():
+    cpu = torch.device("cpu")
+    assert choosing._can("merged", ON, cpu)
+    assert not any(choosing._can("merged", on, cpu) for on in (Frames(0).on(4, 2, 2), Frames(4).on(4, 2, 2)))
+
+
 def test_a_gather_of_many_pieces_stays_one_operation(monkeypatch):
     few, many = Frames(0), Window((1, 1, 1), (1, 1, 1))
     assert (few.on(2, 2, 3).pieces, many.on(2, 2, 3).pieces) == (4, 24)
@@ -441,7 +474,7 @@ def test_a_model_under_masks_through_inductor(cache):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("lowering", ["gather", "flex"])
+@pytest.mark.parametrize("lowering", ["gather", "merged", "flex"])
 def test_a_lowering_that_is_given_through_inductor(lowering):
     """As after a start with choices on the disk: nothing has run under the mask yet."""
     torch._dynamo.reset()

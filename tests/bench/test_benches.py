@@ -68,7 +68,7 @@ FIRST_ROW = {
     "tiles": (("--only", "kernel"), {"PAPER": {8: {4: 1.25}, 24: {}, 13: {}}}, ("matplotlib",)),
 }
 # Their first rows take minutes, or they have a test below.
-BY_COMMAND_LINE = ("compile_time", "gpu_session", "mutation", "steps", "thorough")
+BY_COMMAND_LINE = ("compile_time", "gpu_session", "kernels", "mutation", "steps", "thorough")
 
 
 class Enough(Exception):

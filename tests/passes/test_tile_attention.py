@@ -608,9 +608,7 @@ def test_a_model_without_attention_is_an_error_where_that_is_asked_for():
             h = self.inp(x) + self.time(self.sinusoids(timestep, x.dtype))[:, None, :8]
             return self.out(h + self.mlp[0](h))
 
-    message = (
-        r"the masks of 'tiles-1' are on no attention of this graph: output: the graph has no attention among video tokens"
-    )
+    message = r"the masks of 'tiles-1' are on no attention of this graph: output: the graph has no attention among video tokens"
     with pytest.raises(CaptureError, match=message):
         vdcache.compile(Stream(), "tiles-1", inner="eager", strict=True)(*TINY)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from fractions import Fraction
 
 import torch
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vdcache.attention.masks import AttentionMask, Dense, Diagonal, Frames, MultiDiagonal, Radial, Skip, Stripes, Window
 
@@ -160,3 +162,28 @@ def tensors(case, dtype):
     k = noise(batch, of_keys, on.tokens, width, seed=2, dtype=dtype, form=forms[1])
     v = noise(batch, of_keys, on.tokens, width + 1, seed=3, dtype=dtype, form=forms[2])
     return q, k, v, on, scale, bias_of(kind, *wide, on.tokens, dtype)
+
+
+# ---- what is copied --------------------------------------------------------------------------------------------------
+
+
+class Copies(TorchDispatchMode):
+    """Elements of every tensor that is written and is no result of attention, by the tensor that they come from."""
+
+    def __init__(self, **tensors):
+        super().__init__()
+        self.of = {t.untyped_storage().data_ptr(): name for name, t in tensors.items()}
+        self.alive, self.elements = list(tensors.values()), Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        flat = [a for x in args for a in (x if isinstance(x, (list, tuple)) else [x]) if isinstance(a, torch.Tensor)]
+        for made in (x for x in (out if isinstance(out, (list, tuple)) else [out]) if isinstance(x, torch.Tensor)):
+            place = made.untyped_storage().data_ptr()
+            if place not in {a.untyped_storage().data_ptr() for a in flat}:
+                attends = "attention" in func.name()
+                source = "result" if attends else self.of[flat[0].untyped_storage().data_ptr()]
+                self.of[place] = source
+                self.alive.append(made)
+                self.elements[source] += 0 if attends else made.numel()
+        return out

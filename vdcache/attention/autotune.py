@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vdcache.attention import triton
+from vdcache.attention.merged import why_not_merged
 from vdcache.attention.tiles import LOWERINGS, TileMask
+from vdcache.attention.timing import seconds_of
 from vdcache.errors import ConfigError
 from vdcache.util.files import cache_folder, write_aside
 
@@ -142,7 +141,7 @@ def measure(
         return lambda: lowering(query, key, value, on, scale, bias)
 
     with torch.no_grad():
-        first = dict(zip(("dense", "gather"), _time([dense, run("gather")], query.device), strict=True))
+        first = dict(zip(("dense", "gather"), seconds_of([dense, run("gather")], query.device), strict=True))
         found = TuningResult("gather", first, on.density)
         if found.of_ideal >= ENOUGH and not every:
             return found
@@ -154,7 +153,7 @@ def measure(
                 ready.append(name)
             except Exception:  # noqa: BLE001 — a kernel that cannot run here is not chosen
                 continue
-        times = _time([dense, run("gather"), *map(run, ready)], query.device)
+        times = seconds_of([dense, run("gather"), *map(run, ready)], query.device)
     seconds = dict(zip(("dense", "gather", *ready), times, strict=True))
     return TuningResult(min(("gather", *ready), key=seconds.__getitem__), seconds, on.density)
 
@@ -162,40 +161,10 @@ def measure(
 def _can(name: str, on: TileMask, device: torch.device) -> bool:
     if name == "masked":  # a matrix of all queries × all keys
         return on.tokens <= 4096
+    if name == "merged":
+        return not why_not_merged(on)
     # interpreted, the kernel of our own is for tests
     return name != "triton" or (device.type == "cuda" and triton.available(device))
-
-
-def _time(runs: Sequence[Callable[[], Any]], device: torch.device, seconds: float = 1.0) -> list[float]:
-    """Medians of seconds, side by side, in about so much time each. Waits for `device` alone."""
-    timed = _on_cuda if device.type == "cuda" else functools.partial(_on_host, device)
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        once = sum(map(timed, runs)) / len(runs)
-        rounds = max(3, min(30, int(seconds / max(once, 1e-6))))
-        times: list[list[float]] = [[] for _ in runs]
-        for _ in range(rounds):
-            for run, own in zip(runs, times, strict=True):
-                own.append(timed(run))
-    return [statistics.median(t) for t in times]
-
-
-def _on_cuda(run: Callable[[], Any]) -> float:
-    """Seconds of one run on the current CUDA device, by its own clock: what else the host does is not counted."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
-
-
-def _on_host(device: torch.device, run: Callable[[], Any]) -> float:
-    """Seconds of one run, waited for where the device is none that computes at once."""
-    began = time.perf_counter()
-    run()
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return time.perf_counter() - began
 
 
 def _random(like: Tensor, shape: Sequence[int], draw: torch.Generator) -> Tensor:

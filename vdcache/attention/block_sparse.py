@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ import triton
 import triton.language as tl
 from triton import knobs
 from triton.runtime.errors import InterpreterError
+
+from vdcache.attention.kernel_configs import CONFIGS, Config, configs_for, float_configs
 
 __all__ = ["CHUNK", "INTERPRETED", "ROWS", "can_loop", "interpreted", "kernel"]
 
@@ -172,27 +175,22 @@ def _config(rows: int, keys: int, warps: int, stages: int) -> triton.Config:
     return triton.Config({"BLOCK_M": rows, "BLOCK_N": keys}, num_warps=warps, num_stages=stages)
 
 
-_HALF = [
-    _config(128, 128, 8, 2),
-    _config(128, 64, 8, 3),
-    _config(128, 64, 4, 2),
-    _config(128, 64, 4, 3),
-    _config(64, 128, 4, 2),
-    _config(64, 64, 4, 3),
-    _config(64, 64, 4, 4),
-    _config(64, 32, 4, 4),
-    _config(32, 64, 4, 3),
-    _config(16, 64, 4, 3),
-]
-_FLOAT = [_config(32, 32, 8, 2), _config(16, 32, 4, 2)]  # without tensor cores, whose operands fill the registers
+_HALF = [_config(*sizes) for sizes in dict.fromkeys(itertools.chain(*CONFIGS.values()))]
 
 
-def _fitting(configs: Sequence[triton.Config], named: Mapping[str, Any], **_: Any) -> list[triton.Config]:
-    """The configurations worth a try: those of the dtype, with blocks of queries no longer than the lists are."""
-    if named["query"].element_size() == 4:
-        return _FLOAT
+def _fitting(configs: Sequence[triton.Config], named: Mapping[str, Any], **more: Any) -> list[triton.Config]:
+    """The configurations worth a try: those of the dtype, the device and the head dimension, with blocks that fit the lists."""
+    query = named["query"]
+    major, minor = torch.cuda.get_device_capability(query.device)
+    if query.element_size() == 4:
+        return [_config(*sizes) for sizes in float_configs(10 * major + minor)]
     longest = min(max(named["queries_each"], 16), ROWS)
-    return [c for c in configs if min(longest, 64) <= c.kwargs["BLOCK_M"] <= longest]
+    wanted = configs_for(10 * major + minor, query.shape[3], named["bias"] is not None, longest)
+    return [c for c in configs if _sizes(c) in wanted] or [_config(*sizes) for sizes in wanted]
+
+
+def _sizes(config: triton.Config) -> Config:
+    return config.kwargs["BLOCK_M"], config.kwargs["BLOCK_N"], config.num_warps, config.num_stages
 
 
 @triton.jit  # type: ignore[untyped-decorator]

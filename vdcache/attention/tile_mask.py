@@ -204,6 +204,11 @@ class TileMask(Checked):
         return tuple(torch.nonzero(self.allowed.all(1)).flatten().tolist())
 
     @cached_property
+    def shared(self) -> frozenset[int]:
+        """The tiles that every tile attends to."""
+        return frozenset(torch.nonzero(self.allowed.all(0)).flatten().tolist())
+
+    @cached_property
     def tile_of(self) -> Tensor:
         """The tile of every token of the sequence, −1 for text: int64 [tokens]."""
         axes = [torch.arange(n) // part for n, part in zip(self.grid, self.tile, strict=True)]

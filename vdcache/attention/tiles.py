@@ -249,6 +249,7 @@ def _elsewhere(module: str, name: str) -> Lowering:
 LOWERINGS: dict[str, Lowering] = {
     "gather": gather,
     "masked": masked,
+    "merged": _elsewhere("vdcache.attention.merged", "merged"),
     "flex": _elsewhere("vdcache.attention.flex", "flex"),
     "triton": _elsewhere("vdcache.attention.triton", "triton_attention"),
 }

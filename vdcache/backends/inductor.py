@@ -29,6 +29,8 @@ __all__ = [
     "compile_own",
     "frame_of_backend_call",
     "no_autocast",
+    "on_one_device",
+    "out_of_pool",
     "package_ahead",
 ]
 
@@ -88,6 +90,31 @@ def _tells_sizes(node: fx.Node) -> bool:
     """Whether an input is a size, or one is read off it."""
     value = node.meta.get("val")
     return not isinstance(value, torch.Tensor) or any(isinstance(d, torch.SymInt) for d in value.shape)
+
+
+def on_one_device(inputs: Sequence[Any]) -> list[Any]:
+    """Inputs of a graph with the numbers that the host tells it on the device of the others: CUDA graphs take none of the host's."""
+    device = next((x.device for x in inputs if isinstance(x, torch.Tensor) and x.device.type != "cpu"), None)
+    if device is None:
+        return list(inputs)
+    return [
+        x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) and x.ndim == 0 and x.device.type == "cpu" else x
+        for x in inputs
+    ]
+
+
+def out_of_pool(run: Compiled) -> Compiled:
+    """A graph that CUDA graphs replay, whose results stay what they are: every replay of any graph writes over what it returned before.
+
+    What a call returns outlives it here: cached values until they are computed again, a lane's result until guidance has combined it
+    with the other's, and results that solvers of several steps keep. So all of them are copied, and every call may reuse the pool.
+    """
+
+    def replay(*inputs: Any) -> Sequence[Any]:
+        torch.compiler.cudagraph_mark_step_begin()
+        return [x.clone() if isinstance(x, torch.Tensor) else x for x in run(*on_one_device(inputs))]
+
+    return replay
 
 
 def asks_for_cuda_graphs(options: Mapping[str, Any]) -> bool:

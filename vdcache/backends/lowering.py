@@ -8,6 +8,7 @@ from torch import Tensor, fx
 
 from vdcache.attention.autotune import TuningResult, autotune
 from vdcache.attention.masks import Skip
+from vdcache.attention.merged import dense_kernel, merged
 from vdcache.attention.tiles import TILE_ATTENTION, TileMask, gather, tables_of
 from vdcache.ir.edit import inline
 from vdcache.ir.ops import tensor_of
@@ -29,8 +30,9 @@ def lower_tiles(
 
     Args:
         lowering: "auto" to measure, or the name of one.
-        expand: write a gather out as slices and dense attention, which a compiler fuses with what surrounds it.
-        always: even where that are many slices: no operation of our own is left.
+        expand: write gathered and merged attention out as slices and dense attention, which a compiler fuses with what surrounds it. On
+            a GPU it stays one operation: there it runs on two streams, and a compiler makes a kernel of every slice.
+        always: even where that are many slices, and on a GPU: no operation of our own is left.
     """
     choices: dict[str, TuningResult] = {}
     for node, on in tile_sites(graph):
@@ -42,20 +44,31 @@ def lower_tiles(
             choices[node.name] = choice = autotune(query, key, value, bias, on, scale)
             name = choice.lowering
         node.update_arg(9, name)
-        few = not isinstance(on.mask, Skip) and on.pieces <= PIECES
-        if name == "gather" and expand and (few or always):
-            _expand(graph.graph, node, on, scale)
+        if expand and name in _WRITTEN_OUT and not isinstance(on.mask, Skip) and (always or _is_simple(node, on)):
+            _expand(graph.graph, node, on, scale, name)
     graph.graph.lint()
     graph.recompile()
     return choices
 
 
-def _expand(graph: fx.Graph, node: fx.Node, on: TileMask, scale: float | None) -> None:
-    def written_out(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-        return gather(query, key, value, on, scale, bias)
+def _is_simple(node: fx.Node, on: TileMask) -> bool:
+    """Whether a compiler gains from the parts of an attention, and does not take long over them."""
+    return on.pieces <= PIECES and node.meta["val"].device.type != "cuda"
 
-    on.groups, on.everywhere  # noqa: B018 — tables are made outside, or they would become part of the graph
+
+def _expand(graph: fx.Graph, node: fx.Node, on: TileMask, scale: float | None, name: str) -> None:
+    query = node.meta["val"]
+    if name == "merged":  # tried outside, as the tables are made outside: they would become part of the graph
+        dense_kernel(query.device, query.dtype, query.shape[3])
+    on.groups, on.everywhere, on.shared  # noqa: B018
+
+    def written_out(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+        return _WRITTEN_OUT[name](query, key, value, on, scale, bias)
+
     with graph.inserting_before(node):
         out = inline(graph, written_out, node.args[:4], str(node.meta.get("vdcache", "tile-attention")))
     node.replace_all_uses_with(out)
     graph.erase_node(node)
+
+
+_WRITTEN_OUT = {"gather": gather, "merged": merged}

@@ -13,6 +13,7 @@ from torch import Tensor
 from vdcache.backends.guarded import GuardedGraph, inputs_of
 from vdcache.backends.hoisting import SideGraphs
 from vdcache.backends.inductor import no_autocast
+from vdcache.backends.memory import CachePlan, cache_plans, chosen_plan, free_bytes
 from vdcache.backends.settings import Settings
 from vdcache.backends.variants import LazyVariant, PlanVariant, Variants
 from vdcache.backends.verdict import Verdict, breaks_since
@@ -22,7 +23,7 @@ from vdcache.passes.predictors import depends_on_steps, predictor_of
 from vdcache.policies.plan import RECOMPUTE, Plan
 from vdcache.runtime import registry
 from vdcache.runtime.agreement import Agreement
-from vdcache.runtime.call import CallContext, ProbeResult, VariantInputs
+from vdcache.runtime.call import CallContext, CallKey, ProbeResult, VariantInputs
 from vdcache.runtime.invariants import InvariantTables
 from vdcache.runtime.session import Session
 from vdcache.util.slots import group_of
@@ -67,12 +68,15 @@ class Program:
         kind = frame, self.guarded.structure, self.guarded.constants
         self.kind: Hashable = _kinds.setdefault(kind, len(_kinds))
         self.content: Hashable = _kinds.setdefault((kind, self.guarded.content), len(_kinds))
+        self._keeps: CachePlan | None = None  # which values; as the recipe asks if None
+        self._on_lanes = 0  # for how many lanes that was decided
         self.variants = Variants(self.guarded, settings)
         self.side = SideGraphs(self.guarded.module, self.variants.compiler)
         self.holds = bool(self.side.groups)  # values that depend on no latent
         self.capturing = 0.0  # seconds that tracing to here took, where somebody has measured it
         self.slots, self.lanes, head = self.variants.slots, self.variants.lanes, self.variants.head
         self.probes = head.probes if head is not None else ()
+        self._fit(1)
 
     # ---- what a session asks -------------------------------------------------------------------------------------
 
@@ -90,7 +94,7 @@ class Program:
 
     def goes_by_steps(self, groups: Sequence[str]) -> bool:
         """Whether what is predicted for any of these groups depends on the step in which it was computed last."""
-        predictor = self.settings.recipe.predictor
+        predictor = self.variants.predictor
         return any(depends_on_steps(predictor_of(predictor, group)) for group in groups)
 
     def narrow(self, plan: Plan) -> Plan:
@@ -176,6 +180,8 @@ class Program:
 
     def _under(self, session: Session, inputs: Sequence[Any]) -> Sequence[Any]:
         session.adopt(self, self.agreement)
+        if self._keeps is not None and self._keeps.on_host:
+            session.store.on_host = True
         if self.settings.on_inputs is not None:
             self.settings.on_inputs(self, inputs)
         compiler, head = self.variants.compiler, self.variants.head
@@ -183,6 +189,8 @@ class Program:
         look = self._look
         if head is not None and head.held:
             look = functools.partial(self._look, tables=session.invariants)
+        if session.store.refused or not self._on_lanes:
+            self._fit_again(session, inputs)
         call = session.enter(self, inputs, look)
         if call.is_first and compiler.may_compile:
             self._decide(session, call.record.generation)
@@ -205,6 +213,57 @@ class Program:
                 later = self.variants[self.narrow(plan)]
                 later.ready(self._given(later, session, call, inputs))
         return outputs.results
+
+    # ---- memory --------------------------------------------------------------------------------------------------
+
+    def _fit(self, lanes: int, inputs: Sequence[Any] | None = None, budget: int | None = None) -> bool:
+        """Decide which values are kept, so that they fit; whether that is another choice than before.
+
+        Args:
+            lanes: how many calls of a step keep values.
+            inputs: of a call, where sizes are symbols.
+            budget: bytes; the user's, or what is free on the device, if not given.
+        """
+        if budget is None and (budget := self.settings.budget) is None:
+            budget = free_bytes(self.variants.fakes)
+        if budget is None or not self.slots:
+            self._on_lanes = lanes
+            return False
+        made: dict[CachePlan, Variants] = {}
+
+        def bytes_of(plan: CachePlan) -> int | None:
+            made[plan] = found = Variants(self.guarded, self.settings, plan, self.variants.compiler)
+            return found.cache_bytes(inputs)
+
+        cuda = any(isinstance(v, Tensor) and v.device.type == "cuda" for v in self.variants.fakes)
+        plans = cache_plans(self.settings.recipe.predictor, cuda=cuda)
+        asked = bytes_of(plans[0])
+        if asked is None and inputs is None:
+            return False  # the first call tells the sizes
+        self._on_lanes = lanes
+        plan, message = chosen_plan(plans, lambda p: made[p].cache_bytes(inputs) if p in made else bytes_of(p), lanes, budget)
+        if plan == (self._keeps or plans[0]):
+            return False
+        self._keeps = plan
+        if plan not in made:
+            bytes_of(plan)
+        self.variants = made[plan]
+        if message:
+            self.settings.warn_once(f"memory {plan.name}", f"vdcache: {message}")
+        return True
+
+    def _fit_again(self, session: Session, inputs: Sequence[Any]) -> None:
+        """Where what the lanes of a step keep did not fit: keep less of each, and nothing of what was kept otherwise."""
+        store = session.store
+        mine = {key for key in (*store.keys(), *store.refused) if isinstance(key, CallKey) and key.graph[0] == self.kind}  # type: ignore[index]
+        lanes, budget = max(1, len(mine)), store.budget
+        if lanes <= self._on_lanes:
+            return
+        if budget is not None:
+            budget = max(0, budget - store.bytes(but=mine))
+        if self._fit(lanes, inputs, budget):
+            session.forget(mine)
+        store.refused -= mine
 
     def _decide(self, session: Session, generation: int) -> None:
         """The generation before ran eagerly: compile from here on if that can win back what it costs."""

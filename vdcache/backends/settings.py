@@ -15,6 +15,7 @@ from vdcache.methods.recipe import Recipe
 from vdcache.runtime.agreement import AgreementFinder
 from vdcache.runtime.session import Session
 from vdcache.util.checks import number, step_count, whole
+from vdcache.util.sizes import byte_count
 
 __all__ = ["Settings"]
 
@@ -34,10 +35,12 @@ class Settings:
         strict: what vdcache does not understand is an error instead of a warning.
         inductor: Inductor's own settings, as torch.compile's `options` takes them.
         tiles: how attention under masks is computed: "auto" measures on this device (gathers under the eager inner compiler),
-            or "gather", "flex", "triton", "masked".
+            or "gather", "merged", "flex", "triton", "masked".
         outline: whether blocks that are equal up to weights are compiled once: True, False, or "auto" where a call of such a block takes
             little of its time.
         search_share: how much `vdcache-auto` may add to one generation while it searches, as a share of an uncached one.
+        cache_budget: bytes that cached values may take, or a text such as "4GiB"; None for what is free on a GPU, and no bound elsewhere.
+        cuda_graphs: whether Inductor records the compiled graphs as CUDA graphs, whose results are copied.
         session: the session of the model, where somebody else has made it.
         make_session: makes one; a plain session that follows the recipe's policy without.
         ranks: finds who runs a model together with this process; nobody without.
@@ -55,6 +58,8 @@ class Settings:
     outline: bool | str = "auto"
     search_share: float = 0.1
     generations: int | None = None
+    cache_budget: int | str | None = None
+    cuda_graphs: bool = False
     session: Session | None = field(default=None, compare=False)
     make_session: Callable[[Settings], Session] | None = field(default=None, compare=False)
     ranks: AgreementFinder | None = None
@@ -78,8 +83,12 @@ class Settings:
         _check_inductor(dict(self.inductor))
         if not isinstance(self.outline, bool) and self.outline != "auto":
             raise ConfigError(f"outline is True, False or 'auto'; got {self.outline!r}")
+        if not isinstance(self.cuda_graphs, bool):
+            raise ConfigError(f"cuda_graphs is True or False; got {self.cuda_graphs!r}")
         if not number(self.search_share, "search_share is a number") > 0:
             raise ConfigError(f"search_share is a share of a generation above 0; got {self.search_share!r}")
+        if self.cache_budget is not None:
+            object.__setattr__(self, "cache_budget", byte_count(self.cache_budget, "cache_budget"))
         goal = self.recipe.goal
         if goal is not None and self.num_steps is not None and goal.speedup is not None and not goal.floor_db:
             goal.count(self.num_steps)  # what no schedule of so few steps reaches is an error now
@@ -99,8 +108,16 @@ class Settings:
         if self.session is not None:
             return self.session
         if self.make_session is not None:
-            return self.make_session(self)
-        return Session(self.recipe.policy, self.num_steps, name=self.recipe.name, prepare=self.policy_for)
+            session = self.make_session(self)
+        else:
+            session = Session(self.recipe.policy, self.num_steps, name=self.recipe.name, prepare=self.policy_for)
+        session.store.budget = self.budget
+        return session
+
+    @property
+    def budget(self) -> int | None:
+        """Bytes that cached values may take; None where nobody said."""
+        return self.cache_budget if isinstance(self.cache_budget, int) else None
 
     def policy_for(self, num_steps: int) -> Any:
         """The recipe's policy for a number of steps; says once where its codebook is not the published one."""

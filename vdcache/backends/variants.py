@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Hashable, Sequence
@@ -13,8 +14,18 @@ from torch import Tensor, fx
 from vdcache.attention.autotune import TuningResult
 from vdcache.backends.eager import run_eagerly
 from vdcache.backends.guarded import GuardedGraph
-from vdcache.backends.inductor import CUDA_GRAPHS, Compiled, Context, asks_for_cuda_graphs, compile_own, no_autocast
+from vdcache.backends.inductor import (
+    CUDA_GRAPHS,
+    Compiled,
+    Context,
+    asks_for_cuda_graphs,
+    compile_own,
+    no_autocast,
+    on_one_device,
+    out_of_pool,
+)
 from vdcache.backends.lowering import lower_tiles, tile_sites
+from vdcache.backends.memory import CachePlan
 from vdcache.backends.settings import Settings
 from vdcache.errors import ConfigError, ContractError
 from vdcache.ir import dialect
@@ -71,26 +82,34 @@ class VariantCompiler:
         if self.eager:
             return run_eagerly(own)
         options = dict(settings.inductor)
-        if asks_for_cuda_graphs(options):
+        if settings.cuda_graphs:
+            options[CUDA_GRAPHS], inputs = True, on_one_device(inputs)
+        elif asks_for_cuda_graphs(options):
             options[CUDA_GRAPHS] = False
             settings.log_once(
                 "cuda graphs",
                 "vdcache: cached graphs are compiled without CUDA graphs, because a replay overwrites what earlier steps cached; "
-                "everything else that you asked Inductor for is done",
+                "everything else that you asked Inductor for is done. cuda_graphs=True has every result copied",
             )
         with no_autocast():
-            if settings.outline and self._outlined(own):
-                try:
-                    return compile_own(own, inputs, options, self._static)
-                except Exception as error:
-                    if is_control_flow(error):
-                        raise
-                    settings.log_once(
-                        "outline",
-                        f"vdcache: Inductor takes no calls of repeated blocks ({first_line(error)}), so every block is compiled on its own",
-                    )
-                    own = self._lowered(graph)
-            return compile_own(own, inputs, options, self._static)
+            run = self._compiled(graph, own, inputs, options)
+        return out_of_pool(run) if settings.cuda_graphs else run
+
+    def _compiled(self, graph: fx.GraphModule, own: fx.GraphModule, inputs: Sequence[Any], options: dict[str, Any]) -> Compiled:
+        """Compile `own`, the lowered copy of `graph`, which is used up."""
+        settings = self._settings
+        if settings.outline and self._outlined(own):
+            try:
+                return compile_own(own, inputs, options, self._static)
+            except Exception as error:
+                if is_control_flow(error):
+                    raise
+                settings.log_once(
+                    "outline",
+                    f"vdcache: Inductor takes no calls of repeated blocks ({first_line(error)}), so every block is compiled on its own",
+                )
+                own = self._lowered(graph)
+        return compile_own(own, inputs, options, self._static)
 
     def _outlined(self, graph: fx.GraphModule) -> bool:
         """Make calls of the blocks that repeat, in place, where that is asked for or does not make a step longer."""
@@ -239,27 +258,37 @@ class Variants:
     Args:
         guarded: the graph.
         settings: recipe and compiler.
+        keeps: which values are kept; as the recipe asks if not given.
+        compiler: of other variants of the same graph, which go on being compiled as these are.
 
     Raises:
         ConfigError: the recipe never reuses what it guards.
     """
 
-    def __init__(self, guarded: GuardedGraph, settings: Settings) -> None:
+    def __init__(
+        self,
+        guarded: GuardedGraph,
+        settings: Settings,
+        keeps: CachePlan | None = None,
+        compiler: VariantCompiler | None = None,
+    ) -> None:
         self._guarded, self._recipe = guarded, settings.recipe
+        self.predictor = settings.recipe.predictor if keeps is None else keeps.predictor
         lanes, mutations = lanes_io(guarded.module), len(guarded.captured.signature.mutations)
         self.lanes: LaneScope | None = None
         if lanes is not None:
             self.lanes = LaneScope(lanes.mode, lanes.group, (lanes.low, lanes.batch // 2), lanes.output - mutations)
         pair = () if lanes is None or lanes.pair_value is None else (lanes.pair_value,)
-        fakes = [n.meta.get("val") for n in graph_inputs(guarded.captured.graph.graph)]
-        self.compiler = VariantCompiler(settings, fakes, guarded.captured.signature.static, pair)
+        self.fakes = fakes = [n.meta.get("val") for n in graph_inputs(guarded.captured.graph.graph)]
+        self.compiler = compiler or VariantCompiler(settings, fakes, guarded.captured.signature.static, pair)
         self.head = None if guarded.head is None else Head(guarded.head, self.compiler)
         self.slots = tuple(str(n.args[1]) for n in dialect.cache_guards(guarded.body.graph))
-        self._groups = frozenset(map(group_of, self.slots))
+        caches = keeps is None or keeps.caches
+        self._groups = frozenset(map(group_of, self.slots)) if caches else frozenset()
         self._narrowed: dict[Plan, Plan] = {}
         self._made: dict[Plan, PlanVariant] = {}
         self._read: tuple[str, ...] = ()  # the slots that some plan reads: the others are not worth keeping
-        asked = settings.recipe.plans()
+        asked = settings.recipe.plans() if caches else (RECOMPUTE,)
         self.plans = tuple(dict.fromkeys(map(self.narrow, asked)))
         if self.slots and not any(self.plans) and (wanted := {g for p in asked for g in p.reuse}):
             raise ConfigError(
@@ -301,7 +330,7 @@ class Variants:
         guarded, recipe = self._guarded, self._recipe
         lanes = lanes_io(guarded.module)
         half = lanes is not None and lanes.mode == "batch" and lanes.group in plan.reuse
-        specialise = Specialise(reuse=plan.reuse, save=save, slots=self._read, predictor=recipe.predictor, observe=not half)
+        specialise = Specialise(reuse=plan.reuse, save=save, slots=self._read, predictor=self.predictor, observe=not half)
         given = recipe.pipeline.ensured | Specialise.requires
         graph, _ = Pipeline((specialise, DeadCode()), given=given).run(guarded.body)
         if half and lanes is not None and self.lanes is not None:
@@ -310,19 +339,25 @@ class Variants:
         io = variant_io(graph)
         frames: dict[str, Any] = {str(n.args[1]): n.args[4] for n in dialect.observations(guarded.body.graph)}
         layouts = tuple(MetricSpec(slot, distance, strides, frames[slot]) for slot, distance, strides in io.measures)
-        numbers = tuple((group, numbers_of(predictor_of(recipe.predictor, group))) for group in io.numbers)
+        numbers = tuple((group, numbers_of(predictor_of(self.predictor, group))) for group in io.numbers)
         needs = VariantInputs(io.reads, io.before, layouts, numbers, tuple(dict.fromkeys(map(group_of, io.saves))), io.reused)
         carried = self.head.io.carried_values if self.head is not None else ()
         return PlanVariant(graph, needs, self.compiler, carried)
 
     # ---- what they cost ------------------------------------------------------------------------------------------
 
-    def cache_bytes(self) -> int | None:
-        """Bytes kept for one lane, known before the first run; None where sizes are symbols."""
+    def cache_bytes(self, inputs: Sequence[Any] | None = None) -> int | None:
+        """Bytes kept for one lane, known before the first run; None where sizes are symbols.
+
+        Args:
+            inputs: of a call, which tell what symbols stand for.
+        """
         kept = {name: v for p in self.plans for name, v in zip(self[p].io.reads, self[p].io.read_values, strict=True)}
         values = [*kept.values(), *self.recompute.io.previous_values, *(self.head.added if self.head is not None else ())]
         if any(isinstance(s, torch.SymInt) for v in values for s in v.shape):
-            return None
+            if inputs is None:
+                return None
+            return sum(math.prod(self.compiler.bindings.shape(v, inputs)) * v.element_size() for v in values)
         return sum(v.numel() * v.element_size() for v in values)
 
     def flops(self, plan: Plan) -> int:

@@ -84,6 +84,19 @@ class Slot:
 
 
 @dataclass(frozen=True)
+class CacheCost:
+    """What one way to keep the recipe's values takes of memory: `cache_budget` chooses the first that fits.
+
+    Args:
+        name: in words.
+        bytes: of the cached values of one lane on the model's device; None if a size is a symbol.
+    """
+
+    name: str
+    bytes: int | None
+
+
+@dataclass(frozen=True)
 class VariantCost:
     """One compiled graph for each plan, over all graphs of the forward.
 
@@ -114,6 +127,7 @@ class ReportData:
         slots_before: the recipe's slots before merging.
         slots: the recipe's slots after merging.
         cache_bytes: bytes of the cached tensors of one lane, known before the first run; None if a size is a symbol.
+        memory: what each way to keep the values takes, the recipe's own first.
         variants: every compiled graph.
         steps: number of denoising steps that `schedule` is for.
         schedule: the plan of each step in the best case: with the fewest computed steps that the recipe can choose.
@@ -132,6 +146,7 @@ class ReportData:
     slots_before: tuple[Slot, ...] = field(default=(), repr=False)
     slots: tuple[Slot, ...] = ()
     cache_bytes: int | None = 0
+    memory: tuple[CacheCost, ...] = ()
     variants: tuple[VariantCost, ...] = ()
     steps: int = 0
     schedule: tuple[tuple[str, ...], ...] = field(default=(), repr=False)

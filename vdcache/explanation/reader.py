@@ -8,10 +8,12 @@ from typing import Any
 
 from torch import fx, nn
 
+from vdcache.backends.memory import cache_plans
 from vdcache.backends.program import Program
 from vdcache.backends.settings import Settings
+from vdcache.backends.variants import Variants
 from vdcache.errors import CaptureError, ConfigError, VdcacheError
-from vdcache.explanation.report import GraphFacts, HeldValues, Report, Slot, VariantCost
+from vdcache.explanation.report import CacheCost, GraphFacts, HeldValues, Report, Slot, VariantCost
 from vdcache.ir import dialect
 from vdcache.ir.capture import Captured, CapturedForward, CapturedPart, parts
 from vdcache.ir.exported import exported
@@ -28,6 +30,8 @@ from vdcache.policies.simulate import best_plans
 from vdcache.util.checks import check_model
 
 __all__ = ["explain"]
+
+NO_BOUND = 1 << 62  # bytes: a report is of the recipe, whatever is free here
 
 
 def explain(
@@ -142,7 +146,7 @@ def _with_recipe(report: Report, captured: list[Captured], numbers: list[int], r
         facts = report.graphs[number].analysis
         assert facts is not None  # it was captured
         try:
-            program = Program(graph, Settings(recipe=recipe, inner="eager"))
+            program = Program(graph, Settings(recipe=recipe, inner="eager", cache_budget=NO_BOUND))
         except VdcacheError as error:
             if facts.branches:
                 refusals.append(Refusal("recipe", str(error), graph=number))
@@ -168,6 +172,7 @@ def _with_recipe(report: Report, captured: list[Captured], numbers: list[int], r
         slots_before=tuple(before),
         slots=tuple(after),
         cache_bytes=total,
+        memory=_memory(recipe, report, programs) if after else (),
         variants=tuple(variants),
         steps=steps,
         schedule=schedule,
@@ -177,6 +182,21 @@ def _with_recipe(report: Report, captured: list[Captured], numbers: list[int], r
         masks=masks,
         held=held,
     )
+
+
+def _memory(recipe: Recipe, report: Report, programs: Sequence[tuple[int, Program]]) -> tuple[CacheCost, ...]:
+    """What each way to keep the recipe's values takes of one lane's memory."""
+    found = []
+    for plan in cache_plans(recipe.predictor, cuda=True):
+        total: int | None = 0
+        for number, program in programs if plan.caches and not plan.on_host else ():
+            variants = program.variants
+            if plan.predictor != recipe.predictor:
+                variants = Variants(program.guarded, program.settings, plan, variants.compiler)
+            own = variants.cache_bytes()
+            total = None if own is None or total is None else total + own * (1 + report.graphs[number].again)
+        found.append(CacheCost(plan.name + (" (on a GPU)" if plan.on_host else ""), total))
+    return tuple(found)
 
 
 def _held(programs: Sequence[tuple[int, Program]]) -> tuple[HeldValues, ...]:

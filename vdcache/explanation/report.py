@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vdcache.explanation.data import GraphFacts, HeldValues, ReportData, Slot, VariantCost
+from vdcache.explanation.data import CacheCost, GraphFacts, HeldValues, ReportData, Slot, VariantCost
 from vdcache.explanation.page import fragment, page
 from vdcache.explanation.tree import plain, tree
 
-__all__ = ["GraphFacts", "HeldValues", "Report", "Slot", "VariantCost"]
+__all__ = ["CacheCost", "GraphFacts", "HeldValues", "Report", "Slot", "VariantCost"]
 
 
 @dataclass(frozen=True, repr=False)

@@ -13,6 +13,7 @@ from rich.tree import Tree
 
 from vdcache.explanation.data import ReportData
 from vdcache.patterns import Attention, Block, Branch, GraphAnalysis, Refusal, Stream
+from vdcache.util.sizes import bytes_text
 
 __all__ = ["amount", "plain", "reasons", "shares", "size", "tree", "where"]
 
@@ -29,10 +30,7 @@ def size(n: float | None) -> str:
     """Bytes for people: 1.2 MiB."""
     if n is None:
         return "unknown (sizes are symbols)"
-    for factor, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if n >= factor:
-            return f"{n / factor:.3g} {unit}"
-    return f"{n:.0f} B"
+    return bytes_text(n)
 
 
 def plain(report: ReportData) -> str:
@@ -204,6 +202,10 @@ def _recipe(at: Tree, report: ReportData) -> None:
         at.add(_line(slot.name, "cyan", f"{kept}, {size(slot.bytes)}"))
     if len(report.slots) > 8:
         at.add(_line("…", "dim", f"{len(report.slots) - 8} more"))
+    if report.slots and report.memory:
+        memory = at.add(_line("memory of one lane", "bold", "cache_budget takes the first that fits"))
+        for cost in report.memory:
+            memory.add(_line(size(cost.bytes), "cyan", cost.name))
     for variant in report.variants:
         share = f", {variant.flops / report.flops:.1%} of a plain step" if report.flops else ""
         at.add(_line(variant.name, "cyan", f"{amount(variant.flops)}{share}, {variant.nodes} operations"))

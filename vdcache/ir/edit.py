@@ -91,6 +91,12 @@ def inline(graph: fx.Graph, fn: Callable[..., Any], args: Any, provenance: str) 
         if isinstance(result, torch.Tensor):
             of[id(result)] = made
             alive.append(result)
+        for i, part in enumerate(result if isinstance(result, (tuple, list)) else ()):
+            if isinstance(part, torch.Tensor):
+                own = graph.call_function(operator.getitem, (made, i))
+                own.meta = {"val": part, "vdcache": provenance}
+                of[id(part)] = own
+                alive.append(part)
         return result
 
     whole = False  # inside an operation that is kept as it is

@@ -57,7 +57,7 @@ class Outline(Pass):
                 repeated.append(members)
             else:
                 why = f"a block takes {1e6 * seconds:.2g} µs on a fast device, and a call {1e6 * self.call:.2g} µs"
-                refusals.append(Refusal(members[0].inside[-1].name, (why,)))
+                refusals.append(Refusal(members[0].inside[-1].name, why))
         if repeated:
             call_regions(graph, repeated, "block")
             forget(graph)

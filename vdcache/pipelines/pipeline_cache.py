@@ -48,6 +48,7 @@ def apply(
     group: Any = None,
     search_share: float = 0.1,
     generations: int | None = None,
+    cache_budget: int | str | None = None,
     **torch_compile: Any,
 ) -> Any:
     """Make a diffusers pipeline skip work by a caching recipe.
@@ -67,6 +68,7 @@ def apply(
         inductor: Inductor's own settings.
         tiles, outline, search_share: how attention under masks is computed, how blocks that repeat are compiled, how much of the search
             of `vdcache-auto` runs within one generation, as for `vdcache.compile`.
+        cache_budget: bytes that the cached values of each model may take, or a text such as "4GiB", as for `vdcache.compile`.
         group: the ranks that run this pipeline together, as for `vdcache.compile`. Default: those that the collectives of each model reach.
         torch_compile: `fullgraph`, `dynamic`, `mode` of torch.compile.
 
@@ -89,6 +91,7 @@ def apply(
         "outline": outline,
         "search_share": search_share,
         "generations": generations,
+        "cache_budget": cache_budget,
         "group": group,
     }
     goal = {"speedup": speedup, "quality_db": quality_db}

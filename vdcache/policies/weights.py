@@ -553,6 +553,34 @@ class ByStep(Checked):
         return f"by_step(({pairs}{',' if len(self.rules) == 1 else ''}))"
 
 
+@dataclass(frozen=True)
+class Newest(Checked):
+    """A rule that is told of the newest computed steps alone, so that a slot keeps fewer values.
+
+    Every rule is of a lower order where fewer steps were computed, as at the start of a generation; this one stays there.
+
+    Args:
+        rule: the rule.
+        values: how many of the newest steps it is told of; a slot keeps as many values at most.
+
+    Raises:
+        ConfigError: no rule, or no number from 1 to 16.
+    """
+
+    rule: WeightRule
+    values: Annotated[int, between(1, 16)] = 1
+
+    @property
+    def tensors(self) -> int:
+        return min(self.values, self.rule.tensors)
+
+    def weights(self, now: Position, computed: Sequence[Position]) -> Sequence[float]:
+        return self.rule.weights(now, computed[: self.values])
+
+    def __str__(self) -> str:
+        return f"newest({self.rule}, {self.values})"
+
+
 RULES: dict[str, type[WeightRule]] = {  # as texts name them
     "taylor": Taylor,
     "hermite": Hermite,
@@ -566,4 +594,5 @@ RULES: dict[str, type[WeightRule]] = {  # as texts name them
     "mean_velocity": MeanVelocity,
     "table": Table,
     "by_step": ByStep,
+    "newest": Newest,
 }

@@ -39,7 +39,7 @@ class ComputedSteps:
     """
 
     def __init__(self, store: Store) -> None:
-        self.store = store
+        self._store = store
         self._keys: dict[tuple[Hashable, ...], CallKey] = {}
         self._computed: dict[CallKey, _OfCall] = {}
         # Graph, call and group -> the last step that was planned to compute it.
@@ -92,7 +92,7 @@ class ComputedSteps:
         return any(g not in own or own[g][0].step <= several for g in plan.reuse)
 
     def drop(self, key: CallKey) -> None:
-        self.store.drop(key)
+        self._store.drop(key)
         self._computed.pop(key, None)
 
     def drop_lanes(self, ids: Collection[int]) -> None:
@@ -105,7 +105,7 @@ class ComputedSteps:
 
     def drop_values(self) -> None:
         """Every value, as where a call raised or a weight changed."""
-        self.store.drop()
+        self._store.drop()
         self._computed.clear()
 
     def clear(self) -> None:

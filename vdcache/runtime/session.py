@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -105,7 +105,8 @@ class Session:
         self._forward = ForwardWatch()
         self._lanes = StepLanes(self._planner, self._forward, self._reads)
         self._placement = CallPlacement(self._planner, self._lanes, self._forward, self._notices, self._reads, self.ranks)
-        self._computed = ComputedSteps(Store())
+        self.store = Store()
+        self._computed = ComputedSteps(self.store)
         self._weights = WeightsToken()
         self._pair = LanePair(self._reads, self._notices)
         self.invariants = InvariantTables(self._reads)
@@ -224,11 +225,6 @@ class Session:
         return summary_table(self, generation)
 
     @property
-    def store(self) -> Store:
-        """The cached values."""
-        return self._computed.store
-
-    @property
     def step_index(self) -> int:
         """The current step, −1 before the first."""
         return self._planner.step
@@ -304,6 +300,11 @@ class Session:
         """A call raised: what it was to compute is not there, so nothing older counts for it."""
         self._computed.drop_values()
 
+    def forget(self, keys: Iterable[CallKey]) -> None:
+        """What some calls keep: it is kept otherwise from here on, so the next of each is computed."""
+        for key in keys:
+            self._computed.drop(key)
+
     def emit(self, graph: CompiledGraph, values: dict[str, Tensor]) -> None:
         """A graph hands out what it emits; the listeners are given it when the model has returned."""
         if self.listeners:
@@ -351,7 +352,7 @@ class Session:
             look: runs the graph's head, given the inputs and the previous values of its probes; called once, where the graph has probes.
         """
         began, on_device = time.perf_counter(), DeviceTime.of(inputs, graph.inputs.on_device)
-        planner, store = self._planner, self._computed.store
+        planner, store = self._planner, self.store
         self._reads.syncs = 0
         call = self._identify(graph, inputs)
         call.began, call.device_time = began, on_device
@@ -432,7 +433,7 @@ class Session:
 
     def _look_at_probes(self, call: CallContext, inputs: Sequence[Any], look: Look) -> ProbeResult:
         """Run the head of a graph, and let the policy decide by it where it has not decided yet."""
-        earlier = self._computed.store.get(call.key, [p.layout.name for p in call.graph.probes])
+        earlier = self.store.get(call.key, [p.layout.name for p in call.graph.probes])
         seen = look(inputs, earlier)
         if call.follows and self._planner.now.undecided:
             self._planner.decide(call.graph, seen, comparable=earlier is not None)
@@ -454,7 +455,7 @@ class Session:
         call.needs = needs = graph.needs(plan)
         if not plan.reuse:
             return
-        found = self._computed.store.get(call.key, needs.reads)
+        found = self.store.get(call.key, needs.reads)
         if why := self._why_computed(call, plan, found is not None):
             call.why, call.needs = why, graph.needs(RECOMPUTE)
         elif found is not None:
@@ -534,10 +535,13 @@ class Session:
         """Store what a call computed, and drop what it has replaced."""
         planner, key, graph = self._planner, call.key, call.graph
         if call.keep:
+            fits = True
             if saved or observed or graph.probes:
                 kept = {**saved, **observed, **_probed(call)}
-                self._computed.store.put(key, list(kept), list(kept.values()), [*inputs, *results], call.rows)
-            if call.rows is not None and graph.goes_by_steps(call.needs.computes):
+                fits = self.store.put(key, list(kept), list(kept.values()), [*inputs, *results], call.rows)
+            if not fits:
+                self._computed.drop(key)
+            elif call.rows is not None and graph.goes_by_steps(call.needs.computes):
                 # One half is of this step now and the other is not, and a predictor takes one place for both.
                 self._computed.drop(key)
             elif call.needs.computes:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["Bindings", "is_symbolic", "shape_hint", "size_hint", "updated_by"]
+from vdcache.errors import ConfigError
+
+__all__ = ["Bindings", "byte_count", "bytes_text", "is_symbolic", "shape_hint", "size_hint", "updated_by"]
 
 Key = TypeVar("Key")
 
@@ -18,6 +21,38 @@ def is_symbolic(value: Any) -> bool:
     if isinstance(value, torch.SymInt):
         return True
     return isinstance(value, torch.Tensor) and any(isinstance(s, torch.SymInt) for s in value.shape)
+
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    **{f"{u}{kind}": base**i for kind, base in (("ib", 1024), ("b", 1000)) for i, u in enumerate("kmgt", 1)},
+}
+
+
+def byte_count(value: Any, subject: str) -> int:
+    """A number of bytes: a whole number, or a text such as "4GiB", "1.5 GB", "500MiB".
+
+    Args:
+        subject: what it is, for the message.
+
+    Raises:
+        ConfigError: anything else, or less than nothing.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", value.lower()) if isinstance(value, str) else None
+    if found is not None and found[2] in _UNITS:
+        return int(float(found[1]) * _UNITS[found[2]])
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ConfigError(f"{subject} is a number of bytes or a text such as '4GiB' or '500MB'; got {value!r}")
+    return value
+
+
+def bytes_text(count: float) -> str:
+    """A number of bytes as people read it: "2.9 GiB"."""
+    for factor, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if count >= factor:
+            return f"{count / factor:.3g} {unit}"
+    return f"{count:.0f} B"
 
 
 def size_hint(value: Any) -> int:
