@@ -229,25 +229,26 @@ class Program:
         if budget is None or not self.slots:
             self._on_lanes = lanes
             return False
-        made: dict[CachePlan, Variants] = {}
-
-        def bytes_of(plan: CachePlan) -> int | None:
-            made[plan] = found = Variants(self.guarded, self.settings, plan, self.variants.compiler)
-            return found.cache_bytes(inputs)
-
         cuda = any(isinstance(v, Tensor) and v.device.type == "cuda" for v in self.variants.fakes)
         plans = cache_plans(self.settings.recipe.predictor, cuda=cuda)
-        asked = bytes_of(plans[0])
-        if asked is None and inputs is None:
+        now = self._keeps or plans[0]
+        made = {now: self.variants}
+
+        def variants_of(plan: CachePlan) -> Variants:
+            if plan not in made:
+                made[plan] = Variants(self.guarded, self.settings, plan, self.variants.compiler)
+            return made[plan]
+
+        def bytes_of(plan: CachePlan) -> int | None:
+            return variants_of(plan).cache_bytes(inputs)
+
+        if inputs is None and bytes_of(plans[0]) is None:
             return False  # the first call tells the sizes
         self._on_lanes = lanes
-        plan, message = chosen_plan(plans, lambda p: made[p].cache_bytes(inputs) if p in made else bytes_of(p), lanes, budget)
-        if plan == (self._keeps or plans[0]):
+        plan, message = chosen_plan(plans, bytes_of, lanes, budget)
+        if plan == now:
             return False
-        self._keeps = plan
-        if plan not in made:
-            bytes_of(plan)
-        self.variants = made[plan]
+        self._keeps, self.variants = plan, variants_of(plan)
         if message:
             self.settings.warn_once(f"memory {plan.name}", f"vdcache: {message}")
         return True
