@@ -10,9 +10,9 @@ from torch import fx, nn
 
 from vdcache.testing import Case, captured, small_models
 from vdcache.testing.models import build as build_case
-from vdcache.testing.models import noise, text, when
+from vdcache.testing.models import diffusers_class, noise, text, when
 
-__all__ = ["ZOO", "Case", "build", "graph_of", "noise", "register", "text", "when"]
+__all__ = ["ZOO", "Case", "build", "diffusers_class", "graph_of", "noise", "register", "text", "when"]
 
 ZOO: dict[str, Case] = {name: case for name, case in small_models().items() if name != "tiny"}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tests.zoo import noise, register, text, when
+from tests.zoo import diffusers_class, noise, register, text, when
 
 
 def _grid(axes: int = 3, side: int = 4, first: int = 1) -> Tensor:
@@ -16,10 +16,10 @@ def _grid(axes: int = 3, side: int = 4, first: int = 1) -> Tensor:
     return ids.reshape(-1, axes)
 
 
-def _qwenimage():
-    from diffusers import QwenImageTransformer2DModel
-
-    return QwenImageTransformer2DModel(
+register(
+    "qwenimage",
+    diffusers_class(
+        "QwenImageTransformer2DModel",
         patch_size=2,
         in_channels=8,
         out_channels=2,
@@ -28,12 +28,7 @@ def _qwenimage():
         num_attention_heads=2,
         joint_attention_dim=16,
         axes_dims_rope=(4, 4, 4),
-    )
-
-
-register(
-    "qwenimage",
-    _qwenimage,
+    ),
     lambda s, n: {
         "hidden_states": noise(1, 16, 8, step=s),
         "encoder_hidden_states": text(1, n, 16),
@@ -47,10 +42,10 @@ register(
 )
 
 
-def _chroma():
-    from diffusers import ChromaTransformer2DModel
-
-    return ChromaTransformer2DModel(
+register(
+    "chroma",
+    diffusers_class(
+        "ChromaTransformer2DModel",
         in_channels=4,
         num_layers=2,
         num_single_layers=2,
@@ -61,12 +56,7 @@ def _chroma():
         approximator_num_channels=16,
         approximator_hidden_dim=24,
         approximator_layers=2,
-    )
-
-
-register(
-    "chroma",
-    _chroma,
+    ),
     lambda s, n: {
         "hidden_states": noise(1, 16, 4, step=s),
         "encoder_hidden_states": text(1, n, 12),
@@ -82,10 +72,10 @@ register(
 )
 
 
-def _flux2():
-    from diffusers import Flux2Transformer2DModel
-
-    return Flux2Transformer2DModel(
+register(
+    "flux2",
+    diffusers_class(
+        "Flux2Transformer2DModel",
         in_channels=8,
         num_layers=2,
         num_single_layers=3,
@@ -94,12 +84,7 @@ def _flux2():
         joint_attention_dim=12,
         timestep_guidance_channels=16,
         axes_dims_rope=(4, 4, 4, 4),
-    )
-
-
-register(
-    "flux2",
-    _flux2,
+    ),
     lambda s, n: {
         "hidden_states": noise(1, 16, 8, step=s),
         "encoder_hidden_states": text(1, n, 12),
@@ -115,10 +100,10 @@ register(
 )
 
 
-def _hidream_dense():
-    from diffusers import HiDreamImageTransformer2DModel
-
-    return HiDreamImageTransformer2DModel(
+register(
+    "hidream_dense",
+    diffusers_class(
+        "HiDreamImageTransformer2DModel",
         patch_size=2,
         in_channels=4,
         num_layers=2,
@@ -131,12 +116,7 @@ def _hidream_dense():
         axes_dims_rope=(4, 2, 2),
         max_resolution=(8, 8),
         llama_layers=[0, 1, 2, 3],
-    )
-
-
-register(
-    "hidream_dense",
-    _hidream_dense,
+    ),
     lambda s, n: {
         "hidden_states": noise(1, 4, 8, 8, step=s),
         "timesteps": when(s),
@@ -152,10 +132,10 @@ register(
 )
 
 
-def _auraflow():
-    from diffusers import AuraFlowTransformer2DModel
-
-    return AuraFlowTransformer2DModel(
+register(
+    "auraflow",
+    diffusers_class(
+        "AuraFlowTransformer2DModel",
         sample_size=8,
         patch_size=2,
         in_channels=4,
@@ -166,12 +146,7 @@ def _auraflow():
         joint_attention_dim=12,
         caption_projection_dim=16,
         pos_embed_max_size=16,
-    )
-
-
-register(
-    "auraflow",
-    _auraflow,
+    ),
     lambda s, n: {
         "hidden_states": noise(1, 4, 8, 8, step=s),
         "encoder_hidden_states": text(1, n, 12),
@@ -181,23 +156,6 @@ register(
     # two joint blocks (image and text each), two single blocks
     fused=6,
 )
-
-
-def _cogview4():
-    from diffusers import CogView4Transformer2DModel
-
-    return CogView4Transformer2DModel(
-        patch_size=2,
-        in_channels=4,
-        out_channels=4,
-        num_layers=3,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        text_embed_dim=12,
-        time_embed_dim=16,
-        condition_dim=4,
-        rope_axes_dim=(16, 16),
-    )
 
 
 def _sizes() -> dict[str, Tensor]:
@@ -210,7 +168,19 @@ def _sizes() -> dict[str, Tensor]:
 
 register(
     "cogview4",
-    _cogview4,
+    diffusers_class(
+        "CogView4Transformer2DModel",
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=3,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        text_embed_dim=12,
+        time_embed_dim=16,
+        condition_dim=4,
+        rope_axes_dim=(16, 16),
+    ),
     lambda s, n: {
         "hidden_states": noise(1, 4, 8, 8, step=s),
         "encoder_hidden_states": text(1, n, 12),
@@ -223,10 +193,10 @@ register(
 )
 
 
-def _hunyuan_image():
-    from diffusers import HunyuanImageTransformer2DModel
-
-    return HunyuanImageTransformer2DModel(
+register(
+    "hunyuan_image",
+    diffusers_class(
+        "HunyuanImageTransformer2DModel",
         in_channels=4,
         out_channels=4,
         num_attention_heads=2,
@@ -237,12 +207,7 @@ def _hunyuan_image():
         patch_size=(1, 1),
         text_embed_dim=12,
         rope_axes_dim=(4, 4),
-    )
-
-
-register(
-    "hunyuan_image",
-    _hunyuan_image,
+    ),
     lambda s, n: {
         "hidden_states": noise(1, 4, 6, 6, step=s),
         "timestep": when(s),
@@ -258,10 +223,10 @@ register(
 )
 
 
-def _cogview3plus():
-    from diffusers import CogView3PlusTransformer2DModel
-
-    return CogView3PlusTransformer2DModel(
+register(
+    "cogview3plus",
+    diffusers_class(
+        "CogView3PlusTransformer2DModel",
         patch_size=2,
         in_channels=4,
         out_channels=4,
@@ -273,12 +238,7 @@ def _cogview3plus():
         condition_dim=4,
         pos_embed_max_size=8,
         sample_size=8,
-    )
-
-
-register(
-    "cogview3plus",
-    _cogview3plus,
+    ),
     lambda s, n: {
         "hidden_states": noise(1, 4, 8, 8, step=s),
         "encoder_hidden_states": text(1, n, 12),
@@ -322,10 +282,10 @@ register(
 )
 
 
-def _bria_fibo():
-    from diffusers import BriaFiboTransformer2DModel
-
-    return BriaFiboTransformer2DModel(
+register(
+    "bria_fibo",
+    diffusers_class(
+        "BriaFiboTransformer2DModel",
         in_channels=4,
         num_layers=2,
         num_single_layers=2,
@@ -334,12 +294,7 @@ def _bria_fibo():
         joint_attention_dim=12,
         axes_dims_rope=[4, 4, 8],
         text_encoder_dim=6,
-    )
-
-
-register(
-    "bria_fibo",
-    _bria_fibo,
+    ),
     lambda s, n: {
         "hidden_states": noise(1, 16, 4, step=s),
         "encoder_hidden_states": text(1, n, 12),
@@ -355,10 +310,10 @@ register(
 )
 
 
-def _longcat_image():
-    from diffusers import LongCatImageTransformer2DModel
-
-    return LongCatImageTransformer2DModel(
+register(
+    "longcat_image",
+    diffusers_class(
+        "LongCatImageTransformer2DModel",
         in_channels=4,
         num_layers=2,
         num_single_layers=2,
@@ -367,12 +322,7 @@ def _longcat_image():
         joint_attention_dim=12,
         pooled_projection_dim=12,
         axes_dims_rope=[4, 4, 8],
-    )
-
-
-register(
-    "longcat_image",
-    _longcat_image,
+    ),
     lambda s, n: {
         "hidden_states": noise(1, 16, 4, step=s),
         "encoder_hidden_states": text(1, n, 12),
@@ -387,10 +337,10 @@ register(
 )
 
 
-def _ovis_image():
-    from diffusers import OvisImageTransformer2DModel
-
-    return OvisImageTransformer2DModel(
+register(
+    "ovis_image",
+    diffusers_class(
+        "OvisImageTransformer2DModel",
         in_channels=4,
         out_channels=4,
         num_layers=2,
@@ -399,12 +349,7 @@ def _ovis_image():
         num_attention_heads=2,
         joint_attention_dim=12,
         axes_dims_rope=(4, 4, 8),
-    )
-
-
-register(
-    "ovis_image",
-    _ovis_image,
+    ),
     lambda s, n: {
         "hidden_states": noise(1, 16, 4, step=s),
         "encoder_hidden_states": text(1, n, 12),
@@ -419,10 +364,10 @@ register(
 )
 
 
-def _glm_image():
-    from diffusers import GlmImageTransformer2DModel
-
-    return GlmImageTransformer2DModel(
+register(
+    "glm_image",
+    diffusers_class(
+        "GlmImageTransformer2DModel",
         patch_size=2,
         in_channels=4,
         out_channels=4,
@@ -433,12 +378,7 @@ def _glm_image():
         time_embed_dim=16,
         condition_dim=4,
         prior_vq_quantizer_codebook_size=32,
-    )
-
-
-register(
-    "glm_image",
-    _glm_image,
+    ),
     lambda s, n: {
         "hidden_states": noise(1, 4, 8, 8, step=s),
         "encoder_hidden_states": text(1, n, 12),
@@ -456,10 +396,10 @@ register(
 )
 
 
-def _krea2():
-    from diffusers import Krea2Transformer2DModel
-
-    return Krea2Transformer2DModel(
+register(
+    "krea2",
+    diffusers_class(
+        "Krea2Transformer2DModel",
         in_channels=8,
         num_layers=3,
         attention_head_dim=8,
@@ -475,12 +415,7 @@ def _krea2():
         num_layerwise_text_blocks=2,
         num_refiner_text_blocks=2,
         axes_dims_rope=(4, 2, 2),
-    )
-
-
-register(
-    "krea2",
-    _krea2,
+    ),
     lambda s, n: {
         "hidden_states": noise(1, 16, 8, step=s),
         "encoder_hidden_states": text(1, n, 3, 16),
@@ -495,10 +430,10 @@ register(
 )
 
 
-def _ernie_image():
-    from diffusers import ErnieImageTransformer2DModel
-
-    return ErnieImageTransformer2DModel(
+register(
+    "ernie_image",
+    diffusers_class(
+        "ErnieImageTransformer2DModel",
         hidden_size=24,
         num_attention_heads=2,
         num_layers=3,
@@ -507,12 +442,7 @@ def _ernie_image():
         out_channels=4,
         text_in_dim=16,
         rope_axes_dim=(4, 4, 4),
-    )
-
-
-register(
-    "ernie_image",
-    _ernie_image,
+    ),
     lambda s, n: {
         "hidden_states": noise(1, 4, 4, 4, step=s),
         "timestep": when(s),
@@ -525,10 +455,10 @@ register(
 )
 
 
-def _joyimage():
-    from diffusers import JoyImageEditTransformer3DModel
-
-    return JoyImageEditTransformer3DModel(
+register(
+    "joyimage",
+    diffusers_class(
+        "JoyImageEditTransformer3DModel",
         patch_size=[1, 2, 2],
         in_channels=4,
         hidden_size=24,
@@ -536,12 +466,7 @@ def _joyimage():
         text_dim=16,
         num_layers=3,
         rope_dim_list=[4, 4, 4],
-    )
-
-
-register(
-    "joyimage",
-    _joyimage,
+    ),
     lambda s, n: {
         "hidden_states": noise(1, 4, 1, 8, 8, step=s),
         "timestep": when(s),
@@ -553,10 +478,10 @@ register(
 )
 
 
-def _flux3():
-    from diffusers import Flux3Transformer2DModel
-
-    return Flux3Transformer2DModel(
+register(
+    "flux3",
+    diffusers_class(
+        "Flux3Transformer2DModel",
         in_channels=8,
         cond_in_channels=8,
         num_layers=2,
@@ -566,12 +491,7 @@ def _flux3():
         joint_attention_dim=12,
         timestep_channels=16,
         axes_dims_rope=(4, 4, 4, 4),
-    )
-
-
-register(
-    "flux3",
-    _flux3,
+    ),
     lambda s, n: {
         "hidden_states": noise(1, 16, 8, step=s),
         "encoder_hidden_states": text(1, n, 12),
@@ -583,21 +503,6 @@ register(
     # to image and text each; only the image leaves the last one
     fused=9,
 )
-
-
-def _ideogram4():
-    from diffusers import Ideogram4Transformer2DModel
-
-    return Ideogram4Transformer2DModel(
-        in_channels=8,
-        num_layers=3,
-        attention_head_dim=12,
-        num_attention_heads=2,
-        intermediate_size=40,
-        adaln_dim=16,
-        llm_features_dim=20,
-        mrope_section=(2, 2, 2),
-    )
 
 
 def _packed(n: int, image: int = 16) -> dict[str, Tensor]:
@@ -612,7 +517,17 @@ def _packed(n: int, image: int = 16) -> dict[str, Tensor]:
 
 register(
     "ideogram4",
-    _ideogram4,
+    diffusers_class(
+        "Ideogram4Transformer2DModel",
+        in_channels=8,
+        num_layers=3,
+        attention_head_dim=12,
+        num_attention_heads=2,
+        intermediate_size=40,
+        adaln_dim=16,
+        llm_features_dim=20,
+        mrope_section=(2, 2, 2),
+    ),
     lambda s, n: {
         "hidden_states": torch.cat([torch.zeros(1, n, 8), noise(1, 16, 8, step=s)], dim=1),
         "timestep": 1 - when(s) / 1000,
@@ -625,10 +540,10 @@ register(
 )
 
 
-def _qwenimage21():
-    from diffusers import QwenImage21Transformer2DModel
-
-    return QwenImage21Transformer2DModel(
+register(
+    "qwenimage21",
+    diffusers_class(
+        "QwenImage21Transformer2DModel",
         in_channels=8,
         out_channels=8,
         num_layers=3,
@@ -636,12 +551,7 @@ def _qwenimage21():
         num_attention_heads=2,
         context_in_dim=16,
         axes_dims_rope=(4, 4, 4),
-    )
-
-
-register(
-    "qwenimage21",
-    _qwenimage21,
+    ),
     lambda s, n: {
         "hidden_states": noise(1, 16, 8, step=s),
         "encoder_hidden_states": text(1, n, 16),

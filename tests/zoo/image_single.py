@@ -5,17 +5,17 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from tests.zoo import noise, register, text, when
+from tests.zoo import diffusers_class, noise, register, text, when
 
 
 def _angles(tokens: int, dim: int) -> torch.Tensor:
     return torch.arange(tokens)[:, None] / 10.0 ** torch.linspace(0, 2, dim)
 
 
-def _sana():
-    from diffusers import SanaTransformer2DModel
-
-    return SanaTransformer2DModel(
+register(
+    "sana",
+    diffusers_class(
+        "SanaTransformer2DModel",
         in_channels=4,
         out_channels=4,
         num_attention_heads=2,
@@ -26,12 +26,7 @@ def _sana():
         cross_attention_dim=16,
         caption_channels=12,
         sample_size=8,
-    )
-
-
-register(
-    "sana",
-    _sana,
+    ),
     lambda s, n: {
         "hidden_states": noise(1, 4, 8, 8, step=s),
         "encoder_hidden_states": text(1, n, 12),
@@ -87,10 +82,10 @@ register(
 )
 
 
-def _hunyuan_dit():
-    from diffusers import HunyuanDiT2DModel
-
-    return HunyuanDiT2DModel(
+register(
+    "hunyuan_dit",
+    diffusers_class(
+        "HunyuanDiT2DModel",
         num_attention_heads=2,
         attention_head_dim=8,
         in_channels=4,
@@ -104,12 +99,7 @@ def _hunyuan_dit():
         pooled_projection_dim=8,
         text_len=8,
         text_len_t5=8,
-    )
-
-
-register(
-    "hunyuan_dit",
-    _hunyuan_dit,
+    ),
     lambda s, n: {
         "hidden_states": noise(1, 4, 8, 8, step=s),
         "timestep": when(s),
@@ -128,10 +118,10 @@ register(
 )
 
 
-def _lumina():
-    from diffusers import LuminaNextDiT2DModel
-
-    return LuminaNextDiT2DModel(
+register(
+    "lumina",
+    diffusers_class(
+        "LuminaNextDiT2DModel",
         sample_size=8,
         patch_size=2,
         in_channels=4,
@@ -141,12 +131,7 @@ def _lumina():
         num_kv_heads=1,
         multiple_of=8,
         cross_attention_dim=12,
-    )
-
-
-register(
-    "lumina",
-    _lumina,
+    ),
     lambda s, n: {
         "hidden_states": noise(1, 4, 8, 8, step=s),
         "timestep": 1 - when(s) / 1000,
@@ -161,10 +146,10 @@ register(
 )
 
 
-def _lumina2():
-    from diffusers import Lumina2Transformer2DModel
-
-    return Lumina2Transformer2DModel(
+register(
+    "lumina2",
+    diffusers_class(
+        "Lumina2Transformer2DModel",
         sample_size=8,
         patch_size=2,
         in_channels=4,
@@ -177,12 +162,7 @@ def _lumina2():
         axes_dim_rope=(4, 4, 4),
         axes_lens=(32, 8, 8),
         cap_feat_dim=12,
-    )
-
-
-register(
-    "lumina2",
-    _lumina2,
+    ),
     lambda s, n: {
         "hidden_states": noise(1, 4, 8, 8, step=s),
         "timestep": 1 - when(s) / 1000,
@@ -197,10 +177,10 @@ register(
 )
 
 
-def _omnigen():
-    from diffusers import OmniGenTransformer2DModel
-
-    return OmniGenTransformer2DModel(
+register(
+    "omnigen",
+    diffusers_class(
+        "OmniGenTransformer2DModel",
         in_channels=4,
         patch_size=2,
         hidden_size=16,
@@ -215,12 +195,7 @@ def _omnigen():
         rope_scaling={"short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
         pos_embed_max_size=8,
         time_step_dim=32,
-    )
-
-
-register(
-    "omnigen",
-    _omnigen,
+    ),
     lambda s, n: {
         "hidden_states": noise(1, 4, 8, 8, step=s),
         "timestep": 1 - when(s) / 1000,
@@ -238,10 +213,10 @@ register(
 )
 
 
-def _prx():
-    from diffusers import PRXTransformer2DModel
-
-    return PRXTransformer2DModel(
+register(
+    "prx",
+    diffusers_class(
+        "PRXTransformer2DModel",
         in_channels=4,
         patch_size=2,
         context_in_dim=12,
@@ -250,12 +225,7 @@ def _prx():
         num_heads=2,
         depth=3,
         axes_dim=[4, 4],
-    )
-
-
-register(
-    "prx",
-    _prx,
+    ),
     lambda s, n: {
         "hidden_states": noise(1, 4, 8, 8, step=s),
         "timestep": when(s) / 1000,
@@ -349,17 +319,17 @@ register(
 )
 
 
-def _prior():
-    from diffusers import PriorTransformer
-
-    return PriorTransformer(
-        num_attention_heads=2, attention_head_dim=8, num_layers=3, embedding_dim=12, num_embeddings=8, additional_embeddings=4
-    )
-
-
 register(
     "unclip_prior",
-    _prior,
+    diffusers_class(
+        "PriorTransformer",
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=3,
+        embedding_dim=12,
+        num_embeddings=8,
+        additional_embeddings=4,
+    ),
     lambda s, n: {
         "hidden_states": noise(1, 12, step=s),
         "timestep": when(s),
@@ -373,10 +343,10 @@ register(
 )
 
 
-def _transformer_2d():
-    from diffusers import Transformer2DModel
-
-    return Transformer2DModel(
+register(
+    "transformer_2d",
+    diffusers_class(
+        "Transformer2DModel",
         num_attention_heads=2,
         attention_head_dim=8,
         in_channels=4,
@@ -385,12 +355,7 @@ def _transformer_2d():
         cross_attention_dim=12,
         norm_type="ada_norm_zero",
         num_embeds_ada_norm=10,
-    )
-
-
-register(
-    "transformer_2d",
-    _transformer_2d,
+    ),
     lambda s, n: {
         "hidden_states": noise(1, 4, 8, 8, step=s),
         "encoder_hidden_states": text(1, n, 12),
@@ -440,10 +405,10 @@ register(
 )
 
 
-def _stable_audio():
-    from diffusers import StableAudioDiTModel
-
-    return StableAudioDiTModel(
+register(
+    "stable_audio",
+    diffusers_class(
+        "StableAudioDiTModel",
         sample_size=16,
         in_channels=4,
         num_layers=3,
@@ -455,12 +420,7 @@ def _stable_audio():
         time_proj_dim=16,
         global_states_input_dim=8,
         cross_attention_input_dim=12,
-    )
-
-
-register(
-    "stable_audio",
-    _stable_audio,
+    ),
     lambda s, n: {
         "hidden_states": noise(1, 4, 16, step=s),
         "timestep": when(s) / 1000,
@@ -476,10 +436,10 @@ register(
 )
 
 
-def _stable_audio3():
-    from diffusers import StableAudio3DiTModel
-
-    return StableAudio3DiTModel(
+register(
+    "stable_audio_3",
+    diffusers_class(
+        "StableAudio3DiTModel",
         io_channels=4,
         embed_dim=16,
         depth=3,
@@ -490,12 +450,7 @@ def _stable_audio3():
         timestep_features_dim=16,
         ff_mult=2.0,
         num_memory_tokens=4,
-    )
-
-
-register(
-    "stable_audio_3",
-    _stable_audio3,
+    ),
     lambda s, n: {
         "hidden_states": noise(1, 4, 16, step=s),
         "timestep": when(s) / 1000,
@@ -511,10 +466,10 @@ register(
 )
 
 
-def _ace_step():
-    from diffusers import AceStepTransformer1DModel
-
-    return AceStepTransformer1DModel(
+register(
+    "ace_step",
+    diffusers_class(
+        "AceStepTransformer1DModel",
         hidden_size=16,
         intermediate_size=32,
         num_hidden_layers=4,
@@ -525,12 +480,7 @@ def _ace_step():
         audio_acoustic_hidden_dim=4,
         sliding_window=3,
         encoder_hidden_size=12,
-    )
-
-
-register(
-    "ace_step",
-    _ace_step,
+    ),
     lambda s, n: {
         "hidden_states": noise(1, 16, 4, step=s),
         "timestep": when(s) / 1000,
@@ -545,15 +495,11 @@ register(
 )
 
 
-def _longcat_audio():
-    from diffusers import LongCatAudioDiTTransformer
-
-    return LongCatAudioDiTTransformer(dit_dim=16, dit_depth=3, dit_heads=2, dit_text_dim=12, latent_dim=4, ff_mult=2.0)
-
-
 register(
     "longcat_audio",
-    _longcat_audio,
+    diffusers_class(
+        "LongCatAudioDiTTransformer", dit_dim=16, dit_depth=3, dit_heads=2, dit_text_dim=12, latent_dim=4, ff_mult=2.0
+    ),
     lambda s, n: {
         "hidden_states": noise(1, 16, 4, step=s),
         "encoder_hidden_states": text(1, n, 12),
@@ -569,10 +515,10 @@ register(
 )
 
 
-def _minimax_music():
-    from diffusers import MiniMaxMusic3Transformer1DModel
-
-    return MiniMaxMusic3Transformer1DModel(
+register(
+    "minimax_music",
+    diffusers_class(
+        "MiniMaxMusic3Transformer1DModel",
         in_channels=4,
         condition_dim=8,
         num_layers=3,
@@ -581,12 +527,7 @@ def _minimax_music():
         ff_inner_dim=32,
         rotary_dim=4,
         fourier_embedding_dim=16,
-    )
-
-
-register(
-    "minimax_music",
-    _minimax_music,
+    ),
     lambda s, n: {
         "hidden_states": noise(1, 4, 16, step=s),
         "timestep": 1 - when(s) / 1000,
@@ -599,15 +540,9 @@ register(
 )
 
 
-def _t5_film():
-    from diffusers import T5FilmDecoder
-
-    return T5FilmDecoder(input_dims=4, targets_length=16, d_model=16, num_layers=3, num_heads=2, d_kv=8, d_ff=32)
-
-
 register(
     "spectrogram_diffusion",
-    _t5_film,
+    diffusers_class("T5FilmDecoder", input_dims=4, targets_length=16, d_model=16, num_layers=3, num_heads=2, d_kv=8, d_ff=32),
     lambda s, n: {
         "encodings_and_masks": [(text(1, n, 16), torch.ones(1, n)), (text(1, 4, 16, seed=8), torch.ones(1, 4))],
         "decoder_input_tokens": noise(1, 16, 4, step=s),

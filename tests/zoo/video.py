@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.zoo import noise, register, text, when
+from tests.zoo import diffusers_class, noise, register, text, when
 
 
 def _long(n: int, width: int) -> Tensor:
@@ -14,10 +14,10 @@ def _long(n: int, width: int) -> Tensor:
     return F.pad(text(1, n, width), (0, 0, 0, 512 - n))
 
 
-def _mochi():
-    from diffusers import MochiTransformer3DModel
-
-    return MochiTransformer3DModel(
+register(
+    "mochi",
+    diffusers_class(
+        "MochiTransformer3DModel",
         patch_size=2,
         num_attention_heads=2,
         attention_head_dim=8,
@@ -26,12 +26,7 @@ def _mochi():
         in_channels=4,
         text_embed_dim=16,
         time_embed_dim=8,
-    )
-
-
-register(
-    "mochi",
-    _mochi,
+    ),
     lambda s, n: {
         "hidden_states": noise(1, 4, 2, 8, 8, step=s),
         "encoder_hidden_states": text(1, n, 16),
@@ -47,10 +42,10 @@ register(
 )
 
 
-def _wan_i2v():
-    from diffusers import WanTransformer3DModel
-
-    return WanTransformer3DModel(
+register(
+    "wan_i2v",
+    diffusers_class(
+        "WanTransformer3DModel",
         patch_size=(1, 2, 2),
         num_attention_heads=2,
         attention_head_dim=12,
@@ -64,12 +59,7 @@ def _wan_i2v():
         image_dim=20,
         added_kv_proj_dim=24,
         rope_max_seq_len=32,
-    )
-
-
-register(
-    "wan_i2v",
-    _wan_i2v,
+    ),
     lambda s, n: {
         "hidden_states": torch.cat([noise(1, 4, 3, 8, 8, step=s), noise(1, 4, 3, 8, 8, seed=1)], 1),
         "timestep": when(s),
@@ -83,10 +73,10 @@ register(
 )
 
 
-def _wan_vace():
-    from diffusers import WanVACETransformer3DModel
-
-    return WanVACETransformer3DModel(
+register(
+    "wan_vace",
+    diffusers_class(
+        "WanVACETransformer3DModel",
         patch_size=(1, 2, 2),
         num_attention_heads=2,
         attention_head_dim=12,
@@ -100,12 +90,7 @@ def _wan_vace():
         rope_max_seq_len=32,
         vace_layers=[0, 2],
         vace_in_channels=6,
-    )
-
-
-register(
-    "wan_vace",
-    _wan_vace,
+    ),
     lambda s, n: {
         "hidden_states": noise(1, 4, 3, 8, 8, step=s),
         "timestep": when(s),
@@ -119,23 +104,6 @@ register(
     mlp=5,
     other=2,
 )
-
-
-def _allegro():
-    from diffusers import AllegroTransformer3DModel
-
-    return AllegroTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        num_layers=3,
-        cross_attention_dim=24,
-        sample_height=8,
-        sample_width=8,
-        sample_frames=2,
-        caption_channels=16,
-    )
 
 
 def _rope(tokens: int, width: int) -> tuple[Tensor, Tensor]:
@@ -153,7 +121,19 @@ def _allegro_rope(frames: int, side: int, width: int):
 
 register(
     "allegro",
-    _allegro,
+    diffusers_class(
+        "AllegroTransformer3DModel",
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        num_layers=3,
+        cross_attention_dim=24,
+        sample_height=8,
+        sample_width=8,
+        sample_frames=2,
+        caption_channels=16,
+    ),
     lambda s, n: {
         "hidden_states": noise(1, 4, 2, 8, 8, step=s),
         "encoder_hidden_states": text(1, 1, n, 16),
@@ -168,10 +148,10 @@ register(
 )
 
 
-def _easyanimate():
-    from diffusers import EasyAnimateTransformer3DModel
-
-    return EasyAnimateTransformer3DModel(
+register(
+    "easyanimate",
+    diffusers_class(
+        "EasyAnimateTransformer3DModel",
         num_attention_heads=2,
         attention_head_dim=16,
         in_channels=4,
@@ -182,12 +162,7 @@ def _easyanimate():
         time_embed_dim=16,
         add_norm_text_encoder=True,
         text_embed_dim=12,
-    )
-
-
-register(
-    "easyanimate",
-    _easyanimate,
+    ),
     lambda s, n: {
         "hidden_states": noise(1, 4, 2, 8, 8, step=s),
         "timestep": when(s),
@@ -199,10 +174,10 @@ register(
 )
 
 
-def _cosmos():
-    from diffusers import CosmosTransformer3DModel
-
-    return CosmosTransformer3DModel(
+register(
+    "cosmos",
+    diffusers_class(
+        "CosmosTransformer3DModel",
         in_channels=4,
         out_channels=4,
         num_attention_heads=2,
@@ -212,12 +187,7 @@ def _cosmos():
         adaln_lora_dim=8,
         max_size=(4, 16, 16),
         concat_padding_mask=False,
-    )
-
-
-register(
-    "cosmos",
-    _cosmos,
+    ),
     lambda s, n: {
         "hidden_states": noise(1, 4, 2, 8, 8, step=s),
         "timestep": when(s) / 1000,
@@ -231,10 +201,10 @@ register(
 )
 
 
-def _cosmos25():
-    from diffusers import CosmosTransformer3DModel
-
-    return CosmosTransformer3DModel(
+register(
+    "cosmos_transfer25",
+    diffusers_class(
+        "CosmosTransformer3DModel",
         in_channels=5,
         out_channels=4,
         num_attention_heads=2,
@@ -252,12 +222,7 @@ def _cosmos25():
         img_context_dim_in=10,
         img_context_num_tokens=4,
         img_context_dim_out=32,
-    )
-
-
-register(
-    "cosmos_transfer25",
-    _cosmos25,
+    ),
     lambda s, n: {
         "hidden_states": noise(1, 4, 2, 8, 8, step=s),
         "condition_mask": torch.zeros(1, 1, 2, 8, 8),
@@ -272,10 +237,10 @@ register(
 )
 
 
-def _hunyuan_video15():
-    from diffusers import HunyuanVideo15Transformer3DModel
-
-    return HunyuanVideo15Transformer3DModel(
+register(
+    "hunyuan_video15",
+    diffusers_class(
+        "HunyuanVideo15Transformer3DModel",
         in_channels=9,
         out_channels=4,
         num_attention_heads=2,
@@ -286,12 +251,7 @@ def _hunyuan_video15():
         text_embed_2_dim=12,
         image_embed_dim=14,
         rope_axes_dim=(2, 4, 4),
-    )
-
-
-register(
-    "hunyuan_video15",
-    _hunyuan_video15,
+    ),
     lambda s, n: {
         "hidden_states": torch.cat([noise(1, 4, 2, 4, 4, step=s), noise(1, 5, 2, 4, 4, seed=1)], 1),
         "timestep": when(s),
@@ -311,10 +271,10 @@ register(
 )
 
 
-def _framepack():
-    from diffusers import HunyuanVideoFramepackTransformer3DModel
-
-    return HunyuanVideoFramepackTransformer3DModel(
+register(
+    "framepack",
+    diffusers_class(
+        "HunyuanVideoFramepackTransformer3DModel",
         in_channels=4,
         out_channels=4,
         num_attention_heads=2,
@@ -328,12 +288,7 @@ def _framepack():
         has_image_proj=True,
         image_proj_dim=14,
         has_clean_x_embedder=True,
-    )
-
-
-register(
-    "framepack",
-    _framepack,
+    ),
     lambda s, n: {
         "hidden_states": noise(1, 4, 3, 8, 8, step=s),
         "timestep": when(s),
@@ -359,10 +314,10 @@ register(
 )
 
 
-def _skyreels_v2():
-    from diffusers import SkyReelsV2Transformer3DModel
-
-    return SkyReelsV2Transformer3DModel(
+register(
+    "skyreels_v2",
+    diffusers_class(
+        "SkyReelsV2Transformer3DModel",
         patch_size=(1, 2, 2),
         num_attention_heads=2,
         attention_head_dim=12,
@@ -375,12 +330,7 @@ def _skyreels_v2():
         rope_max_seq_len=32,
         inject_sample_info=True,
         num_frame_per_block=2,
-    )
-
-
-register(
-    "skyreels_v2",
-    _skyreels_v2,
+    ),
     # diffusion forcing: a timestep for every frame, attention causal in blocks of two frames
     lambda s, n: {
         "hidden_states": noise(1, 4, 4, 8, 8, step=s),
@@ -395,10 +345,10 @@ register(
 )
 
 
-def _consisid():
-    from diffusers import ConsisIDTransformer3DModel
-
-    return ConsisIDTransformer3DModel(
+register(
+    "consisid",
+    diffusers_class(
+        "ConsisIDTransformer3DModel",
         num_attention_heads=3,
         attention_head_dim=8,
         in_channels=4,
@@ -425,12 +375,7 @@ def _consisid():
         LFE_output_dim=16,
         LFE_ff_mult=2,
         LFE_num_scale=2,
-    )
-
-
-register(
-    "consisid",
-    _consisid,
+    ),
     lambda s, n: {
         "hidden_states": noise(1, 3, 4, 8, 8, step=s),
         "encoder_hidden_states": text(1, n, 12),
@@ -445,26 +390,6 @@ register(
     cross_attention=2,
     mlp=10,
 )
-
-
-def _ltx2():
-    from diffusers import LTX2VideoTransformer3DModel
-
-    return LTX2VideoTransformer3DModel(
-        in_channels=8,
-        out_channels=8,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        cross_attention_dim=32,
-        audio_in_channels=6,
-        audio_out_channels=6,
-        audio_num_attention_heads=2,
-        audio_attention_head_dim=8,
-        audio_cross_attention_dim=16,
-        num_layers=2,
-        caption_channels=12,
-        rope_type="split",
-    )
 
 
 def _sound_and_vision(s: int, n: int) -> dict:
@@ -482,7 +407,22 @@ def _sound_and_vision(s: int, n: int) -> dict:
 
 register(
     "ltx2",
-    _ltx2,
+    diffusers_class(
+        "LTX2VideoTransformer3DModel",
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        cross_attention_dim=32,
+        audio_in_channels=6,
+        audio_out_channels=6,
+        audio_num_attention_heads=2,
+        audio_attention_head_dim=8,
+        audio_cross_attention_dim=16,
+        num_layers=2,
+        caption_channels=12,
+        rope_type="split",
+    ),
     lambda s, n: {
         **_sound_and_vision(s, n),
         "encoder_hidden_states": text(1, n, 12),
@@ -497,10 +437,10 @@ register(
 )
 
 
-def _ltx23():
-    from diffusers import LTX2VideoTransformer3DModel
-
-    return LTX2VideoTransformer3DModel(
+register(
+    "ltx23",
+    diffusers_class(
+        "LTX2VideoTransformer3DModel",
         in_channels=8,
         out_channels=8,
         num_attention_heads=2,
@@ -519,12 +459,7 @@ def _ltx23():
         rope_type="split",
         use_prompt_embeddings=False,
         perturbed_attn=True,
-    )
-
-
-register(
-    "ltx23",
-    _ltx23,
+    ),
     lambda s, n: {
         **_sound_and_vision(s, n),
         "encoder_hidden_states": text(1, n, 32),
@@ -538,10 +473,10 @@ register(
 )
 
 
-def _chronoedit():
-    from diffusers import ChronoEditTransformer3DModel
-
-    return ChronoEditTransformer3DModel(
+register(
+    "chronoedit",
+    diffusers_class(
+        "ChronoEditTransformer3DModel",
         patch_size=(1, 2, 2),
         num_attention_heads=2,
         attention_head_dim=12,
@@ -554,12 +489,7 @@ def _chronoedit():
         image_dim=20,
         added_kv_proj_dim=24,
         rope_max_seq_len=32,
-    )
-
-
-register(
-    "chronoedit",
-    _chronoedit,
+    ),
     lambda s, n: {
         "hidden_states": torch.cat([noise(1, 4, 2, 8, 8, step=s), noise(1, 4, 2, 8, 8, seed=1)], 1),
         "timestep": when(s),
@@ -572,10 +502,10 @@ register(
 )
 
 
-def _sana_video():
-    from diffusers import SanaVideoTransformer3DModel
-
-    return SanaVideoTransformer3DModel(
+register(
+    "sana_video",
+    diffusers_class(
+        "SanaVideoTransformer3DModel",
         in_channels=4,
         out_channels=4,
         num_attention_heads=2,
@@ -587,12 +517,7 @@ def _sana_video():
         caption_channels=16,
         mlp_ratio=2.0,
         rope_max_seq_len=32,
-    )
-
-
-register(
-    "sana_video",
-    _sana_video,
+    ),
     lambda s, n: {
         "hidden_states": noise(1, 4, 3, 8, 8, step=s),
         "encoder_hidden_states": text(1, n, 16),
@@ -606,10 +531,10 @@ register(
 )
 
 
-def _kandinsky5():
-    from diffusers import Kandinsky5Transformer3DModel
-
-    return Kandinsky5Transformer3DModel(
+register(
+    "kandinsky5",
+    diffusers_class(
+        "Kandinsky5Transformer3DModel",
         in_visual_dim=4,
         in_text_dim=12,
         in_text_dim2=10,
@@ -620,12 +545,7 @@ def _kandinsky5():
         num_text_blocks=2,
         num_visual_blocks=3,
         axes_dims=(4, 4, 4),
-    )
-
-
-register(
-    "kandinsky5",
-    _kandinsky5,
+    ),
     lambda s, n: {
         "hidden_states": noise(1, 2, 8, 8, 4, step=s),
         "encoder_hidden_states": text(1, n, 12),
@@ -641,10 +561,10 @@ register(
 )
 
 
-def _motif_video():
-    from diffusers import MotifVideoTransformer3DModel
-
-    return MotifVideoTransformer3DModel(
+register(
+    "motif_video",
+    diffusers_class(
+        "MotifVideoTransformer3DModel",
         in_channels=9,
         out_channels=4,
         num_attention_heads=2,
@@ -657,12 +577,7 @@ def _motif_video():
         rope_axes_dim=(4, 4, 4),
         enable_text_cross_attention_dual=True,
         enable_text_cross_attention_single=True,
-    )
-
-
-register(
-    "motif_video",
-    _motif_video,
+    ),
     lambda s, n: {
         "hidden_states": torch.cat([noise(1, 4, 2, 8, 8, step=s), noise(1, 5, 2, 8, 8, seed=1)], 1),
         "timestep": when(s),
@@ -679,10 +594,10 @@ register(
 )
 
 
-def _wan_animate():
-    from diffusers import WanAnimateTransformer3DModel
-
-    return WanAnimateTransformer3DModel(
+register(
+    "wan_animate",
+    diffusers_class(
+        "WanAnimateTransformer3DModel",
         patch_size=(1, 2, 2),
         num_attention_heads=2,
         attention_head_dim=12,
@@ -704,12 +619,7 @@ def _wan_animate():
         face_encoder_hidden_dim=8,
         face_encoder_num_heads=2,
         inject_face_latents_blocks=2,
-    )
-
-
-register(
-    "wan_animate",
-    _wan_animate,
+    ),
     lambda s, n: {
         "hidden_states": torch.cat([noise(1, 4, 3, 8, 8, step=s), noise(1, 8, 3, 8, 8, seed=1)], 1),
         "timestep": when(s),
@@ -726,10 +636,10 @@ register(
 )
 
 
-def _anyflow():
-    from diffusers import AnyFlowTransformer3DModel
-
-    return AnyFlowTransformer3DModel(
+register(
+    "anyflow",
+    diffusers_class(
+        "AnyFlowTransformer3DModel",
         patch_size=(1, 2, 2),
         num_attention_heads=2,
         attention_head_dim=12,
@@ -740,12 +650,7 @@ def _anyflow():
         ffn_dim=32,
         num_layers=3,
         rope_max_seq_len=32,
-    )
-
-
-register(
-    "anyflow",
-    _anyflow,
+    ),
     lambda s, n: {
         "hidden_states": noise(1, 3, 4, 8, 8, step=s),
         "timestep": when(s).expand(1, 3),
@@ -758,10 +663,10 @@ register(
 )
 
 
-def _anyflow_far():
-    from diffusers import AnyFlowFARTransformer3DModel
-
-    return AnyFlowFARTransformer3DModel(
+register(
+    "anyflow_far",
+    diffusers_class(
+        "AnyFlowFARTransformer3DModel",
         patch_size=(1, 2, 2),
         compressed_patch_size=(1, 4, 4),
         full_chunk_limit=3,
@@ -775,12 +680,7 @@ def _anyflow_far():
         num_layers=3,
         rope_max_seq_len=32,
         chunk_partition=(1, 2),
-    )
-
-
-register(
-    "anyflow_far",
-    _anyflow_far,
+    ),
     # two frames after a first one, whose keys and values are cached
     lambda s, n: {
         "hidden_states": noise(1, 2, 4, 8, 8, step=s),
@@ -800,10 +700,10 @@ register(
 )
 
 
-def _helios():
-    from diffusers import HeliosTransformer3DModel
-
-    return HeliosTransformer3DModel(
+register(
+    "helios",
+    diffusers_class(
+        "HeliosTransformer3DModel",
         patch_size=(1, 2, 2),
         num_attention_heads=2,
         attention_head_dim=12,
@@ -815,12 +715,7 @@ def _helios():
         num_layers=3,
         rope_dim=(4, 4, 4),
         is_amplify_history=True,
-    )
-
-
-register(
-    "helios",
-    _helios,
+    ),
     lambda s, n: {
         "hidden_states": noise(1, 4, 3, 8, 8, step=s),
         "timestep": when(s),
@@ -840,10 +735,10 @@ register(
 )
 
 
-def _kandinsky6():
-    from diffusers import Kandinsky6Transformer3DModel
-
-    return Kandinsky6Transformer3DModel(
+register(
+    "kandinsky6",
+    diffusers_class(
+        "Kandinsky6Transformer3DModel",
         in_visual_dim=4,
         out_visual_dim=4,
         in_text_dim=12,
@@ -857,12 +752,7 @@ def _kandinsky6():
         in_audio_dim=6,
         out_audio_dim=6,
         ca_rope=False,
-    )
-
-
-register(
-    "kandinsky6",
-    _kandinsky6,
+    ),
     lambda s, n: {
         "hidden_states": torch.cat([noise(1, 2, 8, 8, 4, step=s), noise(1, 2, 8, 8, 5, seed=2)], -1),
         "encoder_hidden_states": text(1, n, 12),

@@ -6,20 +6,19 @@ from typing import Any
 
 import torch
 
-from vdcache.testing.models import noise, register, text, when
-
-
-def _dit() -> Any:
-    from diffusers import DiTTransformer2DModel
-
-    return DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=3, sample_size=8, num_embeds_ada_norm=10
-    )
-
+from vdcache.testing.models import diffusers_class, noise, register, text, when
 
 register(
     "dit",
-    _dit,
+    diffusers_class(
+        "DiTTransformer2DModel",
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        num_layers=3,
+        sample_size=8,
+        num_embeds_ada_norm=10,
+    ),
     lambda s, n: {
         "hidden_states": noise(1, 4, 8, 8, step=s),
         "timestep": when(s, torch.int64),
@@ -30,10 +29,10 @@ register(
 )
 
 
-def _pixart() -> Any:
-    from diffusers import PixArtTransformer2DModel
-
-    return PixArtTransformer2DModel(
+register(
+    "pixart",
+    diffusers_class(
+        "PixArtTransformer2DModel",
         num_attention_heads=2,
         attention_head_dim=8,
         num_layers=3,
@@ -41,12 +40,7 @@ def _pixart() -> Any:
         cross_attention_dim=16,
         caption_channels=12,
         use_additional_conditions=False,
-    )
-
-
-register(
-    "pixart",
-    _pixart,
+    ),
     lambda s, n: {
         "hidden_states": noise(1, 4, 8, 8, step=s),
         "encoder_hidden_states": text(1, n, 12),
@@ -59,10 +53,10 @@ register(
 )
 
 
-def _latte() -> Any:
-    from diffusers import LatteTransformer3DModel
-
-    return LatteTransformer3DModel(
+register(
+    "latte",
+    diffusers_class(
+        "LatteTransformer3DModel",
         num_attention_heads=2,
         attention_head_dim=8,
         in_channels=4,
@@ -79,12 +73,7 @@ def _latte() -> Any:
         norm_eps=1e-6,
         caption_channels=12,
         video_length=3,
-    )
-
-
-register(
-    "latte",
-    _latte,
+    ),
     lambda s, n: {
         "hidden_states": noise(1, 4, 3, 8, 8, step=s),
         "timestep": when(s),
@@ -129,10 +118,10 @@ register(
 )
 
 
-def _cogvideox() -> Any:
-    from diffusers import CogVideoXTransformer3DModel
-
-    return CogVideoXTransformer3DModel(
+register(
+    "cogvideox",
+    diffusers_class(
+        "CogVideoXTransformer3DModel",
         num_attention_heads=2,
         attention_head_dim=8,
         in_channels=4,
@@ -146,12 +135,7 @@ def _cogvideox() -> Any:
         patch_size=2,
         temporal_compression_ratio=4,
         max_text_seq_length=6,
-    )
-
-
-register(
-    "cogvideox",
-    _cogvideox,
+    ),
     lambda s, n: {
         "hidden_states": noise(1, 3, 4, 8, 8, step=s),
         "encoder_hidden_states": text(1, n, 12),
@@ -163,10 +147,10 @@ register(
 )
 
 
-def _hunyuan_video() -> Any:
-    from diffusers import HunyuanVideoTransformer3DModel
-
-    return HunyuanVideoTransformer3DModel(
+register(
+    "hunyuan_video",
+    diffusers_class(
+        "HunyuanVideoTransformer3DModel",
         in_channels=4,
         out_channels=4,
         num_attention_heads=2,
@@ -179,12 +163,7 @@ def _hunyuan_video() -> Any:
         text_embed_dim=16,
         pooled_projection_dim=8,
         rope_axes_dim=(2, 4, 4),
-    )
-
-
-register(
-    "hunyuan_video",
-    _hunyuan_video,
+    ),
     lambda s, n: {
         "hidden_states": noise(1, 4, 3, 6, 6, step=s),
         "timestep": when(s),
@@ -201,10 +180,10 @@ register(
 )
 
 
-def _ltx() -> Any:
-    from diffusers import LTXVideoTransformer3DModel
-
-    return LTXVideoTransformer3DModel(
+register(
+    "ltx",
+    diffusers_class(
+        "LTXVideoTransformer3DModel",
         in_channels=8,
         out_channels=8,
         num_attention_heads=2,
@@ -212,12 +191,7 @@ def _ltx() -> Any:
         cross_attention_dim=16,
         num_layers=3,
         caption_channels=12,
-    )
-
-
-register(
-    "ltx",
-    _ltx,
+    ),
     lambda s, n: {
         "hidden_states": noise(1, 3 * 4 * 4, 8, step=s),
         "encoder_hidden_states": text(1, n, 12),
@@ -233,10 +207,10 @@ register(
 )
 
 
-def _sd3() -> Any:
-    from diffusers import SD3Transformer2DModel
-
-    return SD3Transformer2DModel(
+register(
+    "sd3",
+    diffusers_class(
+        "SD3Transformer2DModel",
         sample_size=8,
         patch_size=2,
         in_channels=4,
@@ -250,12 +224,7 @@ def _sd3() -> Any:
         pos_embed_max_size=8,
         dual_attention_layers=(0,),
         qk_norm="rms_norm",
-    )
-
-
-register(
-    "sd3",
-    _sd3,
+    ),
     lambda s, n: {
         "hidden_states": noise(1, 4, 8, 8, step=s),
         "encoder_hidden_states": text(1, n, 12),
@@ -269,10 +238,10 @@ register(
 )
 
 
-def _flux() -> Any:
-    from diffusers import FluxTransformer2DModel
-
-    return FluxTransformer2DModel(
+register(
+    "flux",
+    diffusers_class(
+        "FluxTransformer2DModel",
         patch_size=1,
         in_channels=4,
         num_layers=2,
@@ -283,12 +252,7 @@ def _flux() -> Any:
         pooled_projection_dim=8,
         guidance_embeds=True,
         axes_dims_rope=(4, 4, 8),
-    )
-
-
-register(
-    "flux",
-    _flux,
+    ),
     lambda s, n: {
         "hidden_states": noise(1, 16, 4, step=s),
         "encoder_hidden_states": text(1, n, 12),

@@ -15,7 +15,7 @@ from vdcache.demo.model import DemoConfig, DemoDiT
 from vdcache.testing.graphs import captured
 from vdcache.testing.tiny import TinyDiT, latent, time_of
 
-__all__ = ["Case", "build", "noise", "register", "small_models", "text", "value", "when"]
+__all__ = ["Case", "build", "diffusers_class", "noise", "register", "small_models", "text", "value", "when"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,18 @@ def build(case: Case, seed: int = 0) -> nn.Module:
 
 
 _MODELS: dict[str, Case] = {}
+
+
+def diffusers_class(name: str, **config: Any) -> Callable[[], nn.Module]:
+    """Makes a model of a class of diffusers."""
+
+    def make() -> nn.Module:
+        import diffusers
+
+        made: nn.Module = getattr(diffusers, name)(**config)
+        return made
+
+    return make
 
 
 def register(
