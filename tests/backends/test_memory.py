@@ -304,3 +304,43 @@ def test_a_computed_step_frees_what_it_replaces_before_it_runs(predictor, freed,
     one = value_bytes()
     with_free, without = (peak_of_a_computed_step(predictor, monkeypatch, frees) for frees in (True, False))
     assert without - with_free == freed * one
+
+
+class Broken(torch.nn.Module):
+    """Two graphs, each with a slot of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = TinyDiT(), TinyDiT()
+
+    def forward(self, x, timestep, words):
+        x = self.first(x, timestep, words)
+        torch._dynamo.graph_break()
+        return self.second(x, timestep, words)
+
+
+@torch.no_grad()
+def test_a_graph_beside_another_keeps_what_is_left():
+    """The first graph of a broken model takes its part of the budget; the second is planned for the rest."""
+    full = 3 * VALUE
+    model = compiled(2 * full - 1, read_predictor("taylor(2)"), Broken(), dynamic=False)
+    run(model, lanes=1)
+    results, _ = said(model, lanes=1)
+    records = [r for r in model.vdcache.history.generation() if r.reused]
+    assert len({r.step for r in records}) > 1 and len(records) == 2 * len({r.step for r in records}), "both graphs reuse"
+    assert model.vdcache.store.peak_bytes <= 2 * full - 1
+    assert all(torch.isfinite(r).all() for r in results)
+
+
+@torch.no_grad()
+def test_a_lane_that_never_fits_is_said():
+    """Of two lanes of different sizes the larger one has no room beside the other."""
+    model = compiled(VALUE + VALUE * 4 // 3 - 1, dynamic=True)
+    with pytest.warns(vdcache.VdcacheWarning, match="do not fit|may be taken"):
+        for generation in range(2):
+            model.vdcache.begin(8)
+            for step in range(8):
+                model.vdcache.step()
+                for size in (3, 4):
+                    got = model(latent(step, 1, size, 4), time_of(step), latent(generation, 1, 3, 4))
+                    assert got.isfinite().all()

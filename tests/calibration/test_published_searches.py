@@ -186,6 +186,15 @@ def test_a_published_search_says_what_it_takes():
         vdcache.search_schedule(TinyDiT(), sample, 4, method="lpips")
     with pytest.raises(ConfigError, match="method='lemica' takes computed=… or speedup=…: it has no rule for a quality"):
         vdcache.search_schedule(TinyDiT(), sample, quality_db=30, method="lemica")
+    with pytest.raises(ConfigError, match="it takes no orders=, scopes= or tries="):
+        vdcache.search_schedule(TinyDiT(), sample, 4, method="meancache", orders=(0,))
+
+
+def test_lemica_refuses_before_its_runs():
+    runs = Generations()
+    with pytest.raises(ConfigError, match="the number of computed steps"):
+        search("lemica", StepTable(np.eye(14)[None]), runs, 1, ScheduleScores())
+    assert not runs.ran
 
 
 def test_no_more_steps_than_there_are():

@@ -314,3 +314,20 @@ def test_a_page_that_cannot_be_written_is_said_before_the_work(tmp_path):
 def test_a_report_is_no_wall_of_data():
     report = vdcache.explain(TinyDiT(8), latent(0), time_of(0), latent(1, 1, 3, 4), recipe="every-2")
     assert repr(report) == "<Report on TinyDiT: 1 graph, 16 branches, recipe 'every-2'; print it>" and len(str(report)) > 200
+
+
+def test_a_model_without_flops_has_a_page(tmp_path):
+    class Relu(torch.nn.Module):
+        def forward(self, x):
+            return x.relu()
+
+    report = vdcache.explain(Relu(), torch.randn(2, 4), recipe="always")
+    assert "Nothing can be skipped: no addition is a residual branch." in str(report).replace("\n", " ")
+    report.to_html(tmp_path / "page.html")
+    assert "–</b><span>at most" in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize("steps", [0, -1, True, 1.5, "3"])
+def test_a_number_of_steps_that_is_none(steps):
+    with pytest.raises(vdcache.errors.ConfigError, match="num_steps is the number of denoising steps, at least 1"):
+        vdcache.explain(TinyDiT(), latent(0), time_of(0), latent(9, 1, 3, 4), num_steps=steps)

@@ -218,3 +218,18 @@ def test_a_folder_that_cannot_be_written_to_keeps_nothing(tmp_path, monkeypatch,
     for _ in range(2):
         captured(Net(), torch.randn(3, 4))
     assert len(traced) == 2
+
+
+@pytest.mark.parametrize("what", ["bit", "other", "number", "empty"])
+def test_a_file_that_was_changed_is_as_good_as_none(folder, traced, what):
+    """Also one that still reads: the graph of another model, under this model's key."""
+    x = torch.randn(3, 4)
+    captured(Net(3.0), x)
+    (foreign,) = (path for path in folder.rglob("*") if path.is_file())
+    want = told(captured(Net(), x))
+    (path,) = (path for path in folder.rglob("*") if path.is_file() and path != foreign)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes({"bit": bytes(data), "other": foreign.read_bytes(), "number": pickle.dumps(5), "empty": b""}[what])
+    assert told(captured(Net(), x)) == want
+    assert len(traced) == 3

@@ -26,6 +26,7 @@ from vdcache.runtime.agreement import Agreement
 from vdcache.runtime.call import CallContext, CallKey, ProbeResult, VariantInputs
 from vdcache.runtime.invariants import InvariantTables
 from vdcache.runtime.session import Session
+from vdcache.util.sizes import bytes_text
 from vdcache.util.slots import group_of
 
 __all__ = ["Program"]
@@ -258,12 +259,19 @@ class Program:
         store = session.store
         mine = {key for key in (*store.keys(), *store.refused) if isinstance(key, CallKey) and key.graph[0] == self.kind}  # type: ignore[index]
         lanes, budget = max(1, len(mine)), store.budget
-        if lanes <= self._on_lanes:
+        refused = store.refused & mine
+        if lanes <= self._on_lanes and not refused:
             return
         if budget is not None:
             budget = max(0, budget - store.bytes(but=mine))
         if self._fit(lanes, inputs, budget):
             session.forget(mine)
+        elif refused:
+            self.settings.warn_once(
+                "memory refused",
+                f"vdcache: the values of {len(refused)} of {lanes} calls of a step do not fit beside the others, so these are computed at every "
+                f"step: a step keeps at most {bytes_text(store.budget or 0)}. A larger cache_budget= keeps them",
+            )
         store.refused -= mine
 
     def _decide(self, session: Session, generation: int) -> None:

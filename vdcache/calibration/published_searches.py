@@ -183,6 +183,8 @@ def search(method: str, table: StepTable, runs: Runs, computed: int, scored: Sch
         steps = dpcache_steps(table.errors(prediction.rule), computed, first=min(FIRST, computed)).steps
     else:
         prediction = Prediction(0)
+        if method == "lemica":  # before its many runs
+            _checked(computed, table.steps, least=-(-table.steps // LONGEST))
         edges = mean_errors(table) if method == "meancache" else segment_errors(runs, table.steps)
         steps = meancache_steps(edges, computed) if method == "meancache" else lemica_steps(edges, computed)
     found = Schedule.of(table.steps, steps, prediction, error=cost_of(table.errors(prediction.rule), steps))

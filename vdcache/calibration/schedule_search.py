@@ -117,6 +117,8 @@ def search_schedule(
     scopes = (scopes,) if isinstance(scopes, str) else tuple(scopes)
     if not scopes or set(scopes) - set(SCOPES):
         raise ConfigError(f"scopes are of {', '.join(SCOPES)}, at least one; got {list(scopes)}")
+    if method != "auto" and (orders != ORDERS or scopes != ("blocks",) or tries is not None):
+        raise ConfigError(f"method={method!r} is a search by its own rule: it takes no orders=, scopes= or tries=")
     console = console or Console(stderr=True)
     loop = SamplingLoop(model, run, prompts, "search_schedule", inner=inner, console=console, path=path)
     try:

@@ -236,8 +236,10 @@ class ReportData:
     def verdict(self) -> str:
         """What can be won here, and what to do next, in words."""
         if not self.branches:
-            return f"Nothing can be skipped: no addition is a residual branch ({len(self.refusals)} are refused: report.refusals says why)."
+            refused = f" ({len(self.refusals)} are refused: report.refusals says why)" if self.refusals else ""
+            return f"Nothing can be skipped: no addition is a residual branch{refused}."
         skipped = f"{self.coverage:.0%} of a step's FLOPs can be skipped"
+        steps = f"{self.steps} step{'s' * (self.steps != 1)}"
         if self.coverage < SMALL:
             skipped = f"Only {skipped}, the rest lies outside the residual branches"
         if not self.conditioning.timestep_inputs:
@@ -252,10 +254,10 @@ class ReportData:
                 f"{skipped}. Next: model = vdcache.compile(model, num_steps=…), which finds a schedule in its first generation."
             )
         if self.bound is None or self.bound <= 1:
-            return f"{skipped}; '{self.recipe}' reuses nothing in {self.steps} steps."
+            return f"{skipped}; '{self.recipe}' reuses nothing in {steps}."
         own = "" if self.goal else f"'{self.recipe}', "
         return (
-            f"{skipped}; {self.steps} steps take at least {1 / self.bound:.0%} of their FLOPs with '{self.recipe}'. "
+            f"{skipped}; {steps} cost at least {1 / self.bound:.0%} of their FLOPs with '{self.recipe}'. "
             f"Next: model = vdcache.compile(model, {own}num_steps={self.steps})."
         )
 

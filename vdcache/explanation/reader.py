@@ -27,7 +27,7 @@ from vdcache.patterns.invariance import shares
 from vdcache.policies.goal import Goal
 from vdcache.policies.plan import Plan
 from vdcache.policies.simulate import best_plans
-from vdcache.util.checks import check_model
+from vdcache.util.checks import check_model, step_count
 
 __all__ = ["explain"]
 
@@ -58,9 +58,10 @@ def explain(
 
     Raises:
         CaptureError: the model cannot be traced, or computes nothing that Dynamo can see; the message says where.
-        ConfigError: `model` is not a model, or no recipe has this name.
+        ConfigError: `model` is not a model, no recipe has this name, or `num_steps` is no number of steps.
     """
     chosen = named(recipe) if recipe is not None else None
+    num_steps = step_count(num_steps)
     check_model(model, "explain")
     name = type(model).__name__ if isinstance(model, nn.Module) else getattr(model, "__name__", type(model).__name__)
     if name == "OptimizedModule":

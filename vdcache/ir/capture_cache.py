@@ -53,7 +53,10 @@ class CaptureCache:
     def get(self, key: str) -> Any:
         """What is kept under a key; None for nothing, or for what cannot be read."""
         try:
-            data = self._path(key).read_bytes()
+            whole = self._path(key).read_bytes()
+            digest, data = whole[: _DIGEST.digest_size], whole[_DIGEST.digest_size :]
+            if digest != _digest(key, data):
+                return None
             found = _Reader(io.BytesIO(data)).load()
         except Exception:  # noqa: BLE001 - a file that somebody has cut or changed is as good as none
             return None
@@ -69,7 +72,7 @@ class CaptureCache:
 
     def put_bytes(self, key: str, data: bytes) -> None:
         try:
-            write_aside(self._path(key), data)
+            write_aside(self._path(key), _digest(key, data) + data)
         except OSError:
             return
 
@@ -77,6 +80,17 @@ class CaptureCache:
         if not key.isalnum():
             raise ValueError(f"{key!r} is not a key")  # of a file from elsewhere, which would leave the folder
         return self.folder / key[:2] / key
+
+
+_DIGEST = hashlib.blake2b(digest_size=20)
+
+
+def _digest(key: str, data: bytes) -> bytes:
+    """What stands before the data in a file: another one where either was changed."""
+    digest = _DIGEST.copy()
+    digest.update(key.encode())
+    digest.update(data)
+    return digest.digest()
 
 
 # ---- the key ---------------------------------------------------------------------------------------------------------
