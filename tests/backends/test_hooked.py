@@ -144,7 +144,7 @@ def _weights_read(graph, plan) -> list[str]:
     """The names of the stored weights that a variant reads."""
     variant = graph.variants[plan].graph.graph
     named = zip(variant.find_nodes(op="placeholder"), graph.guarded.captured.signature.names, strict=False)
-    return [name for i, (node, name) in enumerate(named) if i in graph.static and node.users]
+    return [name for i, (node, name) in enumerate(named) if i in graph.inputs.static and node.users]
 
 
 @pytest.mark.parametrize("used", FORMS, indirect=True)

@@ -94,7 +94,7 @@ def test_blocks_that_repeat_are_compiled_once(takes_calls, monkeypatch):
 
     monkeypatch.setattr(variants, "compile_own", compile_own)
     model = TinyDiT(4)
-    compiled = vdcache.compile(model, "every-2", num_steps=4)
+    compiled = vdcache.compile(model, "every-2", num_steps=4, outline=True)
     with informed() as lines:
         for step in range(2):
             x, t, words = latent(step), time_of(step), latent(9, 1, 3, 4)

@@ -655,7 +655,7 @@ def test_texts_of_unequal_length_in_the_sequence():
 
 def test_errors_before_anything_runs_and_at_the_first_call():
     with pytest.raises(
-        ConfigError, match="no lowering of tile attention is called 'fast'; there are auto, gather, masked, flex"
+        ConfigError, match="no lowering of tile attention is called 'fast'; there are auto, gather, masked, merged, flex"
     ):
         vdcache.compile(TinyDiT(), "tiles-1", tiles="fast")
     with pytest.raises(ConfigError, match="no lowering of tile attention is called None"):

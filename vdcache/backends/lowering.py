@@ -44,7 +44,7 @@ def lower_tiles(
             choices[node.name] = choice = autotune(query, key, value, bias, on, scale)
             name = choice.lowering
         node.update_arg(9, name)
-        if expand and name in _WRITTEN_OUT and not isinstance(on.mask, Skip) and (always or _is_simple(node, on)):
+        if expand and name in _WRITTEN_OUT and (always or _is_simple(node, on)):
             _expand(graph.graph, node, on, scale, name)
     graph.graph.lint()
     graph.recompile()
@@ -53,7 +53,7 @@ def lower_tiles(
 
 def _is_simple(node: fx.Node, on: TileMask) -> bool:
     """Whether a compiler gains from the parts of an attention, and does not take long over them."""
-    return on.pieces <= PIECES and node.meta["val"].device.type != "cuda"
+    return not isinstance(on.mask, Skip) and on.pieces <= PIECES and node.meta["val"].device.type != "cuda"
 
 
 def _expand(graph: fx.Graph, node: fx.Node, on: TileMask, scale: float | None, name: str) -> None:
