@@ -242,6 +242,8 @@ class ReportData:
         steps = f"{self.steps} step{'s' * (self.steps != 1)}"
         if self.coverage < SMALL:
             skipped = f"Only {skipped}, the rest lies outside the residual branches"
+        if self.breaks:
+            skipped += f"; the forward breaks into {len(self.graphs)} graphs, and as one it might skip more (report.breaks says where)"
         if not self.conditioning.timestep_inputs:
             return (
                 f"{skipped}, but no timestep is seen: pass it as a tensor that reaches a sine or cosine, or say where each step begins with "
