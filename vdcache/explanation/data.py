@@ -243,7 +243,9 @@ class ReportData:
         if self.coverage < SMALL:
             skipped = f"Only {skipped}, the rest lies outside the residual branches"
         if self.breaks:
-            skipped += f"; the forward breaks into {len(self.graphs)} graphs, and as one it might skip more (report.breaks says where)"
+            skipped += (
+                f"; the forward breaks into {len(self.graphs)} graphs, and as one it might skip more (report.breaks says where)"
+            )
         if not self.conditioning.timestep_inputs:
             return (
                 f"{skipped}, but no timestep is seen: pass it as a tensor that reaches a sine or cosine, or say where each step begins with "
