@@ -147,7 +147,7 @@ def mean_errors(table: StepTable) -> np.ndarray:
     return edges
 
 
-def segment_errors(runs: Runs, steps: int, *, longest: int = LONGEST, prompts: int | None = None) -> np.ndarray:
+def segment_errors(runs: Runs, steps: int, *, longest: int = LONGEST) -> np.ndarray:
     """Of every edge up to `longest`, the mean absolute difference of what a generation ends with where nothing else is reused: [steps, steps + 1].
 
     LeMiCa's weights: a run for every edge and prompt.
@@ -157,10 +157,7 @@ def segment_errors(runs: Runs, steps: int, *, longest: int = LONGEST, prompts: i
         edges[i, i + 1] = 0.0
         for j in range(i + 2, min(steps, i + longest) + 1):
             schedule = Schedule(steps, (*range(i + 1), *range(j, steps)), order=0)
-            found = [
-                float((runs.of(schedule, p) - runs.wanted(p)).abs().mean())
-                for p in range(min(runs.prompts, prompts or runs.prompts))
-            ]
+            found = [float((runs.of(schedule, p) - runs.wanted(p)).abs().mean()) for p in range(runs.prompts)]
             edges[i, j] = sum(found) / len(found)
     return edges
 
